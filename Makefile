@@ -1,0 +1,52 @@
+# make setup | check | test | test-fast | demo | clean
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+READY := .venv/.ready
+SOURCES := offline_align tests
+# Options of pytest for this call, as in: make test PYTEST_ARGS="-k lineage"
+PYTEST_ARGS ?=
+
+.PHONY: help setup check test test-fast demo clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(READY) ## create .venv with the locked versions (needs Python 3.12 only)
+
+# A `python3.12` of pyenv may exist and yet refuse to run, so each candidate is tried.
+$(READY): pyproject.toml uv.lock
+	@set -euo pipefail; \
+	for python in python3.12 python3 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.12*/bin/python; do \
+	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && break; \
+	    python=; \
+	done; \
+	[[ -n "$$python" ]] || { echo "make setup: no Python 3.12 found; install it, or run: pyenv install 3.12" >&2; exit 1; }; \
+	[[ -x $(BIN)/python ]] || "$$python" -m venv .venv; \
+	if [[ "$$($(BIN)/uv --version 2>/dev/null)" != "uv $(UV_VERSION)"* ]]; then \
+	    $(BIN)/python -m ensurepip --upgrade >/dev/null; \
+	    $(BIN)/python -m pip install --quiet "uv==$(UV_VERSION)"; \
+	fi; \
+	VIRTUAL_ENV= UV_PROJECT_ENVIRONMENT=.venv $(BIN)/uv sync --frozen --inexact --extra dev --python $(BIN)/python; \
+	touch $@
+
+check: $(READY) ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One worker keeps a file of tests: those with several ranks choose free ports, and two cores are enough for two.
+test: check ## check, then every test (those for a GPU skip themselves)
+	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-fast: $(READY) ## the tests of one process, in seconds
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not distributed and not gpu" $(PYTEST_ARGS)
+
+demo: $(READY) ## the whole pipeline on a small made-up corpus, on CPU or GPU
+	scripts/pipeline.sh
+
+clean: ## remove caches and build outputs; .venv and runs stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	find offline_align tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,137 @@
+"""`offline-align <stage> [key=value ...]`: one command line for every stage.
+
+    offline-align                      the stages
+    offline-align sft --help           the keys of a stage
+    offline-align sft model=demo data.train=rows.jsonl run.dir=runs/sft
+    torchrun --nproc-per-node=8 -m offline_align sft ...
+"""
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+import warnings
+from typing import Any
+
+from offline_align.config.compose import STAGES, compose, require, to_mapping, world_size
+from offline_align.config.runs import ModelRun, Run
+from offline_align.errors import AlignError, ConfigError, StorageError
+
+_SUMMARIES = {
+    "prepare": "raw data sets to rows: SFT and preference files, splits, a report",
+    "sft": "supervised fine-tuning of a policy (Eq. 1)",
+    "reward": "reward model on preference pairs (Eq. 2)",
+    "label": "a reward model scores a data set (Figure 3)",
+    "fa": "Filtering Alignment: rows above a reward threshold (Eq. 4)",
+    "rwr": "Reward-Weighted Regression: rows weighted by exp(reward / beta) (Eq. 5)",
+    "ca": "Conditional Alignment: the reward written into the prompt (Eq. 6)",
+    "generate": "a policy answers prompts",
+    "evaluate": "several sets of answers, a judge, tables and a page",
+    "convert": "Hugging Face form to ours and back",
+    "plan": "what FA would keep, RWR weigh and CA write: no GPU, no model",
+    "verify": "whether a run folder is whole and where it came from",
+}
+_INTERNAL = 70
+
+
+def main() -> None:
+    """Run the command line of this process and exit with the code of its outcome."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns the exit code and prints errors as one line each, without a traceback."""
+    debug = "debug=true" in arguments
+    try:
+        return _dispatch(arguments)
+    except AlignError as error:
+        if debug:
+            traceback.print_exc()
+        for line in str(error).splitlines():
+            _say(line)
+        return error.exit_code
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        _say(f"{error.filename or 'storage'}: {error.strerror or error}")
+        return StorageError.exit_code
+    except Exception as error:  # the last resort: a user is owed one line and the way to more
+        if debug:
+            traceback.print_exc()
+        _say(f"internal error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; debug=true shows where")
+        return _INTERNAL
+
+
+def _say(line: str) -> None:
+    rank = os.environ.get("RANK")
+    prefix = f"offline-align[rank {rank}]" if rank is not None else "offline-align"
+    print(f"{prefix}: error: {line}", file=sys.stderr, flush=True)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    stage, *words = arguments
+    if stage not in STAGES:
+        raise ConfigError(f"{stage}: no such stage; there are {', '.join(STAGES)}")
+    if "-h" in words or "--help" in words:
+        from offline_align.config.reference import stage_help
+
+        print(stage_help(stage, _SUMMARIES[stage]))
+        return 0
+    composed = compose(stage, words)
+    _set_up_logging()
+    module = importlib.import_module(f"offline_align.stages.{stage}")
+    config = require(composed, _problems(stage, composed.config, composed.explicit))
+    if not config.dry_run and _launch(stage, config):
+        from offline_align.launch import run_ranks
+
+        launcher: Any = getattr(config, "launcher", None)
+        return run_ranks(launcher, stage, words)
+    code: int = module.run(config, composed.explicit)
+    return code
+
+
+def _problems(stage: str, config: Run, explicit: frozenset[str]) -> list[str]:
+    """Return everything wrong with a configuration that can be known before a process group exists."""
+    from offline_align.config import checks
+    from offline_align.stages import requirements
+
+    launcher: Any = getattr(config, "launcher", None)
+    world = world_size(launcher.nproc_per_node, launcher.nodes) if launcher else 1
+    found, model = requirements.problems(stage, config, explicit)
+    return checks.problems(config, model, world) + found
+
+
+def _launch(stage: str, config: Run) -> bool:
+    """Whether ranks are to be started for a stage that is not finished yet."""
+    from offline_align.launch import needs_launch
+    from offline_align.stages import common
+
+    launcher: Any = getattr(config, "launcher", None)
+    if launcher is None or not needs_launch(launcher):
+        return False
+    return not common.is_finished(stage, config, common.key_of(stage, config))
+
+
+def _overview() -> str:
+    lines = [f"  {name:<9} {text}" for name, text in _SUMMARIES.items()]
+    head = "offline-align <stage> [key=value ...]      offline-align <stage> --help shows its keys\n"
+    return "\n".join([head, *lines])
+
+
+def _set_up_logging() -> None:
+    rank = os.environ.get("RANK", "0")
+    level = logging.INFO if rank == "0" else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("offline_align").setLevel(level)
+    # Missing optional packages are said once by us, not at every import by others.
+    warnings.filterwarnings("ignore", module=r"megatron\..*|torch\..*|transformers\..*")
+    for noisy in ("megatron", "torch", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Rules between settings, all checked before a device or a process group is touched.
+
+Each function returns problems as lines that name key, value and fix; an empty list means that all is well.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from offline_align.config import sections as s
+from offline_align.config.runs import Run
+from offline_align.distributed.sizes import pad_vocabulary
+
+
+def problems(config: Run, model: s.ModelSection | None, world: int) -> list[str]:
+    """Return what is wrong with `config` for `world` ranks; `model` is the architecture that will run, if known."""
+    found: list[str] = []
+    for section in vars(config).values():
+        for kind, check in _SECTION_CHECKS.items():
+            if isinstance(section, kind):
+                found += check(section)
+    parallel = getattr(config, "parallel", None)
+    if parallel is not None:
+        found += _layout(parallel, world)
+        found += _batch(getattr(config, "trainer", None), parallel, world)
+    if model is not None:
+        found += _model(model) or (_model_layout(model, parallel) if parallel else [])
+        data = getattr(config, "data", None)
+        if data is not None and data.max_length > model.max_position_embeddings:
+            found.append(
+                f"data.max_length={data.max_length}: the model has {model.max_position_embeddings} positions; "
+                f"use data.max_length={model.max_position_embeddings} or less"
+            )
+    return found
+
+
+def _positive(section: Any, prefix: str, *names: str) -> list[str]:
+    values = {n: getattr(section, n) for n in names}
+    return [f"{prefix}.{n}={v}: must be 1 or more" for n, v in values.items() if v is not None and v < 1]
+
+
+def _finite(section: Any, prefix: str, *names: str) -> list[str]:
+    values = {n: getattr(section, n) for n in names}
+    return [f"{prefix}.{n}={v}: must be a finite number" for n, v in values.items() if v is not None and not math.isfinite(v)]
+
+
+def _run(run: s.RunSection) -> list[str]:
+    found = [] if 0 <= run.seed < 2**31 else [f"run.seed={run.seed}: must be between 0 and 2147483647"]
+    if Path(run.dir).is_file():
+        found.append(f"run.dir={run.dir}: is a file; give a folder")
+    return found
+
+
+def _data(data: s.DataSection) -> list[str]:
+    found = _positive(data, "data", "num_workers")
+    if data.max_length < 2:
+        found.append(f"data.max_length={data.max_length}: a row needs at least 2 tokens")
+    return found
+
+
+def _compute(trainer: s.ComputeSection) -> list[str]:
+    from offline_align.distributed.stopping import parse_duration
+    from offline_align.errors import ConfigError
+
+    found = _positive(trainer, "trainer", "micro_batch_size")
+    if trainer.max_time is not None:
+        try:
+            parse_duration(trainer.max_time)
+        except ConfigError as error:
+            found += error.problems
+    return found
+
+
+def _trainer(trainer: s.TrainerSection) -> list[str]:
+    return _positive(
+        trainer,
+        "trainer",
+        "global_batch_size",
+        "max_epochs",
+        "max_steps",
+        "log_interval",
+        "eval_interval",
+        "save_interval",
+        "keep_checkpoints",
+    )
+
+
+def _optim(optim: s.OptimSection) -> list[str]:
+    found = _finite(optim, "optim", "lr", "min_lr", "weight_decay", "adam_eps", "clip_grad")
+    found += [f"optim.{n}={v}: must be above 0" for n in ("lr", "adam_eps") if (v := getattr(optim, n)) <= 0]
+    for name in ("min_lr", "weight_decay", "clip_grad", "lr_warmup_steps"):
+        if getattr(optim, name) < 0:
+            found.append(f"optim.{name}={getattr(optim, name)}: must be 0 or more")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(optim, name) < 1:
+            found.append(f"optim.{name}={getattr(optim, name)}: must be at least 0 and below 1")
+    if optim.min_lr > optim.lr:
+        found.append(f"optim.min_lr={optim.min_lr}: must not exceed optim.lr={optim.lr}")
+    return found + _positive(optim, "optim", "lr_decay_steps")
+
+
+def _filtering(method: s.FilteringMethodSection) -> list[str]:
+    return _finite(method, "method", "threshold")
+
+
+def _weighted(method: s.RewardWeightedMethodSection) -> list[str]:
+    good = math.isfinite(method.beta) and method.beta > 0
+    return [] if good else [f"method.beta={method.beta}: must be a finite number above 0"]
+
+
+def _conditional(method: s.ConditionalMethodSection) -> list[str]:
+    from offline_align.errors import ConfigError
+    from offline_align.methods.ca import check_format
+
+    found = _finite(method, "method", "target_reward", "reward_limit")
+    if not found:
+        try:
+            check_format(method.reward_format, method.reward_limit)
+        except ConfigError as error:
+            found += error.problems
+    return found
+
+
+def _generate(generate: s.GenerateSection) -> list[str]:
+    found = _positive(generate, "generate", "max_new_tokens", "n", "batch_size")
+    if not (math.isfinite(generate.temperature) and generate.temperature >= 0):
+        found.append(f"generate.temperature={generate.temperature}: must be 0 (greedy) or more")
+    if not 0 < generate.top_p <= 1:
+        found.append(f"generate.top_p={generate.top_p}: must be above 0 and at most 1")
+    if generate.n > 1 and generate.temperature == 0:
+        found.append(f"generate.n={generate.n}: greedy answers are all the same; set generate.temperature above 0")
+    return found
+
+
+def _evaluate(evaluate: s.EvaluateSection) -> list[str]:
+    found = _positive(evaluate, "evaluate", "bootstrap_samples")
+    if not 0 < evaluate.confidence < 1:
+        found.append(f"evaluate.confidence={evaluate.confidence}: must be between 0 and 1, such as 0.95")
+    return found
+
+
+def _prepare(prepare: s.PrepareSection) -> list[str]:
+    found = _positive(prepare, "prepare", "max_rows", "demo_sft_rows", "demo_preference_rows", "demo_prompt_rows")
+    if not 0 <= prepare.valid_fraction < 1:
+        found.append(f"prepare.valid_fraction={prepare.valid_fraction}: must be at least 0 and below 1")
+    return found
+
+
+def _label(label: s.LabelSection) -> list[str]:
+    return _positive(label, "label", "flush_rows", "histogram_bins")
+
+
+def _launcher(launcher: s.LauncherSection) -> list[str]:
+    return _positive(launcher, "launcher", "nproc_per_node", "nodes")
+
+
+def _tokenizer(tokenizer: s.TokenizerSection) -> list[str]:
+    low = tokenizer.vocab_size < 300
+    return [f"tokenizer.vocab_size={tokenizer.vocab_size}: byte fallback alone takes 260; use 300 or more"] if low else []
+
+
+_SECTION_CHECKS: dict[type, Any] = {
+    s.RunSection: _run,
+    s.DataSection: _data,
+    s.ComputeSection: _compute,
+    s.TrainerSection: _trainer,
+    s.OptimSection: _optim,
+    s.FilteringMethodSection: _filtering,
+    s.RewardWeightedMethodSection: _weighted,
+    s.ConditionalMethodSection: _conditional,
+    s.GenerateSection: _generate,
+    s.EvaluateSection: _evaluate,
+    s.PrepareSection: _prepare,
+    s.LabelSection: _label,
+    s.LauncherSection: _launcher,
+    s.TokenizerSection: _tokenizer,
+}
+
+
+def _layout(parallel: s.ParallelSection, world: int) -> list[str]:
+    found = _positive(parallel, "parallel", "tensor_model_parallel_size", "context_parallel_size")
+    if found:
+        return found
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if world % (tensor * context):
+        found.append(
+            f"parallel.tensor_model_parallel_size={tensor}: {world} ranks cannot be divided into groups of "
+            f"{tensor * context}; start a multiple of it with launcher.nproc_per_node or torchrun"
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        found.append(
+            "parallel.sequence_parallel=True: splits the sequence between tensor parallel ranks, of which there is 1; "
+            "set it to false or raise parallel.tensor_model_parallel_size"
+        )
+    if context > 1:
+        found.append(
+            f"parallel.context_parallel_size={context}: the torch backend keeps each row on one rank; use 1"
+        )
+    return found
+
+
+def _batch(trainer: Any, parallel: s.ParallelSection, world: int) -> list[str]:
+    if not isinstance(trainer, s.TrainerSection) or trainer.micro_batch_size < 1:
+        return []
+    data_parallel = world // max(1, parallel.tensor_model_parallel_size * parallel.context_parallel_size)
+    share = trainer.micro_batch_size * max(data_parallel, 1)
+    if trainer.global_batch_size % share == 0:
+        return []
+    return [
+        f"trainer.global_batch_size={trainer.global_batch_size}: not a multiple of trainer.micro_batch_size="
+        f"{trainer.micro_batch_size} times {data_parallel} data parallel ranks; use a multiple of {share}"
+    ]
+
+
+def _model(model: s.ModelSection) -> list[str]:
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    unset = [n for n in names if not isinstance(getattr(model, n), int)]
+    if unset:
+        return [f"model.{n} is not set: choose model=<group> or give it" for n in unset]
+    found = _positive(model, "model", *names, "num_query_groups", "kv_channels", "max_position_embeddings", "vocab_size")
+    found += _positive(model, "model", "make_vocab_size_divisible_by", "sliding_window")
+    if found:
+        return found
+    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    if model.kv_channels is None and model.hidden_size % heads:
+        found.append(f"model.hidden_size={model.hidden_size}: not a multiple of model.num_attention_heads={heads}")
+    if heads % groups:
+        found.append(f"model.num_attention_heads={heads}: not a multiple of model.num_query_groups={groups}")
+    return found
+
+
+def _model_layout(model: s.ModelSection, parallel: s.ParallelSection) -> list[str]:
+    """Return what tensor parallelism cannot divide."""
+    tensor = parallel.tensor_model_parallel_size
+    widths = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+    }
+    if model.vocab_size is not None:
+        widths["model.make_vocab_size_divisible_by"] = pad_vocabulary(
+            model.vocab_size, model.make_vocab_size_divisible_by
+        )
+    return [
+        f"parallel.tensor_model_parallel_size={tensor}: does not divide {name}={width}; use a divisor of it"
+        for name, width in widths.items()
+        if tensor > 0 and width % tensor
+    ]

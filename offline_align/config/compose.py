@@ -1,0 +1,296 @@
+"""From command-line words to one frozen configuration, with every mistake reported at once.
+
+Hydra composes the YAML groups under `configs/` and parses the overrides; nothing else of it is used: it makes
+no folders and sets up no logging. Each value is then checked against the dataclass schema on its own, so that
+one wrong key does not hide the next one.
+"""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from offline_align.config import runs
+from offline_align.config.runs import Run
+from offline_align.errors import ConfigError
+
+STAGES: dict[str, type[Run]] = {
+    "prepare": runs.PrepareRun,
+    "sft": runs.TrainRun,
+    "reward": runs.RewardRun,
+    "label": runs.LabelRun,
+    "fa": runs.FilteringRun,
+    "rwr": runs.RewardWeightedRun,
+    "ca": runs.ConditionalRun,
+    "generate": runs.GenerateRun,
+    "evaluate": runs.EvaluateRun,
+    "convert": runs.ConvertRun,
+    "plan": runs.PlanRun,
+    "verify": runs.VerifyRun,
+}
+
+# `from` is a keyword of Python, so the field behind the key `init.from` has a trailing underscore.
+_ALIASES = {"init.from": "init.from_"}
+_OPEN_MAPPINGS = ("model.overrides.", "model.rope_scaling.")
+# Stages that may run without a folder of their own.
+_RUN_DIR_OPTIONAL = {"plan"}
+MISSING = "???"
+
+
+@dataclass
+class Composed:
+    """A configuration, the dotted keys that the user set, and what is wrong with it so far."""
+
+    config: Run
+    explicit: frozenset[str]
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Value:
+    key: str
+    value: Any
+    origin: str
+    explicit: bool
+    add: bool = False
+
+
+def configs_dir() -> Path:
+    """Return the folder of YAML groups: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    carried = package / "configs"
+    return carried if carried.is_dir() else package.parent / "configs"
+
+
+def compose(stage: str, words: list[str]) -> Composed:
+    """Return the configuration of `stage` for command-line `words` such as `model=demo optim.lr=1e-5`.
+
+    `--config-dir DIR` adds the user's own groups (`DIR/model/mine.yaml` is `model=mine`); `--config FILE` takes
+    values from a YAML file, for example the `config.yaml` of an earlier run. Words win over the file, the file
+    over the groups. Problems are collected, not raised.
+    """
+    problems: list[str] = []
+    words, folder, file = _split_flags(words, problems)
+    searched = [folder, configs_dir()] if folder else [configs_dir()]
+    overrides = list(_parse(words, problems))
+    groups = [o for o in overrides if _is_group(o.key_or_group, searched)]
+    chosen = [w for o in groups if (w := _group_choice(o, searched, problems))]
+    tree = _compose_groups(stage, chosen, folder, problems)
+    values = [_Value(k, v, "configs/", explicit=False) for k, v in _leaves(tree)]
+    if file is not None:
+        values += _file_values(file, problems)
+    values += [
+        _Value(o.key_or_group, o.value(), "command line", explicit=True, add=o.is_add())
+        for o in overrides
+        if o not in groups
+    ]
+    root = STAGES[stage]
+    config = OmegaConf.structured(root)
+    _thaw(config)
+    accepted = [v for v in values if _assign(config, v, problems)]
+    if OmegaConf.is_missing(config.run, "dir") and stage not in _RUN_DIR_OPTIONAL:
+        problems.append("run.dir is not set: give the folder that receives the results, as run.dir=runs/NAME")
+    explicit = frozenset(v.key for v in accepted if v.explicit) | {o.key_or_group for o in groups}
+    return Composed(_build(root, config), explicit, problems)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Return a configuration as plain values under the keys that a user types (for `config.yaml`)."""
+    return {
+        f.name.rstrip("_"): _plain(getattr(config, f.name)) for f in dataclasses.fields(config)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _split_flags(words: list[str], problems: list[str]) -> tuple[list[str], Path | None, Path | None]:
+    """Take `--config-dir DIR` and `--config FILE` (also with `=`) out of the words."""
+    rest: list[str] = []
+    found: dict[str, Path] = {}
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        name, _, value = word.partition("=")
+        if name not in ("--config-dir", "--config"):
+            rest.append(word)
+            continue
+        value = value or (queue.pop(0) if queue else "")
+        if not Path(value).exists() or not value:
+            problems.append(f"{name}={value}: no such path")
+        else:
+            found[name] = Path(value).resolve()
+    return rest, found.get("--config-dir"), found.get("--config")
+
+
+def _parse(words: list[str], problems: list[str]) -> Iterator[Override]:
+    parser = OverridesParser.create()
+    for word in words:
+        try:
+            override = parser.parse_override(word)
+        except HydraException:
+            problems.append(f"{word}: cannot be read; write key=value, and quote values with special characters: 'key=\"a b\"'")
+            continue
+        if not override.key_or_group or override.is_delete() or override.is_sweep_override():
+            problems.append(f"{word}: only key=value can be used here")
+            continue
+        yield override
+
+
+def _is_group(key: str, searched: list[Path]) -> bool:
+    return "." not in key and any((folder / key).is_dir() for folder in searched)
+
+
+def _group_choice(override: Override, searched: list[Path], problems: list[str]) -> str | None:
+    group, choice = override.key_or_group, override.value()
+    known = sorted({p.stem for folder in searched for p in (folder / group).glob("*.yaml")})
+    if choice in known:
+        return f"{group}={choice}"
+    problems.append(f"{group}={choice}: no such choice{_nearest(str(choice), known)}; there are {', '.join(known)}")
+    return None
+
+
+def _compose_groups(stage: str, chosen: list[str], folder: Path | None, problems: list[str]) -> dict[str, Any]:
+    search = [f"hydra.searchpath=[file://{folder}]"] if folder else []
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        # A group that this stage does not have is an unknown key like any other.
+        usable = []
+        for word in chosen:
+            try:
+                hydra_compose(f"stage/{stage}", [*search, word])
+                usable.append(word)
+            except HydraException:
+                problems.append(f"{word}: `{stage}` has no group {word.partition('=')[0]}; see offline-align {stage} --help")
+        composed = hydra_compose(f"stage/{stage}", [*search, *usable])
+    tree = OmegaConf.to_container(composed)
+    assert isinstance(tree, dict)
+    return {str(k): v for k, v in tree.items()}
+
+
+def _file_values(file: Path, problems: list[str]) -> list[_Value]:
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:  # any parser error is the user's file
+        problems.append(f"--config={file}: not readable as YAML: {str(error).splitlines()[0]}")
+        return []
+    if not isinstance(tree, dict):
+        problems.append(f"--config={file}: must hold a mapping of sections")
+        return []
+    return [_Value(k, v, str(file), explicit=v is not None) for k, v in _leaves({str(k): v for k, v in tree.items()})]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and f"{key}." not in _OPEN_MAPPINGS:
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _thaw(node: DictConfig) -> None:
+    """Let values be assigned to the schema of frozen dataclasses while composing."""
+    node._set_flag("readonly", False)
+    for name in node:
+        child = node._get_node(name)
+        if isinstance(child, DictConfig):
+            _thaw(child)
+
+
+def _assign(config: DictConfig, item: _Value, problems: list[str]) -> bool:
+    """Put one value into the schema; report a problem and return False where it does not fit."""
+    where = "" if item.origin == "command line" else f" (in {item.origin})"
+    shown = f"{item.key}={'null' if item.value is None else item.value}"
+    key = _ALIASES.get(item.key, item.key)
+    is_open = key.startswith(_OPEN_MAPPINGS)
+    known = dict(_schema_keys(config))
+    if key not in known and not is_open:
+        spelt = [k.removesuffix("_") for k in known]
+        problems.append(f"{shown}{where}: unknown key{_nearest(item.key, spelt)}")
+        return False
+    if known.get(key) is bool and not isinstance(item.value, bool):
+        problems.append(f"{shown}{where}: expected true or false")
+        return False
+    try:
+        OmegaConf.update(config, key, item.value, merge=False, force_add=is_open)
+    except OmegaConfBaseException as error:
+        problems.append(f"{shown}{where}: {_reason(error)}")
+        return False
+    return True
+
+
+def _schema_keys(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name in config:
+        child = config._get_node(name)
+        key = f"{prefix}{name}"
+        if isinstance(child, DictConfig) and f"{key}." not in _OPEN_MAPPINGS:
+            yield from _schema_keys(child, f"{key}.")
+        else:
+            yield key, child._metadata.ref_type  # type: ignore[union-attr]
+
+
+def _reason(error: OmegaConfBaseException) -> str:
+    text = str(error).splitlines()[0]
+    if "expected one of" in text:
+        return f"expected one of {text[text.index('[') :]}"
+    if "is not Optional" in text:
+        return "null is not allowed; give a value"
+    kind = {"Integer": "a whole number", "Float": "a number", "String": "a text"}
+    return next((f"expected {v}" for k, v in kind.items() if text.endswith(k)), text)
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not close and "." in word:
+        last = word.rsplit(".", 1)[-1]
+        close = [k for k in known if k.rsplit(".", 1)[-1] == last][:1]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _build[T](cls: type[T], node: DictConfig) -> T:
+    """Turn the checked tree into frozen dataclasses; what is still missing stays `???`."""
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        child = node._get_node(f.name)
+        if isinstance(child, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(child)):
+            values[f.name] = _build(OmegaConf.get_type(child), child)  # type: ignore[arg-type]
+        elif OmegaConf.is_missing(node, f.name):
+            values[f.name] = MISSING
+        else:
+            value = node[f.name]
+            values[f.name] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return cls(**values)
+
+
+def require(composed: Composed, more: list[str]) -> Run:
+    """Return the configuration, or raise one ConfigError that holds every problem found."""
+    problems = composed.problems + more
+    if problems:
+        raise ConfigError(problems)
+    return composed.config
+
+
+def world_size(nproc_per_node: int, nodes: int) -> int:
+    """Return the number of ranks: torchrun's where it started us, else the launcher's."""
+    return int(os.environ.get("WORLD_SIZE", nproc_per_node * nodes))

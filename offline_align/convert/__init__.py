@@ -1,0 +1,1 @@
+"""Hugging Face form in and out: tensor names, architecture, tokenizer, model card."""

@@ -1,0 +1,42 @@
+"""Our templates in Jinja, so that `apply_chat_template` of an exported folder asks as generation does."""
+
+import json
+
+from offline_align.config.sections import Template
+from offline_align.data.template import ASSISTANT, PREFIXES
+from offline_align.data.tokenizer import Tokenizer
+
+
+def chat_template(tokenizer: Tokenizer, template: Template, condition: str) -> str:
+    """Return the chat template of an exported policy or reward model.
+
+    The paper's template is written out; a chat template is the tokenizer's own. `condition` (the reward text
+    of Conditional Alignment, Eq. 6, or empty) follows the generation prompt, right before the response.
+    """
+    if template is Template.chat:
+        assert tokenizer.chat_template is not None
+        source = tokenizer.chat_template.removesuffix("\n")
+        return source + _at_generation_prompt(condition) if condition else source
+    start = "{{ bos_token }}" if tokenizer.adds_bos else ""
+    return start + _PAPER + _at_generation_prompt(ASSISTANT + condition)
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _at_generation_prompt(text: str) -> str:
+    return "{% if add_generation_prompt %}{{ " + _literal(text) + " }}{% endif %}"
+
+
+_PAPER = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ " + _literal(ASSISTANT) + " + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'system' %}"
+    "{{ " + _literal(PREFIXES["system"]) + " + message['content'] }}"
+    "{% else %}"
+    "{{ " + _literal(PREFIXES["user"]) + " + message['content'] }}"
+    "{% endif %}"
+    "{% endfor %}"
+)

@@ -1,0 +1,126 @@
+"""Our tensors to a Hugging Face folder: weights, config, tokenizer, chat template and model card."""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from offline_align.config.sections import ModelSection
+from offline_align.convert import names
+from offline_align.convert.architecture import huggingface_config
+from offline_align.convert.card import model_card
+from offline_align.convert.chat_template import chat_template
+from offline_align.convert.names import Entry, Kind
+from offline_align.convert.tensors import split
+from offline_align.convert.tokenizer_files import first_prompt_difference, padding_id, write_tokenizer
+from offline_align.convert.weights import parse_size, write_weights
+from offline_align.data.template import Renderer
+from offline_align.data.tokenizer import Tokenizer
+from offline_align.errors import ConfigError, StorageError
+from offline_align.methods import ca
+from offline_align.model.description import Condition, ModelDescription
+
+
+def export_huggingface(
+    state: Iterable[tuple[str, Tensor]],
+    description: ModelDescription,
+    tokenizer: Tokenizer,
+    target: Path,
+    max_shard_size: str = "5GB",
+    ancestry: Iterable[str] = (),
+) -> list[Path]:
+    """Write a folder that `transformers` and vLLM load, and return its files.
+
+    `state` yields whole (tensor-parallel gathered) tensors under our names. Raises ConfigError for a shape of
+    model that no family has and for missing or unknown tensors, StorageError where writing fails.
+    """
+    max_shard_bytes = parse_size(max_shard_size)
+    tensors = huggingface_tensors(state, description.model, description.kind)
+    first = next(tensors)
+    dtype = str(first[1].dtype).removeprefix("torch.")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        write_weights(itertools.chain([first], tensors), target, max_shard_bytes)
+        _write_json(target / "config.json", _config(description, tokenizer, dtype))
+        _write_json(target / "generation_config.json", _token_ids(tokenizer) | {"do_sample": False})
+        _write_texts(description, tokenizer, target, list(ancestry))
+    except OSError as error:
+        raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
+    return sorted(path for path in target.iterdir() if path.is_file())
+
+
+def huggingface_tensors(
+    state: Iterable[tuple[str, Tensor]], model: ModelSection, kind: Kind
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield `state` under Hugging Face names; ConfigError for missing or unknown tensors."""
+    table = {entry.ours: entry for entry in names.entries(names.family_of(model), model, kind)}
+    for name, tensor in state:
+        if name.endswith("_extra_state"):
+            continue
+        entry = table.pop(name, None)
+        if entry is None:
+            raise ConfigError(
+                f"init.from: tensor {name} of the checkpoint has no place in the model it describes"
+            )
+        yield from zip((part.name for part in entry.parts), _split(entry, tensor, model), strict=True)
+    if table:
+        raise ConfigError(f"init.from: the checkpoint has no tensor {', '.join(table)}")
+
+
+def _split(entry: Entry, tensor: Tensor, model: ModelSection) -> list[Tensor]:
+    assert model.vocab_size is not None
+    return split(entry.join, tensor, names.query_groups(model), names.channels(model), model.vocab_size)
+
+
+def _write_texts(
+    description: ModelDescription, tokenizer: Tokenizer, target: Path, ancestry: list[str]
+) -> None:
+    """Write the tokenizer and the model card, which says where `transformers` encodes otherwise."""
+    condition = target_condition(description.condition)
+    template = chat_template(tokenizer, description.template, condition)
+    notes = []
+    if not write_tokenizer(tokenizer, target, template, description.model.max_position_embeddings):
+        notes.append(
+            "No `tokenizer.json` gives the ids of this SentencePiece model: encode with `tokenizer.model`."
+        )
+    elif first_prompt_difference(target, Renderer(tokenizer, description.template), condition) is not None:
+        notes.append(
+            "The turns of a dialogue and the condition were encoded each by itself in training, and this "
+            "tokenizer joins some of them: encode them apart for exactly the prompts of training."
+        )
+    card = model_card(description, condition, notes, ancestry)
+    (target / "README.md").write_text(card, encoding="utf-8")
+
+
+def target_condition(condition: Condition | None) -> str:
+    """Return the text that asks for the stored target reward (Eq. 6), or nothing for other methods."""
+    if condition is None:
+        return ""
+    return ca.condition_text(condition.target_reward, condition.reward_format, condition.reward_limit)
+
+
+def _config(description: ModelDescription, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    condition = description.condition
+    ours = {
+        "method": description.method,
+        "template": description.template.value,
+        "condition": None if condition is None else asdict(condition),
+    }
+    config = huggingface_config(description.model, description.kind, dtype)
+    return config | _token_ids(tokenizer) | {"offline_align": ours}
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": padding_id(tokenizer),
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,87 @@
+"""The safetensors files of a Hugging Face folder: found, checked and opened without reading weights."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from offline_align.errors import ConfigError, StorageError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of `folder`, each checked to lie inside it.
+
+    Raises ConfigError where there are none (pickled weights are refused: loading them runs code), or where
+    the index names a path outside of the folder.
+    """
+    if (folder / INDEX).is_file():
+        return [_inside(folder, name) for name in sorted(set(_weight_map(folder).values()))]
+    if (folder / SINGLE).is_file():
+        return [_inside(folder, SINGLE)]
+    pickled = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
+    if pickled:
+        raise ConfigError(
+            f"init.from: {folder} has {pickled[0]} and no safetensors: loading a pickle can run any code, "
+            "so it is refused; save the model as safetensors first"
+        )
+    raise ConfigError(f"init.from: {folder} has neither {SINGLE} nor {INDEX}; give a folder with weights")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    try:
+        mapping = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"init.from: {folder / INDEX} is not a weight index ({error!r})") from error
+    if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping.values()):
+        raise ConfigError(f"init.from: {folder / INDEX}: weight_map must map tensor names to file names")
+    return mapping
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return `folder/name`; ConfigError where it is absent or leads out of the folder."""
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or "\0" in name or relative.suffix != ".safetensors":
+        raise ConfigError(
+            f"init.from: {folder / INDEX} names {name!r}, which is no safetensors file inside it"
+        )
+    path = (folder / name).resolve()
+    if not any(path.is_relative_to(allowed) for allowed in _allowed_roots(folder.resolve())):
+        raise ConfigError(
+            f"init.from: {folder / name} is a link to {path}, outside of the folder; copy it there"
+        )
+    if not path.is_file():
+        raise ConfigError(f"init.from: {folder / name} is missing; download the folder again")
+    return path
+
+
+def _allowed_roots(folder: Path) -> list[Path]:
+    # The hub's own cache keeps the files of snapshots/<revision> as links into blobs/ of the same repository.
+    if folder.parent.name == "snapshots":
+        return [folder, folder.parent.parent / "blobs"]
+    return [folder]
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
+    """Give every tensor of `folder` by name as a safetensors slice: shape known, no data read yet.
+
+    Raises ConfigError (see `weight_files`; also for a tensor in two files), StorageError for a damaged file.
+    """
+    with ExitStack() as stack:
+        slices: dict[str, Any] = {}
+        for path in weight_files(folder):
+            try:
+                handle = stack.enter_context(safe_open(path, framework="pt"))
+            except SafetensorError as error:
+                raise StorageError(f"{path} is damaged ({error}); download it again") from error
+            for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
+                if name in slices:
+                    raise ConfigError(f"init.from: {folder}: tensor {name} is in two files; keep one")
+                slices[name] = handle.get_slice(name)
+        yield slices

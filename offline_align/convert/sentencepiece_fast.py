@@ -1,0 +1,122 @@
+"""A SentencePiece model as a `tokenizer.json` with the same ids, so that `transformers` can load it."""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+
+SPACE = "▁"
+# Piece types and model types of SentencePiece's own format description.
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_UNIGRAM, _BPE = 1, 2
+
+# Texts on which both tokenizers must agree before the fast one is shipped.
+SAMPLES = (
+    "User:What is the capital of France?Assistant: ",
+    "Assistant: <rm_score>5.0",
+    "Assistant: <rm_score>-5.0The answer is 42.",
+    " leading,  double   and trailing spaces ",
+    "line one\nline two\n\n\tindented\r\nwindows",
+    "def f(x: int) -> int:\n    return x ** 2  # twice",
+    "1234567890 3.14159 1,000,000 $5 50%",
+    "naïve café Ångström ﬁne ½ ①",
+    "日本語とEnglishの混在。中文 한국어 العربية עברית हिन्दी",
+    "👍🏽 👩‍👩‍👧 zero\u200bwidth nbsp\u00a0here e\u0301",
+    "<0x41> [INST] ▁ ## \\n",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!!!!!!!!!!......",
+    "",
+)
+
+
+def convert(path: Path) -> Tokenizer | None:
+    """Return the fast form of the SentencePiece `.model` at `path`, or None where no faithful one exists.
+
+    The result gives SentencePiece's ids on every text of `SAMPLES`; control symbols (end-of-sequence and the
+    like) that occur in a text are special tokens in it, which they are not for SentencePiece.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(path.read_bytes())
+    if proto.trainer_spec.model_type not in (_UNIGRAM, _BPE) or proto.trainer_spec.treat_whitespace_as_suffix:
+        return None
+    tokenizer = _build(proto)
+    return tokenizer if first_difference(path, tokenizer) is None else None
+
+
+def first_difference(path: Path, tokenizer: Tokenizer) -> str | None:
+    """Return the first of `SAMPLES` that gets other ids than from SentencePiece, or None."""
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(path))
+    for text in SAMPLES:
+        if tokenizer.encode(text, add_special_tokens=False).ids != processor.encode(text):
+            return text
+    return None
+
+
+def _build(proto: Any) -> Tokenizer:
+    tokenizer = Tokenizer(_unigram(proto) if proto.trainer_spec.model_type == _UNIGRAM else _bpe(proto))
+    tokenizer.normalizer = _normalizer(proto.normalizer_spec)
+    tokenizer.decoder = _decoder(proto.normalizer_spec)
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(piece.piece, normalized=False, special=True)
+            for piece in proto.pieces
+            if piece.type == _CONTROL
+        ]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(piece.piece, normalized=False) for piece in proto.pieces if piece.type == _USER_DEFINED]
+    )
+    return tokenizer
+
+
+def _unigram(proto: Any) -> models.Unigram:
+    # SentencePiece never matches byte and control pieces in text: here a score below all others does that.
+    never = min(piece.score for piece in proto.pieces if piece.type == _NORMAL) - 100.0
+    vocab = [(piece.piece, piece.score if piece.type == _NORMAL else never) for piece in proto.pieces]
+    spec = proto.trainer_spec
+    return models.Unigram(vocab, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback)
+
+
+def _bpe(proto: Any) -> models.BPE:
+    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
+    spec = proto.trainer_spec
+    return models.BPE(
+        vocab, _merges(proto), unk_token=spec.unk_piece, fuse_unk=True, byte_fallback=spec.byte_fallback
+    )
+
+
+def _merges(proto: Any) -> list[tuple[str, str]]:
+    """Return every way to make a piece of two others, best piece first: the order SentencePiece merges in."""
+    normal = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
+    ranked = sorted(
+        (piece for piece in proto.pieces if piece.type == _NORMAL),
+        key=lambda piece: piece.score,
+        reverse=True,
+    )
+    return [
+        (text[:i], text[i:])
+        for text in (piece.piece for piece in ranked)
+        for i in range(1, len(text))
+        if text[:i] in normal and text[i:] in normal
+    ]
+
+
+def _normalizer(spec: Any) -> normalizers.Normalizer:
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+
+
+def _decoder(spec: Any) -> decoders.Decoder:
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    return decoders.Sequence(steps)

@@ -1,0 +1,1 @@
+"""Rows, public data sets, templates, token caches, packing and the demo corpus."""

@@ -1,0 +1,138 @@
+"""Chat templates in Jinja, rendered in a sandbox with the names that `transformers` offers them.
+
+A template may name special tokens; a message may not. Where a message holds the text of a special
+token, a private character stands for that text while the template runs, and it comes out of the
+rendering as plain text. All other dialogues get exactly the stock rendering.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from offline_align.data.records import Message
+from offline_align.errors import ConfigError, DataError
+
+PRIVATE_USE = range(0x100000, 0x10FFFE)
+"""Code points of Unicode's last plane, which no standard assigns."""
+
+Piece = tuple[str, bool]
+"""Text, and whether special-token strings in it are special tokens."""
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer."""
+
+    def __init__(self, source: str, named_tokens: Mapping[str, str], special_texts: Sequence[str]) -> None:
+        self._template = _compile(source)
+        self._named_tokens = dict(named_tokens)
+        longest_first = sorted(set(special_texts), key=len, reverse=True)
+        self._special_texts = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    def prompt(self, messages: Sequence[Message], generation_prompt: bool = True) -> list[Piece]:
+        """Return the pieces of a dialogue, with what asks for the answer at its end.
+
+        Raises DataError where the template refuses the dialogue.
+        """
+        shielded, shields = self._shield(messages)
+        return _pieces(self._run(shielded, generation_prompt), shields)
+
+    def answer(self, messages: Sequence[Message], response: str) -> list[Piece]:
+        """Return the pieces that the template writes after `prompt(messages)` for this response.
+
+        Raises DataError where the template refuses the dialogue, ConfigError where its rendering of the whole
+        dialogue does not begin with that of the prompt.
+        """
+        shielded, shields = self._shield([*messages, Message("assistant", response)])
+        context = self._run(shielded[:-1], generation_prompt=True)
+        whole = self._run(shielded, generation_prompt=False)
+        if not whole.startswith(context):
+            raise ConfigError(
+                "data.template=chat: the tokenizer's chat template rewrites the prompt once it is answered, "
+                "so the two cannot be told apart; use data.template=paper"
+            )
+        return _pieces(whole[len(context) :], shields)
+
+    def _shield(self, messages: Sequence[Message]) -> tuple[Sequence[Message], dict[str, str]]:
+        """Return the messages with a private character for each special text, and what it stands for."""
+        pattern = self._special_texts
+        text = "".join(message.content for message in messages)
+        if pattern is None or not pattern.search(text):
+            return messages, {}
+        used = set(text)
+        unused = (chr(point) for point in PRIVATE_USE if chr(point) not in used)
+        shields = dict(zip(sorted(set(pattern.findall(text))), unused, strict=False))
+        hidden = [replace(m, content=pattern.sub(lambda hit: shields[hit[0]], m.content)) for m in messages]
+        return hidden, {private: special for special, private in shields.items()}
+
+    def _run(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._template.render(
+                messages=turns,
+                tools=None,
+                documents=None,
+                add_generation_prompt=generation_prompt,
+                **self._named_tokens,
+            )
+        except Exception as error:  # a template is foreign code, which can fail in any way
+            raise DataError(f"chat template: {error}") from error
+
+
+def _pieces(text: str, shields: Mapping[str, str]) -> list[Piece]:
+    """Split a rendering at the private characters, each of which becomes plain text again."""
+    if not shields:
+        return [(text, True)] if text else []
+    parts = re.split("([" + "".join(shields) + "])", text)
+    return [(shields.get(part, part), part not in shields) for part in parts if part]
+
+
+class Generation(Extension):
+    """`{% generation %}` marks what the assistant says; it changes no text."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja asks for this form)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return the statements inside the mark."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(source: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        raise ConfigError(f"model.tokenizer: its chat template is not valid Jinja: {error}") from error
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -1,0 +1,208 @@
+"""Strict reading and atomic writing of JSONL, one object a line, UTF-8, `.gz` too.
+
+Nothing is guessed and nothing is lost in silence: a line that is not one plain JSON object is
+rejected with file, line and reason, which ends the run or goes into a quarantine file.
+"""
+
+import gzip
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from offline_align.config.sections import OnBadRow
+from offline_align.errors import ConfigError, DataError, StorageError
+
+UTF8_BOM = b"\xef\xbb\xbf"
+BRACKETS_TO_CHECK = 500  # below this no line can be nested too deeply to be written again
+
+
+class RowError(ValueError):
+    """A row cannot be used; the message is `field: reason`, the same for all rows with that fault."""
+
+
+class BadRows:
+    """What happens to unusable rows: `fail` raises, `skip` counts them and writes them to `quarantine`.
+
+    A quarantine of None counts only. The file starts anew with the first bad row of each object.
+    """
+
+    def __init__(self, on_bad_row: OnBadRow, quarantine: Path | None) -> None:
+        self.on_bad_row = on_bad_row
+        self.quarantine = quarantine
+        self.counts: dict[str, int] = Counter()
+
+    def reject(self, path: Path, line_no: int, reason: str, raw: str) -> None:
+        """Count and quarantine one row, or raise DataError `file:line: field: reason`."""
+        if self.on_bad_row is OnBadRow.fail:
+            raise DataError(f"{path}:{line_no}: {reason}; mend the row, or set data.on_bad_row=skip")
+        if self.quarantine is not None:
+            self._write(self.quarantine, {"file": str(path), "line": line_no, "reason": reason, "raw": raw})
+        self.counts[reason] += 1
+
+    def _write(self, quarantine: Path, row: dict[str, Any]) -> None:
+        mode = "a" if self.counts else "w"
+        try:
+            quarantine.parent.mkdir(parents=True, exist_ok=True)
+            with quarantine.open(mode, encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise StorageError(f"{quarantine}: cannot write: {error.strerror}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One JSON object and where it stands."""
+
+    path: Path
+    number: int
+    raw: bytes
+    value: dict[str, Any]
+
+    def reject(self, bad_rows: BadRows, reason: str) -> None:
+        """Reject this line, see `BadRows.reject`."""
+        bad_rows.reject(self.path, self.number, reason, readable(self.raw))
+
+
+def readable(raw: bytes) -> str:
+    """Return a line as text, with bytes that are not UTF-8 written as `\\xNN`."""
+    return raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
+
+
+def read_objects(paths: Sequence[Path], bad_rows: BadRows) -> Iterator[Line]:
+    """Yield every JSON object of the files in order; other lines go to `bad_rows`.
+
+    Blank lines at the end of a file and a byte order mark at its start are allowed.
+    """
+    for path in paths:
+        blank: list[int] = []
+        for number, raw in _numbered_lines(path, bad_rows):
+            if not raw.strip():
+                blank.append(number)
+                continue
+            while blank:
+                bad_rows.reject(path, blank.pop(0), "json: blank line", "")
+            try:
+                yield Line(path, number, raw, parse_object(raw))
+            except RowError as error:
+                bad_rows.reject(path, number, str(error), readable(raw))
+
+
+def _numbered_lines(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, raw in enumerate(file, start=1):
+                yield number, raw.removeprefix(UTF8_BOM) if number == 1 else raw
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        bad_rows.reject(path, number + 1, "gzip: damaged or truncated, the rest of the file is lost", "")
+    except OSError as error:
+        raise StorageError(f"{path}: cannot read: {error.strerror}") from error
+
+
+def _open(path: Path) -> BinaryIO | gzip.GzipFile:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """Return the JSON object of one line; RowError where it is anything else or ambiguous."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError("encoding: not UTF-8") from error
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+    except RowError:
+        raise
+    except RecursionError as error:
+        raise RowError("json: nested too deeply") from error
+    except ValueError as error:
+        raise RowError(f"json: {_fault(error)}") from error
+    if not isinstance(value, dict):
+        raise RowError("json: not an object")
+    _check_writable(text, value)
+    return value
+
+
+def _fault(error: ValueError) -> str:
+    extra = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+    return "more than one value on the line" if extra else "not valid JSON"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise RowError("json: a key occurs twice in an object")
+    return value
+
+
+def _refuse(_: str) -> None:
+    raise RowError("json: NaN and Infinity are not numbers of JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise RowError("json: number out of range")
+    return value
+
+
+def _check_writable(text: str, value: dict[str, Any]) -> None:
+    suspicious = "\\ud" in text.lower() or text.count("[") + text.count("{") > BRACKETS_TO_CHECK
+    if not suspicious:
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError("encoding: lone surrogate") from error
+    except RecursionError as error:
+        raise RowError("json: nested too deeply") from error
+
+
+def input_paths(value: Any, key: str) -> list[Path]:
+    """Return the files that a setting names; ConfigError naming `key` for all that is wrong with it."""
+    names = [value] if isinstance(value, (str, Path)) else value
+    if (
+        not isinstance(names, (list, tuple))
+        or not names
+        or not all(isinstance(n, (str, Path)) for n in names)
+    ):
+        raise ConfigError(f"{key}={value!r}: needs a path or a list of paths")
+    paths = [Path(name).expanduser() for name in names]
+    problems = [f"{key}={path}: {problem}" for path in paths if (problem := _path_problem(path))]
+    problems += [f"{key}={path}: given twice" for path, count in Counter(paths).items() if count > 1]
+    if problems:
+        raise ConfigError(problems)
+    return paths
+
+
+def _path_problem(path: Path) -> str | None:
+    if path.is_dir():
+        return "is a folder; name the files in it"
+    if not path.exists():
+        return "no such file"
+    return None if os.access(path, os.R_OK) else "cannot be read; check its permissions"
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows to `path` whole or not at all and return their number; StorageError on a failed write."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    count = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot write: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count

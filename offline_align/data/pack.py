@@ -1,0 +1,55 @@
+"""Packing: which rows share a bin. Pure arithmetic over lengths, the same on every rank.
+
+Rows are packed inside one optimizer step only. A step is therefore exactly the rows that its index names, whatever
+the layout, and packing has no state to save.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def pack(lengths: Sequence[int], capacity: int, multiple_of: int = 1) -> list[list[int]]:
+    """Return bins of row indices, each of at most `capacity` tokens, balanced by tokens.
+
+    The number of bins is the smallest multiple of `multiple_of` (data parallel ranks) that a first-fit-decreasing
+    packing allows; longest rows then go to the emptiest bin, so that ranks finish together. Bins may be empty where
+    there are fewer rows than ranks. Bin `b` belongs to rank `b % multiple_of`. Raises ValueError for a row longer
+    than `capacity`.
+    """
+    longest = max(lengths, default=0)
+    if longest > capacity:
+        raise ValueError(f"a row of {longest} tokens does not fit a bin of {capacity}")
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    needed = _first_fit_count([lengths[i] for i in order], capacity)
+    bins = -(-max(needed, 1) // multiple_of) * multiple_of
+    while (packed := _spread(order, lengths, capacity, bins)) is None:
+        bins += multiple_of
+    return packed
+
+
+def _first_fit_count(decreasing: list[int], capacity: int) -> int:
+    """Return how many bins first-fit needs for lengths in decreasing order."""
+    room = np.zeros(len(decreasing) or 1, dtype=np.int64)
+    used = 0
+    for length in decreasing:
+        fits = np.flatnonzero(room[:used] >= length)
+        at = int(fits[0]) if fits.size else used
+        if at == used:
+            room[used] = capacity
+            used += 1
+        room[at] -= length
+    return used
+
+
+def _spread(order: list[int], lengths: Sequence[int], capacity: int, count: int) -> list[list[int]] | None:
+    """Give each row to the emptiest bin; return None where that overflows."""
+    load = np.zeros(count, dtype=np.int64)
+    bins: list[list[int]] = [[] for _ in range(count)]
+    for i in order:
+        at = int(load.argmin())
+        if load[at] + lengths[i] > capacity:
+            return None
+        load[at] += lengths[i]
+        bins[at].append(i)
+    return bins

@@ -1,0 +1,227 @@
+"""The rows that stages exchange, read strictly: SFT samples, preference pairs, labelled samples, prompts.
+
+A prompt is a string (one user message) or a list of messages: at most one system message, first,
+then user and assistant in turn, the last one from the user.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from offline_align.data.jsonl import BadRows, RowError, input_paths, read_objects, write_jsonl
+from offline_align.errors import DataError
+
+__all__ = [
+    "BadRows",
+    "LabelledSample",
+    "Message",
+    "PreferencePair",
+    "Prompt",
+    "RowError",
+    "Sample",
+    "input_paths",
+    "parse_row",
+    "read_rows",
+    "read_samples_and_pairs",
+    "write_jsonl",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a dialogue; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A prompt with one response; `columns` is the whole JSON object of the row, in its order."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    response: str
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """A prompt with a preferred and a rejected response; `margin` says by how much, where known."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    margin: float | None
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledSample(Sample):
+    """A sample scored by a reward model: raw, and normalised over the labelled set."""
+
+    reward_raw: float
+    reward: float
+    source_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt to be answered."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    columns: dict[str, Any]
+
+
+def read_rows[T](paths: Sequence[Path], kind: type[T], bad_rows: BadRows) -> Iterator[T]:
+    """Yield the rows of the files as `kind`, one of the classes above, in order.
+
+    A missing id becomes `<file name>:<line number>`; ids are unique over all files.
+    DataError for a bad row (unless skipped) and where no usable row was found at all.
+    """
+    return _read(paths, bad_rows, lambda columns, row_id: parse_row(columns, kind, row_id))
+
+
+def read_samples_and_pairs(paths: Sequence[Path], bad_rows: BadRows) -> Iterator[Sample | PreferencePair]:
+    """Yield rows with a `chosen` or `rejected` column as pairs, others as samples; see `read_rows`."""
+    return _read(paths, bad_rows, _sample_or_pair)
+
+
+def _sample_or_pair(columns: dict[str, Any], row_id: str) -> Sample | PreferencePair:
+    if "chosen" in columns or "rejected" in columns:
+        return parse_row(columns, PreferencePair, row_id)
+    return parse_row(columns, Sample, row_id)
+
+
+def _read[T](
+    paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str, Any], str], T]
+) -> Iterator[T]:
+    names = Counter(path.name for path in paths)
+    seen: dict[str, bytes] = {}
+    for line in read_objects(paths, bad_rows):
+        name = line.path.name if names[line.path.name] == 1 else str(line.path)
+        try:
+            row = parse(line.value, f"{name}:{line.number}")
+            _check_id(cast(Any, row).id, line.raw, seen)
+        except RowError as error:
+            line.reject(bad_rows, str(error))
+        else:
+            yield row
+    if not seen:
+        raise DataError(f"{', '.join(map(str, paths))}: no usable row")
+
+
+def _check_id(row_id: str, raw: bytes, seen: dict[str, bytes]) -> None:
+    digest = hashlib.sha256(raw.strip()).digest()
+    first = seen.setdefault(row_id, digest)
+    if first is not digest:
+        same = first == digest
+        raise RowError("id: duplicate id" if same else "id: duplicate id, with other content")
+
+
+def parse_row[T](columns: dict[str, Any], kind: type[T], default_id: str) -> T:
+    """Return one JSON object as `kind`; RowError `field: reason` where it does not fit."""
+    parse = _PARSERS[kind]
+    return cast(T, parse(columns, _row_id(columns, default_id), _prompt(columns)))
+
+
+def _sample(columns: dict[str, Any], row_id: str, prompt: tuple[Message, ...]) -> Sample:
+    return Sample(row_id, prompt, _text(columns, "response"), columns)
+
+
+def _pair(columns: dict[str, Any], row_id: str, prompt: tuple[Message, ...]) -> PreferencePair:
+    chosen, rejected = _text(columns, "chosen"), _text(columns, "rejected")
+    if chosen == rejected:
+        raise RowError("rejected: the same as chosen")
+    margin = None if columns.get("margin") is None else _number(columns, "margin")
+    return PreferencePair(row_id, prompt, chosen, rejected, margin, columns)
+
+
+def _labelled(columns: dict[str, Any], row_id: str, prompt: tuple[Message, ...]) -> LabelledSample:
+    rewards = _number(columns, "reward_raw"), _number(columns, "reward")
+    response, source_id = _text(columns, "response"), _text(columns, "source_id")
+    return LabelledSample(row_id, prompt, response, columns, *rewards, source_id)
+
+
+def _bare_prompt(columns: dict[str, Any], row_id: str, prompt: tuple[Message, ...]) -> Prompt:
+    return Prompt(row_id, prompt, columns)
+
+
+_PARSERS: dict[type, Callable[[dict[str, Any], str, tuple[Message, ...]], object]] = {
+    Sample: _sample,
+    PreferencePair: _pair,
+    LabelledSample: _labelled,
+    Prompt: _bare_prompt,
+}
+
+
+def _row_id(columns: dict[str, Any], default: str) -> str:
+    return default if columns.get("id") is None else _text(columns, "id")
+
+
+def _present(columns: dict[str, Any], field: str) -> Any:
+    if field not in columns:
+        raise RowError(f"{field}: missing")
+    if columns[field] is None:
+        raise RowError(f"{field}: null")
+    return columns[field]
+
+
+def _text(columns: dict[str, Any], field: str) -> str:
+    return _checked_text(_present(columns, field), field)
+
+
+def _checked_text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(f"{field}: not a string")
+    if not value.strip():
+        raise RowError(f"{field}: empty")
+    if "\0" in value:
+        raise RowError(f"{field}: contains a NUL character")
+    return value
+
+
+def _number(columns: dict[str, Any], field: str) -> float:
+    value = _present(columns, field)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RowError(f"{field}: not a number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise RowError(f"{field}: number out of range") from error
+
+
+def _prompt(columns: dict[str, Any]) -> tuple[Message, ...]:
+    value = _present(columns, "prompt")
+    if isinstance(value, str):
+        return (Message("user", _checked_text(value, "prompt")),)
+    if not isinstance(value, list):
+        raise RowError("prompt: not a string or a list of messages")
+    messages = tuple(_message(item) for item in value)
+    _check_turns([message.role for message in messages])
+    return messages
+
+
+def _message(item: Any) -> Message:
+    if not isinstance(item, dict):
+        raise RowError("prompt: a message is not an object")
+    role, content = item.get("role"), item.get("content")
+    if role not in ("system", "user", "assistant"):
+        raise RowError("prompt: role is not system, user or assistant")
+    return Message(role, _checked_text(content, "prompt: content of a message"))
+
+
+def _check_turns(roles: list[str]) -> None:
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns:
+        raise RowError("prompt: no user message")
+    expected = ["user", "assistant"] * (len(turns) // 2) + ["user"]
+    if turns[-1] != "user":
+        raise RowError("prompt: the last message is not from the user")
+    if turns != expected:
+        raise RowError("prompt: roles do not alternate between user and assistant")

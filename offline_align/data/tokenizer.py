@@ -1,0 +1,304 @@
+"""Tokenizers: SentencePiece `.model` files and Hugging Face `tokenizer.json`, read as data only.
+
+No code that comes with a tokenizer is run and nothing is unpickled. Text of users never becomes a
+special token: a literal `</s>` or `<|im_end|>` in a row is encoded as the characters it consists of.
+Only text that a template supplies may name special tokens (`special=True`).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from offline_align.errors import ConfigError, StorageError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+HUGGING_FACE_FILE = "tokenizer.json"
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Files beside `tokenizer.json` that name its special tokens and its chat template."""
+
+USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]")
+"""End-of-sequence tokens that a bare `tokenizer.json` is searched for."""
+
+MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+"""Shape of a user-defined SentencePiece symbol that is taken for a control token."""
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    vocab_size: int
+    """Number of embedding rows that the ids need: the largest id plus one."""
+    eos_id: int
+    """End of sequence; every tokenizer has one."""
+    bos_id: int | None
+    """Beginning of sequence."""
+    pad_id: int | None
+    """Padding; packed batches need none."""
+    adds_bos: bool
+    """Whether the tokenizer's own rules start every sequence with `bos_id`."""
+    named_tokens: dict[str, str]
+    """Special tokens by their role (`eos_token`, ...), as chat templates know them."""
+    special_texts: tuple[str, ...]
+    """Strings that become one special token where `special=True`."""
+    chat_template: str | None
+    """Jinja source of the chat template."""
+    content_hash: str
+    """SHA-256 of all that determines the ids of a dialogue."""
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Return the ids of `text`, without begin or end of sequence.
+
+        Special-token strings in it are plain characters, unless `special`.
+        """
+
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """Return the ids of every text; see `encode`. Uses all cores."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`; special tokens are left out."""
+
+    def save(self, folder: Path) -> None:
+        """Write the files that `load_tokenizer(folder)` needs. Raises StorageError."""
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Return the tokenizer of a `.model` or `tokenizer.json` file, or of a folder with either of them.
+
+    A folder with both is read as Hugging Face means it, by `tokenizer.json`. Raises ConfigError naming
+    `model.tokenizer`.
+    """
+    found = _find(Path(path).expanduser())
+    try:
+        if found.suffix == ".json":
+            names = [found.with_name(name) for name in COMPANIONS]
+            files = {HUGGING_FACE_FILE: found.read_bytes()}
+            return HuggingFaceTokenizer(files | {n.name: n.read_bytes() for n in names if n.is_file()})
+        return SentencePieceTokenizer(found.read_bytes())
+    except OSError as error:
+        raise _problem(found, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise _problem(found, str(error)) from error
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        if path.suffix not in (".json", ".model"):
+            raise _problem(path, "is neither a SentencePiece .model nor a tokenizer.json")
+        return path
+    if not path.is_dir():
+        raise _problem(path, "no such file or folder")
+    known = [path / HUGGING_FACE_FILE, path / SENTENCEPIECE_FILE, *sorted(path.glob("*.model"))]
+    for candidate in known:
+        if candidate.is_file():
+            return candidate
+    raise _problem(path, f"the folder has neither {HUGGING_FACE_FILE} nor a .model file")
+
+
+def _problem(path: Path, reason: str) -> ConfigError:
+    return ConfigError(f"model.tokenizer={path}: {reason}")
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot write the tokenizer: {error.strerror}") from error
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. Its file has no chat template and no rule that adds begin of sequence.
+
+    Control symbols are never matched in text. User-defined symbols are, so those that look like markers
+    (`<name>`, `[NAME]`) are switched off for plain text; others, such as runs of spaces, stay as they are.
+    """
+
+    chat_template: str | None = None
+    adds_bos = False
+
+    def __init__(self, model: bytes) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = model
+        plain, self.special_texts = _without_markers(model)
+        self._special, self._plain = SentencePieceProcessor(), SentencePieceProcessor()
+        for processor, content in ((self._special, model), (self._plain, plain)):
+            processor.LoadFromSerializedProto(content)
+        self.vocab_size = int(self._special.get_piece_size())
+        self.eos_id = int(self._special.eos_id())
+        if self.eos_id < 0:
+            raise ValueError("has no end-of-sequence piece; train it with eos_id >= 0")
+        self.bos_id = _present(self._special.bos_id())
+        self.pad_id = _present(self._special.pad_id())
+        roles = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        self.named_tokens = {r: self._special.id_to_piece(i) for r, i in roles.items() if i is not None}
+        self.content_hash = _sha256([b"sentencepiece", model])
+
+    def __reduce__(self) -> tuple[type, tuple[bytes]]:
+        return (type(self), (self._model,))
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """See `Tokenizer.encode`."""
+        return self.encode_batch([text], special)[0]
+
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
+        processor = self._special if special else self._plain
+        ids: list[list[int]] = processor.encode(list(texts), out_type=int)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return str(self._special.decode([int(i) for i in ids]))
+
+    def save(self, folder: Path) -> None:
+        """See `Tokenizer.save`."""
+        _write(folder, {SENTENCEPIECE_FILE: self._model})
+
+
+def _without_markers(model: bytes) -> tuple[bytes, tuple[str, ...]]:
+    """Return the model with its marker-shaped user-defined symbols unused, and these symbols."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(model)
+    except DecodeError as error:
+        raise ValueError("is not a SentencePiece model") from error
+    if not proto.pieces:
+        raise ValueError("is not a SentencePiece model: it has no pieces")
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    markers = [p for p in proto.pieces if p.type == kinds.USER_DEFINED and MARKER.fullmatch(p.piece)]
+    for piece in markers:
+        piece.type = kinds.UNUSED
+    return proto.SerializeToString(), tuple(piece.piece for piece in markers)
+
+
+def _present(token_id: int) -> int | None:
+    return int(token_id) if token_id >= 0 else None
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json` with what its companions say about special tokens and the chat template.
+
+    Special are the tokens flagged so in `tokenizer.json` and those that a companion names in a role.
+    Truncation and padding that were saved with the file are switched off.
+    """
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self._files = dict(files)
+        config = _json_object(self._files, "special_tokens_map.json")
+        config |= _json_object(self._files, "tokenizer_config.json")
+        definition = _json_object(self._files, HUGGING_FACE_FILE) | {"truncation": None, "padding": None}
+        self.named_tokens = _named_tokens(config, definition)
+        self.special_texts = _flag_special(definition, set(self.named_tokens.values()))
+        self._special, self._plain = _backend(definition), _backend(definition)
+        self.vocab_size = max(self._special.get_vocab(with_added_tokens=True).values()) + 1
+        eos = self._id_of("eos_token")
+        if eos is None:
+            raise ValueError("names no end of sequence; put tokenizer_config.json with eos_token beside it")
+        self.eos_id = eos
+        self.bos_id = self._id_of("bos_token")
+        self.pad_id = self._id_of("pad_token")
+        self.adds_bos = self._adds_bos(config.get("add_bos_token"))
+        self.chat_template = _chat_template(config, self._files)
+        rules = [definition, self.named_tokens, self.adds_bos, self.chat_template]
+        self.content_hash = _sha256(json.dumps(rule, sort_keys=True).encode() for rule in rules)
+
+    # The backend forgets `encode_special_tokens` when it is pickled, so workers build it anew.
+    def __reduce__(self) -> tuple[type, tuple[dict[str, bytes]]]:
+        return (type(self), (self._files,))
+
+    def _id_of(self, role: str) -> int | None:
+        text = self.named_tokens.get(role)
+        return None if text is None else self._special.token_to_id(text)
+
+    def _adds_bos(self, setting: object) -> bool:
+        if self.bos_id is None:
+            return False
+        if isinstance(setting, bool):
+            return setting
+        return bool(self._special.encode("a").ids[:1] == [self.bos_id])
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """See `Tokenizer.encode`."""
+        return self.encode_batch([text], special)[0]
+
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """See `Tokenizer.encode_batch`."""
+        backend = self._special if special else self._plain
+        backend.encode_special_tokens = not special
+        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return str(self._special.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def save(self, folder: Path) -> None:
+        """See `Tokenizer.save`."""
+        _write(folder, self._files)
+
+
+def _backend(definition: dict[str, Any]) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return Backend.from_str(json.dumps(definition))
+    except Exception as error:  # the library raises bare Exception for every fault of the file
+        raise ValueError(f"is not a usable tokenizer.json: {error}") from error
+
+
+def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is not a JSON object")
+    return value
+
+
+def _named_tokens(config: dict[str, Any], definition: dict[str, Any]) -> dict[str, str]:
+    """Return `{role: token}` of the companions; the usual end of sequence where they name none."""
+    named = {}
+    for role, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if role.endswith("_token") and isinstance(text, str):
+            named[role] = text
+    if "eos_token" not in named:
+        added = {token["content"] for token in definition.get("added_tokens") or []}
+        usual = [text for text in USUAL_EOS if text in added]
+        if len(usual) == 1:
+            named["eos_token"] = usual[0]
+    return named
+
+
+def _flag_special(definition: dict[str, Any], named: set[str]) -> tuple[str, ...]:
+    """Flag the named added tokens as special in `definition` and return all that are special."""
+    special = []
+    for token in definition.get("added_tokens") or []:
+        token["special"] = bool(token.get("special")) or token["content"] in named
+        if token["special"]:
+            special.append(str(token["content"]))
+    return tuple(special)
+
+
+def _chat_template(config: dict[str, Any], files: Mapping[str, bytes]) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode("utf-8")
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several templates by name; the one called default is for dialogues
+        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+    return source if isinstance(source, str) else None

@@ -1,0 +1,1 @@
+"""Ranks: their arithmetic, process groups, and megatron-core on machines without a GPU."""

@@ -1,0 +1,99 @@
+"""megatron-core on CPU: the one place where globals are patched.
+
+megatron-core 0.19 asks for CUDA by name in its schedules, optimizer and checkpoints. With the answers below the
+same code, collectives included, runs on CPU tensors over gloo, so that a laptop and CI exercise the production path.
+Switched on by `enable()` alone, which `distributed.setup` calls when the device is the CPU; never by import.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "rand", "randn", "arange", "empty_like", "zeros_like")
+_CPU = torch.device("cpu")
+_enabled = False
+
+
+class _Stream:
+    """Stands for a CUDA stream: work on the CPU is done when the call returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def wait_event(self, _: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+@contextlib.contextmanager
+def _no_stream(_: Any) -> Iterator[None]:
+    yield
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return `factory` with any request for a CUDA device answered by the CPU."""
+
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _type_name(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `Tensor.type` that names CPU tensors as megatron's optimizer and clipping compare them."""
+
+    @functools.wraps(tensor_type)
+    def named(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = tensor_type(tensor, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    return named
+
+
+def enable() -> None:
+    """Let megatron-core work on CPU tensors for the rest of this process; a second call does nothing."""
+    global _enabled
+    if _enabled:
+        return
+    _enabled = True
+    _patch_device()
+    _patch_random_state()
+
+
+def _patch_device() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = cuda.empty_cache = _nothing
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.Stream = _Stream
+    cuda.current_stream = lambda *_: _Stream()
+    cuda.stream = _no_stream
+    tensor: Any = torch.Tensor
+    tensor.record_stream = _nothing
+    tensor.cuda = lambda self, *_, **__: self
+    tensor.type = _type_name(tensor.type)
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _patch_random_state() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    cuda: Any = torch.cuda
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    tracker: Any = megatron_random
+    tracker._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    tracker._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

@@ -1,0 +1,132 @@
+"""Process groups, device and seeds of this rank, and their orderly end.
+
+`with session(...) as ranks:` is the only way that a stage starts and leaves the distributed world; ranks are those
+of torchrun, or a world of one.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from offline_align.config.sections import Device, ParallelSection, RunSection
+from offline_align.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+# Long enough for a rank that writes or hashes a large checkpoint while the others wait.
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands; `dp` counts data parallel ranks, `tp` tensor parallel ones."""
+
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    tp_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's `value` on every rank."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's `value`, in the order of ranks, on every rank."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
+def choose_device(device: Device) -> torch.device:
+    """Return the device of this rank; raises ConfigError where CUDA was asked for and is not there."""
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ConfigError("run.device=cuda: no CUDA device is visible; use run.device=cpu or auto")
+    if device is Device.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextlib.contextmanager
+def session(parallel: ParallelSection, run: RunSection) -> Iterator[Ranks]:
+    """Start this rank (device, process groups, megatron's parallel state, seeds) and end it whatever happens."""
+    device = choose_device(run.device)
+    if device.type == "cpu":
+        from offline_align.distributed import cpu
+
+        cpu.enable()
+        torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    else:
+        torch.cuda.set_device(device)
+    _init_process_group(device)
+    from megatron.core import parallel_state
+
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+        )
+        seed_everything(run.seed)
+        yield _ranks(device)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _init_process_group(device: torch.device) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+        return
+    # A world of one needs no port: the store lives in this process.
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+
+
+def _ranks(device: torch.device) -> Ranks:
+    from megatron.core import parallel_state as state
+
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        dp_rank=state.get_data_parallel_rank(),
+        dp_size=state.get_data_parallel_world_size(),
+        tp_rank=state.get_tensor_model_parallel_rank(),
+        tp_size=state.get_tensor_model_parallel_world_size(),
+        device=device,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, torch and megatron's tensor parallel generators, the same on all data parallel ranks."""
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -1,0 +1,41 @@
+"""The errors that a user can meet, each with the exit code that the process ends with.
+
+Codes 65, 70, 74, 75 and 78 are those of BSD's sysexits; 75 asks a scheduler to run the job again.
+"""
+
+
+class AlignError(Exception):
+    """Base of all errors that are reported as one plain line instead of a traceback."""
+
+    exit_code = 70
+
+
+class DataError(AlignError):
+    """A row or a data file cannot be used; the message starts with `file:line: field:`."""
+
+    exit_code = 65
+
+
+class StorageError(AlignError):
+    """A file could not be written or read back whole: disk full, read-only, damaged."""
+
+    exit_code = 74
+
+
+class StoppedEarly(AlignError):
+    """The run stopped before its end with everything saved: the same command continues it."""
+
+    exit_code = 75
+
+
+class ConfigError(AlignError):
+    """One or more settings are wrong; every problem found is a line of its own.
+
+    Found before a process group exists, and all problems at once.
+    """
+
+    exit_code = 78
+
+    def __init__(self, problems: str | list[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))

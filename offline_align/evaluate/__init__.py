@@ -1,0 +1,1 @@
+"""Comparison of methods: answers side by side, judges, statistics, figures and the report."""

@@ -1,0 +1,121 @@
+"""People as the judge: a blind rating page is written first, their saved ratings are read afterwards."""
+
+import hashlib
+import json
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from offline_align.data.records import Sample
+from offline_align.errors import DataError, StoppedEarly
+from offline_align.evaluate.comparison import prompt_text
+from offline_align.evaluate.judges.verdict_text import HIGHEST, LOWEST, shuffled
+from offline_align.evaluate.page import render_page
+from offline_align.lineage import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class HumanJudge:
+    """Reads `ratings*.jsonl` of the run folder, one file a rater: `{"answer": key, "score": 1 to 10}` a line."""
+
+    run_dir: Path
+    seed: int
+    name: str = "human rating"
+    _raters: int = 0
+    _rated_sets: int = field(default=0)
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        """Return mean ratings over the raters; NaN for the answers of a set that nobody rated in full.
+
+        Raises StoppedEarly, with the page to rate on written, where there are no ratings yet; DataError for
+        a rating that cannot be used.
+        """
+        files = sorted(self.run_dir.glob("ratings*.jsonl"))
+        if not files:
+            page = self.run_dir / "rating.html"
+            write_atomically(page, self._page(samples).encode())
+            raise StoppedEarly(
+                f"{page}: rate the answers on this page, save the ratings file beside it, and run the same "
+                "command again"
+            )
+        self._raters = len(files)
+        return self._means(samples, _read(files))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the numbers of raters and of sets rated in full."""
+        return {"kind": "human", "raters": self._raters, "rated_sets": self._rated_sets}
+
+    def _means(self, samples: Sequence[Sample], ratings: dict[str, list[float]]) -> list[float]:
+        scores: list[float] = []
+        self._rated_sets = 0
+        for one in _sets(samples):
+            given = [ratings.get(answer_key(sample, self.seed), []) for sample in one]
+            complete = all(given)
+            self._rated_sets += complete
+            scores += [sum(g) / len(g) if complete else math.nan for g in given]
+        if self._rated_sets == 0:
+            raise DataError(
+                f"{self.run_dir}/ratings*.jsonl: answer: no set of answers is rated in full; rate at least one on "
+                "this run's rating.html"
+            )
+        return scores
+
+    def _page(self, samples: Sequence[Sample]) -> str:
+        sets = [self._shown(one) for one in _sets(samples)]
+        content = "".join(answer["key"] for one in sets for answer in one["answers"])
+        return render_page("rating.html.j2", {"sets": sets, "storage": _digest(content)})
+
+    def _shown(self, samples: list[Sample]) -> dict[str, Any]:
+        order = shuffled(samples, self.seed)
+        answers = [{"key": answer_key(samples[i], self.seed), "response": samples[i].response} for i in order]
+        # Equal answers have one key and are rated once.
+        unique = list({answer["key"]: answer for answer in answers}.values())
+        return {"prompt": prompt_text(samples[0].prompt), "answers": unique}
+
+
+def answer_key(sample: Sample, seed: int) -> str:
+    """Return the opaque name of an answer on the page: it tells a rater nothing about the method."""
+    return _digest(json.dumps([seed, sample.id, sample.response]))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _sets(samples: Sequence[Sample]) -> list[list[Sample]]:
+    return [list(group) for _, group in groupby(samples, key=lambda sample: sample.id)]
+
+
+def _read(files: Sequence[Path]) -> dict[str, list[float]]:
+    """Return all ratings of each answer; a rater's last word on an answer counts."""
+    ratings: dict[str, list[float]] = defaultdict(list)
+    for path in files:
+        own: dict[str, float] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                key, score = _rating(line, f"{path}:{number}")
+                own[key] = score
+        for key, score in own.items():
+            ratings[key].append(score)
+    return ratings
+
+
+def _rating(line: str, where: str) -> tuple[str, float]:
+    try:
+        row = json.loads(line)
+        key, score = row["answer"], row["score"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f'{where}: answer, score: not {{"answer": ..., "score": ...}}; save the ratings again'
+        ) from error
+    number = isinstance(score, int | float) and not isinstance(score, bool)
+    if not isinstance(key, str) or not number or not LOWEST <= score <= HIGHEST:
+        raise DataError(f"{where}: score: {score!r} is not a number from {LOWEST:g} to {HIGHEST:g}")
+    return key, float(score)

@@ -1,0 +1,53 @@
+"""A reward model of ours as the judge: its raw scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offline_align.config.runs import EvaluateRun
+from offline_align.data.records import Message, Sample
+from offline_align.errors import ConfigError
+from offline_align.model.description import ModelDescription, find_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModelJudge:
+    """Scores every answer alone, with the same rendering as `label`."""
+
+    checkpoint: Path
+    config: EvaluateRun
+    name: str = "reward model"
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        """Return raw rewards; equal answers to one prompt are scored once, so that they tie exactly."""
+        from offline_align.label.scoring import score_samples
+
+        unique: dict[tuple[tuple[Message, ...], str], Sample] = {}
+        for sample in samples:
+            unique.setdefault((sample.prompt, sample.response), sample)
+        config = self.config
+        scores = score_samples(
+            self.checkpoint, list(unique.values()), config.parallel, config.trainer, config.run
+        )
+        found = dict(zip(unique, scores, strict=True))
+        return [found[sample.prompt, sample.response] for sample in samples]
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind and checkpoint."""
+        return {"kind": "reward_model", "model": str(self.checkpoint)}
+
+
+def reward_model_judge(config: EvaluateRun) -> RewardModelJudge:
+    """Return the judge; raises ConfigError naming `judge.model` where that is no reward model."""
+    if config.judge.model is None:
+        raise ConfigError(
+            "judge.model is not set: give the run folder of `reward`, or choose judge=openai or ground_truth"
+        )
+    checkpoint = find_checkpoint(config.judge.model, "judge.model")
+    kind = ModelDescription.load(checkpoint).kind
+    if kind != "reward_model":
+        raise ConfigError(
+            f"judge.model={config.judge.model}: is a {kind}; give the run folder of a `reward` run"
+        )
+    return RewardModelJudge(checkpoint, config)

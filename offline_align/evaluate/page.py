@@ -1,0 +1,18 @@
+"""Self-contained HTML pages: one file, nothing fetched, all text escaped."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+def render_page(template: str, values: Mapping[str, Any]) -> str:
+    """Return the page of `templates/<template>` filled with `values`; a missing value is an error."""
+    environment = Environment(
+        loader=PackageLoader("offline_align.evaluate"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(values)

@@ -1,0 +1,177 @@
+"""Everything that the report says, as one plain mapping: the content of `report.json`."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from offline_align.config.sections import EvaluateSection
+from offline_align.errors import ConfigError, DataError
+from offline_align.evaluate.comparison import Answer, Comparison
+from offline_align.evaluate.statistics import (
+    Estimate,
+    Floats,
+    distinct_n,
+    mean_estimates,
+    rank_scores,
+    wins,
+)
+
+FORMAT = 1
+RANK_SCORE = (
+    "(number of methods + 1) - rank, ties share the mean rank, mean over prompts; the paper's 6 - rank"
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Scores of all answers [prompts, samples, methods], NaN where there is none, and what gave them."""
+
+    name: str
+    scores: Floats
+    details: dict[str, Any]
+
+
+def build_results(
+    comparison: Comparison,
+    judgement: Judgement,
+    quality: Floats | None,
+    settings: EvaluateSection,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the report's content; means are over prompts, and over the samples of a prompt first.
+
+    `quality` is the true quality of all answers, in the shape of the scores, where it is known. Prompts with
+    a missing score are left out of all comparisons and counted. Raises DataError where none is left,
+    ConfigError for an unknown baseline.
+    """
+    scores = judgement.scores.mean(axis=1)
+    judged = np.isfinite(scores).all(axis=1)
+    if not judged.any():
+        raise DataError(f"judge {judgement.name}: no prompt has a score for every method; read its replies")
+    if not judged.all():
+        log.warning("%d of %d prompts have no readable score and are left out", (~judged).sum(), judged.size)
+    baseline = choose_baseline(comparison.methods, settings.baseline)
+    truth = None if quality is None else quality.mean(axis=1)
+    tables = _Tables(comparison, scores, truth, baseline, settings, seed)
+    return {
+        "format": FORMAT,
+        "methods": list(comparison.methods),
+        "baseline": baseline,
+        "judge": {"name": judgement.name, **judgement.details},
+        "prompts": int(judged.size),
+        "judged_prompts": int(judged.sum()),
+        "samples_per_prompt": comparison.shape[1],
+        "confidence": settings.confidence,
+        "bootstrap_samples": settings.bootstrap_samples,
+        "seed": seed,
+        "rank_score": RANK_SCORE,
+        "overall": tables.methods(judged),
+        "win_rates": tables.win_rates(judged),
+        "answers": {
+            method: describe_answers(comparison.of_method(k)) for k, method in enumerate(comparison.methods)
+        },
+        "group_by": settings.group_by,
+        "groups": tables.groups(judged),
+        "rows": _rows(comparison, scores, truth, settings.group_by),
+    }
+
+
+def choose_baseline(methods: Sequence[str], wanted: str | None) -> str:
+    """Return the method that win rates are counted against; ConfigError where it is not among them."""
+    if wanted is None:
+        return "sft" if "sft" in methods else methods[0]
+    if wanted not in methods:
+        raise ConfigError(f"evaluate.baseline={wanted}: no such method; there are {', '.join(methods)}")
+    return wanted
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    comparison: Comparison
+    scores: Floats
+    quality: Floats | None
+    baseline: str
+    settings: EvaluateSection
+    seed: int
+
+    def methods(self, chosen: "np.ndarray[Any, np.dtype[np.bool_]]") -> dict[str, dict[str, Any]]:
+        """Return each method's means over the chosen prompts."""
+        scores = self.scores[chosen]
+        versus = wins(scores)[:, :, self.comparison.methods.index(self.baseline)]
+        columns = {"score": scores, "win_rate": versus, "rank_score": rank_scores(scores)}
+        if self.quality is not None:
+            columns["true_quality"] = self.quality[chosen]
+        estimates = {name: self._estimates(values) for name, values in columns.items()}
+        return {
+            method: {name: asdict(found[k]) for name, found in estimates.items()}
+            for k, method in enumerate(self.comparison.methods)
+        }
+
+    def win_rates(self, chosen: "np.ndarray[Any, np.dtype[np.bool_]]") -> dict[str, dict[str, Any]]:
+        """Return how often the outer method beats the inner one, ties as half."""
+        methods = self.comparison.methods
+        table = wins(self.scores[chosen])
+        flat = self._estimates(table.reshape(len(table), -1))
+        return {
+            a: {b: asdict(flat[i * len(methods) + j]) for j, b in enumerate(methods) if a != b}
+            for i, a in enumerate(methods)
+        }
+
+    def groups(self, judged: "np.ndarray[Any, np.dtype[np.bool_]]") -> dict[str, Any]:
+        """Return the tables of each value of the `group_by` column, in order of appearance."""
+        labels = [group_of(prompt.columns, self.settings.group_by) for prompt in self.comparison.prompts]
+        result = {}
+        for label in dict.fromkeys(label for label in labels if label is not None):
+            chosen = judged & np.array([other == label for other in labels])
+            if chosen.any():
+                result[label] = {"prompts": int(chosen.sum()), "methods": self.methods(chosen)}
+        return result
+
+    def _estimates(self, values: Floats) -> list[Estimate]:
+        return mean_estimates(values, self.settings.bootstrap_samples, self.settings.confidence, self.seed)
+
+
+def group_of(columns: dict[str, Any], group_by: str) -> str | None:
+    """Return the group of a prompt, or None where it has no such column."""
+    value = columns.get(group_by)
+    return None if value is None else str(value)
+
+
+def describe_answers(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Return mean lengths, shares of finish reasons and diversity of one method's answers."""
+    texts = [answer.response for answer in answers]
+    reasons = Counter(answer.finish_reason for answer in answers)
+    conditions = sorted({answer.condition for answer in answers if answer.condition is not None})
+    return {
+        "mean_characters": fmean(map(len, texts)),
+        "mean_words": fmean(len(text.split()) for text in texts),
+        "empty": sum(not text.strip() for text in texts) / len(texts),
+        "distinct_1": distinct_n(texts, 1),
+        "distinct_2": distinct_n(texts, 2),
+        "finish_reasons": {reason: count / len(texts) for reason, count in sorted(reasons.items())},
+        "conditions": conditions,
+    }
+
+
+def _rows(
+    comparison: Comparison, scores: Floats, quality: Floats | None, group_by: str
+) -> list[dict[str, Any]]:
+    rows = []
+    for k, prompt in enumerate(comparison.prompts):
+        row: dict[str, Any] = {"id": prompt.id, "group": group_of(prompt.columns, group_by)}
+        row["scores"] = _by_method(comparison.methods, scores[k])
+        if quality is not None:
+            row["true_quality"] = _by_method(comparison.methods, quality[k])
+        rows.append(row)
+    return rows
+
+
+def _by_method(methods: Sequence[str], values: Floats) -> dict[str, float | None]:
+    return {m: float(v) if np.isfinite(v) else None for m, v in zip(methods, values, strict=True)}

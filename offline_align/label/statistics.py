@@ -1,0 +1,110 @@
+"""Mean, spread and quantiles of raw rewards, and their normalisation (the paper's Figure 3).
+
+Every method reads normalised rewards: the mean of the labelled set is subtracted and its population
+standard deviation divides. Both are fitted once, over the whole labelled set.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from offline_align.errors import DataError
+
+LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+FAR_OUT = 20.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RewardStats:
+    """Statistics of the raw rewards of a labelled set, in the reward model's own unit."""
+
+    mean: float
+    std: float
+    """Population standard deviation (divides by `count`)."""
+    count: int
+    quantiles: dict[str, float]
+    """Level, as `0.05`, to reward; levels between two rows are interpolated."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of `reward_stats.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "RewardStats":
+        """Return the statistics that `as_json` wrote; KeyError names a missing field."""
+        quantiles = {level: float(value) for level, value in content["quantiles"].items()}
+        return cls(float(content["mean"]), float(content["std"]), int(content["count"]), quantiles)
+
+
+def fit(raw: ArrayLike) -> RewardStats:
+    """Return the statistics of raw rewards [rows], computed in float64.
+
+    No finite input overflows: sums run on values scaled by a power of two, which changes no bit of
+    the result. An outlier is kept, as in the paper: with one reward of 1e30 among n, that row
+    normalises to sqrt(n - 1) and all others to about -1/sqrt(n); a warning says so.
+    Raises DataError for no rows, or naming the first row (from 0) that is not finite.
+    """
+    rewards = _finite_rewards(raw)
+    exponent = int(np.frexp(np.abs(rewards).max())[1])
+    scaled = np.ldexp(rewards, -exponent)
+    # Rounding would give equal rewards a tiny spread, and normalisation would blow it up to 1.
+    constant = scaled.min() == scaled.max()
+    mean = float(rewards[0] if constant else np.ldexp(scaled.mean(), exponent))
+    std = 0.0 if constant else float(np.ldexp(scaled.std(), exponent))
+    values = np.ldexp(np.quantile(scaled, LEVELS), exponent)
+    quantiles = {f"{level:g}": float(value) for level, value in zip(LEVELS, values, strict=True)}
+    return RewardStats(mean, std, rewards.size, quantiles)
+
+
+def normalise(raw: ArrayLike, stats: RewardStats) -> NDArray[np.float64]:
+    """Return `(raw - mean) / std` [rows]; all zeros, with a warning, where `std` is 0.
+
+    Raises DataError for no rows, or naming the first row (from 0) that is not finite.
+    """
+    rewards = _finite_rewards(raw)
+    if stats.std == 0.0:
+        log.warning(
+            "all %d rewards are %g: every normalised reward is 0, so no method can tell rows apart",
+            stats.count,
+            stats.mean,
+        )
+        return np.zeros_like(rewards)
+    # Halved on both sides, so that the difference of two huge rewards stays finite.
+    normalised = (rewards / 2 - stats.mean / 2) / (stats.std / 2)
+    _warn_far_out(rewards, normalised)
+    return normalised
+
+
+def _finite_rewards(raw: ArrayLike) -> NDArray[np.float64]:
+    rewards = np.asarray(raw, dtype=np.float64).reshape(-1)
+    if rewards.size == 0:
+        raise DataError("reward_raw: no rows to take statistics of; label at least one row")
+    bad = np.flatnonzero(~np.isfinite(rewards))
+    if bad.size:
+        raise DataError(
+            f"row {bad[0]}: reward_raw: {rewards[bad[0]]} is not finite ({bad.size} such rows); "
+            "check the reward model's training run"
+        )
+    return rewards
+
+
+def _warn_far_out(rewards: NDArray[np.float64], normalised: NDArray[np.float64]) -> None:
+    row = int(np.abs(normalised).argmax())
+    if abs(normalised[row]) > FAR_OUT:
+        log.warning(
+            "row %d: reward_raw %g lies %.0f standard deviations from the mean and squeezes all others",
+            row,
+            rewards[row],
+            abs(normalised[row]),
+        )
+
+
+def share_within(normalised: Sequence[float] | NDArray[np.float64], limit: float) -> float:
+    """Return the share of normalised rewards in [-limit, limit]; the paper's most lie within 2.5."""
+    return float(np.mean(np.abs(np.asarray(normalised, dtype=np.float64)) <= limit))

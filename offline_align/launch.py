@@ -1,0 +1,54 @@
+"""Starting ranks: the launcher section as torchrun arguments, and torchrun's own launcher on this machine."""
+
+import os
+import sys
+
+from offline_align.config.sections import LauncherSection
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process as one of its ranks."""
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def needs_launch(launcher: LauncherSection) -> bool:
+    """Whether ranks are still to be started: more than one is asked for and torchrun has not done it."""
+    return launcher.nproc_per_node > 1 and not under_torchrun()
+
+
+def torchrun_command(launcher: LauncherSection, stage: str, words: list[str]) -> list[str]:
+    """Return the command line that starts `stage` on the launcher's nodes."""
+    command = ["torchrun", f"--nproc-per-node={launcher.nproc_per_node}"]
+    if launcher.nodes > 1:
+        rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=$HEAD_NODE:29500"]
+        command += [f"--nnodes={launcher.nodes}", *rendezvous]
+    else:
+        command.append("--standalone")
+    return [*command, "-m", "offline_align", stage, *words]
+
+
+def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
+    """Start the ranks of this machine by torchrun's launcher, wait, and return the exit code of the stage.
+
+    Where ranks fail, the code is that of the rank that failed first, so that 65, 74, 75 and 78 keep their meaning.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=launcher.nproc_per_node,
+        rdzv_backend="c10d",
+        # Port 0: any free one, so that several runs on one machine do not meet.
+        rdzv_endpoint="localhost:0",
+        run_id=f"offline-align-{os.getpid()}",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "offline_align", stage, *words)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 70
+    return 0

@@ -1,0 +1,42 @@
+"""What made a run folder, and whether it is still what was made: `config.yaml` and `manifest.json`.
+
+A manifest names the stage, the SHA-256 of every input and output and the runs that it builds on. Those
+runs have manifests of their own, so the chain reaches back to the first data file. Paths of outputs are
+relative to the run folder. Paths of inputs and parents are relative to it too, unless they share nothing
+but the root of the file system: a whole tree of data and runs can be moved and still be verified.
+"""
+
+from offline_align.lineage.files import FileRecord, file_sha256, folder_sha256, write_atomically
+from offline_align.lineage.key import completed, content_key
+from offline_align.lineage.manifest import (
+    CONFIG,
+    MANIFEST,
+    Manifest,
+    ParentRecord,
+    read_manifest,
+    versions,
+    write_config,
+    write_manifest,
+)
+from offline_align.lineage.verification import FileCheck, Report, Status, verify
+
+__all__ = [
+    "CONFIG",
+    "MANIFEST",
+    "FileCheck",
+    "FileRecord",
+    "Manifest",
+    "ParentRecord",
+    "Report",
+    "Status",
+    "completed",
+    "content_key",
+    "file_sha256",
+    "folder_sha256",
+    "read_manifest",
+    "verify",
+    "versions",
+    "write_atomically",
+    "write_config",
+    "write_manifest",
+]

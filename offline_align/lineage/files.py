@@ -1,0 +1,113 @@
+"""Hashing files and folders, and replacing a file so that a crash leaves the old or the new one."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offline_align.errors import StorageError
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One file as it was: path, SHA-256 in hexadecimal, size in bytes."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal, read in pieces. Raises StorageError."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def folder_sha256(folder: Path) -> str:
+    """Return the SHA-256 of the names and contents of all files in a folder. Raises StorageError."""
+    root = folder.resolve()
+    files = expand([root])
+    names = [file.relative_to(root).as_posix() for file in files]
+    return text_sha256(canonical_json(list(zip(names, hash_all(files), strict=True))))
+
+
+def record_files(paths: Sequence[Path]) -> list[FileRecord]:
+    """Return a record of each file, and of all files of each folder, under its absolute path."""
+    files = expand(paths)
+    hashes = hash_all(files)
+    return [FileRecord(str(f), h, file_size(f)) for f, h in zip(files, hashes, strict=True)]
+
+
+def expand(paths: Iterable[Path]) -> list[Path]:
+    """Return absolute paths of files; a folder stands for all files in it.
+
+    Hidden folders (caches, unfinished checkpoints) and links to folders are left out.
+    """
+    return [real_path(file) for path in paths for file in _files(path)]
+
+
+def hash_all(files: Sequence[Path]) -> list[str]:
+    """Return the SHA-256 of each file; threads share the work, since hashing lets go of the interpreter."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(file_sha256, files))
+
+
+def real_path(path: Path) -> Path:
+    """Resolve the folder but not the file, whose name would be lost where it is a link into a store."""
+    return path.parent.resolve() / path.name
+
+
+def file_size(path: Path) -> int:
+    """Return the size in bytes, or -1 where there is no file."""
+    return path.stat().st_size if path.is_file() else -1
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: after a crash the old or the new content is there. Raises StorageError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def canonical_json(value: Any) -> str:
+    """Return JSON that depends on the value alone: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def text_sha256(text: str) -> str:
+    """Return the SHA-256 of a text in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        yield path
+        return
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield from (file for name in sorted(names) if (file := Path(folder, name)).is_file())
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,213 @@
+"""`manifest.json`: the record that a stage leaves as the last thing it does."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from offline_align.errors import ConfigError, StorageError
+from offline_align.lineage.files import (
+    FileRecord,
+    canonical_json,
+    expand,
+    file_sha256,
+    folder_sha256,
+    real_path,
+    record_files,
+    text_sha256,
+    write_atomically,
+)
+
+MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
+
+# A folder of weights that no run of ours wrote is known by the file that describes its model.
+BARE_MODELS = {"checkpoint": "model.json", "huggingface": "config.json"}
+
+
+@dataclass(frozen=True, slots=True)
+class ParentRecord:
+    """A folder that a run built on; `part` is the checkpoint in it that was named, if one was.
+
+    `stage` is that of its manifest, or `checkpoint` or `huggingface` for a bare folder of weights, whose
+    `manifest_sha256` is the SHA-256 of its names and contents.
+    """
+
+    path: str
+    stage: str
+    manifest_sha256: str
+    part: str | None = None
+
+    def digest(self) -> str:
+        """Return what stands for the parent in a content key."""
+        return f"{self.manifest_sha256}:{self.part or ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of `manifest.json`; `extra` is what the stage adds."""
+
+    stage: str
+    key: str
+    created: str
+    versions: dict[str, str]
+    inputs: list[FileRecord]
+    parents: list[ParentRecord]
+    outputs: list[FileRecord]
+    extra: dict[str, Any]
+
+
+def write_config(run_dir: Path, config: dict[str, Any]) -> Path:
+    """Write the resolved configuration as `config.yaml`. Raises StorageError."""
+    path = run_dir / CONFIG
+    plain = json.loads(json.dumps(config, default=str))
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=1000)
+    write_atomically(path, text.encode())
+    return path
+
+
+def write_manifest(
+    run_dir: Path,
+    stage: str,
+    key: str,
+    inputs: Sequence[Path],
+    parents: Sequence[Path],
+    outputs: Sequence[Path],
+    extra: dict[str, Any],
+) -> Path:
+    """Write `manifest.json`, which declares the run finished: the last thing that a stage does.
+
+    `inputs` and `outputs` are files, or folders that stand for all files in them. `config.yaml` is an
+    output by itself, and a finished run that wrote one of the inputs is a parent by itself. `extra` is kept
+    as it is. Raises ConfigError for a parent that is neither a finished run nor a model, StorageError, and
+    ValueError for an output outside the run folder.
+    """
+    root = run_dir.resolve()
+    if (root / CONFIG).is_file():
+        outputs = [*outputs, root / CONFIG]
+    built_on = dict.fromkeys([*map(describe_parent, parents), *_producers(inputs)])
+    manifest = Manifest(
+        stage=stage,
+        key=key,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions(),
+        inputs=[replace(r, path=_portable(Path(r.path), root)) for r in record_files(inputs)],
+        parents=[replace(p, path=_portable(Path(p.path), root)) for p in built_on],
+        outputs=_record_outputs(outputs, root),
+        extra=extra,
+    )
+    path = root / MANIFEST
+    write_atomically(path, _sealed(asdict(manifest)))
+    return path
+
+
+def read_manifest(run_dir: Path) -> Manifest | None:
+    """Return the manifest of a folder, or None where there is none or it is another program's.
+
+    Raises StorageError where it is damaged.
+    """
+    path = run_dir / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path) from error
+    if not isinstance(raw, dict) or not {"stage", "key", "sha256"} & raw.keys():
+        return None
+    try:
+        if raw.pop("sha256") != text_sha256(canonical_json(raw)):
+            raise _damaged(path)
+        raw["inputs"] = [FileRecord(**entry) for entry in raw["inputs"]]
+        raw["outputs"] = [FileRecord(**entry) for entry in raw["outputs"]]
+        raw["parents"] = [ParentRecord(**entry) for entry in raw["parents"]]
+        return Manifest(**raw)
+    except (KeyError, TypeError) as error:
+        raise _damaged(path) from error
+
+
+def describe_parent(path: Path) -> ParentRecord:
+    """Return the record of a run folder, of a checkpoint in one, or of a folder of weights (absolute path).
+
+    Raises ConfigError where it is none of these: a run that has not finished is no parent yet.
+    """
+    folder = path.resolve()
+    for run_dir in (folder, *folder.parents[:2]):
+        manifest = read_manifest(run_dir)
+        part = folder.relative_to(run_dir).as_posix()
+        if manifest and (part == "." or any(r.path.startswith(f"{part}/") for r in manifest.outputs)):
+            digest = file_sha256(run_dir / MANIFEST)
+            return ParentRecord(str(run_dir), manifest.stage, digest, None if part == "." else part)
+    for stage, sign in BARE_MODELS.items():
+        if (folder / sign).is_file():
+            return ParentRecord(str(folder), stage, folder_sha256(folder))
+    raise ConfigError(
+        f"{path}: is neither a finished run (no {MANIFEST}) nor a model (no model.json or config.json); "
+        f"finish that run first, or name one of its checkpoint folders"
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that results depend on, and the commit where the package runs from a checkout."""
+    found = {"python": platform.python_version()}
+    for name in ("offline-align", "torch", "megatron-core"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    commit = _git_commit(Path(__file__).resolve().parents[2])
+    return found | ({"commit": commit} if commit else {})
+
+
+def _git_commit(checkout: Path) -> str | None:
+    """Return the commit, ending in `-dirty` where files differ from it."""
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _record_outputs(outputs: Sequence[Path], run_dir: Path) -> list[FileRecord]:
+    files = sorted(set(expand(outputs)))
+    for file in files:
+        if not file.is_relative_to(run_dir):
+            raise ValueError(f"{file}: an output must lie in the run folder {run_dir}")
+    return [replace(r, path=Path(r.path).relative_to(run_dir).as_posix()) for r in record_files(files)]
+
+
+def _producers(inputs: Sequence[Path]) -> Iterator[ParentRecord]:
+    """Yield the finished runs that wrote the inputs."""
+    for file in map(real_path, inputs):
+        manifest = read_manifest(file.parent)
+        if manifest and any(record.path == file.name for record in manifest.outputs):
+            yield describe_parent(file.parent)
+
+
+def _portable(path: Path, run_dir: Path) -> str:
+    shares_root_only = path.parts[1:2] != run_dir.parts[1:2]
+    return str(path) if shares_root_only else os.path.relpath(path, run_dir)
+
+
+def _sealed(manifest: dict[str, Any]) -> bytes:
+    """Return a manifest as text with its own SHA-256 at the end."""
+    plain = json.loads(json.dumps(manifest, default=str))
+    sealed = plain | {"sha256": text_sha256(canonical_json(plain))}
+    return (json.dumps(sealed, indent=2) + "\n").encode()
+
+
+def _damaged(path: Path) -> StorageError:
+    return StorageError(f"{path}: is not as it was written: restore it from a copy, or run the stage again")

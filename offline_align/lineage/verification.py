@@ -1,0 +1,149 @@
+"""Whether a run folder is what its manifest says, and so on through the runs that it came from."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+
+from offline_align.errors import StorageError
+from offline_align.lineage.files import FileRecord, file_sha256, folder_sha256
+from offline_align.lineage.manifest import BARE_MODELS, MANIFEST, Manifest, ParentRecord, read_manifest
+
+
+class Status(StrEnum):
+    """How a file or a run compares with its record."""
+
+    whole = "whole"
+    damaged = "damaged"
+    """It is not what its own run wrote."""
+    changed = "changed"
+    """It is not what a later run read."""
+    missing = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class FileCheck:
+    """A recorded file and what became of it."""
+
+    path: str
+    status: Status
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A run folder or a folder of weights, its files, and the same for each of its parents.
+
+    `status` is about the folder itself: its manifest, then its outputs, then its inputs.
+    """
+
+    run_dir: Path
+    stage: str
+    status: Status
+    reason: str = ""
+    outputs: tuple[FileCheck, ...] = ()
+    inputs: tuple[FileCheck, ...] = ()
+    parents: tuple["Report", ...] = ()
+
+    def problems(self) -> list[str]:
+        """Return one line for each file or run of the chain that is not as recorded; earliest run first."""
+        chain = reversed(list(self._chain()))
+        return list(dict.fromkeys(line for report in chain for line in report._own_problems()))
+
+    def _own_problems(self) -> Iterator[str]:
+        if self.reason:
+            yield f"{self.run_dir}: {self.status}: {self.reason}"
+        for check in (*self.outputs, *self.inputs):
+            if check.status is not Status.whole:
+                yield f"{self.run_dir}: {check.path}: {check.status}: {check.reason}"
+
+    def _chain(self) -> Iterator["Report"]:
+        """Every report once: runs often share a parent."""
+        seen: set[int] = set()
+        queue = [self]
+        while queue:
+            report = queue.pop(0)
+            if id(report) not in seen:
+                seen.add(id(report))
+                yield report
+                queue.extend(report.parents)
+
+
+def verify(run_dir: Path) -> Report:
+    """Return what became of a run folder and of everything it came from; every file is read again.
+
+    Nothing raises: what cannot be read is in the report.
+    """
+    return _Walk().run(run_dir.resolve(), claimed=None)
+
+
+class _Walk:
+    """One walk along the chain; a run that several others share is read once."""
+
+    def __init__(self) -> None:
+        self._reports: dict[Path, Report] = {}
+
+    def run(self, run_dir: Path, claimed: ParentRecord | None) -> Report:
+        if run_dir not in self._reports:
+            # Stands while the parents are walked, so that manifests that name each other come to an end.
+            self._reports[run_dir] = Report(run_dir, "", Status.damaged, "is its own ancestor")
+            self._reports[run_dir] = self._read(run_dir, claimed.stage if claimed else "")
+        report = self._reports[run_dir]
+        if claimed is None or report.status is Status.missing:
+            return report
+        return _against_claim(report, claimed)
+
+    def _read(self, run_dir: Path, stage: str) -> Report:
+        if not run_dir.is_dir():
+            return Report(run_dir, stage, Status.missing, "no such folder")
+        try:
+            manifest = read_manifest(run_dir)
+        except StorageError as error:
+            return Report(run_dir, stage, Status.damaged, str(error))
+        if manifest is not None:
+            return self._check(run_dir, manifest)
+        if stage in BARE_MODELS:
+            return Report(run_dir, stage, Status.whole)
+        return Report(run_dir, stage, Status.missing, f"no {MANIFEST}: the run has not finished")
+
+    def _check(self, run_dir: Path, manifest: Manifest) -> Report:
+        outputs = tuple(_check_output(run_dir, record) for record in manifest.outputs)
+        inputs = tuple(_check_file(run_dir / r.path, r, Status.changed) for r in manifest.inputs)
+        parents = tuple(self.run((run_dir / parent.path).resolve(), parent) for parent in manifest.parents)
+        status = next((c.status for c in (*outputs, *inputs) if c.status is not Status.whole), Status.whole)
+        return Report(run_dir, manifest.stage, status, "", outputs, inputs, parents)
+
+
+def _against_claim(report: Report, claimed: ParentRecord) -> Report:
+    """Compare a run with what its child saw of it."""
+    bare = claimed.stage in BARE_MODELS
+    try:
+        digest = folder_sha256(report.run_dir) if bare else file_sha256(report.run_dir / MANIFEST)
+    except StorageError as error:
+        return replace(report, status=Status.damaged, reason=str(error))
+    if digest == claimed.manifest_sha256:
+        return report
+    return replace(report, status=Status.changed, reason="is not what the later run was made from")
+
+
+def _check_output(run_dir: Path, record: FileRecord) -> FileCheck:
+    path = PurePosixPath(record.path)
+    file = run_dir / path
+    if path.is_absolute() or ".." in path.parts or not file.resolve().is_relative_to(run_dir):
+        return FileCheck(record.path, Status.damaged, "points outside the run folder: not read")
+    return _check_file(file, record, Status.damaged)
+
+
+def _check_file(file: Path, record: FileRecord, otherwise: Status) -> FileCheck:
+    if not file.is_file():
+        return FileCheck(record.path, Status.missing, "no such file")
+    size = file.stat().st_size
+    if size != record.bytes:
+        return FileCheck(record.path, otherwise, f"{size} bytes instead of {record.bytes}")
+    try:
+        same = file_sha256(file) == record.sha256
+    except StorageError as error:
+        return FileCheck(record.path, otherwise, str(error))
+    return (
+        FileCheck(record.path, Status.whole) if same else FileCheck(record.path, otherwise, "other content")
+    )

@@ -1,0 +1,33 @@
+"""The three methods of the paper as pure functions: labelled rows -> training rows.
+
+SFT, FA, RWR and CA minimise one loss, `sum_i w * (-log p(x_i | prompt, x_<i))` over response tokens
+(Eq. 1, 4, 5, 6). They differ in which rows are there (`fa`), what a row weighs (`rwr`) and what
+stands before its response (`ca`). Nothing here knows of tensors.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from offline_align.data.records import LabelledSample, Sample
+from offline_align.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRow:
+    """A sample, the weight of its loss, and the text put right before its response."""
+
+    sample: Sample
+    weight: float = 1.0
+    condition: str = ""
+
+
+def checked(rows: Iterable[LabelledSample]) -> list[LabelledSample]:
+    """Return the rows; DataError where there is none, or where a reward is not a finite number."""
+    rows = list(rows)
+    if not rows:
+        raise DataError("the labelled files hold no usable row; run `label` on data that has some")
+    for row in rows:
+        if not math.isfinite(row.reward):
+            raise DataError(f"row {row.id}: reward: {row.reward} is not a finite number; label the row again")
+    return rows

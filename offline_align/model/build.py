@@ -1,0 +1,149 @@
+"""From a model section to megatron-core's GPTModel: the only module that names its configuration.
+
+`GPTModel` is marked deprecated in megatron-core 0.19 in favour of `HybridModel`; it is the interchange form of the
+ecosystem, and a change would stay inside this folder.
+"""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from offline_align.config.sections import Backend, ModelSection, ParallelSection, Recompute
+from offline_align.distributed.sizes import pad_vocabulary
+from offline_align.errors import ConfigError
+from offline_align.model.attention import PackedAttention, RMSNorm
+from offline_align.model.heads import Policy, RewardHead, RewardModel
+from offline_align.model.rotary import PackedRotaryEmbedding, inverse_frequencies
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(
+    kind: str,
+    model: ModelSection,
+    parallel: ParallelSection,
+    device: torch.device,
+    bf16: bool,
+    recompute: Recompute = Recompute.none,
+) -> Policy | RewardModel:
+    """Return a randomly initialised policy or reward model of this rank on `device`.
+
+    `kind` is "policy" or "reward_model"; `model.vocab_size` must be known. Initial weights depend on the seed alone,
+    not on the layout, where the device is the CPU. Raises ConfigError for fields that TransformerConfig refuses.
+    """
+    # megatron warns of GPTModel's deprecation on every construction; the reason it is used stands above.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+    assert model.vocab_size is not None
+    config = transformer_config(model, parallel, device, bf16, recompute)
+    cls = Policy if kind == "policy" else RewardModel
+    built = cls(
+        config=config,
+        transformer_layer_spec=_block_spec(model, config),
+        vocab_size=pad_vocabulary(model.vocab_size, model.make_vocab_size_divisible_by),
+        max_sequence_length=model.max_position_embeddings,
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        # The only kind for which GPTModel hands position ids to its rotary module; ours takes their place.
+        position_embedding_type="mrope",
+        rotary_base=model.rotary_base,
+    )
+    _set_rotary(built, model)
+    if isinstance(built, RewardModel):
+        built.replace_output_layer(RewardHead(model.hidden_size, model.init_method_std, device))
+    else:
+        # Targets are selected from the gathered sequence before the projection, which gathers no more.
+        built.output_layer.sequence_parallel = False
+    return built.to(device)
+
+
+def transformer_config(
+    model: ModelSection, parallel: ParallelSection, device: torch.device, bf16: bool, recompute: Recompute
+) -> TransformerConfig:
+    """Return megatron's configuration; raises ConfigError naming the override that it refuses."""
+    known = set(TransformerConfig.__dataclass_fields__)
+    unknown = [k for k in model.overrides if k not in known]
+    if unknown:
+        raise ConfigError([f"model.overrides.{k}={model.overrides[k]}: TransformerConfig has no such field" for k in unknown])
+    values = _fields(model, parallel, device, bf16) | _recompute_fields(recompute) | model.overrides
+    try:
+        return TransformerConfig(**values)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"model: megatron-core refuses the configuration: {error}") from error
+
+
+def _fields(model: ModelSection, parallel: ParallelSection, device: torch.device, bf16: bool) -> dict[str, Any]:
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "kv_channels": model.kv_channels or model.hidden_size // model.num_attention_heads,
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "init_method_std": model.init_method_std,
+        "add_qkv_bias": model.add_qkv_bias,
+        "qk_layernorm": model.qk_layernorm,
+        "window_size": (model.sliding_window - 1, 0) if model.sliding_window else None,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "context_parallel_size": parallel.context_parallel_size,
+        "bf16": bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "use_cpu_initialization": device.type == "cpu",
+        # Losses are sums; megatron divides gradients by the global count of targets.
+        "calculate_per_token_loss": True,
+        "mrope_section": [1],
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+    }
+
+
+def _recompute_fields(recompute: Recompute) -> dict[str, Any]:
+    if recompute is Recompute.none:
+        return {}
+    if recompute is Recompute.selective:
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _block_spec(model: ModelSection, config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Return megatron's local layers with the attention and the norm of this project."""
+    if model.backend is Backend.transformer_engine:
+        raise ConfigError("model.backend=transformer_engine: not available in this version; use torch or auto")
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_layernorm)
+    attention = spec.submodules.self_attention
+    qk_norm = RMSNorm if model.qk_layernorm else attention.submodules.q_layernorm
+    inner = replace(attention.submodules, core_attention=PackedAttention, q_layernorm=qk_norm, k_layernorm=qk_norm)
+    layer = replace(
+        spec.submodules,
+        input_layernorm=RMSNorm,
+        pre_mlp_layernorm=RMSNorm,
+        self_attention=ModuleSpec(attention.module, attention.params, inner),
+    )
+    layers = [ModuleSpec(spec.module, submodules=layer)] * config.num_layers
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _set_rotary(built: Policy | RewardModel, model: ModelSection) -> None:
+    frequencies, factor = inverse_frequencies(model)
+    built.rotary_pos_emb = PackedRotaryEmbedding(frequencies)
+    if factor != 1.0:
+        for layer in built.decoder.layers:
+            layer.self_attention._yarn_concentration_factor = factor

@@ -1,0 +1,91 @@
+"""What a checkpoint is, in a small JSON file beside its weights: no torch is needed to read it.
+
+A stage that is given a checkpoint takes architecture, template and condition from here, so nobody retypes them and
+the text that a model sees is the same in training, labelling and generation.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from offline_align.config.sections import Backend, ModelSection, Template
+from offline_align.errors import ConfigError, StorageError
+
+FILE_NAME = "model.json"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The reward text of Conditional Alignment (Eq. 6) and the reward that generation asks for."""
+
+    reward_format: str
+    reward_limit: float
+    target_reward: float
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """Architecture, tokenizer, template and method of a checkpoint."""
+
+    kind: Literal["policy", "reward_model"]
+    model: ModelSection
+    template: Template
+    tokenizer_hash: str
+    condition: Condition | None = None
+    method: str = ""
+
+    def save(self, folder: Path) -> None:
+        """Write `model.json` into `folder`."""
+        values = asdict(self)
+        # Both say how a model is run here, not what it is.
+        values["model"].pop("backend")
+        values["model"].pop("tokenizer")
+        (folder / FILE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "ModelDescription":
+        """Read `model.json` of a checkpoint folder; raises StorageError where it is damaged."""
+        path = folder / FILE_NAME
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls._from_values(values)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise StorageError(f"{path}: not a readable model description ({error})") from error
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> "ModelDescription":
+        known = {f.name for f in fields(ModelSection)}
+        unknown = set(values["model"]) - known
+        if unknown or values["kind"] not in ("policy", "reward_model"):
+            raise ValueError(f"unknown fields {sorted(unknown)} or kind {values['kind']!r}")
+        condition = values["condition"]
+        return cls(
+            kind=values["kind"],
+            model=ModelSection(**values["model"], backend=Backend.auto, tokenizer=None),
+            template=Template(values["template"]),
+            tokenizer_hash=str(values["tokenizer_hash"]),
+            condition=Condition(**condition) if condition else None,
+            method=str(values["method"]),
+        )
+
+
+def is_huggingface(path: str | Path) -> bool:
+    """Whether `path` is a folder in Hugging Face form."""
+    return (Path(path) / "config.json").is_file() and not (Path(path) / FILE_NAME).is_file()
+
+
+def find_checkpoint(path: str | Path, key: str = "init.from") -> Path:
+    """Return the checkpoint folder for a run folder (its `checkpoints/latest`) or a checkpoint folder.
+
+    Raises ConfigError, naming `key`, where `path` is neither.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise ConfigError(f"{key}={path}: no such folder; give a run folder, a checkpoint folder or a Hugging Face folder")
+    for folder in (given, given / "checkpoints" / "latest"):
+        if (folder / FILE_NAME).is_file():
+            return folder.resolve()
+    if (given / "checkpoints").is_dir():
+        raise ConfigError(f"{key}={path}: this run has no finished checkpoint yet; run its command again")
+    raise ConfigError(f"{key}={path}: neither a run folder, a checkpoint folder nor a Hugging Face folder")

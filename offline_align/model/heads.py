@@ -1,0 +1,130 @@
+"""What stands on top of the transformer: token log-likelihoods of a policy, scores of a reward model.
+
+Both heads look only at the places that count: targets for the vocabulary head, last tokens for the reward head.
+Shape legend: T tokens of the bin, N targets, S segments, C hidden width, V vocabulary rows of this rank.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from offline_align.data.batch import PackedBatch
+from offline_align.model.attention import PACKED_FORMAT
+
+# Largest fp32 logits kept at once; longer target lists are computed in chunks and again in the backward pass.
+_LOGITS_BUDGET_BYTES = 512 * 2**20
+
+
+def packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
+    """Return megatron's description of the segments of `batch`."""
+    return PackedSeqParams(
+        qkv_format=PACKED_FORMAT,
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+
+
+class Policy(GPTModel):  # type: ignore[misc]
+    """A GPT that returns the negative log-likelihood of every target token."""
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Return `-log p(x_i | p, x_<i)` for each target of `batch`: [N] in fp32 (Eq. 1)."""
+        nll: Tensor = super().forward(
+            batch.tokens,
+            batch.positions,
+            None,
+            packed_seq_params=packed_seq_params(batch),
+            output_processor=self._target_nll,
+            output_processor_context=batch,
+        )
+        return nll
+
+    def _target_nll(self, hidden_states: Tensor, output_weight: Tensor | None, context: PackedBatch, **_: Any) -> Tensor:
+        hidden = _whole_sequence(hidden_states, self.config.sequence_parallel, reduce_gradients=True)
+        # [N, 1, C]: the prompt never meets the vocabulary.
+        hidden = hidden.index_select(0, context.target_index)
+        rows = max(1, _LOGITS_BUDGET_BYTES // (4 * self.output_layer.output_size_per_partition))
+        if hidden.size(0) <= rows:
+            return self._nll(hidden, context.target_ids, output_weight)
+        chunks = zip(hidden.split(rows), context.target_ids.split(rows), strict=True)
+        return torch.cat([checkpoint(self._nll, h, ids, output_weight, use_reentrant=False) for h, ids in chunks])
+
+    def _nll(self, hidden: Tensor, ids: Tensor, output_weight: Tensor | None) -> Tensor:
+        logits, _ = self.output_layer(hidden, weight=output_weight)
+        return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), ids[:, None])[:, 0]
+
+    def logits(self, batch: PackedBatch) -> Tensor:
+        """Return this rank's logits of every token: [T, V], for comparison with other implementations."""
+
+        def project(hidden_states: Tensor, output_weight: Tensor | None, **_: Any) -> Tensor:
+            hidden = _whole_sequence(hidden_states, self.config.sequence_parallel, reduce_gradients=True)
+            out: Tensor = self.output_layer(hidden, weight=output_weight)[0]
+            return out[:, 0]
+
+        found: Tensor = super().forward(
+            batch.tokens,
+            batch.positions,
+            None,
+            packed_seq_params=packed_seq_params(batch),
+            output_processor=project,
+        )
+        return found
+
+
+class RewardHead(nn.Module):
+    """A linear map from hidden states to one number, in fp32 whatever the model's precision."""
+
+    def __init__(self, hidden_size: int, std: float, device: torch.device) -> None:
+        super().__init__()
+        # Drawn on the CPU, where every tensor parallel rank has the same generator state.
+        weight = torch.empty(1, hidden_size, dtype=torch.float32).normal_(0.0, std)
+        self.weight = nn.Parameter(weight.to(device))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return [S] scores of hidden states [S, C]."""
+        return nn.functional.linear(hidden.float(), self.weight)[:, 0]
+
+
+class RewardModel(GPTModel):  # type: ignore[misc]
+    """A GPT whose unembedding layer is replaced by a scalar head (paper, step 2)."""
+
+    def replace_output_layer(self, head: RewardHead) -> None:
+        """Put `head` where the vocabulary projection was."""
+        self.output_layer = None
+        self.share_embeddings_and_output_weights = False
+        self.reward_head = head
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Return the score of each segment of `batch`, read at its last token: [S] in fp32."""
+        scores: Tensor = super().forward(
+            batch.tokens,
+            batch.positions,
+            None,
+            packed_seq_params=packed_seq_params(batch),
+            output_processor=self._scores,
+            output_processor_context=batch,
+        )
+        return scores
+
+    def _scores(self, hidden_states: Tensor, context: PackedBatch, **_: Any) -> Tensor:
+        # Every rank computes the same loss from the whole sequence, so gradients are split back, not added up.
+        hidden = _whole_sequence(hidden_states, self.config.sequence_parallel, reduce_gradients=False)
+        scores: Tensor = self.reward_head(hidden.index_select(0, context.last_index)[:, 0])
+        return scores
+
+
+def _whole_sequence(hidden: Tensor, sequence_parallel: bool, reduce_gradients: bool) -> Tensor:
+    """Return hidden states [T, 1, C] of the whole bin, gathered where ranks hold slices of it."""
+    if not sequence_parallel:
+        return hidden
+    gathered: Tensor = tensor_parallel.gather_from_sequence_parallel_region(
+        hidden, tensor_parallel_output_grad=reduce_gradients
+    )
+    return gathered

@@ -1,0 +1,60 @@
+"""What the mains share: which files a run reads, whether it is finished, and its plan in words."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from offline_align import lineage
+from offline_align.config.compose import to_mapping
+from offline_align.config.runs import Run
+from offline_align.data.records import BadRows, input_paths
+from offline_align.model.description import find_checkpoint, is_huggingface
+
+logger = logging.getLogger(__name__)
+_DATA_KEYS = ("train", "valid", "input")
+
+
+def input_files(config: Run) -> list[Path]:
+    """Return the data files that `config` names; raises ConfigError for those that are not there."""
+    data = getattr(config, "data", None)
+    named = {k: getattr(data, k, None) for k in _DATA_KEYS}
+    return [p for k, value in named.items() if value is not None for p in input_paths(value, f"data.{k}")]
+
+
+def parent_models(config: Run) -> list[Path]:
+    """Return the models that `config` builds on, as checkpoint or Hugging Face folders."""
+    source = config.init.from_ if hasattr(config, "init") else None
+    if source is None:
+        return []
+    return [Path(source) if is_huggingface(source) else find_checkpoint(source)]
+
+
+def key_of(stage: str, config: Run) -> str:
+    """Return the content key of a run: equal keys mean equal results."""
+    return lineage.content_key(stage, to_mapping(config), input_files(config), parent_models(config))
+
+
+def is_finished(stage: str, config: Run, key: str) -> bool:
+    """Whether the run folder holds this very run complete; says so. Raises ConfigError if it holds another."""
+    done = lineage.completed(Path(config.run.dir), stage, key)
+    if done:
+        logger.info("%s: %s is complete", stage, config.run.dir)
+    return done
+
+
+def start_folder(config: Run) -> Path:
+    """Make the run folder, write `config.yaml` into it and return it."""
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lineage.write_config(run_dir, to_mapping(config))
+    return run_dir
+
+
+def bad_rows(config: Any, writes: bool) -> BadRows:
+    """Return the policy on bad rows; only one rank writes the quarantine file."""
+    return BadRows(config.data.on_bad_row, Path(config.run.dir) / "quarantine.jsonl" if writes else None)
+
+
+def cache_dir(config: Any) -> Path:
+    """Return the folder of tokenised data."""
+    return Path(config.data.cache_dir) if config.data.cache_dir else Path(config.run.dir) / "cache"

@@ -1,0 +1,73 @@
+"""What each stage needs to be given, checked before a process group exists."""
+
+from typing import Any
+
+from offline_align.config.runs import EvaluateRun, ModelRun, Run, TrainRun
+from offline_align.config.sections import JudgeKind, ModelSection
+from offline_align.errors import AlignError, ConfigError
+from offline_align.stages import common
+from offline_align.stages.origin import resolve
+
+# Stages that cannot start from random weights.
+_NEEDS_WEIGHTS = {
+    "label": "a reward model",
+    "generate": "a policy",
+    "convert": "a Hugging Face folder, or a policy or reward model of ours",
+}
+_NEEDS_INPUT = {"prepare", "label", "generate", "evaluate", "plan"}
+
+
+def problems(stage: str, config: Run, explicit: frozenset[str]) -> tuple[list[str], ModelSection | None]:
+    """Return what `stage` misses, and the architecture that will run where it is known."""
+    found = _files(stage, config)
+    if not isinstance(config, ModelRun):
+        return found + _judge(config), None
+    if stage in _NEEDS_WEIGHTS and config.init.from_ is None:
+        return [*found, f"init.from is not set: give {_NEEDS_WEIGHTS[stage]}"], None
+    if config.dry_run and config.init.from_ is None:
+        return found, config.model
+    try:
+        origin = resolve(config, explicit)
+    except ConfigError as error:
+        # The architecture as given can still be checked beside what is wrong with the rest.
+        return found + error.problems, None if config.init.from_ else config.model
+    return found + _kind(stage, config, origin.kind), origin.model
+
+
+def _files(stage: str, config: Run) -> list[str]:
+    data: Any = getattr(config, "data", None)
+    missing = []
+    if isinstance(config, TrainRun) and data.train is None and not config.dry_run:
+        missing.append("data.train is not set: give the file or files of training rows")
+    if stage in _NEEDS_INPUT and data.input is None:
+        missing.append("data.input is not set: give the file or files to read")
+    if stage == "prepare":
+        return missing
+    try:
+        common.input_files(config)
+    except AlignError as error:
+        missing += str(error).splitlines()
+    return missing
+
+
+def _kind(stage: str, config: ModelRun, kind: str) -> list[str]:
+    source = config.init.from_
+    if stage == "label" and kind != "reward_model":
+        return [f"init.from={source}: is a policy; `label` needs a reward model, trained by `reward`"]
+    if stage not in ("label", "reward", "convert") and kind == "reward_model":
+        return [f"init.from={source}: is a reward model; `{stage}` needs a policy"]
+    return []
+
+
+def _judge(config: Run) -> list[str]:
+    if not isinstance(config, EvaluateRun) or config.judge.kind is not JudgeKind.reward_model:
+        return []
+    if config.judge.model is None:
+        return ["judge.model is not set: give the run folder of a reward model"]
+    from offline_align.model.description import ModelDescription, find_checkpoint
+
+    try:
+        kind = ModelDescription.load(find_checkpoint(config.judge.model, "judge.model")).kind
+    except ConfigError as error:
+        return error.problems
+    return [] if kind == "reward_model" else [f"judge.model={config.judge.model}: is a policy; give a reward model"]

@@ -1,0 +1,226 @@
+"""The body that the five training commands share: rows in, a checkpointed model out.
+
+A command differs in its rows and its objective alone, which it hands over as a `Recipe`.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from offline_align import lineage
+from offline_align.config.runs import TrainRun
+from offline_align.config.sections import Precision
+from offline_align.data.records import BadRows, LabelledSample, PreferencePair, Sample, input_paths, read_rows
+from offline_align.data.template import Renderer
+from offline_align.methods import TrainingRow
+from offline_align.model.description import Condition, ModelDescription
+from offline_align.stages import common
+from offline_align.stages.origin import Origin, load_origin, resolve
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training rows of one file set, and what is to be said of them in the manifest."""
+
+    rows: list[TrainingRow] | list[PreferencePair]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes one training command different from another."""
+
+    method: str
+    kind: Literal["policy", "reward_model"]
+    read: Callable[[list[Path], BadRows, Renderer], Rows]
+    """Rows for training."""
+    read_validation: Callable[[list[Path], BadRows, Renderer], Rows]
+    objective: Callable[[], Any]
+    """Builds the objective; called once torch is there."""
+    condition: Condition | None = None
+
+
+def read_samples(paths: list[Path], bad_rows: BadRows, renderer: Renderer) -> Rows:
+    """Read SFT rows, all of weight 1."""
+    return Rows([TrainingRow(s) for s in read_rows(paths, Sample, bad_rows)])
+
+
+def read_pairs(paths: list[Path], bad_rows: BadRows, renderer: Renderer) -> Rows:
+    """Read preference pairs."""
+    return Rows(list(read_rows(paths, PreferencePair, bad_rows)))
+
+
+def read_labelled(paths: list[Path], bad_rows: BadRows) -> list[LabelledSample]:
+    """Read rows that `label` has scored."""
+    return list(read_rows(paths, LabelledSample, bad_rows))
+
+
+def run(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recipe) -> int:
+    """Train, or print the plan with `dry_run=true`; returns the exit code."""
+    if config.dry_run:
+        from offline_align.stages.plan_text import print_training_plan
+
+        print_training_plan(stage, config, explicit)
+        return 0
+    from offline_align.launch import under_torchrun
+
+    if not under_torchrun() and common.is_finished(stage, config, common.key_of(stage, config)):
+        return 0
+    from offline_align.distributed.setup import session
+
+    with session(config.parallel, config.run) as ranks:
+        key = ranks.broadcast(common.key_of(stage, config) if ranks.is_main else None)
+        if ranks.broadcast(ranks.is_main and common.is_finished(stage, config, key)):
+            return 0
+        _train(stage, config, explicit, recipe, ranks, key)
+    return 0
+
+
+def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recipe, ranks: Any, key: str) -> None:
+    from offline_align.distributed.stopping import stop_requests
+
+    origin = resolve(config, explicit)
+    run_dir = Path(config.run.dir)
+    if ranks.is_main:
+        common.start_folder(config)
+    ranks.barrier()
+    with stop_requests(config.trainer.max_time) as stop:
+        renderer = Renderer(origin.tokenizer, origin.template)
+        data, facts = _source(config, "train", recipe.read, renderer, ranks)
+        valid, _ = _source(config, "valid", recipe.read_validation, renderer, ranks)
+        trainer = _assemble(config, recipe, origin, data, valid, ranks, key)
+        state = trainer.fit(stop)
+    if ranks.is_main:
+        common_outputs = [run_dir / "metrics.jsonl", run_dir / "checkpoints"]
+        lineage.write_manifest(
+            run_dir,
+            stage,
+            key,
+            common.input_files(config),
+            common.parent_models(config),
+            [p for p in [*common_outputs, run_dir / "quarantine.jsonl"] if p.exists()],
+            _extra(recipe, facts, state, ranks),
+        )
+        logger.info("%s: done after %d steps, %.0f s: %s", stage, state.step, state.seconds, run_dir)
+    ranks.barrier()
+
+
+def _source(config: TrainRun, which: str, read: Any, renderer: Renderer, ranks: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the tokenised rows of `data.train` or `data.valid`, or None, and facts about them.
+
+    Rank 0 tokenises first, so that the others find the cache: nothing depends on who was faster.
+    """
+    from offline_align.data.loader import PairSource, SampleSource
+    from offline_align.data.tokenize import tokenize_pairs, tokenize_samples
+
+    named = getattr(config.data, which)
+    if named is None:
+        return None, {}
+    bad_rows = common.bad_rows(config, ranks.is_main)
+    if not ranks.is_main:
+        ranks.barrier()
+    rows = read(input_paths(named, f"data.{which}"), bad_rows, renderer)
+    tokenized: Any
+    if rows.rows and isinstance(rows.rows[0], PreferencePair):
+        tokenized = tokenize_pairs(rows.rows, renderer, config.data, common.cache_dir(config), bad_rows)
+        source: Any = PairSource(tokenized)
+    else:
+        tokenized = tokenize_samples(rows.rows, renderer, config.data, common.cache_dir(config), bad_rows)
+        source = SampleSource(tokenized)
+    if ranks.is_main:
+        ranks.barrier()
+    facts = {**rows.facts, "rows": len(source), "dropped": tokenized.dropped, "bad_rows": dict(bad_rows.counts)}
+    return source, facts
+
+
+def _assemble(
+    config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid: Any, ranks: Any, key: str
+) -> Any:
+    """Build model, optimizer and loaders, and load the initial weights unless the run is continued."""
+    from offline_align.distributed.sizes import model_sizes
+    from offline_align.model.build import build_model
+    from offline_align.train import checkpoint
+    from offline_align.train.optim import build_optimizer, wrap_model
+    from offline_align.train.trainer import Trainer
+
+    bf16 = uses_bf16(config.trainer.precision, ranks.device)
+    module = build_model(recipe.kind, origin.model, config.parallel, ranks.device, bf16, config.trainer.recompute)
+    if ranks.broadcast(checkpoint.newest(Path(config.run.dir)) is None):
+        fresh = ("reward_head.",) if recipe.kind == "reward_model" and origin.kind == "policy" else ()
+        load_origin(module, origin, ranks, fresh)
+    on_cuda = ranks.device.type == "cuda"
+    model = wrap_model(module, config.parallel, on_cuda)
+    assert origin.model.vocab_size is not None
+    sizes = model_sizes(origin.model, origin.model.vocab_size)
+    per_pair = recipe.kind == "reward_model"
+    return Trainer(
+        run_dir=Path(config.run.dir),
+        trainer=config.trainer,
+        optim=config.optim,
+        ranks=ranks,
+        module=module,
+        model=model,
+        optimizer=build_optimizer(model, config.optim, config.parallel, bf16, on_cuda),
+        objective=recipe.objective(),
+        data=_loader(config, data, ranks, config.trainer.max_steps),
+        validation=_loader(config, valid, ranks, None) if valid is not None else None,
+        description=ModelDescription(
+            kind=recipe.kind,
+            model=origin.model,
+            template=origin.template,
+            tokenizer_hash=origin.tokenizer.content_hash,
+            condition=recipe.condition,
+            method=recipe.method,
+        ),
+        tokenizer=origin.tokenizer,
+        step_flops=lambda d, count: sizes.train_flops(d.num_tokens, d.squared_lengths, 0 if per_pair else count),
+        settings=key,
+    )
+
+
+def _loader(config: TrainRun, source: Any, ranks: Any, max_steps: int | None) -> Any:
+    from offline_align.data.loader import Loader
+
+    batch = config.trainer.global_batch_size
+    total = max_steps * batch if max_steps else len(source) * config.trainer.max_epochs
+    parallel = config.parallel
+    return Loader(
+        source=source,
+        global_batch_size=batch,
+        total_samples=total,
+        capacity=config.trainer.micro_batch_size * config.data.max_length,
+        seed=config.run.seed,
+        dp_rank=ranks.dp_rank,
+        dp_size=ranks.dp_size,
+        pad_to_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+    )
+
+
+def uses_bf16(precision: Precision, device: Any) -> bool:
+    """Whether the forward pass runs in bf16: asked for, or by default on CUDA."""
+    if precision is Precision.auto:
+        return bool(device.type == "cuda")
+    if precision is Precision.bf16 and device.type == "cpu":
+        logger.warning("trainer.precision=bf16: CPUs without bf16 units emulate it, many times slower than fp32")
+    return precision is Precision.bf16
+
+
+def _extra(recipe: Recipe, facts: dict[str, Any], state: Any, ranks: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "method": recipe.method,
+        "condition": asdict(recipe.condition) if recipe.condition else None,
+        "data": facts,
+        "steps": state.step,
+        "skipped_steps": state.skipped_steps,
+        "best_step": state.best_step,
+        "best_validation_loss": state.best_value,
+        "seconds": round(state.seconds, 3),
+        "ranks": ranks.world_size,
+        "device": ranks.device.type,
+    }

@@ -1,0 +1,84 @@
+"""`verify`: whether the files of a run folder are whole, and which runs and data it came from."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+from rich.tree import Tree
+
+from offline_align.config.runs import VerifyRun
+from offline_align.errors import ConfigError, StorageError
+from offline_align.lineage import FileCheck, Report, Status, verify
+
+_COLOURS = {Status.whole: "green", Status.damaged: "red", Status.changed: "yellow", Status.missing: "red"}
+
+
+def run(config: VerifyRun, explicit: frozenset[str]) -> int:
+    """Print the chain of runs with the state of each file; return 0 where all are whole.
+
+    Raises ConfigError where there is no such folder, StorageError where a file of the chain is not as
+    recorded.
+    """
+    run_dir = Path(config.run.dir)
+    if not run_dir.is_dir():
+        raise ConfigError(f"run.dir={run_dir}: no such folder; give the run folder to verify")
+    console = Console()
+    if config.dry_run:
+        console.print(Text(f"would read every file of {run_dir} and of the runs it came from"))
+        return 0
+    report = verify(run_dir)
+    # A line that goes to a file or another program stays one line.
+    console.print(render(report), width=console.width if console.is_terminal else 10_000)
+    problems = report.problems()
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise StorageError(f"{problems[0]}{more}; restore it from a copy, or run the stage again")
+    return 0
+
+
+def render(report: Report) -> Tree:
+    """Return the chain as a tree, each run once, what it came from below it."""
+    return _node(report, shown=set())
+
+
+def _node(report: Report, shown: set[Path]) -> Tree:
+    label = Text.assemble(
+        (report.stage or "run", "bold"), f"  {_shown(report.run_dir)}  ", _status(report.status)
+    )
+    if report.reason:
+        label.append(f"  {report.reason}")
+    tree = Tree(label)
+    if report.run_dir in shown:
+        label.append("  (its files: above)")
+        return tree
+    shown.add(report.run_dir)
+    if report.outputs:
+        tree.add(Text(f"{_count(report.outputs)} written"))
+    for check in report.outputs:
+        if check.status is not Status.whole:
+            tree.add(_file("wrote", check))
+    for check in report.inputs:
+        tree.add(_file("read", check))
+    for parent in report.parents:
+        tree.add(_node(parent, shown))
+    return tree
+
+
+def _shown(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _file(verb: str, check: FileCheck) -> Text:
+    reason = f"  {check.reason}" if check.reason else ""
+    return Text.assemble((f"{verb} ", "dim"), f"{check.path}  ", _status(check.status), reason)
+
+
+def _count(checks: tuple[FileCheck, ...]) -> str:
+    whole = sum(check.status is Status.whole for check in checks)
+    noun = "file" if len(checks) == 1 else "files"
+    return f"{len(checks)} {noun}" if whole == len(checks) else f"{whole} of {len(checks)} {noun} whole as"
+
+
+def _status(status: Status) -> tuple[str, str]:
+    return status.value, _COLOURS[status]

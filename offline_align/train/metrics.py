@@ -1,0 +1,65 @@
+"""Metrics of a run: one JSON object a logged step, and TensorBoard beside it. Written by one rank."""
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` and `tensorboard/` of a run folder; does nothing where `enabled` is False."""
+
+    def __init__(self, run_dir: Path, enabled: bool, first_step: int) -> None:
+        self._file = None
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run_dir / FILE_NAME
+        _drop_steps_from(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Write the values of `step` (optimizer steps done)."""
+        if self._file is None:
+            return
+        # JSON has no NaN: null keeps the line readable by anything.
+        row = {"step": step, **{k: _finite(v) for k, v in values.items()}}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _drop_steps_from(path: Path, first_step: int) -> None:
+    """Forget lines of steps that are about to be done again: a run killed after its last checkpoint wrote them."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < first_step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            # The kill tore the last line.
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,79 @@
+"""megatron-core's optimizer and data parallel wrapper from our sections, and the learning rate of a step."""
+
+import math
+from typing import Any
+
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from torch import nn
+
+from offline_align.config.sections import DecayStyle, OptimSection, ParallelSection
+from offline_align.train.adam import Adam
+
+
+def learning_rate(step: int, optim: OptimSection, total_steps: int) -> float:
+    """Return the learning rate of optimizer step `step`, counted from 0.
+
+    Linear warm-up ends at the peak with step `lr_warmup_steps - 1`; the decay then runs over the remaining steps, so
+    that neither the first nor the last step is wasted on a rate of zero.
+    """
+    if step < optim.lr_warmup_steps:
+        return optim.lr * (step + 1) / optim.lr_warmup_steps
+    if optim.lr_decay_style is DecayStyle.constant:
+        return optim.lr
+    decay_steps = (optim.lr_decay_steps or total_steps) - optim.lr_warmup_steps
+    progress = min(1.0, (step - optim.lr_warmup_steps) / max(1, decay_steps))
+    remaining = 1.0 - progress
+    if optim.lr_decay_style is DecayStyle.cosine:
+        remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return optim.min_lr + (optim.lr - optim.min_lr) * remaining
+
+
+def wrap_model(model: nn.Module, parallel: ParallelSection, on_cuda: bool) -> DistributedDataParallel:
+    """Return `model` in megatron's data parallel wrapper; overlap needs CUDA streams, so it is off on the CPU."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce and on_cuda,
+        overlap_param_gather=_overlaps_param_gather(parallel, on_cuda),
+    )
+    return DistributedDataParallel(model.config, config, model)
+
+
+def _overlaps_param_gather(parallel: ParallelSection, on_cuda: bool) -> bool:
+    wanted = parallel.overlap_param_gather and parallel.overlap_grad_reduce
+    return wanted and parallel.use_distributed_optimizer and on_cuda
+
+
+def build_optimizer(
+    model: DistributedDataParallel, optim: OptimSection, parallel: ParallelSection, bf16: bool, on_cuda: bool
+) -> MegatronOptimizer:
+    """Return megatron's optimizer over `model`: AdamW, no weight decay on vectors, fp32 main weights."""
+    _offer_own_adam()
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_eps,
+        clip_grad=optim.clip_grad,
+        bf16=bf16,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=_overlaps_param_gather(parallel, on_cuda),
+    )
+    return get_megatron_optimizer(config, [model])
+
+
+def _offer_own_adam() -> None:
+    """Let megatron use our Adam as if it were a fused one, where neither Transformer Engine nor apex is installed."""
+    core: Any = megatron_optimizer
+    sharded: Any = distrib_optimizer
+    if not core.USING_PYTORCH_OPTIMIZER:
+        return
+    core.USING_PYTORCH_OPTIMIZER = False
+    core.Adam = Adam
+    sharded.HAVE_APEX_OR_TE = True
+    sharded.USING_APEX_OPTIMIZER = True

@@ -1,0 +1,155 @@
+"""One optimizer step: the only file that calls megatron's schedule, and the only one that divides a loss."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from offline_align.data.batch import PackedBatch
+from offline_align.objectives import LossSum, Objective
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did, equal on all ranks."""
+
+    metrics: dict[str, float]
+    """`loss` and the objective's metrics, each divided by the count of the global batch."""
+    count: int
+    """Targets or pairs of the global batch."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    applied: bool
+    """False where the loss or the norm was not finite: the weights are untouched."""
+    stop: bool
+    """Whether any rank was asked to stop."""
+
+
+@dataclass(frozen=True)
+class GlobalSums:
+    """Sums over all ranks, the same on all of them."""
+
+    means: dict[str, float]
+    """Each sum divided by `count`."""
+    count: int
+    stop: bool
+    """Whether any rank was asked to stop."""
+
+
+def reduce_sums(sums: dict[str, Tensor], count: int, device: torch.device, stop: bool = False) -> GlobalSums:
+    """Add up sums and counts over the global batch, and stop requests over all ranks, in one collective."""
+    names = sorted(sums)
+    counted = torch.tensor([float(count), float(stop)], dtype=torch.float64, device=device)
+    vector = torch.cat([torch.stack([sums[n].double().to(device) for n in names]), counted])
+    dist.all_reduce(vector)
+    *totals, total, stops = vector.tolist()
+    # Ranks that share a replica hold equal sums, so each value is counted as often as the replica has ranks.
+    copies = dist.get_world_size() // parallel_state.get_data_parallel_world_size()
+    divisor = max(total, 1.0)
+    return GlobalSums({n: t / divisor for n, t in zip(names, totals, strict=True)}, round(total / copies), stops > 0)
+
+
+class TrainStep:
+    """Forward, backward and update of one global batch."""
+
+    def __init__(
+        self, model: DistributedDataParallel, optimizer: MegatronOptimizer, objective: Objective, clip_grad: float
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.objective = objective
+        self.clip_grad = clip_grad
+        self._schedule = get_forward_backward_func()
+        self._connect_schedule()
+
+    def _connect_schedule(self) -> None:
+        config = self.model.config
+        config.finalize_model_grads_func = finalize_model_grads
+        ddp = self.model.ddp_config
+        if ddp.overlap_grad_reduce:
+            config.no_sync_func = self.model.no_sync
+        if ddp.overlap_param_gather:
+            config.param_sync_func = self.model.start_param_sync
+
+    def __call__(self, micro_batches: list[PackedBatch], learning_rate: float, stop: bool = False) -> StepResult:
+        """Train on this rank's share of a global batch; every data parallel rank has as many micro-batches."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        stored = self._schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(micro_batches),
+            model=self.model,
+            num_microbatches=len(micro_batches),
+            seq_length=1,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        sums = reduce_sums(*_add_up(stored), self.device, stop)
+        grad_norm, applied = self._update(math.isfinite(sums.means["loss"]))
+        return StepResult(sums.means, sums.count, grad_norm, applied, sums.stop)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.model.parameters()).device
+
+    def _forward_step(self, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
+        batch = next(batches).to(self.device)
+
+        def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            result = self.objective(output, batch)
+            count = torch.tensor(result.count, dtype=torch.int, device=self.device)
+            # Three values tell megatron that the loss is a sum: it divides gradients by the global count.
+            return result.total, count, _report(result)
+
+        return model(batch), loss_func
+
+    def _update(self, loss_is_finite: bool) -> tuple[float, bool]:
+        """Clip and apply the gradient unless it is not finite, on all ranks alike; return its norm."""
+        self.optimizer.prepare_grads()
+        # The norm is reduced over all ranks, so that all of them decide the same.
+        norm = float(self.optimizer.get_grad_norm())
+        if not (loss_is_finite and math.isfinite(norm)):
+            return norm, False
+        if self.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, norm)
+        self.optimizer.step_with_ready_grads()
+        return norm, True
+
+
+def evaluate(
+    model: DistributedDataParallel, objective: Objective, batches: Iterator[list[PackedBatch]], device: torch.device
+) -> tuple[dict[str, float], int]:
+    """Return the means of the objective's metrics over all `batches` and their count, the same on every rank."""
+    model.eval()
+    stored: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        for share in batches:
+            for batch in share:
+                moved = batch.to(device)
+                stored.append(_report(objective(model(moved), moved)))
+    model.train()
+    sums = reduce_sums(*_add_up(stored), device)
+    return sums.means, sums.count
+
+
+def _report(result: LossSum) -> dict[str, Any]:
+    return {"count": result.count, "loss": result.total.detach(), **result.metrics}
+
+
+def _add_up(stored: list[dict[str, Any]]) -> tuple[dict[str, Tensor], int]:
+    """Return the sums of a rank's micro-batches and their count."""
+    names = [n for n in stored[0] if n != "count"]
+    return {n: torch.stack([s[n] for s in stored]).sum() for n in names}, sum(s["count"] for s in stored)

@@ -1,0 +1,122 @@
+"""What the code must not do: execute what it loads, or start a shell; and what each module must say."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = REPOSITORY / "offline_align"
+
+# Each executes code that a data file, a checkpoint or a file name may carry.
+BANNED_CALLS = {
+    "pickle.load",
+    "pickle.loads",
+    "pickle.Unpickler",
+    "cPickle.load",
+    "dill.load",
+    "dill.loads",
+    "joblib.load",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.full_load",
+    "yaml.unsafe_load",
+    "os.system",
+    "os.popen",
+    "eval",
+    "exec",
+}
+BANNED_ARGUMENTS = {"allow_pickle", "shell", "trust_remote_code"}
+
+
+def dangers(source: str) -> Iterator[str]:
+    """Yield `line: what` for every call in a source that executes what it reads."""
+    tree = ast.parse(source)
+    full_names = imported_names(tree)
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = dotted_name(call.func, full_names)
+        arguments = {k.arg: k.value for k in call.keywords if k.arg}
+        if name in BANNED_CALLS:
+            yield f"{call.lineno}: {name}"
+        if name == "torch.load" and not is_constant(arguments.get("weights_only"), True):
+            yield f"{call.lineno}: torch.load without weights_only=True"
+        for argument in BANNED_ARGUMENTS & arguments.keys():
+            if not is_constant(arguments[argument], False):
+                yield f"{call.lineno}: {argument}={ast.unparse(arguments[argument])}"
+
+
+def imported_names(tree: ast.AST) -> dict[str, str]:
+    """Return what each imported name stands for: `from pickle import load as l` gives l: pickle.load."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update({a.asname: a.name for a in node.names if a.asname})
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update({a.asname or a.name: f"{node.module}.{a.name}" for a in node.names})
+    return found
+
+
+def dotted_name(node: ast.expr, full_names: dict[str, str]) -> str:
+    first, _, rest = ast.unparse(node).partition(".")
+    full = full_names.get(first, first)
+    return f"{full}.{rest}" if rest else full
+
+
+def is_constant(node: ast.expr | None, value: bool) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+def sources() -> list[Path]:
+    folders = ("offline_align", "benchmarks", "scripts", "tests")
+    return sorted(path for folder in folders for path in (REPOSITORY / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(REPOSITORY)))
+def test_nothing_executes_what_it_loads(path: Path) -> None:
+    assert list(dangers(path.read_text("utf-8"))) == []
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_module_says_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text("utf-8")))
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_prints_past_rich_and_logging(path: Path) -> None:
+    tree = ast.parse(path.read_text("utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle\npickle.load(f)",
+        "from pickle import loads\nloads(b)",
+        "import pickle as p\np.Unpickler(f)",
+        "import torch\ntorch.load(f)",
+        "import torch\ntorch.load(f, weights_only=False)",
+        "import torch\ntorch.load(f, weights_only=flag)",
+        "import yaml\nyaml.load(f)",
+        "import numpy as np\nnp.load(f, allow_pickle=True)",
+        "import subprocess\nsubprocess.run(c, shell=True)",
+        "AutoModel.from_pretrained(p, trust_remote_code=True)",
+        "import os\nos.system(c)",
+    ],
+)
+def test_dangers_are_recognised(source: str) -> None:
+    assert len(list(dangers(source))) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.load(f, weights_only=True)",
+        "import yaml\nyaml.safe_load(f)",
+        "import numpy as np\nnp.load(f, allow_pickle=False)",
+        "model.eval()",
+    ],
+)
+def test_sound_calls_pass(source: str) -> None:
+    assert list(dangers(source)) == []
