@@ -14,8 +14,8 @@ import traceback
 import warnings
 from typing import Any
 
-from offline_align.config.compose import STAGES, compose, require, to_mapping, world_size
-from offline_align.config.runs import ModelRun, Run
+from offline_align.config.compose import STAGES, compose, require, world_size
+from offline_align.config.runs import Run
 from offline_align.errors import AlignError, ConfigError, StorageError
 
 _SUMMARIES = {
@@ -51,6 +51,10 @@ def run(arguments: list[str]) -> int:
         for line in str(error).splitlines():
             _say(line)
         return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output has left, as `head` does; that is no error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if debug:
             traceback.print_exc()
@@ -129,7 +133,8 @@ def _set_up_logging() -> None:
     logging.getLogger("offline_align").setLevel(level)
     # Missing optional packages are said once by us, not at every import by others.
     warnings.filterwarnings("ignore", module=r"megatron\..*|torch\..*|transformers\..*")
-    for noisy in ("megatron", "torch", "datasets"):
+    warnings.simplefilter("ignore", SyntaxWarning)
+    for noisy in ("megatron", "torch", "torch.utils.cpp_extension", "datasets"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

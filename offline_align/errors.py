@@ -39,3 +39,11 @@ class ConfigError(AlignError):
     def __init__(self, problems: str | list[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class FailedOnMainRank(AlignError):
+    """Rank 0 met an error and has reported it; this rank ends with the same exit code and says nothing."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code

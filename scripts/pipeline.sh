@@ -13,11 +13,16 @@ set -euo pipefail
 
 RUNS=${RUNS:-runs}                             # every stage gets a folder in here
 DATA=${DATA:-demo}                             # raw data: a path, [a,b,...], hf:<name>, or demo
-PROMPTS=${PROMPTS:-$RUNS/prepare/prompts.jsonl} # held-out prompts; only the demo corpus brings some
+PROMPTS=${PROMPTS:-}                           # held-out prompts; the demo corpus brings its own
 MODEL=${MODEL:-demo}                           # a group of configs/model
 INIT=${INIT:-}                                 # pre-trained weights, a Hugging Face folder; empty: from scratch
 TARGET_REWARD=${TARGET_REWARD:-5.0}            # what Conditional Alignment is asked for (the paper's)
 LOW_REWARD=${LOW_REWARD:--2.0}                 # and what it should do badly when asked to
+
+if [[ -z "$PROMPTS" ]]; then
+    [[ "$DATA" == demo ]] || { echo "pipeline.sh: set PROMPTS to a file of prompts to answer" >&2 && exit 78; }
+    PROMPTS=$RUNS/prepare/prompts.jsonl
+fi
 
 # ---- How long and how wide -------------------------------------------------------------------------------------------
 

@@ -109,16 +109,7 @@ def _weighted(method: s.RewardWeightedMethodSection) -> list[str]:
 
 
 def _conditional(method: s.ConditionalMethodSection) -> list[str]:
-    from offline_align.errors import ConfigError
-    from offline_align.methods.ca import check_format
-
-    found = _finite(method, "method", "target_reward", "reward_limit")
-    if not found:
-        try:
-            check_format(method.reward_format, method.reward_limit)
-        except ConfigError as error:
-            found += error.problems
-    return found
+    return _finite(method, "method", "target_reward", "reward_limit")
 
 
 def _generate(generate: s.GenerateSection) -> list[str]:

@@ -13,7 +13,7 @@ from offline_align.config.sections import ModelSection
 from offline_align.convert import names
 from offline_align.convert.architecture import huggingface_config
 from offline_align.convert.card import model_card
-from offline_align.convert.chat_template import chat_template
+from offline_align.convert.chat_template import chat_template, condition_text
 from offline_align.convert.names import Entry, Kind
 from offline_align.convert.tensors import split
 from offline_align.convert.tokenizer_files import first_prompt_difference, padding_id, write_tokenizer
@@ -21,8 +21,7 @@ from offline_align.convert.weights import parse_size, write_weights
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import ConfigError, StorageError
-from offline_align.methods import ca
-from offline_align.model.description import Condition, ModelDescription
+from offline_align.model.description import ModelDescription
 
 
 def export_huggingface(
@@ -80,7 +79,7 @@ def _write_texts(
     description: ModelDescription, tokenizer: Tokenizer, target: Path, ancestry: list[str]
 ) -> None:
     """Write the tokenizer and the model card, which says where `transformers` encodes otherwise."""
-    condition = target_condition(description.condition)
+    condition = condition_text(description.condition)
     template = chat_template(tokenizer, description.template, condition)
     notes = []
     if not write_tokenizer(tokenizer, target, template, description.model.max_position_embeddings):
@@ -94,13 +93,6 @@ def _write_texts(
         )
     card = model_card(description, condition, notes, ancestry)
     (target / "README.md").write_text(card, encoding="utf-8")
-
-
-def target_condition(condition: Condition | None) -> str:
-    """Return the text that asks for the stored target reward (Eq. 6), or nothing for other methods."""
-    if condition is None:
-        return ""
-    return ca.condition_text(condition.target_reward, condition.reward_format, condition.reward_limit)
 
 
 def _config(description: ModelDescription, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ SAMPLES = (
     "naïve café Ångström ﬁne ½ ①",
     "日本語とEnglishの混在。中文 한국어 العربية עברית हिन्दी",
     "👍🏽 👩‍👩‍👧 zero\u200bwidth nbsp\u00a0here e\u0301",
-    "<0x41> [INST] ▁ ## \\n",
+    "[INST] <b>bold</b> ▁ ## \\n",
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!!!!!!!!!!......",
     "",
 )
@@ -73,7 +73,7 @@ def _build(proto: Any) -> Tokenizer:
 
 
 def _unigram(proto: Any) -> models.Unigram:
-    # SentencePiece never matches byte and control pieces in text: here a score below all others does that.
+    # SentencePiece never matches byte and control pieces in text: a very low score comes close to that.
     never = min(piece.score for piece in proto.pieces if piece.type == _NORMAL) - 100.0
     vocab = [(piece.piece, piece.score if piece.type == _NORMAL else never) for piece in proto.pieces]
     spec = proto.trainer_spec

@@ -201,8 +201,17 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _fsync_folder(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: cannot write: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return count
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

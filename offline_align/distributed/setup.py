@@ -9,7 +9,7 @@ import datetime
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from offline_align.config.sections import Device, ParallelSection, RunSection
-from offline_align.errors import ConfigError
+from offline_align.errors import AlignError, ConfigError, FailedOnMainRank
 
 logger = logging.getLogger(__name__)
 # Long enough for a rank that writes or hashes a large checkpoint while the others wait.
@@ -59,6 +59,24 @@ class Ranks:
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def main_first[T](self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0, then on the others, which find what rank 0 has cached.
+
+        An error of rank 0 ends all ranks with its exit code, so that nobody waits for a rank that has left.
+        """
+        error: AlignError | None = None
+        if self.is_main:
+            try:
+                result = work()
+            except AlignError as caught:
+                error = caught
+        code = self.broadcast(error.exit_code if error else 0)
+        if error is not None:
+            raise error
+        if code:
+            raise FailedOnMainRank(code)
+        return result if self.is_main else work()
 
 
 def choose_device(device: Device) -> torch.device:

@@ -99,16 +99,16 @@ def _read(path: Path, bad_rows: BadRows) -> dict[str, _Entry]:
 
 
 def _add(table: dict[str, _Entry], line: Line) -> None:
-    prompt = parse_row(line.value, Prompt, f"line {line.number}")
-    entry = table.setdefault(prompt.id, _Entry(prompt, {}))
+    prompt, answer = parse_row(line.value, Prompt, f"line {line.number}"), _answer(line.value)
     index = line.value.get("sample_index", 0)
     if isinstance(index, bool) or not isinstance(index, int):
         raise RowError("sample_index: not a whole number")
+    entry = table.setdefault(prompt.id, _Entry(prompt, {}))
     if index in entry.answers:
         raise RowError("id: duplicate id (and sample_index)")
     if entry.prompt.prompt != prompt.prompt:
         raise RowError("prompt: differs from that of an earlier row with this id")
-    entry.answers[index] = _answer(line.value)
+    entry.answers[index] = answer
 
 
 def _answer(columns: dict[str, Any]) -> Answer:

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offline_align.config.sections import EvaluateSection
 from offline_align.errors import ConfigError, DataError
@@ -21,6 +22,7 @@ from offline_align.evaluate.statistics import (
     wins,
 )
 
+Booleans = NDArray[np.bool_]
 FORMAT = 1
 RANK_SCORE = (
     "(number of methods + 1) - rank, ties share the mean rank, mean over prompts; the paper's 6 - rank"
@@ -101,7 +103,7 @@ class _Tables:
     settings: EvaluateSection
     seed: int
 
-    def methods(self, chosen: "np.ndarray[Any, np.dtype[np.bool_]]") -> dict[str, dict[str, Any]]:
+    def methods(self, chosen: Booleans) -> dict[str, dict[str, Any]]:
         """Return each method's means over the chosen prompts."""
         scores = self.scores[chosen]
         versus = wins(scores)[:, :, self.comparison.methods.index(self.baseline)]
@@ -114,7 +116,7 @@ class _Tables:
             for k, method in enumerate(self.comparison.methods)
         }
 
-    def win_rates(self, chosen: "np.ndarray[Any, np.dtype[np.bool_]]") -> dict[str, dict[str, Any]]:
+    def win_rates(self, chosen: Booleans) -> dict[str, dict[str, Any]]:
         """Return how often the outer method beats the inner one, ties as half."""
         methods = self.comparison.methods
         table = wins(self.scores[chosen])
@@ -124,7 +126,7 @@ class _Tables:
             for i, a in enumerate(methods)
         }
 
-    def groups(self, judged: "np.ndarray[Any, np.dtype[np.bool_]]") -> dict[str, Any]:
+    def groups(self, judged: Booleans) -> dict[str, Any]:
         """Return the tables of each value of the `group_by` column, in order of appearance."""
         labels = [group_of(prompt.columns, self.settings.group_by) for prompt in self.comparison.prompts]
         result = {}

@@ -35,7 +35,12 @@ def folder_sha256(folder: Path) -> str:
     root = folder.resolve()
     files = expand([root])
     names = [file.relative_to(root).as_posix() for file in files]
-    return text_sha256(canonical_json(list(zip(names, hash_all(files), strict=True))))
+    return named_sha256(dict(zip(names, hash_all(files), strict=True)))
+
+
+def named_sha256(hashes: dict[str, str]) -> str:
+    """Return the SHA-256 of a folder, given those of its files by their paths in it."""
+    return text_sha256(canonical_json(hashes))
 
 
 def record_files(paths: Sequence[Path]) -> list[FileRecord]:

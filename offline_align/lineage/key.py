@@ -36,21 +36,21 @@ _log = logging.getLogger(__name__)
 def content_key(stage: str, config: dict[str, Any], inputs: Sequence[Path], parents: Sequence[Path]) -> str:
     """Return the SHA-256 of everything that determines what a stage produces.
 
-    That is the stage, the settings that change results, the content of the inputs and the manifests of the
-    parents. A setting that names one of these files is replaced by its content, so that data and runs may be
-    moved or renamed. Reads every input once: let one rank do it. Raises ConfigError for a parent that is
-    neither a finished run nor a model, StorageError for an unreadable file.
+    That is the stage, the settings that change results, and the content of the inputs and of the parents. A
+    setting that names one of these files is replaced by its content, so that data and runs may be moved or
+    renamed. Reads every input once: let one rank do it. Raises ConfigError for a parent that is neither a
+    finished run nor a model, StorageError for an unreadable file.
     """
     records = record_files(inputs)
     digests = {record.path: record.sha256 for record in records}
     built_on = [describe_parent(path) for path in parents]
     for path, parent in zip(parents, built_on, strict=True):
-        digests |= {str(path.resolve()): parent.digest(), parent.path: parent.digest()}
+        digests |= {str(path.resolve()): parent.content_sha256, parent.path: parent.content_sha256}
     content = {
         "stage": stage,
         "config": _relevant(config, digests),
         "inputs": [record.sha256 for record in records],
-        "parents": [parent.digest() for parent in built_on],
+        "parents": [parent.content_sha256 for parent in built_on],
     }
     return text_sha256(canonical_json(content))
 

@@ -20,6 +20,7 @@ from offline_align.lineage.files import (
     expand,
     file_sha256,
     folder_sha256,
+    named_sha256,
     real_path,
     record_files,
     text_sha256,
@@ -38,17 +39,15 @@ class ParentRecord:
     """A folder that a run built on; `part` is the checkpoint in it that was named, if one was.
 
     `stage` is that of its manifest, or `checkpoint` or `huggingface` for a bare folder of weights, whose
-    `manifest_sha256` is the SHA-256 of its names and contents.
+    `manifest_sha256` is its `content_sha256`. That is the SHA-256 of the names and contents of the files in
+    the part: it stands for the parent in content keys, whether its run has finished by now or not.
     """
 
     path: str
     stage: str
     manifest_sha256: str
+    content_sha256: str
     part: str | None = None
-
-    def digest(self) -> str:
-        """Return what stands for the parent in a content key."""
-        return f"{self.manifest_sha256}:{self.part or ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +143,15 @@ def describe_parent(path: Path) -> ParentRecord:
     folder = path.resolve()
     for run_dir in (folder, *folder.parents[:2]):
         manifest = read_manifest(run_dir)
-        part = folder.relative_to(run_dir).as_posix()
-        if manifest and (part == "." or any(r.path.startswith(f"{part}/") for r in manifest.outputs)):
-            digest = file_sha256(run_dir / MANIFEST)
-            return ParentRecord(str(run_dir), manifest.stage, digest, None if part == "." else part)
+        content = _content(manifest, run_dir, folder) if manifest else {}
+        if manifest and content:
+            seen = file_sha256(run_dir / MANIFEST)
+            part = None if folder == run_dir else folder.relative_to(run_dir).as_posix()
+            return ParentRecord(str(run_dir), manifest.stage, seen, named_sha256(content), part)
     for stage, sign in BARE_MODELS.items():
         if (folder / sign).is_file():
-            return ParentRecord(str(folder), stage, folder_sha256(folder))
+            seen = folder_sha256(folder)
+            return ParentRecord(str(folder), stage, seen, seen)
     raise ConfigError(
         f"{path}: is neither a finished run (no {MANIFEST}) nor a model (no model.json or config.json); "
         f"finish that run first, or name one of its checkpoint folders"
@@ -187,6 +188,12 @@ def _record_outputs(outputs: Sequence[Path], run_dir: Path) -> list[FileRecord]:
         if not file.is_relative_to(run_dir):
             raise ValueError(f"{file}: an output must lie in the run folder {run_dir}")
     return [replace(r, path=Path(r.path).relative_to(run_dir).as_posix()) for r in record_files(files)]
+
+
+def _content(manifest: Manifest, run_dir: Path, folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the outputs in a folder of a run, by their paths in that folder."""
+    files = {run_dir / record.path: record.sha256 for record in manifest.outputs}
+    return {f.relative_to(folder).as_posix(): h for f, h in files.items() if f.is_relative_to(folder)}
 
 
 def _producers(inputs: Sequence[Path]) -> Iterator[ParentRecord]:

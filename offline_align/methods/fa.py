@@ -13,10 +13,8 @@ def keep(rows: Iterable[LabelledSample], threshold: float) -> list[TrainingRow]:
 
     Raises ConfigError where the threshold is not a number or keeps no row, DataError for unusable rewards.
     """
-    if math.isnan(threshold):
-        raise ConfigError(f"method.threshold={threshold}: needs a number")
     labelled = checked(rows)
-    kept = [TrainingRow(row) for row in labelled if row.reward > threshold]
+    kept = [TrainingRow(row) for row in above(labelled, threshold)]
     if not kept:
         highest = max(row.reward for row in labelled)
         raise ConfigError(
@@ -24,3 +22,10 @@ def keep(rows: Iterable[LabelledSample], threshold: float) -> list[TrainingRow]:
             f"the highest reward is {highest:.4g}, set a threshold below it"
         )
     return kept
+
+
+def above(rows: Iterable[LabelledSample], threshold: float) -> list[LabelledSample]:
+    """Return the rows that Eq. 4 has a loss for; ConfigError where the threshold is not a number."""
+    if math.isnan(threshold):
+        raise ConfigError(f"method.threshold={threshold}: needs a number")
+    return [row for row in rows if row.reward > threshold]

@@ -10,6 +10,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,7 +48,7 @@ class Policy(GPTModel):  # type: ignore[misc]
         return nll
 
     def _target_nll(self, hidden_states: Tensor, output_weight: Tensor | None, context: PackedBatch, **_: Any) -> Tensor:
-        hidden = _whole_sequence(hidden_states, self.config.sequence_parallel, reduce_gradients=True)
+        hidden = _whole_sequence(hidden_states, self.config.sequence_parallel)
         # [N, 1, C]: the prompt never meets the vocabulary.
         hidden = hidden.index_select(0, context.target_index)
         rows = max(1, _LOGITS_BUDGET_BYTES // (4 * self.output_layer.output_size_per_partition))
@@ -64,7 +65,7 @@ class Policy(GPTModel):  # type: ignore[misc]
         """Return this rank's logits of every token: [T, V], for comparison with other implementations."""
 
         def project(hidden_states: Tensor, output_weight: Tensor | None, **_: Any) -> Tensor:
-            hidden = _whole_sequence(hidden_states, self.config.sequence_parallel, reduce_gradients=True)
+            hidden = _whole_sequence(hidden_states, self.config.sequence_parallel)
             out: Tensor = self.output_layer(hidden, weight=output_weight)[0]
             return out[:, 0]
 
@@ -101,6 +102,13 @@ class RewardModel(GPTModel):  # type: ignore[misc]
         self.share_embeddings_and_output_weights = False
         self.reward_head = head
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return megatron's description of the weights, without the rules for an output layer that is not there."""
+        shards: dict[str, Any] = MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+        return shards
+
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return the score of each segment of `batch`, read at its last token: [S] in fp32."""
         scores: Tensor = super().forward(
@@ -114,17 +122,18 @@ class RewardModel(GPTModel):  # type: ignore[misc]
         return scores
 
     def _scores(self, hidden_states: Tensor, context: PackedBatch, **_: Any) -> Tensor:
-        # Every rank computes the same loss from the whole sequence, so gradients are split back, not added up.
-        hidden = _whole_sequence(hidden_states, self.config.sequence_parallel, reduce_gradients=False)
+        hidden = _whole_sequence(hidden_states, self.config.sequence_parallel)
         scores: Tensor = self.reward_head(hidden.index_select(0, context.last_index)[:, 0])
         return scores
 
 
-def _whole_sequence(hidden: Tensor, sequence_parallel: bool, reduce_gradients: bool) -> Tensor:
-    """Return hidden states [T, 1, C] of the whole bin, gathered where ranks hold slices of it."""
+def _whole_sequence(hidden: Tensor, sequence_parallel: bool) -> Tensor:
+    """Return hidden states [T, 1, C] of the whole bin, gathered where ranks hold slices of it.
+
+    The gradient is split back, not added up: the vocabulary head has added the ranks' parts by then, and the reward
+    head computes the whole of it on every rank.
+    """
     if not sequence_parallel:
         return hidden
-    gathered: Tensor = tensor_parallel.gather_from_sequence_parallel_region(
-        hidden, tensor_parallel_output_grad=reduce_gradients
-    )
+    gathered: Tensor = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
     return gathered

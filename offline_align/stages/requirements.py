@@ -3,7 +3,7 @@
 from typing import Any
 
 from offline_align.config.runs import EvaluateRun, ModelRun, Run, TrainRun
-from offline_align.config.sections import JudgeKind, ModelSection
+from offline_align.config.sections import ConditionalMethodSection, JudgeKind, ModelSection
 from offline_align.errors import AlignError, ConfigError
 from offline_align.stages import common
 from offline_align.stages.origin import resolve
@@ -19,7 +19,7 @@ _NEEDS_INPUT = {"prepare", "label", "generate", "evaluate", "plan"}
 
 def problems(stage: str, config: Run, explicit: frozenset[str]) -> tuple[list[str], ModelSection | None]:
     """Return what `stage` misses, and the architecture that will run where it is known."""
-    found = _files(stage, config)
+    found = _files(stage, config) + _condition(config)
     if not isinstance(config, ModelRun):
         return found + _judge(config), None
     if stage in _NEEDS_WEIGHTS and config.init.from_ is None:
@@ -48,6 +48,20 @@ def _files(stage: str, config: Run) -> list[str]:
     except AlignError as error:
         missing += str(error).splitlines()
     return missing
+
+
+def _condition(config: Run) -> list[str]:
+    """Return what is wrong with the text that Conditional Alignment writes into prompts."""
+    method: Any = getattr(config, "method", None)
+    if not isinstance(method, ConditionalMethodSection):
+        return []
+    from offline_align.methods.ca import check_format
+
+    try:
+        check_format(method.reward_format, method.reward_limit)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _kind(stage: str, config: ModelRun, kind: str) -> list[str]:

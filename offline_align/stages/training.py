@@ -110,29 +110,29 @@ def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recip
 
 
 def _source(config: TrainRun, which: str, read: Any, renderer: Renderer, ranks: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the tokenised rows of `data.train` or `data.valid`, or None, and facts about them.
-
-    Rank 0 tokenises first, so that the others find the cache: nothing depends on who was faster.
-    """
-    from offline_align.data.loader import PairSource, SampleSource
-    from offline_align.data.tokenize import tokenize_pairs, tokenize_samples
-
+    """Return the tokenised rows of `data.train` or `data.valid`, or None, and facts about them."""
     named = getattr(config.data, which)
     if named is None:
         return None, {}
-    bad_rows = common.bad_rows(config, ranks.is_main)
-    if not ranks.is_main:
-        ranks.barrier()
-    rows = read(input_paths(named, f"data.{which}"), bad_rows, renderer)
+    paths = input_paths(named, f"data.{which}")
+    return ranks.main_first(lambda: _tokenized(config, paths, read, renderer, ranks.is_main))
+
+
+def _tokenized(config: TrainRun, paths: list[Path], read: Any, renderer: Renderer, main: bool) -> tuple[Any, dict[str, Any]]:
+    from offline_align.data.loader import PairSource, SampleSource
+    from offline_align.data.tokenize import tokenize_pairs, tokenize_samples
+
+    bad_rows = common.bad_rows(config, main)
+    rows = read(paths, bad_rows, renderer)
+    cache = common.cache_dir(config)
     tokenized: Any
+    source: Any
     if rows.rows and isinstance(rows.rows[0], PreferencePair):
-        tokenized = tokenize_pairs(rows.rows, renderer, config.data, common.cache_dir(config), bad_rows)
-        source: Any = PairSource(tokenized)
+        tokenized = tokenize_pairs(rows.rows, renderer, config.data, cache, bad_rows)
+        source = PairSource(tokenized)
     else:
-        tokenized = tokenize_samples(rows.rows, renderer, config.data, common.cache_dir(config), bad_rows)
+        tokenized = tokenize_samples(rows.rows, renderer, config.data, cache, bad_rows)
         source = SampleSource(tokenized)
-    if ranks.is_main:
-        ranks.barrier()
     facts = {**rows.facts, "rows": len(source), "dropped": tokenized.dropped, "bad_rows": dict(bad_rows.counts)}
     return source, facts
 

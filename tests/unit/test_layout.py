@@ -18,15 +18,15 @@ LINES = [
     {"data"},
     {"methods"},
     {"objectives", "model"},
-    {"train", "label", "generate", "evaluate", "convert"},
+    {"train", "label", "generate", "evaluate", "convert", "launch"},
     {"stages"},
 ]
 SERVE_ALL = {"distributed", "errors", "lineage", "progress"}
 HEIGHT = {room: height for height, rooms in enumerate(LINES) for room in rooms}
 # What serves all may itself import no more than this.
 SERVED_BY = SERVE_ALL | {"config"}
-# They start the program and stand above the rooms.
-ENTRANCES = {"__main__", "launch"}
+# It starts the program and stands above the rooms.
+ENTRANCES = {"__main__"}
 
 STAGE_NAMES = re.compile(r"\b(sft|fa|rwr|ca|reward|label)\b", re.IGNORECASE)
 

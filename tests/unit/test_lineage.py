@@ -189,6 +189,15 @@ def test_key_follows_the_parent(chain: Path) -> None:
     assert content_key("ca", config, [], [chain / "runs/sft"]) != before
 
 
+def test_key_is_the_same_before_and_after_the_parent_has_finished(chain: Path) -> None:
+    policy = chain / "runs/sft/checkpoints/step_00000001"
+    (policy / "model.json").write_text("{}")
+    (chain / "runs/sft/manifest.json").unlink()
+    before = content_key("ca", {}, [], [policy])
+    write_manifest(chain / "runs/sft", "sft", "key", [], [], [chain / "runs/sft/checkpoints"], {})
+    assert content_key("ca", {}, [], [policy]) == before
+
+
 def test_key_tells_two_checkpoints_of_a_run_apart(chain: Path) -> None:
     run_dir = chain / "runs/sft"
     named = run_dir / "checkpoints/step_00000001"
@@ -354,7 +363,7 @@ def test_outputs_outside_the_run_folder_are_not_read(chain: Path, name: str) -> 
 
 
 def test_runs_that_name_each_other_come_to_an_end(chain: Path) -> None:
-    link = {"path": "../sft", "stage": "sft", "manifest_sha256": "0" * 64, "part": None}
+    link = {"path": "../sft", "stage": "sft", "manifest_sha256": "0" * 64, "content_sha256": "0" * 64}
     reseal(chain / "runs/prepare", {"parents": [link]})
     assert verify(chain / "runs/sft").problems()
 

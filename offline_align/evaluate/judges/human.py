@@ -6,7 +6,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class HumanJudge:
-    """Reads `ratings*.jsonl` of the run folder, one file a rater: `{"answer": key, "score": 1 to 10}` a line."""
+    """Reads `ratings*.jsonl` of the run folder: a file a rater, `{"answer": key, "score": 1..10}` a line."""
 
     run_dir: Path
     seed: int
     name: str = "human rating"
     _raters: int = 0
-    _rated_sets: int = field(default=0)
+    _rated_sets: int = 0
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
         """Return mean ratings over the raters; NaN for the answers of a set that nobody rated in full.
@@ -62,8 +62,8 @@ class HumanJudge:
             scores += [sum(g) / len(g) if complete else math.nan for g in given]
         if self._rated_sets == 0:
             raise DataError(
-                f"{self.run_dir}/ratings*.jsonl: answer: no set of answers is rated in full; rate at least one on "
-                "this run's rating.html"
+                f"{self.run_dir}/ratings*.jsonl: answer: no set of answers is rated in full; "
+                "rate at least one on this run's rating.html"
             )
         return scores
 

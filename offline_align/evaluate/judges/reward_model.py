@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_align.config.runs import EvaluateRun
+from offline_align.config.sections import Precision
 from offline_align.data.records import Message, Sample
 from offline_align.errors import ConfigError
 from offline_align.model.description import ModelDescription, find_checkpoint
@@ -28,7 +29,13 @@ class RewardModelJudge:
             unique.setdefault((sample.prompt, sample.response), sample)
         config = self.config
         scores = score_samples(
-            self.checkpoint, list(unique.values()), config.parallel, config.trainer, config.run
+            self.checkpoint,
+            list(unique.values()),
+            config.run,
+            config.data,
+            config.parallel,
+            config.trainer,
+            _bf16(config.trainer.precision),
         )
         found = dict(zip(unique, scores, strict=True))
         return [found[sample.prompt, sample.response] for sample in samples]
@@ -36,6 +43,11 @@ class RewardModelJudge:
     def describe(self) -> dict[str, Any]:
         """Return kind and checkpoint."""
         return {"kind": "reward_model", "model": str(self.checkpoint)}
+
+
+def _bf16(precision: Precision) -> bool | None:
+    """Return whether numbers are bf16; None leaves it to the device."""
+    return None if precision is Precision.auto else precision is Precision.bf16
 
 
 def reward_model_judge(config: EvaluateRun) -> RewardModelJudge:

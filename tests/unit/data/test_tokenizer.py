@@ -66,7 +66,11 @@ def test_saved_and_pickled_tokenizers_are_the_same(tokenizer: Tokenizer, tmp_pat
         assert copy.content_hash == tokenizer.content_hash
         assert copy.encode(text) == tokenizer.encode(text)
         assert copy.encode(text, special=True) == tokenizer.encode(text, special=True)
-        assert (copy.eos_id, copy.bos_id, copy.pad_id) == (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id)
+        assert (copy.eos_id, copy.bos_id, copy.pad_id) == (
+            tokenizer.eos_id,
+            tokenizer.bos_id,
+            tokenizer.pad_id,
+        )
         assert (copy.vocab_size, copy.chat_template) == (tokenizer.vocab_size, tokenizer.chat_template)
 
 
@@ -80,7 +84,7 @@ def test_saving_survives_the_loss_of_the_original(tmp_path: Path) -> None:
 
 def test_unwritable_folder_is_a_storage_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot write the tokenizer"):
+    with pytest.raises(StorageError, match=r"cannot write the tokenizer"):
         tokenizer.save(tmp_path / "file")
 
 
@@ -94,7 +98,11 @@ def test_stock_ids_of_transformers(tmp_path: Path) -> None:
         assert ours.encode(text) == stock.encode(text, add_special_tokens=False)
     text = "a<|im_end|>b"
     assert ours.encode(text, special=True) == stock.encode(text, add_special_tokens=False)
-    assert (ours.eos_id, ours.bos_id, ours.pad_id) == (stock.eos_token_id, stock.bos_token_id, stock.pad_token_id)
+    assert (ours.eos_id, ours.bos_id, ours.pad_id) == (
+        stock.eos_token_id,
+        stock.bos_token_id,
+        stock.pad_token_id,
+    )
 
 
 def test_stock_ids_of_sentencepiece(tmp_path: Path) -> None:
@@ -231,25 +239,27 @@ def test_no_end_of_sequence_is_refused(tmp_path: Path) -> None:
 )
 def test_unusable_files_are_configuration_errors(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match="model.tokenizer="):
+    with pytest.raises(ConfigError, match=r"model.tokenizer="):
         load_tokenizer(tmp_path / name)
 
 
 def test_a_cut_model_file_is_refused(tmp_path: Path) -> None:
     path = write_sentencepiece(tmp_path)
     path.write_bytes(path.read_bytes()[:-700])
-    with pytest.raises(ConfigError, match="model.tokenizer="):
+    with pytest.raises(ConfigError, match=r"model.tokenizer="):
         load_tokenizer(path)
 
 
 def test_missing_and_empty_places_are_refused(tmp_path: Path) -> None:
     for place in (tmp_path / "nowhere", tmp_path, "some-org/some-model"):
-        with pytest.raises(ConfigError, match="model.tokenizer="):
+        with pytest.raises(ConfigError, match=r"model.tokenizer="):
             load_tokenizer(place)
 
 
 def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
-    folder = write_hugging_face(tmp_path, auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil")
+    folder = write_hugging_face(
+        tmp_path, auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil"
+    )
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert load_tokenizer(folder).eos_id == SPECIALS.index("<|im_end|>")
     assert not (tmp_path / "ran").exists()

@@ -1,0 +1,117 @@
+"""The schema as text: `--help` of a stage, and the configuration reference of the documentation.
+
+Both come from the docstrings and defaults of the dataclasses, so they cannot say anything else than the code.
+"""
+
+import ast
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from typing import Any
+
+from offline_align.config import sections
+from offline_align.config.compose import MISSING, STAGES, configs_dir
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting as a user meets it."""
+
+    name: str
+    kind: str
+    default: str
+    text: str
+
+
+def stage_help(stage: str, summary: str) -> str:
+    """Return what `offline-align <stage> --help` prints."""
+    head = f"offline-align {stage} [group=choice ...] [key=value ...]\n\n{summary}\n"
+    groups = [f"  {name}={'|'.join(choices)}" for name, choices in stage_groups(stage).items()]
+    lines = [head, *(["Groups", *groups, ""] if groups else []), "Keys (default)"]
+    for key in stage_keys(stage):
+        lines.append(f"  {key.name} ({key.default})\n      {key.text}")
+    return "\n".join([*lines, "", "--config FILE takes values from a YAML file, --config-dir DIR adds groups of your own."])
+
+
+def stage_keys(stage: str) -> list[Key]:
+    """Return the keys of `stage` in their order."""
+    return list(_keys(STAGES[stage], ""))
+
+
+def stage_groups(stage: str) -> dict[str, list[str]]:
+    """Return the groups of `stage` and the choices that come with the package."""
+    text = (configs_dir() / "stage" / f"{stage}.yaml").read_text(encoding="utf-8")
+    inherited = re.findall(r"^  - (\w+)$", text, re.MULTILINE)
+    found = dict[str, list[str]]()
+    for parent in inherited:
+        if parent != "_self_":
+            found |= stage_groups(parent)
+    for group in re.findall(r"^  - /(\w+):", text, re.MULTILINE):
+        found[group] = sorted(p.stem for p in (configs_dir() / group).glob("*.yaml"))
+    return found
+
+
+def _keys(cls: type, prefix: str) -> Iterator[Key]:
+    texts = _field_texts(cls)
+    for field in dataclasses.fields(cls):
+        nested = field.default_factory if dataclasses.is_dataclass(field.default_factory) else None
+        if isinstance(nested, type):
+            yield from _keys(nested, f"{prefix}{field.name}.")
+            continue
+        name = f"{prefix}{field.name}".rstrip("_")
+        yield Key(name, _kind(field.type), _default(field), texts.get(field.name, ""))
+
+
+@cache
+def _field_texts(cls: type) -> dict[str, str]:
+    """Return the docstring below each field of a dataclass and its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(inspect.getsource(base)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                assert isinstance(field.target, ast.Name)
+                found[field.target.id] = " ".join(str(text.value.value).split())
+    return found
+
+
+def _kind(annotation: Any) -> str:
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return " \\| ".join(m.value for m in annotation)
+    text = getattr(annotation, "__name__", None) if isinstance(annotation, type) else str(annotation)
+    return str(text).replace("typing.", "").replace(" | None", "").replace("Any", "path or list")
+
+
+def _default(field: "dataclasses.Field[Any]") -> str:
+    if field.default == MISSING:
+        return "must be set"
+    if field.default is dataclasses.MISSING:
+        assert field.default_factory is not dataclasses.MISSING
+        return str(field.default_factory())
+    value = field.default.value if isinstance(field.default, Enum) else field.default
+    if value is None:
+        return "unset"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def reference_page() -> str:
+    """Return the configuration reference in Markdown."""
+    lines = [
+        "# Configuration reference",
+        "",
+        "Made from the schema by `make reference`; a test keeps it true.",
+        "",
+        "## Sections",
+    ]
+    for name, cls in inspect.getmembers(sections, dataclasses.is_dataclass):
+        lines += ["", f"### {name}", "", inspect.getdoc(cls) or "", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for key in _keys(cls, ""):  # type: ignore[arg-type]
+            lines.append(f"| `{key.name}` | {key.kind} | `{key.default}` | {key.text.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"

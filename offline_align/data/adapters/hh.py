@@ -1,0 +1,30 @@
+"""Anthropic HH-RLHF: two transcripts, `chosen` and `rejected`, that should differ in the last answer only."""
+
+import re
+from typing import Any
+
+from offline_align.data.adapters.columns import DroppedRow, text_column
+
+TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def hh(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the pair of two transcripts; DroppedRow where they differ before the last answer."""
+    chosen = _turns(text_column(columns, "chosen"))
+    rejected = _turns(text_column(columns, "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise DroppedRow("hh: the sides differ before the last answer")
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        raise DroppedRow("hh: the last turn is not an answer")
+    return [{"prompt": chosen[:-1], "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}]
+
+
+def _turns(transcript: str) -> list[dict[str, str]]:
+    before, *parts = TURN.split(transcript)
+    if before.strip() or not parts:
+        raise DroppedRow("hh: not a transcript of Human and Assistant")
+    return [
+        {"role": ROLES[speaker], "content": text.strip()}
+        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
+    ]

@@ -1,0 +1,194 @@
+"""The body of `prepare`: read all inputs, drop duplicates, split, and count everything for the report."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
+
+from offline_align.config.sections import PrepareSection
+from offline_align.data.adapters.convert import Converted, convert
+from offline_align.data.demo import demo_pairs, demo_samples
+from offline_align.data.jsonl import BadRows, Line, write_jsonl
+from offline_align.data.sources import Source, read_source
+from offline_align.data.split import content_digest, is_validation
+from offline_align.errors import DataError
+
+FILES = ("sft_train.jsonl", "sft_valid.jsonl", "preferences_train.jsonl", "preferences_valid.jsonl")
+DUPLICATE = "duplicate of an earlier row"
+PROGRESS_EVERY_ROWS = 500
+
+
+@dataclass
+class InputCounts:
+    """What became of one input."""
+
+    name: str
+    rows_read: int = 0
+    rows_kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class Preparation:
+    """Rows by output file, and counts by input."""
+
+    files: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {name: [] for name in FILES})
+    inputs: list[InputCounts] = field(default_factory=list)
+    digests: set[bytes] = field(default_factory=set)
+    ids: set[str] = field(default_factory=set)
+
+    def training_texts(self) -> Iterator[str]:
+        """Yield all text of the training rows, messages and answers one by one."""
+        for name in FILES:
+            if name.endswith("_train.jsonl"):
+                for row in self.files[name]:
+                    yield from _prompt_texts(row)
+                    yield from _answer_texts(row)
+
+
+def prepare_rows(
+    sources: Iterable[Source], settings: PrepareSection, seed: int, bad_rows: BadRows
+) -> Preparation:
+    """Return the rows of all inputs, without duplicates, in four files; DataError where none is left."""
+    result = Preparation()
+    for source in sources:
+        counts = InputCounts(source.name)
+        result.inputs.append(counts)
+        rows = (
+            _demo_rows(settings, seed, counts)
+            if source.is_demo
+            else _rows(source, settings, counts, bad_rows)
+        )
+        for converted in rows:
+            _place(converted, result, counts, bad_rows, settings.valid_fraction, seed)
+    if not any(result.files.values()):
+        raise DataError(f"{', '.join(counts.name for counts in result.inputs)}: no usable row")
+    return result
+
+
+def _rows(
+    source: Source, settings: PrepareSection, counts: InputCounts, bad_rows: BadRows
+) -> Iterator[Converted]:
+    lines = _watched(read_source(source, bad_rows, settings.max_rows), counts)
+    return convert(lines, settings.format, source.name, bad_rows, counts.dropped)
+
+
+def _demo_rows(settings: PrepareSection, seed: int, counts: InputCounts) -> Iterator[Converted]:
+    held_out = settings.demo_prompt_rows
+    for rows in (
+        demo_samples(settings.demo_sft_rows, seed, held_out),
+        demo_pairs(settings.demo_preference_rows, seed, held_out),
+    ):
+        for row in rows:
+            counts.rows_read += 1
+            yield Converted(row)
+
+
+def _watched(lines: Iterator[Line], counts: InputCounts) -> Iterator[Line]:
+    """Count lines and show their number and rate on a terminal."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(counts.name, total=None, rate="")
+        for line in lines:
+            counts.rows_read += 1
+            if counts.rows_read % PROGRESS_EVERY_ROWS == 0:
+                speed = progress.tasks[0].speed or 0
+                progress.update(
+                    task, completed=counts.rows_read, rate=f"{counts.rows_read:,} rows, {speed:,.0f} a second"
+                )
+            yield line
+
+
+def _place(
+    converted: Converted,
+    result: Preparation,
+    counts: InputCounts,
+    bad_rows: BadRows,
+    valid_fraction: float,
+    seed: int,
+) -> None:
+    row, digest = converted.row, content_digest(converted.row)
+    if digest in result.digests:
+        counts.dropped[DUPLICATE] += 1
+    elif row["id"] in result.ids:
+        _reject_id(converted, counts, bad_rows)
+    else:
+        result.digests.add(digest)
+        result.ids.add(row["id"])
+        counts.rows_kept += 1
+        kind = "preferences" if "chosen" in row else "sft"
+        part = "valid" if is_validation(row, seed, valid_fraction) else "train"
+        result.files[f"{kind}_{part}.jsonl"].append(row)
+
+
+def _reject_id(converted: Converted, counts: InputCounts, bad_rows: BadRows) -> None:
+    reason = "id: duplicate id, with other content"
+    if converted.line is None:
+        counts.dropped[reason] += 1
+    else:
+        converted.line.reject(bad_rows, reason)
+
+
+def write_rows(result: Preparation, folder: Path) -> list[Path]:
+    """Write the four files, also the empty ones, and return their paths; StorageError."""
+    paths = [folder / name for name in FILES]
+    for path in paths:
+        write_jsonl(path, result.files[path.name])
+    return paths
+
+
+def report(result: Preparation, bad_rows: BadRows) -> dict[str, Any]:
+    """Return the counts of rows, drops by input and reason, and lengths in characters by file."""
+    return {
+        "inputs": [
+            {
+                "name": counts.name,
+                "rows_read": counts.rows_read,
+                "rows_kept": counts.rows_kept,
+                "dropped": dict(sorted(counts.dropped.items())),
+            }
+            for counts in result.inputs
+        ],
+        "bad_rows": dict(sorted(bad_rows.counts.items())),
+        "duplicates": sum(counts.dropped[DUPLICATE] for counts in result.inputs),
+        "files": {name: _file_report(rows) for name, rows in result.files.items()},
+    }
+
+
+def _file_report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    sources = Counter(str(row.get("source", "none given")) for row in rows)
+    lengths: defaultdict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        lengths["prompt"].append(sum(map(len, _prompt_texts(row))))
+        for name in ("response", "chosen", "rejected"):
+            if name in row:
+                lengths[name].append(len(row[name]))
+    return {
+        "rows": len(rows),
+        "sources": dict(sorted(sources.items())),
+        "characters": {name: _summary(values) for name, values in lengths.items()},
+    }
+
+
+def _summary(values: list[int]) -> dict[str, float]:
+    return {
+        "min": min(values),
+        "mean": round(float(np.mean(values)), 1),
+        "median": float(np.median(values)),
+        "p95": round(float(np.quantile(values, 0.95)), 1),
+        "max": max(values),
+    }
+
+
+def _prompt_texts(row: dict[str, Any]) -> list[str]:
+    prompt = row["prompt"]
+    return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+
+
+def _answer_texts(row: dict[str, Any]) -> list[str]:
+    return [row[name] for name in ("response", "chosen", "rejected") if name in row]

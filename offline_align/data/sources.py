@@ -1,0 +1,136 @@
+"""What `prepare` reads: JSONL, JSON, Parquet, data sets through Hugging Face `datasets`, and the demo corpus.
+
+Rows that do not come from JSONL pass through the same strict check as a JSONL line.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from offline_align.data.jsonl import (
+    BadRows,
+    Line,
+    RowError,
+    input_paths,
+    parse_object,
+    read_objects,
+    readable,
+)
+from offline_align.errors import ConfigError, DataError, StorageError
+
+DEMO = "demo"
+HUB_PREFIX = "hf:"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input: a file, `hf:<name>[/<folder>][#<split>]`, or `demo`; `name` stands in ids and reports."""
+
+    name: str
+    path: Path | None
+
+    @property
+    def is_demo(self) -> bool:
+        """Return whether this is the demo corpus, which is generated and not read."""
+        return self.path is None and self.name == DEMO
+
+
+def input_sources(value: Any, key: str) -> list[Source]:
+    """Return the inputs that a setting names; ConfigError naming `key` for files that do not exist."""
+    names = [value] if isinstance(value, (str, Path)) else value
+    if not isinstance(names, (list, tuple)) or not names:
+        raise ConfigError(f"{key}={value!r}: needs a path, `hf:<name>`, `demo`, or a list of them")
+    files = [name for name in names if not _is_special(name)]
+    paths = iter(input_paths(files, key) if files else [])
+    unique = Counter(Path(str(name)).name for name in files)
+    sources = [Source(str(name), None if _is_special(name) else next(paths)) for name in names]
+    return [Source(s.path.name, s.path) if s.path and unique[s.path.name] == 1 else s for s in sources]
+
+
+def _is_special(name: Any) -> bool:
+    return isinstance(name, str) and (name == DEMO or name.startswith(HUB_PREFIX))
+
+
+def read_source(source: Source, bad_rows: BadRows, max_rows: int | None) -> Iterator[Line]:
+    """Yield the objects of one input, at most `max_rows`; lines that are none go to `bad_rows`.
+
+    DataError for a file that is damaged as a whole, ConfigError for a data set that cannot be loaded.
+    """
+    return islice(_objects(source, bad_rows), max_rows)
+
+
+def _objects(source: Source, bad_rows: BadRows) -> Iterator[Line]:
+    if source.path is None:
+        return _checked(Path(source.name), _hub_rows(source.name), bad_rows)
+    if source.path.suffix == ".parquet":
+        return _checked(source.path, _parquet_rows(source.path), bad_rows)
+    if source.path.suffix == ".json" and _holds_an_array(source.path):
+        return _checked(source.path, _array_items(source.path), bad_rows)
+    return read_objects([source.path], bad_rows)
+
+
+def _checked(path: Path, rows: Iterable[Any], bad_rows: BadRows) -> Iterator[Line]:
+    for number, row in enumerate(rows, start=1):
+        raw = json.dumps(row, default=str).encode()
+        try:
+            yield Line(path, number, raw, parse_object(raw))
+        except RowError as error:
+            bad_rows.reject(path, number, str(error), readable(raw))
+
+
+def _holds_an_array(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    except OSError as error:
+        raise StorageError(f"{path}: cannot read: {error.strerror}") from error
+
+
+def _array_items(path: Path) -> list[Any]:
+    try:
+        items: list[Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:1: encoding: not UTF-8; save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: json: not valid JSON; mend the file") from error
+    except RecursionError as error:
+        raise DataError(f"{path}:1: json: nested too deeply") from error
+    return items
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}:1: parquet: cannot be read; fetch the file again") from error
+
+
+def _hub_rows(name: str) -> Iterator[Any]:
+    """Yield the rows of a data set as they stream in, so that nothing is written outside the run folder."""
+    import datasets
+
+    full, _, split = name.removeprefix(HUB_PREFIX).partition("#")
+    repository, folder = _repository(full)
+    try:
+        yield from datasets.load_dataset(repository, data_dir=folder, split=split or "train", streaming=True)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"data.input={name}: cannot be loaded: {problem}") from error
+
+
+def _repository(name: str) -> tuple[str, str | None]:
+    """Split `owner/set/folder` into the data set and the folder in it; a local folder stays whole."""
+    if Path(name).exists():
+        return name, None
+    owner, _, rest = name.partition("/")
+    title, _, folder = rest.partition("/")
+    return (f"{owner}/{title}", folder or None) if title else (name, None)

@@ -1,0 +1,39 @@
+"""Deduplication and a split into training and validation rows that no prompt crosses."""
+
+import hashlib
+from typing import Any
+
+
+def normalised(text: str) -> str:
+    """Return text without differences of white space and of upper and lower case."""
+    return " ".join(text.split()).casefold()
+
+
+def content_digest(row: dict[str, Any]) -> bytes:
+    """Return a digest that rows share where prompt and answers are equal after `normalised`."""
+    prompt = row["prompt"]
+    messages = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
+    answers = [(name, row[name]) for name in ("response", "chosen", "rejected") if name in row]
+    digest = hashlib.sha256()
+    for name, text in [*messages, *answers]:
+        digest.update(f"{name}\0{normalised(text)}\0".encode())
+    return digest.digest()
+
+
+def first_user_message(row: dict[str, Any]) -> str:
+    """Return the first user message of the prompt."""
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    return next(str(message["content"]) for message in prompt if message["role"] == "user")
+
+
+def is_validation(row: dict[str, Any], seed: int, valid_fraction: float) -> bool:
+    """Return whether a row belongs to validation: by seed and first user message alone.
+
+    All rows of a dialogue, of a prompt, and of both kinds therefore fall on the same side, on every
+    machine and whatever else is read.
+    """
+    text = normalised(first_user_message(row))
+    digest = hashlib.sha256(f"{seed}\0{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < valid_fraction * 2**64

@@ -1,0 +1,150 @@
+"""The report's numbers as tables of text: `report.md`, and the table that ends the command."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Text cells; the first column names the row, all others are numbers."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def build_tables(results: Mapping[str, Any]) -> list[Table]:
+    """Return all tables of the report: overall, win rates, groups, answers."""
+    return [
+        overall_table(results),
+        _win_rate_table(results),
+        *_group_tables(results),
+        _answer_table(results),
+    ]
+
+
+def overall_table(results: Mapping[str, Any]) -> Table:
+    """Return one row a method: score, true quality where known, win rate, rank score, length."""
+    lengths = {method: f"{about['mean_words']:.0f}" for method, about in results["answers"].items()}
+    table = _method_table(f"All {results['judged_prompts']} prompts", results, results["overall"])
+    rows = [[*row, lengths[method]] for row, method in zip(table.rows, results["methods"], strict=True)]
+    return Table(table.title, [*table.header, "mean words"], rows)
+
+
+def _group_tables(results: Mapping[str, Any]) -> list[Table]:
+    return [
+        _method_table(
+            f"{results['group_by']}: {name} ({group['prompts']} prompts)", results, group["methods"]
+        )
+        for name, group in results["groups"].items()
+    ]
+
+
+def _method_table(title: str, results: Mapping[str, Any], methods: Mapping[str, Any]) -> Table:
+    has_truth = all("true_quality" in found for found in methods.values())
+    header = ["method", f"score ({results['judge']['name']})"]
+    header += ["true quality"] * has_truth + [f"win rate vs {results['baseline']}", "rank score"]
+    rows = []
+    for method in results["methods"]:
+        found = methods[method]
+        row = [method, interval(found["score"])]
+        row += [interval(found["true_quality"])] if has_truth else []
+        row += ["baseline" if method == results["baseline"] else percent_interval(found["win_rate"])]
+        rows.append([*row, interval(found["rank_score"])])
+    return Table(title, header, rows)
+
+
+def _win_rate_table(results: Mapping[str, Any]) -> Table:
+    methods = results["methods"]
+    rows = [
+        [a, *("" if a == b else percent_interval(results["win_rates"][a][b]) for b in methods)]
+        for a in methods
+    ]
+    return Table("Win rate of the row's method against the column's", ["method", *methods], rows)
+
+
+def _answer_table(results: Mapping[str, Any]) -> Table:
+    reasons = sorted({reason for about in results["answers"].values() for reason in about["finish_reasons"]})
+    header = ["method", "mean characters", "mean words", "empty", "distinct-1", "distinct-2"]
+    header += [f"ended: {reason}" for reason in reasons]
+    rows = []
+    for method, about in results["answers"].items():
+        row = [
+            method,
+            f"{about['mean_characters']:.0f}",
+            f"{about['mean_words']:.1f}",
+            f"{about['empty']:.1%}",
+        ]
+        row += [f"{about['distinct_1']:.3f}", f"{about['distinct_2']:.3f}"]
+        rows.append([*row, *(f"{about['finish_reasons'].get(reason, 0):.1%}" for reason in reasons)])
+    return Table("Answers", header, rows)
+
+
+def interval(estimate: Mapping[str, float]) -> str:
+    """Return `mean [low, high]` with two decimals."""
+    return f"{estimate['mean']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+
+
+def percent_interval(estimate: Mapping[str, float]) -> str:
+    """Return `mean % [low, high]` of a share, in whole percent."""
+    mean, low, high = (100 * estimate[name] for name in ("mean", "low", "high"))
+    return f"{mean:.0f} % [{low:.0f}, {high:.0f}]"
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """Return the result in one sentence: who scores highest, and how surely it beats the baseline."""
+    overall, baseline = results["overall"], results["baseline"]
+    best = max(results["methods"], key=lambda method: overall[method]["score"]["mean"])
+    if best == baseline:
+        return f"No method scores above the baseline, {baseline}."
+    rate = overall[best]["win_rate"]
+    text = f"{best} scores highest and wins against {baseline} on {100 * rate['mean']:.0f} % of the prompts"
+    # A win rate is beyond chance where its interval leaves out one half.
+    return f"{text}." if rate["low"] > 0.5 else f"{text}, which chance could explain."
+
+
+def markdown_report(results: Mapping[str, Any]) -> str:
+    """Return the content of `report.md`."""
+    parts = ["# Evaluation", headline(results), conditions(results)]
+    for table in build_tables(results):
+        parts += [f"## {escape(table.title)}", _markdown_table(table)]
+    parts.append(f"Rank score: {results['rank_score']}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def conditions(results: Mapping[str, Any]) -> str:
+    """Return what the numbers rest on: judge, prompts, intervals, and what is missing."""
+    judge, judged, prompts = results["judge"], results["judged_prompts"], results["prompts"]
+    text = f"Judge: {judge['name']}. "
+    text += f"{prompts} prompts" if judged == prompts else f"{judged} of {prompts} prompts could be judged"
+    if results["samples_per_prompt"] > 1:
+        text += f", {results['samples_per_prompt']} answers each"
+    text += (
+        f". Intervals: {results['confidence']:.0%}, {results['bootstrap_samples']} paired resamples "
+        f"of the prompts. Ties count as half a win."
+    )
+    if "unreadable_verdicts" in judge:
+        text += (
+            f" {judge['unreadable_verdicts']} of {judge['verdicts']} verdicts could not be read; "
+            f"{judge['prompt_tokens']:,} tokens sent, {judge['completion_tokens']:,} received."
+        )
+    if "raters" in judge:
+        text += f" {judge['raters']} raters; {judge['rated_sets']} sets of answers rated in full."
+    return text
+
+
+def _markdown_table(table: Table) -> str:
+    lines = [_line(table.header), _line([":--", *["--:"] * (len(table.header) - 1)])]
+    return "\n".join(lines + [_line([escape(cell) for cell in row]) for row in table.rows])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def escape(text: str) -> str:
+    """Return text that Markdown shows as it is, also within a table."""
+    for mark in "\\`*_<|#":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())

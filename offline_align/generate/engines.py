@@ -1,0 +1,71 @@
+"""Which engine runs, and its construction."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offline_align.config.sections import Device, GenerateSection
+from offline_align.config.sections import Engine as EngineName
+from offline_align.data.tokenizer import Tokenizer
+from offline_align.errors import ConfigError
+from offline_align.generate.requests import Engine
+
+if TYPE_CHECKING:
+    import torch
+
+
+def choose_engine(name: EngineName, device: Device) -> EngineName:
+    """Return the engine to use; ConfigError naming `generate.engine` where vLLM cannot run."""
+    import torch
+
+    on_cuda = device is not Device.cpu and torch.cuda.is_available()
+    installed = importlib.util.find_spec("vllm") is not None
+    if name is EngineName.auto:
+        return EngineName.vllm if installed and on_cuda else EngineName.transformers
+    if name is EngineName.vllm and not installed:
+        raise ConfigError(
+            "generate.engine=vllm: not installed; pip install 'offline-align[vllm]', or use transformers"
+        )
+    if name is EngineName.vllm and not on_cuda:
+        raise ConfigError("generate.engine=vllm: needs a CUDA device; use generate.engine=transformers")
+    return name
+
+
+def load_engine(
+    name: EngineName,
+    folder: Path,
+    tokenizer: Tokenizer,
+    settings: GenerateSection,
+    *,
+    seed: int,
+    device: "torch.device",
+    bf16: bool,
+    max_length: int,
+) -> Engine:
+    """Return the engine with the policy of a Hugging Face folder loaded."""
+    import torch
+
+    eos_ids = frozenset({tokenizer.eos_id}) | folder_eos_ids(folder)
+    if name is EngineName.vllm:
+        from offline_align.generate.vllm_engine import VllmEngine
+
+        dtype = "bfloat16" if bf16 else "float32"
+        return VllmEngine(folder, tokenizer, settings, eos_ids, seed, device.index or 0, max_length, dtype)
+    from offline_align.generate.transformers_engine import TransformersEngine
+
+    precision = torch.bfloat16 if bf16 else torch.float32
+    return TransformersEngine(folder, tokenizer, settings, eos_ids, seed, device, precision)
+
+
+def folder_eos_ids(folder: Path) -> frozenset[int]:
+    """Return the ids that end an answer by `generation_config.json`: chat models often have several."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return frozenset()
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"init.from: {path} cannot be read ({error}); mend or delete it") from error
+    ids = found if isinstance(found, list) else [found]
+    return frozenset(token for token in ids if isinstance(token, int))

@@ -1,0 +1,39 @@
+"""Sampling from logits with random numbers that belong to a row, whatever batch it is in.
+
+Shape legend: B rows of the batch, V vocabulary, L longest answer in tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_align.generate.requests import Request
+
+
+def uniforms(requests: Sequence[Request], seed: int, device: torch.device) -> Tensor:
+    """Return [B, L] numbers in [0, 1) in fp64, each row a function of (seed, row, sample index) alone."""
+    length = max(request.max_new_tokens for request in requests)
+    rows = [
+        np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, r.row, r.sample_index)))).random(
+            length
+        )
+        for r in requests
+    ]
+    return torch.from_numpy(np.stack(rows)).to(device)
+
+
+def choose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Return [B] ids sampled from logits [B, V] by inverting the distribution at `uniform` [B].
+
+    Only the most probable tokens that together have probability `top_p` are drawn from.
+    """
+    probability = torch.softmax(logits.float() / temperature, dim=-1)
+    ranked, ids = probability.sort(dim=-1, descending=True, stable=True)
+    cumulative = ranked.double().cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    last = torch.searchsorted(cumulative, top_p * total).clamp(max=logits.size(-1) - 1)
+    mass = cumulative.gather(1, last)
+    place = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True).clamp(max=last)
+    return ids.gather(1, place)[:, 0]

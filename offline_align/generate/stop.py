@@ -1,0 +1,37 @@
+"""Where an answer ends: at an end-of-sequence id, or before a stop string."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from offline_align.data.tokenizer import Tokenizer
+from offline_align.generate.requests import Completion, Request
+
+
+def finish(
+    request: Request, ids: Sequence[int], tokenizer: Tokenizer, eos_ids: frozenset[int], stop: Sequence[str]
+) -> Completion:
+    """Return the answer in the generated `ids`, which may go on past its end."""
+    ids = ids[: request.max_new_tokens]
+    end = next((place for place, token in enumerate(ids) if token in eos_ids), None)
+    text = decode(tokenizer, ids[:end])
+    cut = first_stop(text, stop)
+    ended = end is not None or cut is not None
+    reason: Literal["stop", "length"] = "stop" if ended else "length"
+    num_tokens = len(ids) if end is None else end + 1
+    return Completion(request.row, request.sample_index, text[:cut], reason, num_tokens)
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Return the text of `ids`; embedding rows that stand for no token are left out."""
+    return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
+
+
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Return where the first stop string begins in `text`, or None."""
+    places = [place for string in stop if (place := text.find(string)) >= 0]
+    return min(places, default=None)
+
+
+def window_tokens(stop: Sequence[str]) -> int:
+    """Return how many last tokens surely hold a stop string just completed: one a byte, and two."""
+    return max((len(string.encode()) for string in stop), default=0) + 2

@@ -1,0 +1,114 @@
+"""Batched generation by `transformers`: left padding, greedy or sampled, ended by ids and stop strings."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from offline_align.config.sections import GenerateSection
+from offline_align.data.tokenizer import Tokenizer
+from offline_align.generate.requests import Completion, Request
+from offline_align.generate.sampling import choose, uniforms
+from offline_align.generate.stop import decode, finish, first_stop, window_tokens
+
+
+class TransformersEngine:
+    """A policy in Hugging Face form on one device."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        settings: GenerateSection,
+        eos_ids: frozenset[int],
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.batch_size = settings.batch_size
+        self._tokenizer, self._settings, self._eos_ids, self._seed = tokenizer, settings, eos_ids, seed
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, attn_implementation="sdpa", local_files_only=True
+        )
+        self._model = model.to(device).eval()
+        # The folder's own defaults (temperature, repetition penalty, ...) are not what was asked for.
+        self._model.generation_config = transformers.GenerationConfig()
+
+    @torch.inference_mode()
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """See `Engine.complete`."""
+        tokens, mask = self._left_padded(requests)
+        width = tokens.size(1)
+        output = self._model.generate(
+            input_ids=tokens,
+            attention_mask=mask,
+            generation_config=self._generation_config(requests),
+            logits_processor=self._processors(requests, width),
+            stopping_criteria=self._criteria(width),
+        )
+        stop = self._settings.stop
+        return [
+            finish(request, ids, self._tokenizer, self._eos_ids, stop)
+            for request, ids in zip(requests, output[:, width:].tolist(), strict=True)
+        ]
+
+    def _left_padded(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
+        """Return tokens and mask, [B, longest context]; padding is end of sequence and masked."""
+        width = max(len(request.context) for request in requests)
+        gaps = [width - len(request.context) for request in requests]
+        eos = self._tokenizer.eos_id
+        tokens = [[eos] * gap + request.context for gap, request in zip(gaps, requests, strict=True)]
+        mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
+        device = self._model.device
+        return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
+
+    def _generation_config(self, requests: Sequence[Request]) -> Any:
+        return transformers.GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max(request.max_new_tokens for request in requests),
+            eos_token_id=sorted(self._eos_ids),
+            # Rows that have ended go on as end of sequence, where `finish` cuts them.
+            pad_token_id=self._tokenizer.eos_id,
+        )
+
+    def _processors(self, requests: Sequence[Request], width: int) -> Any:
+        if self._settings.temperature == 0:
+            return transformers.LogitsProcessorList()
+        numbers = uniforms(requests, self._seed, self._model.device)
+        return transformers.LogitsProcessorList([_Sampling(numbers, width, self._settings)])
+
+    def _criteria(self, width: int) -> Any:
+        if not self._settings.stop:
+            return transformers.StoppingCriteriaList()
+        return transformers.StoppingCriteriaList([_StopStrings(self._tokenizer, width, self._settings.stop)])
+
+
+class _Sampling(transformers.LogitsProcessor):  # type: ignore[misc]
+    """Leaves one token possible in each row, drawn with the row's own random numbers."""
+
+    def __init__(self, numbers: Tensor, width: int, settings: GenerateSection) -> None:
+        self._numbers, self._width, self._settings = numbers, width, settings
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        number = self._numbers[:, input_ids.size(1) - self._width]
+        ids = choose(scores, number, self._settings.temperature, self._settings.top_p)
+        return torch.full_like(scores, -torch.inf).scatter_(1, ids[:, None], 0.0)
+
+
+class _StopStrings(transformers.StoppingCriteria):  # type: ignore[misc]
+    """Ends a row whose last tokens hold a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, width: int, stop: Sequence[str]) -> None:
+        self._tokenizer, self._width, self._stop = tokenizer, width, stop
+        self._window = window_tokens(stop)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        start = max(self._width, input_ids.size(1) - self._window)
+        tails = input_ids[:, start:].tolist()
+        found = [first_stop(decode(self._tokenizer, tail), self._stop) is not None for tail in tails]
+        return torch.tensor(found, device=input_ids.device)

@@ -1,0 +1,110 @@
+"""Scores of a reward model over many rows, packed, data parallel, and independent of both.
+
+Which rows share a bin is a pure function of the rows: neither the number of ranks nor what an earlier attempt has
+done changes it. A row's score is therefore the same to the bit in every run on the same kind of machine.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offline_align.config.sections import ComputeSection, DataSection, ParallelSection, RunSection
+from offline_align.data.loader import SampleSource
+from offline_align.data.pack import pack
+from offline_align.data.records import Sample
+from offline_align.data.template import Renderer
+from offline_align.data.tokenize import tokenize_samples
+from offline_align.data.tokenizer import load_tokenizer
+from offline_align.distributed.setup import Ranks, session
+from offline_align.errors import DataError
+from offline_align.methods import TrainingRow
+from offline_align.model.build import build_model
+from offline_align.model.description import ModelDescription
+from offline_align.model.heads import RewardModel
+from offline_align.train.checkpoint import load_weights
+
+# Rows that are sorted and packed together: enough for full bins, few enough for steady progress.
+_WINDOW_ROWS = 1024
+
+
+def score_samples(
+    checkpoint: Path,
+    samples: Sequence[Sample],
+    run: RunSection,
+    data: DataSection,
+    parallel: ParallelSection,
+    trainer: ComputeSection,
+    bf16: bool | None = None,
+) -> list[float]:
+    """Return the raw reward of every sample, in order, in a session of its own (evaluation).
+
+    Raises DataError for a row whose response alone is longer than `data.max_length`.
+    """
+    with session(parallel, run) as ranks:
+        use_bf16 = ranks.device.type == "cuda" if bf16 is None else bf16
+        model = load_reward_model(checkpoint, parallel, ranks, use_bf16)
+        renderer = reward_renderer(checkpoint)
+        cache = Path(data.cache_dir) if data.cache_dir else Path(run.dir) / "cache"
+        source = tokenized(samples, renderer, data, cache)
+        bins = plan_bins(source.lengths(), trainer.micro_batch_size * data.max_length)
+        own = dict(score_bins(model, source, bins[ranks.dp_rank :: ranks.dp_size], ranks))
+        merged = {row: score for part in ranks.gather(own) for row, score in part.items()}
+        return [merged[i] for i in range(len(samples))]
+
+
+def reward_renderer(checkpoint: Path) -> Renderer:
+    """Return the renderer that a reward model was trained with."""
+    description = ModelDescription.load(checkpoint)
+    return Renderer(load_tokenizer(checkpoint / "tokenizer"), description.template)
+
+
+def load_reward_model(checkpoint: Path, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> RewardModel:
+    """Return the reward model of a checkpoint folder, ready to score, at any layout."""
+    description = ModelDescription.load(checkpoint)
+    model = build_model("reward_model", description.model, parallel, ranks.device, bf16)
+    assert isinstance(model, RewardModel)
+    load_weights(model, checkpoint, ranks)
+    return model.eval()
+
+
+def tokenized(samples: Sequence[Sample], renderer: Renderer, data: DataSection, cache_dir: Path) -> SampleSource:
+    """Return the tokens of all `samples`; raises DataError where one would be left out, for no row may be lost."""
+    rows = tokenize_samples([TrainingRow(s) for s in samples], renderer, data, cache_dir)
+    if len(rows) != len(samples):
+        kept = set(rows.row_ids)
+        lost = [s.id for s in samples if s.id not in kept]
+        reasons = ", ".join(f"{n} {reason}" for reason, n in rows.dropped.items())
+        raise DataError(
+            f"row {lost[0]}: cannot be scored ({reasons} of {len(samples)} rows): raise data.max_length={data.max_length}"
+            f"{'' if data.too_long.value == 'truncate_prompt' else ' or set data.too_long=truncate_prompt'}"
+        )
+    return SampleSource(rows)
+
+
+def plan_bins(lengths: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
+    """Return which rows are scored together: bins of at most `capacity` tokens inside windows of the input."""
+    bins: list[list[int]] = []
+    for first in range(0, len(lengths), _WINDOW_ROWS):
+        window = lengths[first : first + _WINDOW_ROWS].tolist()
+        bins += [[first + i for i in b] for b in pack(window, max(capacity, max(window))) if b]
+    return bins
+
+
+def score_bins(
+    model: RewardModel, source: SampleSource, bins: Sequence[list[int]], ranks: Ranks
+) -> Iterator[tuple[int, float]]:
+    """Yield (row, score) of every row of `bins`."""
+    for rows in bins:
+        yield from zip(rows, score_bin(model, source, rows, ranks), strict=True)
+
+
+@torch.inference_mode()
+def score_bin(model: RewardModel, source: SampleSource, rows: list[int], ranks: Ranks) -> list[float]:
+    """Return the scores of the rows of one bin, in their order; all tensor parallel ranks must call it together."""
+    multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+    batch = source.collate(rows, multiple).to(ranks.device)
+    scores: list[float] = model(batch).float().tolist()
+    return scores

@@ -1,0 +1,100 @@
+"""`convert`: Hugging Face form to ours and back, written into `run.dir`."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from offline_align import lineage
+from offline_align.config.compose import world_size
+from offline_align.config.runs import ConvertRun
+from offline_align.config.sections import ConvertTo
+from offline_align.convert.weights import parse_size
+from offline_align.errors import ConfigError
+from offline_align.stages import common
+from offline_align.stages.origin import Origin, resolve
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: ConvertRun, explicit: frozenset[str]) -> int:
+    """Write the other form of `init.from`; returns the exit code.
+
+    Raises ConfigError where it has that form already.
+    """
+    origin = resolve(config, explicit)
+    _check(config, origin)
+    if config.dry_run:
+        logger.info(
+            "convert: %s to %s form in %s", config.init.from_, config.convert.to.value, config.run.dir
+        )
+        return 0
+    key = common.key_of("convert", config)
+    if common.is_finished("convert", config, key):
+        return 0
+    from offline_align.distributed.setup import session
+
+    run_dir = common.start_folder(config)
+    with session(config.parallel, config.run) as ranks:
+        to_megatron = config.convert.to is ConvertTo.megatron
+        outputs = (
+            _to_megatron(origin, run_dir, ranks) if to_megatron else _to_huggingface(config, origin, ranks)
+        )
+    lineage.write_manifest(
+        run_dir,
+        "convert",
+        key,
+        [],
+        common.parent_models(config),
+        outputs,
+        {"to": config.convert.to.value, "kind": origin.kind, "method": origin.method},
+    )
+    logger.info("convert: done: %s", run_dir)
+    return 0
+
+
+def _check(config: ConvertRun, origin: Origin) -> None:
+    problems = []
+    wanted = config.convert.to
+    has = ConvertTo.megatron if origin.checkpoint is not None else ConvertTo.huggingface
+    if wanted is has:
+        other = next(form for form in ConvertTo if form is not has)
+        problems.append(
+            f"convert.to={wanted.value}: init.from={config.init.from_} has that form already; "
+            f"use convert.to={other.value}"
+        )
+    ranks = world_size(config.launcher.nproc_per_node, config.launcher.nodes)
+    if ranks > 1:
+        problems.append(
+            f"launcher.nproc_per_node: {ranks} ranks; convert runs on one, and what it writes loads at any "
+            "layout; use launcher.nproc_per_node=1"
+        )
+    try:
+        parse_size(config.convert.max_shard_size)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def _to_huggingface(config: ConvertRun, origin: Origin, ranks: Any) -> list[Path]:
+    from offline_align.stages import huggingface_form
+
+    run_dir = Path(config.run.dir)
+    written = huggingface_form.write(origin, run_dir, ranks, config.convert.max_shard_size)
+    own = {lineage.MANIFEST, lineage.CONFIG}
+    return [path for path in written if path.name not in own]
+
+
+def _to_megatron(origin: Origin, run_dir: Path, ranks: Any) -> list[Path]:
+    """Save a checkpoint of step 0 in the precision of the safetensors files."""
+    from offline_align.convert.files import open_tensors
+    from offline_align.stages import huggingface_form
+    from offline_align.train import checkpoint
+
+    assert origin.huggingface is not None
+    with open_tensors(origin.huggingface) as tensors:
+        bf16 = tensors["model.embed_tokens.weight"].get_dtype() == "BF16"
+    model = huggingface_form.build(origin, ranks, bf16)
+    description = huggingface_form.describe(origin)
+    checkpoint.save(run_dir, model, None, description, origin.tokenizer, checkpoint.TrainState(), ranks)
+    return [run_dir / checkpoint.FOLDER]

@@ -1,0 +1,187 @@
+"""`generate`: a policy answers prompts, greedily by default (the paper's evaluation), on all ranks."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from offline_align import lineage
+from offline_align.config.runs import GenerateRun
+from offline_align.config.sections import ConditionalMethodSection
+from offline_align.config.sections import Engine as EngineName
+from offline_align.convert.chat_template import condition_text
+from offline_align.data.records import Prompt, read_rows
+from offline_align.data.template import Renderer
+from offline_align.errors import ConfigError, StoppedEarly
+from offline_align.generate.journal import Journal, merge, missing
+from offline_align.generate.requests import Engine, Workload, build_requests
+from offline_align.model.description import Condition
+from offline_align.stages import common
+from offline_align.stages.origin import Origin, resolve
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: GenerateRun, explicit: frozenset[str]) -> int:
+    """Write `generations.jsonl`, an answer (or `generate.n`) to every prompt; returns the exit code.
+
+    A run that was interrupted goes on where it was. Raises ConfigError before anything is started,
+    StoppedEarly where a signal or `trainer.max_time` ended it.
+    """
+    from offline_align.generate.engines import choose_engine
+
+    origin = resolve(config, explicit)
+    condition = requested_condition(origin, config.method.target_reward)
+    engine = choose_engine(config.generate.engine, config.run.device)
+    if config.parallel.tensor_model_parallel_size > 1:
+        raise ConfigError(
+            f"parallel.tensor_model_parallel_size={config.parallel.tensor_model_parallel_size}: generate keeps "
+            "the whole policy on each rank and divides the prompts; use 1"
+        )
+    if config.dry_run:
+        from offline_align.stages.generate_plan import print_generate_plan
+
+        print_generate_plan(config, origin, condition_text(condition), engine)
+        return 0
+    from offline_align.launch import under_torchrun
+
+    if not under_torchrun() and common.is_finished("generate", config, common.key_of("generate", config)):
+        return 0
+    from offline_align.distributed.setup import session
+
+    with session(config.parallel, config.run) as ranks:
+        key = ranks.broadcast(common.key_of("generate", config) if ranks.is_main else None)
+        if ranks.broadcast(ranks.is_main and common.is_finished("generate", config, key)):
+            return 0
+        _generate(config, origin, condition, engine, ranks, key)
+    return 0
+
+
+def requested_condition(origin: Origin, target_reward: float | None) -> Condition | None:
+    """Return the condition of a Conditional Alignment policy with the reward that is asked for, else None.
+
+    Raises ConfigError naming `method.target_reward` where it is unknown, out of range, or given for a policy
+    that was not trained with rewards.
+    """
+    trained = origin.condition
+    if trained is None and origin.method == "ca" and target_reward is not None:
+        usual = ConditionalMethodSection()
+        trained = Condition(usual.reward_format, usual.reward_limit, target_reward)
+    if trained is None and origin.method == "ca":
+        raise ConfigError(
+            "method.target_reward is not set, and this policy of `ca` stores none; give a reward"
+        )
+    if trained is None:
+        if target_reward is not None:
+            raise ConfigError(
+                f"method.target_reward={target_reward}: init.from was not trained by `ca` and knows no "
+                "rewards; leave it unset"
+            )
+        return None
+    target = trained.target_reward if target_reward is None else target_reward
+    if not abs(target) <= trained.reward_limit:
+        raise ConfigError(
+            f"method.target_reward={target}: the policy was trained with rewards clipped to plus or minus "
+            f"{trained.reward_limit}; ask for one within them"
+        )
+    return Condition(trained.reward_format, trained.reward_limit, target)
+
+
+def _generate(
+    config: GenerateRun, origin: Origin, condition: Condition | None, engine: EngineName, ranks: Any, key: str
+) -> None:
+    from offline_align.distributed.stopping import stop_requests
+
+    run_dir = Path(config.run.dir)
+    if ranks.is_main:
+        common.start_folder(config)
+    ranks.barrier()
+    bad_rows = common.bad_rows(config, ranks.is_main)
+    prompts = list(read_rows(common.input_files(config), Prompt, bad_rows))
+    text = condition_text(condition)
+    renderer = Renderer(origin.tokenizer, origin.template)
+    work = build_requests(prompts, renderer, text, config.data, config.generate)
+    logger.info("first prompt, as the model sees it: %r", origin.tokenizer.decode(work.requests[0].context))
+    journal = Journal(run_dir, key, ranks.dp_rank)
+    with stop_requests(config.trainer.max_time) as stop:
+        _answer_missing(config, origin, engine, work, journal, ranks, stop)
+    if ranks.is_main:
+        output = run_dir / "generations.jsonl"
+        rows = merge(output, prompts, work.requests, journal.read(), text)
+        _finish(config, origin, condition, work, dict(bad_rows.counts), key)
+        journal.remove()
+        logger.info("generate: %d answers: %s", rows, output)
+    ranks.barrier()
+
+
+def _answer_missing(
+    config: GenerateRun,
+    origin: Origin,
+    engine: EngineName,
+    work: Workload,
+    journal: Journal,
+    ranks: Any,
+    stop: Any,
+) -> None:
+    """Answer what the journal lacks, each rank its share; raises StoppedEarly, on all ranks, on request."""
+    from offline_align.generate.runner import answer_all, share
+
+    left = missing(work.requests, ranks.broadcast(journal.read() if ranks.is_main else None))
+    if not left:
+        return
+    own = share(left, ranks.dp_rank, ranks.dp_size)
+    loaded = _load_engine(config, origin, engine, ranks)
+    journal.start()
+    done = answer_all(loaded, own, journal, stop, ranks.is_main)
+    if not all(ranks.gather(done)):
+        answered = len(work.requests) - len(missing(work.requests, journal.read()))
+        raise StoppedEarly(f"stopped after {answered} of {len(work.requests)} answers, saved: run it again")
+
+
+def _load_engine(config: GenerateRun, origin: Origin, engine: EngineName, ranks: Any) -> Engine:
+    from offline_align.generate.engines import load_engine
+    from offline_align.stages.huggingface_form import cached
+    from offline_align.stages.training import uses_bf16
+
+    folder = cached(origin, Path(config.run.dir) / "huggingface", ranks)
+    return load_engine(
+        engine,
+        folder,
+        origin.tokenizer,
+        config.generate,
+        seed=config.run.seed,
+        device=ranks.device,
+        bf16=uses_bf16(config.trainer.precision, ranks.device),
+        max_length=config.data.max_length,
+    )
+
+
+def _finish(
+    config: GenerateRun,
+    origin: Origin,
+    condition: Condition | None,
+    work: Workload,
+    bad_rows: dict[str, int],
+    key: str,
+) -> None:
+    from dataclasses import asdict
+
+    run_dir = Path(config.run.dir)
+    outputs = [run_dir / "generations.jsonl", run_dir / "quarantine.jsonl"]
+    extra = {
+        "method": origin.method,
+        "condition": None if condition is None else asdict(condition),
+        "target_reward": None if condition is None else condition.target_reward,
+        "answers": len(work.requests),
+        "truncated": work.truncated,
+        "dropped": work.dropped,
+        "bad_rows": bad_rows,
+    }
+    lineage.write_manifest(
+        run_dir,
+        "generate",
+        key,
+        common.input_files(config),
+        common.parent_models(config),
+        [path for path in outputs if path.exists()],
+        extra,
+    )

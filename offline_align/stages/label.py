@@ -1,0 +1,172 @@
+"""`label`: a reward model scores SFT rows and both answers of preference pairs (the paper's step 3)."""
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from offline_align import lineage
+from offline_align.config.runs import LabelRun
+from offline_align.data.records import PreferencePair, Sample, read_samples_and_pairs, write_jsonl
+from offline_align.errors import AlignError, StoppedEarly
+from offline_align.label.statistics import fit, normalise
+from offline_align.stages import common
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: LabelRun, explicit: frozenset[str]) -> int:
+    """Score every row once and write `labelled.jsonl`, its statistics and the histogram of Figure 3."""
+    if config.dry_run:
+        from offline_align.stages.plan_text import print_label_plan
+
+        print_label_plan(config, explicit)
+        return 0
+    from offline_align.launch import under_torchrun
+
+    if not under_torchrun() and common.is_finished("label", config, common.key_of("label", config)):
+        return 0
+    from offline_align.distributed.setup import session
+
+    with session(config.parallel, config.run) as ranks:
+        key = ranks.broadcast(common.key_of("label", config) if ranks.is_main else None)
+        if ranks.broadcast(ranks.is_main and common.is_finished("label", config, key)):
+            return 0
+        _label(config, ranks, key)
+    return 0
+
+
+def _label(config: LabelRun, ranks: Any, key: str) -> None:
+    from offline_align.distributed.stopping import stop_requests
+
+    run_dir = Path(config.run.dir)
+    if ranks.is_main:
+        common.start_folder(config)
+    ranks.barrier()
+    bad_rows = common.bad_rows(config, ranks.is_main)
+    files = common.input_files(config)
+    rows = ranks.main_first(lambda: list(read_samples_and_pairs(files, bad_rows)))
+    samples = list(single_answers(rows))
+    # Named by content: scores of another model or other data are never taken for these.
+    journal = run_dir / "journal" / key[:16]
+    with stop_requests(config.trainer.max_time) as stop:
+        _score_missing(config, samples, journal, ranks, stop)
+    if ranks.is_main:
+        _write_results(config, rows, samples, journal, key, dict(bad_rows.counts))
+    ranks.barrier()
+
+
+def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
+    """Yield a sample for each answer to be scored: one of an SFT row, two of a pair (chosen first).
+
+    Further columns are kept; an answer of a pair says in `answer` which it was.
+    """
+    for row in rows:
+        if isinstance(row, Sample):
+            yield row
+            continue
+        for answer, text in (("chosen", row.chosen), ("rejected", row.rejected)):
+            columns = {k: v for k, v in row.columns.items() if k not in ("chosen", "rejected")}
+            columns |= {"response": text, "answer": answer}
+            yield Sample(f"{row.id}/{answer}", row.prompt, text, columns)
+
+
+def _score_missing(config: LabelRun, samples: list[Sample], journal: Path, ranks: Any, stop: Any) -> None:
+    """Score the rows that the journal lacks; raises StoppedEarly, with all scores on disk, on request."""
+    from offline_align.label.journal import JournalWriter, read_journal
+    from offline_align.label.scoring import load_reward_model, plan_bins, reward_renderer, score_bin, tokenized
+    from offline_align.progress import Meter
+    from offline_align.stages.training import uses_bf16
+
+    done = ranks.broadcast(read_journal(journal) if ranks.is_main else None)
+    if len(done) == len(samples):
+        return
+    (checkpoint,) = common.parent_models(config)
+    model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
+    renderer = reward_renderer(checkpoint)
+    source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, common.cache_dir(config)))
+    bins = plan_bins(source.lengths(), config.trainer.micro_batch_size * config.data.max_length)
+    left = [b for b in bins if any(row not in done for row in b)]
+    writes = ranks.tp_rank == 0
+    with (
+        JournalWriter(journal, ranks.dp_rank, config.label.flush_rows, writes) as writer,
+        Meter("labelling", len(samples), "rows", len(done), ranks.is_main) as meter,
+    ):
+        # Ranks go round by round, so that all of them leave at the same bin when one is asked to.
+        for first in range(0, len(left), ranks.dp_size):
+            share = left[first : first + ranks.dp_size]
+            if ranks.dp_rank < len(share):
+                rows = share[ranks.dp_rank]
+                for row, score in zip(rows, score_bin(model, source, rows, ranks), strict=True):
+                    writer.add(row, score)
+            meter.advance(sum(len(b) for b in share))
+            if _any_rank(stop.reason is not None, ranks):
+                raise StoppedEarly(f"stopped after {meter.done} of {len(samples)} rows, saved: run it again")
+
+
+def _any_rank(flag: bool, ranks: Any) -> bool:
+    if ranks.world_size == 1:
+        return flag
+    import torch
+    import torch.distributed as dist
+
+    vote = torch.tensor([float(flag)], device=ranks.device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote.item())
+
+
+def _write_results(
+    config: LabelRun,
+    rows: list[Sample | PreferencePair],
+    samples: list[Sample],
+    journal: Path,
+    key: str,
+    bad: dict[str, int],
+) -> None:
+    from offline_align.label.figures import draw_reward_histogram
+    from offline_align.label.journal import read_journal
+
+    run_dir = Path(config.run.dir)
+    scores = read_journal(journal)
+    missing = [s.id for i, s in enumerate(samples) if i not in scores]
+    if missing:
+        raise AlignError(f"{journal}: {len(missing)} rows were not scored, first {missing[0]}: run it again")
+    raw = [scores[i] for i in range(len(samples))]
+    _check_finite(samples, raw)
+    stats = fit(raw)
+    normalised = normalise(raw, stats).tolist()
+    labelled = (_labelled(s, x, r) for s, x, r in zip(samples, raw, normalised, strict=True))
+    write_jsonl(run_dir / "labelled.jsonl", labelled)
+    statistics = run_dir / "reward_stats.json"
+    lineage.write_atomically(statistics, (json.dumps(stats.as_json(), indent=2) + "\n").encode())
+    draw_reward_histogram(run_dir / "reward_histogram.png", raw, normalised, config.label.histogram_bins)
+    outputs = [run_dir / n for n in ("labelled.jsonl", "reward_stats.json", "reward_histogram.png")]
+    quarantine = run_dir / "quarantine.jsonl"
+    pairs = sum(isinstance(r, PreferencePair) for r in rows)
+    extra = {"rows": len(samples), "pairs": pairs, "bad_rows": bad, "statistics": stats.as_json()}
+    lineage.write_manifest(
+        run_dir,
+        "label",
+        key,
+        common.input_files(config),
+        common.parent_models(config),
+        [*outputs, quarantine] if quarantine.exists() else outputs,
+        extra,
+    )
+    logger.info("label: %d rows, rewards %.3f +- %.3f: %s", len(samples), stats.mean, stats.std, run_dir)
+
+
+def _check_finite(samples: list[Sample], raw: list[float]) -> None:
+    bad = [s.id for s, x in zip(samples, raw, strict=True) if not math.isfinite(x)]
+    if bad:
+        raise AlignError(f"row {bad[0]}: the reward model's score is not finite ({len(bad)} such rows); train it again")
+
+
+def _labelled(sample: Sample, raw: float, normalised: float) -> dict[str, Any]:
+    """Return the labelled row: the original columns in their order, then what was added."""
+    source_id = str(sample.columns.get("id", sample.id))
+    own = {"reward_raw": raw, "reward": normalised, "source_id": source_id}
+    kept = {k: v for k, v in sample.columns.items() if k not in own and k != "id"}
+    return {"id": sample.id, **kept, **own}

@@ -1,0 +1,135 @@
+"""`plan`: what FA keeps, RWR weighs and CA writes, and the cost of each. No GPU, no model.
+
+Sizes are tokens where a tokenizer is known: that of `model.tokenizer`, or that of the reward model which
+the labelled file's manifest names. Otherwise they are characters, and the table says so.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from omegaconf import MISSING
+from rich.console import Console
+
+from offline_align import lineage
+from offline_align.config.runs import PlanRun
+from offline_align.config.sections import Template
+from offline_align.data.records import BadRows, LabelledSample, input_paths, read_rows
+from offline_align.data.template import Renderer
+from offline_align.data.tokenizer import load_tokenizer
+from offline_align.errors import ConfigError
+from offline_align.methods import ca, checked
+from offline_align.methods.planner import Settings, Sizes, plan
+from offline_align.model.description import ModelDescription, find_checkpoint
+from offline_align.stages import common
+from offline_align.stages.origin import tokenizer_path
+from offline_align.stages.plan_table import tables
+
+PLAN_FILE = "plan.json"
+ROWS_PER_BATCH = 512
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: PlanRun, explicit: frozenset[str]) -> int:
+    """Print the plan, and write `plan.json` where `run.dir` is set; return 0.
+
+    Raises ConfigError for settings that cannot work, DataError for unusable rows.
+    """
+    paths = input_paths(config.data.input, "data.input")
+    settings = _settings(config)
+    run_dir = None if config.run.dir in (MISSING, None) or config.dry_run else Path(config.run.dir)
+    key = common.key_of("plan", config)
+    finished = run_dir is not None and common.is_finished("plan", config, key)
+    if run_dir is not None and not finished:
+        common.start_folder(config)
+    bad_rows = BadRows(
+        config.data.on_bad_row, run_dir / "quarantine.jsonl" if run_dir and not finished else None
+    )
+    rows = checked(read_rows(paths, LabelledSample, bad_rows))
+    renderer = _renderer(config, paths)
+    sizes = _token_sizes(rows, renderer, config.data.max_length) if renderer else _character_sizes(rows)
+    made = plan(rows, sizes, settings)
+    warnings = _unstable(renderer, rows, settings)
+    console = Console()
+    if not console.is_terminal:  # a table that goes to a file or another program is not folded
+        console = Console(width=160)
+    console.print(*tables(made, warnings), sep="\n")
+    if run_dir is not None and not finished:
+        extra = {"warnings": warnings, "skipped_rows": dict(bad_rows.counts)}
+        text = json.dumps(asdict(made) | extra, indent=2, ensure_ascii=False)
+        lineage.write_atomically(run_dir / PLAN_FILE, f"{text}\n".encode())
+        outputs = [path for path in (run_dir / PLAN_FILE, run_dir / "quarantine.jsonl") if path.exists()]
+        lineage.write_manifest(run_dir, "plan", key, paths, [], outputs, {"rows": made.rows})
+    return 0
+
+
+def _settings(config: PlanRun) -> Settings:
+    method = config.method
+    ca.check_format(method.reward_format, method.reward_limit)
+    return Settings(
+        threshold=method.threshold,
+        beta=method.beta,
+        target_reward=method.target_reward,
+        reward_format=method.reward_format,
+        reward_limit=method.reward_limit,
+    )
+
+
+def _renderer(config: PlanRun, paths: Sequence[Path]) -> Renderer | None:
+    """Return the renderer of `model.tokenizer`, or of a model that a labelled file came from, or None."""
+    if config.model.tokenizer is not None:
+        tokenizer = load_tokenizer(tokenizer_path(config.model.tokenizer))
+        return Renderer(tokenizer, config.data.template or Template.paper)
+    for folder in _models_behind(paths):
+        template = config.data.template or ModelDescription.load(folder).template
+        return Renderer(load_tokenizer(folder / "tokenizer"), template)
+    return None
+
+
+def _models_behind(paths: Sequence[Path]) -> Iterator[Path]:
+    """Yield the checkpoints that the manifests beside the files name, where they are still there."""
+    for run_dir in dict.fromkeys(path.resolve().parent for path in paths):
+        manifest = lineage.read_manifest(run_dir)
+        for parent in manifest.parents if manifest else []:
+            folder = run_dir / parent.path / (parent.part or "")
+            try:
+                yield find_checkpoint(folder)
+            except ConfigError:
+                logger.debug("%s: not a checkpoint", folder)
+
+
+def _token_sizes(rows: Sequence[LabelledSample], renderer: Renderer, max_length: int) -> Sizes:
+    """Return sizes in tokens, rows over `max_length` counted as cut to it."""
+    lengths: list[int] = []
+    targets: list[int] = []
+    batches = iter(rows)
+    while batch := list(islice(batches, ROWS_PER_BATCH)):
+        contexts = renderer.encode([renderer.context_parts(row.prompt) for row in batch])
+        encoded = renderer.encode([renderer.target_parts(row.prompt, row.response) for row in batch])
+        targets += [min(max_length, len(renderer.finish_target(ids))) for ids in encoded]
+        lengths += [min(max_length, len(ids)) for ids in contexts]
+    both = [min(max_length, context + target) for context, target in zip(lengths, targets, strict=True)]
+    return Sizes("tokens", both, targets, lambda text: len(renderer.tokenizer.encode(text, special=True)))
+
+
+def _character_sizes(rows: Sequence[LabelledSample]) -> Sizes:
+    responses = [len(row.response) for row in rows]
+    prompts = [sum(len(message.content) for message in row.prompt) for row in rows]
+    both = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    return Sizes("characters", both, responses, len)
+
+
+def _unstable(renderer: Renderer | None, rows: Sequence[LabelledSample], settings: Settings) -> list[str]:
+    """Return what stands against CA with this tokenizer."""
+    if renderer is None:
+        return []
+    rewards = [row.reward for row in rows] + [settings.target_reward]
+    try:
+        ca.check_stable(renderer, rewards, settings.reward_format, settings.reward_limit)
+    except ConfigError as error:
+        return error.problems
+    return []

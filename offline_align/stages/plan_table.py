@@ -1,0 +1,96 @@
+"""The plan of the three methods as tables for a terminal."""
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from offline_align.methods.planner import ConditionalPlan, Plan, WeightedPlan
+
+BAR_WIDTH = 40
+BARS = 15
+"""Lines of the histogram of conditions, at most."""
+
+
+def tables(plan: Plan, warnings: list[str]) -> list[RenderableType]:
+    """Return what is printed, top to bottom."""
+    note = "" if plan.unit == "tokens" else " (no tokenizer is known; set model.tokenizer for tokens)"
+    head = Text(
+        f"{plan.rows:,} rows, {plan.size:,} {plan.unit}, {plan.response_size:,} of them in responses{note}"
+    )
+    parts: list[RenderableType] = [head, _methods(plan), _betas(plan), _histogram(plan.conditional)]
+    return parts + [Text(f"warning: {line}", style="yellow") for line in [*_cautions(plan), *warnings]]
+
+
+def _methods(plan: Plan) -> Table:
+    fa, rwr, ca = plan.filtering, plan.weighted, plan.conditional
+    table = Table("method", "what it does", "rows", plan.unit, "cost of an epoch")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    table.add_row("sft", "learns every row", f"{plan.rows:,}", f"{plan.size:,}", "100.0 %")
+    table.add_row(
+        "fa",
+        f"keeps rewards above {fa.threshold:g}",
+        f"{fa.rows:,} ({fa.rows_share:.1%})",
+        f"{fa.size:,}",
+        _share(fa.cost),
+    )
+    table.add_row("rwr", _weights(rwr), f"{plan.rows:,}", f"{plan.size:,}", _share(rwr.cost))
+    table.add_row("ca", _conditions(ca), f"{plan.rows:,}", f"{plan.size + ca.extra_size:,}", _share(ca.cost))
+    return table
+
+
+def _weights(rwr: WeightedPlan) -> str:
+    return (
+        f"weighs {rwr.min_weight:.3g} to {rwr.max_weight:.3g} (beta {rwr.beta:g}), "
+        f"worth {rwr.effective_sample_size:,.0f} equal rows"
+    )
+
+
+def _conditions(ca: ConditionalPlan) -> Text:
+    ends = list(ca.conditions)
+    return Text(f"writes {len(ends)} conditions, {ends[0]} to {ends[-1]}; asks for {ca.target_condition}")
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}".replace("%", " %")
+
+
+def _betas(plan: Plan) -> Table:
+    table = Table("beta", "least", "greatest weight", "effective rows", "share", "weight of the top 1 %")
+    for column in table.columns:
+        column.justify = "right"
+    for row in plan.betas:
+        numbers = (f"{row.min_weight:.3g}", f"{row.max_weight:.3g}", f"{row.effective_sample_size:,.0f}")
+        style = "bold" if row.beta == plan.weighted.beta else ""
+        table.add_row(
+            f"{row.beta:g}", *numbers, _share(row.effective_share), _share(row.top_mass), style=style
+        )
+    return table
+
+
+def _histogram(ca: ConditionalPlan) -> Table:
+    """Return the rows of every condition as bars, neighbours put together where they are many."""
+    table = Table("conditions", "rows", "", show_edge=False)
+    items = list(ca.conditions.items())
+    step = -(-len(items) // BARS)
+    groups = [items[i : i + step] for i in range(0, len(items), step)]
+    counts = [sum(count for _, count in group) for group in groups]
+    for group, count in zip(groups, counts, strict=True):
+        name = group[0][0] if len(group) == 1 else f"{group[0][0]} to {group[-1][0]}"
+        table.add_row(Text(name), f"{count:,}", "█" * max(1, round(BAR_WIDTH * count / max(counts))))
+    return table
+
+
+def _cautions(plan: Plan) -> list[str]:
+    fa, ca = plan.filtering, plan.conditional
+    lines = []
+    if not fa.rows:
+        lines.append(f"fa keeps nothing above {fa.threshold:g}: the highest reward is {ca.max_reward:.4g}")
+    if not ca.target_in_range:
+        lines.append(
+            f"ca asks for {ca.target_condition}, outside the rewards of the data ({ca.min_reward:.2f} to "
+            f"{ca.max_reward:.2f}): the model has to extrapolate (the paper does, with 5.0)"
+        )
+    if ca.clipped_rows:
+        lines.append(f"ca writes {ca.clipped_rows:,} rows with the limit instead of their reward")
+    return lines

@@ -1,0 +1,102 @@
+"""What `dry_run=true` prints: ranks, batches, parameters, memory and the launch command, without a GPU."""
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from offline_align.config.compose import world_size
+from offline_align.config.runs import LabelRun, ModelRun, TrainRun
+from offline_align.config.sections import ModelSection, Precision
+from offline_align.distributed.sizes import MemoryEstimate, ModelSizes, ParallelSizes, model_sizes, training_memory
+from offline_align.launch import torchrun_command
+from offline_align.stages.origin import resolve
+
+_GIB = 2**30
+
+
+def print_training_plan(stage: str, config: TrainRun, explicit: frozenset[str]) -> None:
+    """Print the plan of a training run."""
+    model = _model(config, explicit)
+    sizes = model_sizes(model, model.vocab_size or 0)
+    ranks = _ranks(config)
+    trainer = config.trainer
+    capacity = trainer.micro_batch_size * config.data.max_length
+    bf16 = trainer.precision is not Precision.fp32 and config.run.device.value != "cpu"
+    table = _table(f"{stage}: {config.run.dir}")
+    _add_model(table, sizes, model)
+    _add_ranks(table, ranks)
+    table.add_row("global batch", f"{trainer.global_batch_size} rows a step, packed")
+    table.add_row("micro-batch", f"up to {capacity:,} tokens ({trainer.micro_batch_size} x {config.data.max_length:,})")
+    per_step = trainer.global_batch_size * config.data.max_length
+    share = -(-per_step // ranks.data // capacity)
+    table.add_row("tokens a step", f"at most {per_step:,}; then {share} micro-batches on each data parallel rank")
+    length = f"{trainer.max_steps} steps" if trainer.max_steps else f"{trainer.max_epochs} epochs"
+    table.add_row("length", f"{length}, learning rate {config.optim.lr:g} ({config.optim.lr_decay_style})")
+    memory = training_memory(sizes, config.parallel, ranks, capacity, bf16, trainer.recompute.value)
+    _add_memory(table, memory)
+    _finish(table, stage, config)
+
+
+def print_label_plan(config: LabelRun, explicit: frozenset[str]) -> None:
+    """Print the plan of a labelling run."""
+    model = _model(config, explicit)
+    sizes = model_sizes(model, model.vocab_size or 0)
+    ranks = _ranks(config)
+    table = _table(f"label: {config.run.dir}")
+    _add_model(table, sizes, model)
+    _add_ranks(table, ranks)
+    capacity = config.trainer.micro_batch_size * config.data.max_length
+    table.add_row("batch", f"packed bins of up to {capacity:,} tokens, forward only")
+    bf16 = config.trainer.precision is not Precision.fp32
+    weights = sizes.parameters / ranks.tensor * (2 if bf16 else 4)
+    table.add_row("memory a rank", f"{weights / _GIB:.2f} GiB of weights")
+    _finish(table, "label", config)
+
+
+def _model(config: ModelRun, explicit: frozenset[str]) -> ModelSection:
+    if config.init.from_ is None and config.model.vocab_size is not None:
+        return config.model
+    return resolve(config, explicit).model
+
+
+def _ranks(config: ModelRun) -> ParallelSizes:
+    world = world_size(config.launcher.nproc_per_node, config.launcher.nodes)
+    parallel = config.parallel
+    return ParallelSizes(world, parallel.tensor_model_parallel_size, parallel.context_parallel_size)
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _add_model(table: Table, sizes: ModelSizes, model: ModelSection) -> None:
+    table.add_row("parameters", f"{sizes.parameters:,} ({sizes.parameters / 1e9:.2f} B)")
+    shape = f"{sizes.layers} layers, hidden {sizes.hidden}, {model.num_attention_heads} heads, FFN {sizes.ffn}"
+    table.add_row("model", f"{shape}, vocabulary {model.vocab_size} (padded to {sizes.padded_vocab})")
+
+
+def _add_ranks(table: Table, ranks: ParallelSizes) -> None:
+    parts = f"tensor {ranks.tensor} x context {ranks.context} x data {ranks.data}"
+    table.add_row("ranks", f"{ranks.world} = {parts}")
+
+
+def _add_memory(table: Table, memory: MemoryEstimate) -> None:
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+    }
+    text = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
+    table.add_row("memory a rank", f"about {memory.total / _GIB:.2f} GiB: {text}")
+
+
+def _finish(table: Table, stage: str, config: ModelRun) -> None:
+    words = [w for w in sys.argv[2:] if not w.startswith(("dry_run=", "launcher."))]
+    table.add_row("launch", " ".join(torchrun_command(config.launcher, stage, words)))
+    # In a file or a pipe a long line is better than a broken one.
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)

@@ -1,0 +1,153 @@
+"""The `plan` stage: where its token counts come from, what it prints and what it writes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offline_align.config.runs import PlanMethodSection, PlanRun
+from offline_align.config.sections import InputDataSection, ModelSection, OnBadRow, RunSection, Template
+from offline_align.data.records import Message
+from offline_align.data.template import Renderer
+from offline_align.data.tokenizer import load_tokenizer
+from offline_align.errors import ConfigError, DataError
+from offline_align.lineage import Status, verify, write_manifest
+from offline_align.model.description import ModelDescription
+from offline_align.stages import plan
+from tests.small_tokenizers import write_hugging_face, write_sentencepiece
+
+REWARDS = [-1.5, -0.2, 0.0, 0.3, 1.4]
+
+
+def write_labelled(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "prompt": f"Question {i}",
+            "response": "word " * (i + 1),
+            "reward_raw": 9.0,
+            "reward": r,
+            "source_id": f"s{i}",
+        }
+        for i, r in enumerate(REWARDS)
+    ]
+    path = folder / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def settings(path: Path, tokenizer: Path | None = None, **data: Any) -> PlanRun:
+    model = ModelSection(tokenizer=str(tokenizer) if tokenizer else None)
+    return PlanRun(run=RunSection(dir="???"), model=model, data=InputDataSection(input=str(path), **data))
+
+
+def test_characters_where_no_tokenizer_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_labelled(tmp_path / "data")
+    assert plan.run(settings(path), frozenset()) == 0
+    shown = capsys.readouterr().out
+    characters = sum(len("Question 0") + 5 * (i + 1) for i in range(5))
+    assert f"5 rows, {characters} characters" in shown
+    assert "set model.tokenizer" in shown
+    assert "outside the rewards of the data (-1.50 to 1.40)" in shown
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["data", "labelled.jsonl"]
+
+
+def expected_tokens(renderer: Renderer) -> int:
+    prompts = [(Message("user", f"Question {i}"),) for i in range(5)]
+    targets = [renderer.target(p, "word " * (i + 1)) for i, p in enumerate(prompts)]
+    return sum(len(renderer.context(p)) for p in prompts) + sum(map(len, targets))
+
+
+@pytest.mark.parametrize("template", list(Template))
+def test_tokens_of_the_named_tokenizer(
+    template: Template, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_hugging_face(tmp_path / "hf")
+    plan.run(settings(write_labelled(tmp_path), folder, template=template), frozenset())
+    total = expected_tokens(Renderer(load_tokenizer(folder), template))
+    assert f"5 rows, {total} tokens" in capsys.readouterr().out
+
+
+def test_tokens_of_the_reward_model_behind_the_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward, label = tmp_path / "reward", tmp_path / "label"
+    checkpoint = reward / "checkpoints" / "latest"
+    write_sentencepiece(checkpoint / "tokenizer")
+    tokenizer = load_tokenizer(checkpoint / "tokenizer")
+    sizes = ModelSection(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
+    ModelDescription("reward_model", sizes, Template.paper, tokenizer.content_hash).save(checkpoint)
+    (reward / "log").write_text("x")
+    write_manifest(reward, "reward", "key", [], [], [reward / "log"], {})
+    path = write_labelled(label)
+    write_manifest(label, "label", "key", [], [checkpoint], [path], {})
+    plan.run(settings(path), frozenset())
+    total = expected_tokens(Renderer(tokenizer, Template.paper))
+    assert f"5 rows, {total} tokens" in capsys.readouterr().out
+
+
+def test_run_folder_is_whole_and_repeatable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, run_dir = write_labelled(tmp_path), tmp_path / "run"
+    config = replace(settings(path), run=RunSection(dir=str(run_dir)))
+    plan.run(config, frozenset())
+    first = capsys.readouterr().out
+    values = json.loads((run_dir / "plan.json").read_text())
+    assert values["rows"] == 5
+    assert values["filtering"]["rows"] == 2
+    assert values["conditional"]["conditions"]["<rm_score>0.3"] == 1
+    assert values["conditional"]["target_condition"] == "<rm_score>5.0"
+    assert values["warnings"] == []
+    assert verify(run_dir).status is Status.whole
+    stamp = (run_dir / "plan.json").stat().st_mtime_ns
+    plan.run(config, frozenset())
+    assert (run_dir / "plan.json").stat().st_mtime_ns == stamp
+    assert capsys.readouterr().out == first
+    with pytest.raises(ConfigError, match=r"run\.dir=.*other settings"):
+        plan.run(replace(config, method=PlanMethodSection(beta=1.0)), frozenset())
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    path = write_labelled(tmp_path)
+    plan.run(replace(settings(path), run=RunSection(dir=str(tmp_path / "run")), dry_run=True), frozenset())
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_by_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_labelled(tmp_path)
+    path.write_text(path.read_text() + '{"prompt": "a", "response": "b"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"labelled\.jsonl:6: reward_raw: missing"):
+        plan.run(settings(path), frozenset())
+    config = replace(settings(path, on_bad_row=OnBadRow.skip), run=RunSection(dir=str(tmp_path / "run")))
+    plan.run(config, frozenset())
+    assert "5 rows" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "quarantine.jsonl").read_text())["line"] == 6
+    assert verify(tmp_path / "run").status is Status.whole
+
+
+def test_a_format_that_is_not_stable_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    method = PlanMethodSection(
+        target_reward=12.0, reward_limit=20.0, threshold=2.0, reward_format="[b]{reward:.1f}"
+    )
+    config = settings(write_labelled(tmp_path), write_sentencepiece(tmp_path / "sp"))
+    plan.run(replace(config, method=method), frozenset())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "warning: method.reward_format='[b]{reward:.1f}': '[b]12.0' takes" in shown
+    assert "warning: fa keeps nothing above 2: the highest reward is 1.4" in shown
+    assert "asks for [b]12.0" in shown
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PlanMethodSection(beta=0.0),
+        PlanMethodSection(reward_format="x"),
+        PlanMethodSection(threshold=float("nan")),
+    ],
+)
+def test_settings_that_cannot_work(method: PlanMethodSection, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"method"):
+        plan.run(replace(settings(write_labelled(tmp_path)), method=method), frozenset())
+    with pytest.raises(ConfigError, match=r"data.input"):
+        plan.run(settings(tmp_path / "none.jsonl"), frozenset())

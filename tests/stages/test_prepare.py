@@ -1,0 +1,218 @@
+"""`prepare` from the outside: files, counts, splits, repetition and refusals."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offline_align.config.compose import compose
+from offline_align.config.runs import PrepareRun
+from offline_align.config.sections import OnBadRow
+from offline_align.data.jsonl import BadRows
+from offline_align.data.records import PreferencePair, Prompt, Sample, read_rows
+from offline_align.data.sources import Source
+from offline_align.data.split import first_user_message, normalised
+from offline_align.errors import ConfigError, DataError
+from offline_align.stages.prepare import run
+from tests.support import real_data_dir
+
+ROW_FILES = ["sft_train.jsonl", "sft_valid.jsonl", "preferences_train.jsonl", "preferences_valid.jsonl"]
+STRICT = BadRows(OnBadRow.fail, None)
+
+Start = Callable[..., Path]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    def start(*inputs: object, words: Sequence[str] = (), name: str = "run") -> Path:
+        """Run the stage with small demo sizes and return its folder."""
+        listed = ",".join(f"'{entry}'" for entry in inputs)
+        small = ["prepare.demo_sft_rows=300", "prepare.demo_preference_rows=200"]
+        composed = compose(
+            "prepare", [*small, f"run.dir={tmp_path / name}", f"data.input=[{listed}]", *words]
+        )
+        assert composed.problems == []
+        assert isinstance(composed.config, PrepareRun)
+        assert run(composed.config, composed.explicit) == 0
+        return tmp_path / name
+
+    return start
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def sample(number: int, **more: Any) -> dict[str, Any]:
+    return {"prompt": f"Question {number}?", "response": f"Answer {number}."} | more
+
+
+def test_the_demo_corpus(start: Start) -> None:
+    folder = start("demo")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {*ROW_FILES, "prompts.jsonl", "report.json", "config.yaml", "manifest.json"}
+    for kind, count in ((Sample, 300), (PreferencePair, 200)):
+        prefix = "sft" if kind is Sample else "preferences"
+        paths = [folder / f"{prefix}_{part}.jsonl" for part in ("train", "valid")]
+        assert len(list(read_rows(paths, kind, STRICT))) == pytest.approx(count, abs=3)
+    assert len(list(read_rows([folder / "prompts.jsonl"], Prompt, STRICT))) == 160
+    report = json.loads((folder / "report.json").read_text())
+    assert report["files"]["sft_train.jsonl"]["rows"] == len(load(folder / "sft_train.jsonl"))
+    assert report["inputs"][0]["rows_read"] == 500
+    assert report["inputs"][0]["rows_kept"] + sum(report["inputs"][0]["dropped"].values()) == 500
+
+
+def test_no_prompt_is_on_both_sides_or_held_out(start: Start) -> None:
+    folder = start("demo", words=["prepare.valid_fraction=0.5"])
+    rows = {name: [normalised(first_user_message(r)) for r in load(folder / name)] for name in ROW_FILES}
+    train = {*rows["sft_train.jsonl"], *rows["preferences_train.jsonl"]}
+    valid = {*rows["sft_valid.jsonl"], *rows["preferences_valid.jsonl"]}
+    assert train
+    assert valid
+    assert not train & valid
+    assert not (train | valid) & {normalised(row["prompt"]) for row in load(folder / "prompts.jsonl")}
+
+
+def test_several_forms_at_once(start: Start, tmp_path: Path) -> None:
+    own = write(tmp_path / "own.jsonl", sample(1, id="a", note="kept"), sample(2), sample(1, id="b"))
+    hh = {f"{side}": f"\n\nHuman: Hi\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    pairs = write(tmp_path / "pairs.jsonl", hh, hh | {"rejected": hh["chosen"]})
+    folder = start(own, pairs, words=["prepare.valid_fraction=0.0"])
+    assert load(folder / "sft_train.jsonl") == [
+        sample(1, id="a", note="kept"),
+        {"id": "own.jsonl:2", **sample(2)},
+    ]
+    [pair] = load(folder / "preferences_train.jsonl")
+    assert (pair["id"], pair["chosen"], pair["source"]) == ("pairs.jsonl:1", "chosen", "hh")
+    assert (folder / "sft_valid.jsonl").read_bytes() == b""
+    assert (folder / "preferences_valid.jsonl").read_bytes() == b""
+    report = json.loads((folder / "report.json").read_text())
+    assert report["duplicates"] == 1
+    assert report["inputs"][1] == {
+        "name": "pairs.jsonl",
+        "rows_read": 2,
+        "rows_kept": 1,
+        "dropped": {"rejected: the same as chosen": 1},
+    }
+    assert report["files"]["sft_train.jsonl"]["characters"]["response"]["max"] == len("Answer 1.")
+
+
+def test_bad_rows_stop_the_run_or_are_set_aside(start: Start, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", sample(1, id="a"), {"prompt": "x"}, sample(3, id="a"), sample(4))
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: columns: no known form"):
+        start(path)
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    folder = start(path, words=["data.on_bad_row=skip"])
+    kept = [row["id"] for name in ROW_FILES for row in load(folder / name)]
+    assert sorted(kept) == ["a", "rows.jsonl:4"]
+    quarantine = load(folder / "quarantine.jsonl")
+    assert [(row["line"], row["reason"].partition(";")[0]) for row in quarantine] == [
+        (2, "columns: no known form"),
+        (3, "id: duplicate id, with other content"),
+    ]
+    assert sum(json.loads((folder / "report.json").read_text())["bad_rows"].values()) == 2
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert "quarantine.jsonl" in {output["path"] for output in manifest["outputs"]}
+
+
+def test_no_usable_row_is_bad_data(start: Start, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"empty\.jsonl: no usable row"):
+        start(write(tmp_path / "empty.jsonl"))
+
+
+def test_a_complete_run_is_not_done_again(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = start("demo")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    capsys.readouterr()
+    start("demo")
+    assert "complete" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    with pytest.raises(ConfigError, match="other settings or inputs"):
+        start("demo", words=["run.seed=7"])
+
+
+def test_an_interrupted_run_is_made_anew(start: Start) -> None:
+    folder = start("demo")
+    whole = {name: (folder / name).read_bytes() for name in ROW_FILES}
+    (folder / "manifest.json").unlink()
+    (folder / "sft_train.jsonl").write_bytes(whole["sft_train.jsonl"][:100])
+    (folder / "quarantine.jsonl").write_text("left by the attempt before")
+    start("demo")
+    assert {name: (folder / name).read_bytes() for name in ROW_FILES} == whole
+    assert not (folder / "quarantine.jsonl").exists()
+
+
+def test_the_same_seed_gives_the_same_bytes(start: Start) -> None:
+    first, again = start("demo", name="first"), start("demo", name="again")
+    for name in [*ROW_FILES, "prompts.jsonl", "report.json"]:
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_a_dry_run_writes_nothing(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "rows.jsonl", {"no": "row"})
+    folder = start(path, "demo", words=["dry_run=true"])
+    assert not folder.exists()
+    out = capsys.readouterr().out
+    assert all(name in out for name in [str(path), *ROW_FILES, "prompts.jsonl", "report.json"])
+    assert "tokenizer.model" not in out
+
+
+def test_a_tokenizer_is_trained_on_the_training_rows(start: Start) -> None:
+    from offline_align.data.tokenizer import load_tokenizer
+
+    words = ["tokenizer.train=true", "tokenizer.vocab_size=600"]
+    tokenizer = load_tokenizer(start("demo", words=words))
+    assert tokenizer.vocab_size == 600
+    assert len(tokenizer.encode("The elephant is grey.")) <= 8
+
+
+def test_every_wrong_setting_is_named_at_once(start: Start) -> None:
+    words = [
+        "prepare.format=alpaca",
+        "prepare.valid_fraction=1.0",
+        "prepare.max_rows=0",
+        "prepare.demo_prompt_rows=1000000000",
+        "prepare.demo_sft_rows=-1",
+        "dry_run=true",
+    ]
+    with pytest.raises(ConfigError) as error:
+        start("missing.jsonl", words=words)
+    keys = [problem.partition("=")[0] for problem in error.value.problems]
+    assert keys == [
+        "prepare.format",
+        "prepare.valid_fraction",
+        "prepare.max_rows",
+        "prepare.demo_prompt_rows",
+        "prepare.demo_sft_rows",
+        "data.input",
+    ]
+
+
+def test_rows_from_the_hub(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([sample(i) for i in range(9)]))
+    folder = start("hf:owner/set", words=["prepare.max_rows=4"])
+    rows = [row for name in ROW_FILES for row in load(folder / name)]
+    assert sorted(row["id"] for row in rows) == [
+        f"{Source('hf:owner/set', None).name}:{i}" for i in range(1, 5)
+    ]
+    assert "sft_train.jsonl" in capsys.readouterr().out
+
+
+def test_real_rows_pass_unchanged(start: Start) -> None:
+    data = real_data_dir()
+    inputs = [data / name for name in ROW_FILES]
+    folder = start(*inputs)
+    before = {row["id"]: row for path in inputs for row in load(path)}
+    after = {row["id"]: row for name in ROW_FILES for row in load(folder / name)}
+    assert after == before

@@ -1,0 +1,270 @@
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from offline_align.config.sections import Template
+from offline_align.convert.architecture import read_architecture
+from offline_align.convert.export import export_huggingface
+from offline_align.convert.load import load_huggingface
+from offline_align.convert.tokenizer_files import padding_id
+from offline_align.convert.weights import parse_size
+from offline_align.data.records import Message
+from offline_align.data.template import Renderer
+from offline_align.data.tokenizer import Tokenizer, load_tokenizer
+from offline_align.errors import ConfigError, StorageError
+from offline_align.model.description import Condition, ModelDescription
+
+Save = Callable[..., Path]
+Read = Callable[[Path], dict[str, torch.Tensor]]
+CORPUS = [
+    "User:What is the capital of France?Assistant: Paris is the capital of France.",
+    "User:Name three colours.Assistant: Red, green and blue are three colours.",
+    "System:Be brief.User:2 + 2 = ?Assistant: 4",
+] * 20
+DIALOGUE = (Message("user", "Name the capital."), Message("assistant", "Paris"), Message("user", "Of what?"))
+CONDITION = Condition("<rm_score>{reward:.1f}", 9.9, 5.0)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}\n"
+)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    import sentencepiece as spm
+
+    model = BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        vocab_size=301,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        user_defined_symbols=["<rm_score>"],
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[AddedToken(text, special=True) for text in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    folder = tmp_path_factory.mktemp("byte_level")
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(params=["sentencepiece", "byte_level"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    found: Tokenizer = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def export(save_model: Save, tmp_path: Path) -> Callable[..., Path]:
+    """Export a random model with a tokenizer; keywords change its description."""
+
+    def run(
+        tokenizer: Tokenizer,
+        family: str = "llama3",
+        head: str = "ForCausalLM",
+        max_shard_size: str = "5GB",
+        **changes: Any,
+    ) -> Path:
+        source = save_model(family, head)
+        found = read_architecture(source)
+        description = ModelDescription(found.kind, found.model, Template.paper, tokenizer.content_hash)
+        export_huggingface(
+            load_huggingface(source),
+            replace(description, **changes),
+            tokenizer,
+            tmp_path / "out",
+            max_shard_size,
+            ancestry=["- `sft`, made yesterday"],
+        )
+        return tmp_path / "out"
+
+    return run
+
+
+def turns(dialogue: tuple[Message, ...]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in dialogue]
+
+
+def their_context(folder: Path, dialogue: tuple[Message, ...] = DIALOGUE) -> list[int]:
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    ids: list[int] = loaded.apply_chat_template(
+        turns(dialogue), add_generation_prompt=True, return_dict=False
+    )
+    return ids
+
+
+def test_transformers_loads_the_same_model(
+    export: Callable[..., Path], tokenizer: Tokenizer, family: str, read_tensors: Read, tmp_path: Path
+) -> None:
+    folder = export(tokenizer, family)
+    source = tmp_path / f"{family}-ForCausalLM"
+    first, second = (transformers.AutoModelForCausalLM.from_pretrained(path) for path in (source, folder))
+    ids = torch.arange(2, 30)[None]
+    assert torch.equal(first(ids).logits, second(ids).logits)
+    assert second.config.eos_token_id == tokenizer.eos_id
+    assert second.generation_config.eos_token_id == tokenizer.eos_id
+    theirs, ours = read_tensors(source), read_tensors(folder)
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert read_architecture(folder).model == read_architecture(source).model
+
+
+def test_large_weights_are_split_into_indexed_shards(
+    export: Callable[..., Path], byte_level: Tokenizer, read_tensors: Read
+) -> None:
+    folder = export(byte_level, max_shard_size="50KB")
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(files) > 1
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    tensors = read_tensors(folder)
+    assert index["weight_map"].keys() == tensors.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert not list(folder.glob(".*"))
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_transformers_encodes_as_we_do(export: Callable[..., Path], tokenizer: Tokenizer) -> None:
+    loaded = transformers.AutoTokenizer.from_pretrained(export(tokenizer))
+    for text in ["Paris is  the capital\n of France.", " 2 + 2", "naïve 日本 👍", "\tx\n\n", *CORPUS[:3]]:
+        ids = tokenizer.encode(text)
+        assert loaded.encode(text, add_special_tokens=False) == ids
+        assert loaded.decode(ids) == tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("condition", [None, CONDITION])
+@pytest.mark.parametrize("dialogue", [DIALOGUE, DIALOGUE[:1], (Message("system", "Be brief."), *DIALOGUE)])
+def test_the_chat_template_asks_as_the_paper_template_does(
+    export: Callable[..., Path],
+    sentencepiece: Tokenizer,
+    condition: Condition | None,
+    dialogue: tuple[Message, ...],
+) -> None:
+    folder = export(sentencepiece, condition=condition)
+    text = "<rm_score>5.0" if condition else ""
+    assert their_context(folder, dialogue) == Renderer(sentencepiece, Template.paper).context(dialogue, text)
+
+
+@pytest.mark.parametrize("condition", [None, CONDITION])
+def test_a_chat_template_is_kept_and_gets_the_condition(
+    export: Callable[..., Path], byte_level: Tokenizer, condition: Condition | None
+) -> None:
+    folder = export(byte_level, template=Template.chat, condition=condition)
+    text = "<rm_score>5.0" if condition else ""
+    assert their_context(folder) == Renderer(byte_level, Template.chat).context(DIALOGUE, text)
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    rendered = loaded.apply_chat_template(turns(DIALOGUE), tokenize=False, add_generation_prompt=True)
+    assert rendered.endswith(f"<|im_start|>assistant\n{text}")
+    assert "<rm_score>" not in loaded.apply_chat_template(turns(DIALOGUE), tokenize=False)
+
+
+def test_a_reward_model_scores_padded_rows_at_end_of_sequence(
+    export: Callable[..., Path], tokenizer: Tokenizer
+) -> None:
+    folder = export(tokenizer, head="ForSequenceClassification")
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert model.config.num_labels == 1
+    assert model.config.pad_token_id not in (None, tokenizer.eos_id)
+    renderer = Renderer(tokenizer, Template.paper)
+    answers = [
+        (DIALOGUE[:1], "Paris"),
+        (DIALOGUE, "The capital of France, Paris, of course."),
+        (DIALOGUE, "4"),
+    ]
+    rows = [renderer.context(prompt) + renderer.target(prompt, answer) for prompt, answer in answers]
+    loaded.pad_token_id = model.config.pad_token_id
+    for side in ("left", "right"):
+        batch = loaded.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
+        with torch.no_grad():
+            together = model(**batch).logits[:, 0]
+            hidden = [model.model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+            alone = torch.stack([model.score(state)[0] for state in hidden])
+        assert (together - alone).abs().max() < 1e-5
+
+
+def test_padding_is_never_end_of_sequence(byte_level: Tokenizer, sentencepiece: Tokenizer) -> None:
+    assert byte_level.pad_id == byte_level.eos_id != padding_id(byte_level)
+    assert padding_id(sentencepiece) == sentencepiece.bos_id
+
+
+def test_the_model_card_says_how_it_is_asked_and_made(
+    export: Callable[..., Path], sentencepiece: Tokenizer
+) -> None:
+    card = (export(sentencepiece, method="ca", condition=CONDITION) / "README.md").read_text()
+    assert "Conditional Alignment" in card
+    assert "ends with `<rm_score>5.0`" in card
+    assert "- `sft`, made yesterday" in card
+
+
+def test_config_keeps_what_generation_needs(export: Callable[..., Path], sentencepiece: Tokenizer) -> None:
+    folder = export(sentencepiece, method="ca", condition=CONDITION)
+    extra = read_architecture(folder).extra
+    assert extra == {
+        "method": "ca",
+        "template": "paper",
+        "condition": {"reward_format": "<rm_score>{reward:.1f}", "reward_limit": 9.9, "target_reward": 5.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2**31), ("10kb", 10_000)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["5", "GB", "0GB", "-1GB", "5 parsecs", ""])
+def test_a_size_without_unit_names_the_key(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"convert\.max_shard_size"):
+        parse_size(text)
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from offline_align.convert import weights
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", fail)
+    yield
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_is_a_storage_error(export: Callable[..., Path], byte_level: Tokenizer) -> None:
+    with pytest.raises(StorageError, match="No space left"):
+        export(byte_level)

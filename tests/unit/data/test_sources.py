@@ -1,0 +1,115 @@
+"""Inputs of every kind give the same lines; what is damaged is named."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offline_align.config.sections import OnBadRow
+from offline_align.data.jsonl import BadRows
+from offline_align.data.sources import Source, input_sources, read_source
+from offline_align.errors import AlignError, ConfigError, DataError
+
+ROWS: list[dict[str, Any]] = [{"prompt": f"naïve {i}", "response": "b", "n": i} for i in range(5)]
+STRICT = BadRows(OnBadRow.fail, None)
+
+
+def values(source: Source, max_rows: int | None = None) -> list[dict[str, Any]]:
+    return [line.value for line in read_source(source, STRICT, max_rows)]
+
+
+def write(path: Path) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    elif path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        path.write_text(json.dumps(ROWS, indent=1) if path.name == "array.json" else text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "array.json", "a.parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    [source] = input_sources(str(write(tmp_path / name)), "data.input")
+    assert values(source) == ROWS
+    assert values(source, max_rows=2) == ROWS[:2]
+    assert [line.number for line in read_source(source, STRICT, None)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("suffix", ["", "#train"])
+def test_a_local_data_set_through_datasets(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / "train.jsonl")
+    [source] = input_sources(f"hf:{tmp_path}{suffix}", "data.input")
+    assert values(source, max_rows=3) == ROWS[:3]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hf:squad", ("squad", None, "train")),
+        ("hf:Anthropic/hh-rlhf", ("Anthropic/hh-rlhf", None, "train")),
+        ("hf:Anthropic/hh-rlhf/helpful-base#test", ("Anthropic/hh-rlhf", "helpful-base", "test")),
+    ],
+)
+def test_what_is_asked_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, name: str, expected: tuple[str, str | None, str]
+) -> None:
+    import datasets
+
+    asked = []
+
+    def load(path: str, data_dir: str | None, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
+        asked.append((path, data_dir, split))
+        return iter(ROWS if streaming else [])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert values(Source(name, None)) == ROWS
+    assert asked == [expected]
+
+
+def test_a_data_set_that_cannot_be_loaded_is_a_setting_to_mend(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.input=hf:.*cannot be loaded") as error:
+        values(Source(f"hf:{tmp_path}", None))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", b'[{"a": 1},'),
+        ("a.json", b'[{"a": "\xff"}]'),
+        ("a.json", b"[" * 100_000),
+        ("a.json", b'[{"a": 1e999}]'),
+        ("a.json", b"[1]"),
+        ("a.parquet", b"PAR1 no"),
+    ],
+)
+def test_damaged_files_are_bad_data(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    [source] = input_sources(str(tmp_path / name), "data.input")
+    with pytest.raises(DataError, match=rf"{name}:\d+: "):
+        values(source)
+
+
+def test_names_stay_unique(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "a.jsonl" for folder in "xy"]
+    for path in paths:
+        path.parent.mkdir()
+        write(path)
+    sources = input_sources([*map(str, paths), "demo", str(write(tmp_path / "b.jsonl"))], "data.input")
+    assert [source.name for source in sources] == [*map(str, paths), "demo", "b.jsonl"]
+    assert [source.is_demo for source in sources] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("value", [None, [], 3, "missing.jsonl", ["demo", "missing.jsonl"]])
+def test_settings_that_name_nothing(value: Any) -> None:
+    with pytest.raises(AlignError, match=r"data\.input=") as error:
+        input_sources(value, "data.input")
+    assert error.value.exit_code == 78

@@ -1,0 +1,89 @@
+"""The planner: figures that can be worked out by hand, and agreement with the methods themselves."""
+
+import math
+import random
+
+import pytest
+
+from offline_align.data.records import LabelledSample, Message
+from offline_align.errors import ConfigError, DataError
+from offline_align.methods import ca, fa, rwr
+from offline_align.methods.planner import Settings, Sizes, filtering, plan, weighted
+
+SETTINGS = Settings(0.0, 5.0, 5.0, "<rm_score>{reward:.1f}", 9.9)
+
+
+def labelled(*rewards: float) -> list[LabelledSample]:
+    prompt = (Message("user", "Hello"),)
+    return [LabelledSample(f"row-{i}", prompt, "Fine", {}, r, r, "s") for i, r in enumerate(rewards)]
+
+
+def sizes(*rows: int) -> Sizes:
+    return Sizes("tokens", rows, [row // 2 for row in rows], lambda text: len(text) - len("<rm_score>"))
+
+
+def test_figures_by_hand() -> None:
+    made = plan(labelled(-1.0, 0.0, 1.0, 2.0), sizes(10, 20, 30, 40), SETTINGS)
+    assert (made.rows, made.unit, made.size, made.response_size) == (4, "tokens", 100, 50)
+    assert (made.filtering.rows, made.filtering.rows_share, made.filtering.size) == (2, 0.5, 70)
+    assert made.filtering.cost == pytest.approx(0.7)
+    assert made.weighted.max_weight / made.weighted.min_weight == pytest.approx(math.exp(3 / 5))
+    assert made.conditional.conditions == {
+        "<rm_score>-1.0": 1,
+        "<rm_score>0.0": 1,
+        "<rm_score>1.0": 1,
+        "<rm_score>2.0": 1,
+    }
+    assert made.conditional.extra_size == 4 + 3 * 3
+    assert made.conditional.cost == pytest.approx(1.13)
+    assert [row.beta for row in made.betas] == [0.5, 1.0, 2.0, 5.0, 10.0]
+
+
+def test_the_plan_agrees_with_the_methods() -> None:
+    source = random.Random(1)
+    rows = labelled(*(source.gauss(0, 1.5) for _ in range(500)))
+    settings = Settings(0.4, 0.8, 2.0, "<rm_score>{reward:.1f}", 2.5)
+    made = plan(rows, sizes(*(source.randint(5, 50) for _ in rows)), settings)
+    assert made.filtering.rows == len(fa.keep(rows, 0.4))
+    weights = [row.weight for row in rwr.weigh(rows, 0.8)]
+    assert (made.weighted.min_weight, made.weighted.max_weight) == (min(weights), max(weights))
+    assert made.weighted.effective_sample_size == pytest.approx(rwr.effective_sample_size(weights))
+    assert made.weighted.effective_share == pytest.approx(rwr.effective_sample_size(weights) / 500)
+    assert made.weighted.top_mass == pytest.approx(sum(sorted(weights)[-5:]) / 500)
+    written = [row.condition for row in ca.condition(rows, settings.reward_format, 2.5)]
+    assert made.conditional.conditions == {text: written.count(text) for text in set(written)}
+    values = [float(text.removeprefix("<rm_score>")) for text in made.conditional.conditions]
+    assert values == sorted(values)
+    assert made.conditional.clipped_rows == sum(abs(row.reward) > 2.5 for row in rows)
+    assert made.conditional.target_rows == written.count("<rm_score>2.0")
+
+
+@pytest.mark.parametrize(
+    ("target", "percentile", "in_range"),
+    [(5.0, 100.0, False), (0.0, 50.0, True), (-2.0, 0.0, False), (2.0, 100.0, True)],
+)
+def test_where_the_target_lies(target: float, percentile: float, in_range: bool) -> None:
+    settings = Settings(0.0, 5.0, target, "<rm_score>{reward:.1f}", 9.9)
+    made = plan(labelled(2.0, -1.0, 0.0, 1.0), sizes(1, 1, 1, 1), settings).conditional
+    assert (made.target_percentile, made.target_in_range) == (percentile, in_range)
+
+
+def test_a_threshold_that_keeps_nothing_is_a_plan_too() -> None:
+    made = filtering(labelled(-1.0, 0.0), [5, 5], 0.0)
+    assert (made.rows, made.size, made.cost) == (0, 0, 0.0)
+
+
+def test_a_low_temperature_leaves_one_row() -> None:
+    made = weighted([0.0, 1.0, 2.0], 1e-6)
+    assert made.effective_sample_size == pytest.approx(1.0)
+    assert made.top_mass == pytest.approx(1.0)
+    assert made.max_weight == pytest.approx(3.0)
+
+
+def test_what_no_method_could_run_with_is_refused() -> None:
+    with pytest.raises(DataError, match=r"no usable row"):
+        plan([], sizes(), SETTINGS)
+    with pytest.raises(DataError, match=r"finite"):
+        plan(labelled(math.nan), sizes(1), SETTINGS)
+    with pytest.raises(ConfigError, match=r"method.beta"):
+        plan(labelled(1.0), sizes(1), Settings(0.0, 0.0, 5.0, "<rm_score>{reward:.1f}", 9.9))
