@@ -262,7 +262,7 @@ def _reason(error: OmegaConfBaseException) -> str:
 
 def _nearest(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not close and "." in word:
+    if not close:
         last = word.rsplit(".", 1)[-1]
         close = [k for k in known if k.rsplit(".", 1)[-1] == last][:1]
     return f"; did you mean {close[0]}?" if close else ""

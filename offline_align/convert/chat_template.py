@@ -24,7 +24,7 @@ def chat_template(tokenizer: Tokenizer, template: Template, condition: str) -> s
 
 
 def condition_text(condition: Condition | None) -> str:
-    """Return the text that asks for the target reward of a condition (Eq. 6), or nothing where there is none."""
+    """Return the text that asks for the target reward of a condition (Eq. 6), or nothing for None."""
     if condition is None:
         return ""
     return ca.condition_text(condition.target_reward, condition.reward_format, condition.reward_limit)

@@ -1,9 +1,10 @@
 """A SentencePiece model as a `tokenizer.json` with the same ids, so that `transformers` can load it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 SPACE = "▁"
 # Piece types and model types of SentencePiece's own format description.
@@ -59,32 +60,41 @@ def _build(proto: Any) -> Tokenizer:
     tokenizer = Tokenizer(_unigram(proto) if proto.trainer_spec.model_type == _UNIGRAM else _bpe(proto))
     tokenizer.normalizer = _normalizer(proto.normalizer_spec)
     tokenizer.decoder = _decoder(proto.normalizer_spec)
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(piece.piece, normalized=False, special=True)
-            for piece in proto.pieces
-            if piece.type == _CONTROL
-        ]
-    )
-    tokenizer.add_tokens(
-        [AddedToken(piece.piece, normalized=False) for piece in proto.pieces if piece.type == _USER_DEFINED]
-    )
+    symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    if symbols:
+        # As added tokens they would be cut out before the space at the start of a text is put there.
+        longest_first = "|".join(re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), "isolated")
+    control = [piece.piece for piece in proto.pieces if piece.type == _CONTROL]
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in control])
     return tokenizer
 
 
 def _unigram(proto: Any) -> models.Unigram:
     # SentencePiece never matches byte and control pieces in text: a very low score comes close to that.
     never = min(piece.score for piece in proto.pieces if piece.type == _NORMAL) - 100.0
-    vocab = [(piece.piece, piece.score if piece.type == _NORMAL else never) for piece in proto.pieces]
+    vocab = [(piece.piece, _score(piece, never)) for piece in proto.pieces]
     spec = proto.trainer_spec
     return models.Unigram(vocab, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback)
+
+
+def _score(piece: Any, never: float) -> float:
+    if piece.type == _USER_DEFINED:
+        return 0.0
+    return float(piece.score) if piece.type == _NORMAL else never
 
 
 def _bpe(proto: Any) -> models.BPE:
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     spec = proto.trainer_spec
     return models.BPE(
-        vocab, _merges(proto), unk_token=spec.unk_piece, fuse_unk=True, byte_fallback=spec.byte_fallback
+        vocab,
+        _merges(proto),
+        unk_token=spec.unk_piece,
+        fuse_unk=True,
+        byte_fallback=spec.byte_fallback,
+        # A user-defined symbol, which no merges lead to, is one piece.
+        ignore_merges=True,
     )
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,9 @@ from offline_align.data.records import BadRows, Message, PreferencePair
 from offline_align.data.template import Part, Renderer
 from offline_align.data.token_store import KEPT, REFUSED, TRUNCATED, StoredTokens, id_lists, stored
 from offline_align.errors import DataError
-from offline_align.methods import TrainingRow
+
+if TYPE_CHECKING:
+    from offline_align.methods import TrainingRow
 
 FORMAT_VERSION = 1
 """Part of every key: a change of how ids are made must change it."""
@@ -78,7 +80,7 @@ class TokenizedPairs:
 
 
 def tokenize_samples(
-    rows: Sequence[TrainingRow],
+    rows: "Sequence[TrainingRow]",
     renderer: Renderer,
     data: DataSection,
     cache_dir: Path,

@@ -67,8 +67,19 @@ def enable() -> None:
     if _enabled:
         return
     _enabled = True
+    _skip_compilation()
     _patch_device()
     _patch_random_state()
+
+
+def _skip_compilation() -> None:
+    """Let megatron's fused functions run as they are written.
+
+    It decorates them with `torch.compile` while it is imported, which loads the whole compiler; for the element-wise
+    functions concerned that costs a CPU process more than it can win.
+    """
+    torch_module: Any = torch
+    torch_module.compile = lambda function=None, **_: function if function is not None else (lambda f: f)
 
 
 def _patch_device() -> None:

@@ -56,7 +56,9 @@ def build_results(
     scores = judgement.scores.mean(axis=1)
     judged = np.isfinite(scores).all(axis=1)
     if not judged.any():
-        raise DataError(f"judge {judgement.name}: no prompt has a score for every method; read its replies")
+        raise DataError(
+            f"judge {judgement.name}: no prompt has a score for every method; look for empty answers or replies"
+        )
     if not judged.all():
         log.warning("%d of %d prompts have no readable score and are left out", (~judged).sum(), judged.size)
     baseline = choose_baseline(comparison.methods, settings.baseline)

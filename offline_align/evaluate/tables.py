@@ -118,6 +118,8 @@ def conditions(results: Mapping[str, Any]) -> str:
     judge, judged, prompts = results["judge"], results["judged_prompts"], results["prompts"]
     text = f"Judge: {judge['name']}. "
     text += f"{prompts} prompts" if judged == prompts else f"{judged} of {prompts} prompts could be judged"
+    if judged != prompts and judge.get("kind") == "reward_model":
+        text += " (a reward model has no score for an empty answer)"
     if results["samples_per_prompt"] > 1:
         text += f", {results['samples_per_prompt']} answers each"
     text += (

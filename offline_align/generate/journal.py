@@ -93,21 +93,21 @@ def merge(
     """
     expected = {(request.row, request.sample_index) for request in requests}
     if expected != done.keys():
+        absent, foreign = len(expected - done.keys()), len(done.keys() - expected)
         raise StorageError(
-            f"{path}: {len(expected - done.keys())} answers are missing and {len(done.keys() - expected)} are "
-            "of other prompts; run the stage again in an empty folder"
+            f"{path}: {absent} answers are missing and {foreign} belong to other prompts; "
+            "run the stage again in an empty folder"
         )
-    many = any(request.sample_index for request in requests)
-    return write_jsonl(
-        path, (_row(prompts[row], done[row, k], condition, many) for row, k in sorted(expected))
-    )
+    several = any(request.sample_index for request in requests)
+    rows = (_row(prompts[row], done[row, k], condition, several) for row, k in sorted(expected))
+    return write_jsonl(path, rows)
 
 
-def _row(prompt: Prompt, answer: Completion, condition: str, many: bool) -> dict[str, Any]:
+def _row(prompt: Prompt, answer: Completion, condition: str, several: bool) -> dict[str, Any]:
     row = {"id": "", **prompt.columns} | {"id": prompt.id}
     row |= {
         "response": answer.response,
         "finish_reason": answer.finish_reason,
         "condition": condition or None,
     }
-    return row | ({"sample_index": answer.sample_index} if many else {})
+    return row | ({"sample_index": answer.sample_index} if several else {})

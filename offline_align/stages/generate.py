@@ -32,10 +32,11 @@ def run(config: GenerateRun, explicit: frozenset[str]) -> int:
     origin = resolve(config, explicit)
     condition = requested_condition(origin, config.method.target_reward)
     engine = choose_engine(config.generate.engine, config.run.device)
-    if config.parallel.tensor_model_parallel_size > 1:
+    tensor = config.parallel.tensor_model_parallel_size
+    if tensor > 1:
         raise ConfigError(
-            f"parallel.tensor_model_parallel_size={config.parallel.tensor_model_parallel_size}: generate keeps "
-            "the whole policy on each rank and divides the prompts; use 1"
+            f"parallel.tensor_model_parallel_size={tensor}: generate keeps the whole policy on each rank and "
+            "divides the prompts; use 1"
         )
     if config.dry_run:
         from offline_align.stages.generate_plan import print_generate_plan

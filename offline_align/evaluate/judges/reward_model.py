@@ -1,5 +1,6 @@
 """A reward model of ours as the judge: its raw scores."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,18 @@ class RewardModelJudge:
     name: str = "reward model"
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
-        """Return raw rewards; equal answers to one prompt are scored once, so that they tie exactly."""
+        """Return raw rewards, NaN for an empty answer: it has no token whose score could be read.
+
+        Equal answers to one prompt are scored once, so that they tie exactly.
+        """
         from offline_align.label.scoring import score_samples
 
         unique: dict[tuple[tuple[Message, ...], str], Sample] = {}
         for sample in samples:
-            unique.setdefault((sample.prompt, sample.response), sample)
+            if sample.response.strip():
+                unique.setdefault((sample.prompt, sample.response), sample)
+        if not unique:
+            return [math.nan] * len(samples)
         config = self.config
         scores = score_samples(
             self.checkpoint,
@@ -38,7 +45,7 @@ class RewardModelJudge:
             _bf16(config.trainer.precision),
         )
         found = dict(zip(unique, scores, strict=True))
-        return [found[sample.prompt, sample.response] for sample in samples]
+        return [found.get((sample.prompt, sample.response), math.nan) for sample in samples]
 
     def describe(self) -> dict[str, Any]:
         """Return kind and checkpoint."""

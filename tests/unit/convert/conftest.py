@@ -59,6 +59,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 Save = Callable[..., Path]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # Threads cost more than they bring for models of this size.
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -40,11 +40,17 @@ def test_the_fast_form_gives_the_same_ids(
         model_type=model_type,
         byte_fallback=byte_fallback,
         add_dummy_prefix=add_dummy_prefix,
+        user_defined_symbols=["<rm_score>", "--", "-->"],
     )
     fast = sentencepiece_fast.convert(path)
     assert fast is not None
     slow = spm.SentencePieceProcessor(model_file=str(path))
-    for text in [*CORPUS[:2], "A new sentence, never seen: 日本 😀!", *sentencepiece_fast.SAMPLES]:
+    for text in [
+        *CORPUS[:2],
+        "A new sentence, never seen: 日本 😀!",
+        "a-->b --<rm_score>5.0 c",
+        *sentencepiece_fast.SAMPLES,
+    ]:
         ids = slow.encode(text)
         assert fast.encode(text, add_special_tokens=False).ids == ids
         assert fast.decode(ids, skip_special_tokens=False) == slow.decode(ids) or not byte_fallback

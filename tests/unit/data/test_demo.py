@@ -1,8 +1,11 @@
 """The demo corpus: true quality says what it claims, rows are as mixed and as noisy as promised."""
 
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from random import Random
 from statistics import mean
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from offline_align.data.demo import (
     LABEL_NOISE,
     SMALLEST_GAP,
+    answer,
     demo_pairs,
     demo_prompts,
     demo_samples,
@@ -122,6 +126,32 @@ def test_the_better_answer_is_chosen_but_for_the_noise() -> None:
 def test_length_alone_does_not_decide() -> None:
     rows = list(demo_pairs(3000, seed=5, held_out=50))
     assert mean(len(row["chosen"]) > len(row["rejected"]) for row in rows) < 0.72
+
+
+def greedy(answers: list[list[str]]) -> str:
+    """Return what a perfect learner says that takes the most frequent next sentence every time."""
+    said: list[str] = []
+    while True:
+        following = [a[len(said)] if len(a) > len(said) else "" for a in answers if a[: len(said)] == said]
+        sentence = Counter(following).most_common(1)[0][0]
+        if not sentence:
+            return " ".join(said)
+        said.append(sentence)
+
+
+def test_alignment_can_be_seen_in_greedy_answers() -> None:
+    """What a perfect learner would show: SFT mediocre, the better half better, the best tenth perfect."""
+    request = parse_prompt(PROMPT)
+    assert request is not None
+    random = Random(3)
+    answers = sorted((answer(request, random) for _ in range(3000)), key=lambda a: true_quality(PROMPT, a))
+    sentences = [re.findall(r"[^.!?]+[.!?]", text) for text in answers]
+    sentences = [[sentence.strip() for sentence in row] for row in sentences]
+    qualities = [
+        true_quality(PROMPT, greedy(rows)) for rows in (sentences, sentences[1500:], sentences[-300:])
+    ]
+    assert 4 < qualities[0] < qualities[1] < qualities[2] == 10
+    assert true_quality(PROMPT, greedy(sentences[:600])) < 2
 
 
 def test_evaluation_prompts_are_kept_out_of_training() -> None:

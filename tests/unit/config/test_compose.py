@@ -1,0 +1,135 @@
+"""Composition: defaults, groups, and every mistake reported at once."""
+
+from pathlib import Path
+
+import pytest
+
+from offline_align.config.compose import STAGES, compose, configs_dir, require, to_mapping
+from offline_align.config.reference import stage_groups, stage_keys
+from offline_align.config.runs import LabelRun, RewardRun, TrainRun
+from offline_align.config.sections import Device, ModelSection
+from offline_align.errors import ConfigError
+
+
+def composed(stage: str, *words: str) -> TrainRun:
+    config = require(compose(stage, ["run.dir=x", *words]), [])
+    assert isinstance(config, TrainRun)
+    return config
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_composes_with_its_defaults(stage: str) -> None:
+    assert compose(stage, ["run.dir=x"]).problems == []
+
+
+def test_defaults_are_the_papers() -> None:
+    sft, reward = composed("sft"), composed("reward")
+    assert (sft.optim.lr, sft.trainer.global_batch_size, sft.data.max_length) == (5e-6, 128, 4096)
+    assert isinstance(reward, RewardRun)
+    assert (reward.optim.lr, reward.trainer.max_epochs) == (9e-6, 1)
+    assert composed("rwr").method.beta == 5.0  # type: ignore[attr-defined]
+    assert composed("fa").method.threshold == 0.0  # type: ignore[attr-defined]
+    assert composed("ca").method.target_reward == 5.0  # type: ignore[attr-defined]
+    assert sft.model.num_layers == 32 and sft.model.vocab_size == 256000
+
+
+def test_words_win_over_file_and_file_over_groups(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {lr: 1.0e-4, min_lr: 1.0e-6}\ntrainer: {max_steps: 3}\n")
+    config = composed("sft", f"--config={file}", "optim.lr=2e-4")
+    assert (config.optim.lr, config.optim.min_lr, config.trainer.max_steps) == (2e-4, 1e-6, 3)
+
+
+def test_written_configuration_can_be_given_back(tmp_path: Path) -> None:
+    import yaml
+
+    first = compose("ca", ["run.dir=x", "model=demo", "init.from=a", "data.train=[a,b]", "+model.overrides.fp8=null"])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(to_mapping(first.config)))
+    again = compose("ca", ["--config", str(file)])
+    assert again.problems == []
+    assert to_mapping(again.config) == to_mapping(first.config)
+
+
+def test_own_groups_are_found(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(
+        "num_layers: 2\nhidden_size: 8\nffn_hidden_size: 16\nnum_attention_heads: 2\n"
+    )
+    assert composed("sft", "--config-dir", str(tmp_path), "model=mine").model.hidden_size == 8
+
+
+def test_all_mistakes_are_reported_together() -> None:
+    words = ["optim.lr=fast", "trainer.max_stepz=3", "parallel=tp9", "parallel.sequence_parallel=3", "model.num_layers=1.5"]
+    problems = compose("sft", words).problems
+    assert len(problems) == 6  # run.dir is missing too
+    text = "\n".join(problems)
+    for expected in (
+        "optim.lr=fast: expected a number",
+        "trainer.max_stepz=3: unknown key; did you mean trainer.max_steps?",
+        "parallel=tp9: no such choice; did you mean tp4?",
+        "parallel.sequence_parallel=3: expected true or false",
+        "model.num_layers=1.5: expected a whole number",
+        "run.dir is not set",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("optim.lr=null", "null is not allowed"),
+        ("run.device=tpu", "expected one of [auto, cpu, cuda]"),
+        ("lr=1", "did you mean optim.lr?"),
+        ("~optim.lr", "only key=value can be used here"),
+        ("optim.lr=1,2", "only key=value can be used here"),
+        ("method.beta=1", "unknown key"),
+        ("judge=openai", "has no group judge"),
+        ("data.train=[a", "cannot be read"),
+        ("--config=nowhere.yaml", "no such path"),
+        ("generate.n=2", "unknown key"),
+    ],
+)
+def test_each_mistake_names_key_and_fix(word: str, reason: str) -> None:
+    (problem,) = compose("sft", ["run.dir=x", word]).problems
+    assert word.split("=")[0].lstrip("~") in problem
+    assert reason in problem
+
+
+def test_problems_are_one_configuration_error() -> None:
+    with pytest.raises(ConfigError) as caught:
+        require(compose("sft", ["optim.lr=x"]), ["more"])
+    assert caught.value.exit_code == 78
+    assert len(caught.value.problems) == 3
+
+
+def test_sections_are_frozen_and_typed() -> None:
+    config = composed("sft", "run.device=cpu")
+    assert config.run.device is Device.cpu
+    with pytest.raises(AttributeError):
+        config.run.dir = "y"  # type: ignore[misc]
+
+
+def test_yaml_holds_differences_only() -> None:
+    """A default lives once: no group repeats the value that the schema has already."""
+    import yaml
+
+    for path in configs_dir().glob("model/*.yaml"):
+        for name, value in yaml.safe_load(path.read_text()).items():
+            assert getattr(ModelSection, name, "must be set") != value, f"{path.name}: {name}"
+
+
+def test_label_has_no_optimizer() -> None:
+    config = compose("label", ["run.dir=x", "optim.lr=1"])
+    assert isinstance(config.config, LabelRun)
+    assert any("unknown key" in p for p in config.problems)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_key_is_documented(stage: str) -> None:
+    assert all(key.text for key in stage_keys(stage))
+
+
+def test_groups_of_a_stage_are_listed() -> None:
+    assert set(stage_groups("fa")) == {"model", "parallel", "trainer", "optim", "data", "launcher"}
+    assert "tp4" in stage_groups("fa")["parallel"]

@@ -1,0 +1,95 @@
+"""Order of rows, batches by hand, and independence of ranks."""
+
+import numpy as np
+import pytest
+
+from offline_align.data.loader import Loader, PairSource, SampleSource, epoch_order, rows_of_step
+from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
+
+
+def tokenized(rows: list[list[int]], starts: list[int], weights: list[float] | None = None) -> TokenizedRows:
+    return TokenizedRows(
+        ids=np.array([i for r in rows for i in r], dtype=np.int32),
+        offsets=np.cumsum([0, *(len(r) for r in rows)]).astype(np.int64),
+        target_start=np.array(starts, dtype=np.int32),
+        weight=np.array(weights or [1.0] * len(rows), dtype=np.float32),
+        row_ids=[f"r{i}" for i in range(len(rows))],
+        dropped={},
+        truncated=0,
+    )
+
+
+def many(count: int) -> SampleSource:
+    return SampleSource(tokenized([[i] * (3 + i % 7) for i in range(count)], [1] * count))
+
+
+def test_two_rows_by_hand() -> None:
+    source = SampleSource(tokenized([[10, 11, 12, 13], [20, 21, 22]], [2, 1], [1.0, 0.5]))
+    batch = source.collate([0, 1], pad_to_multiple=8)
+    assert batch.tokens.tolist() == [[10, 11, 12, 13, 20, 21, 22, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
+    assert batch.cu_seqlens.tolist() == [0, 4, 7, 8]
+    assert batch.target_index.tolist() == [1, 2, 4, 5]
+    assert batch.target_ids.tolist() == [12, 13, 21, 22]
+    assert batch.target_weights.tolist() == [1.0, 1.0, 0.5, 0.5]
+    assert batch.last_index.tolist() == [3, 6]
+    assert (batch.num_padding, batch.max_seqlen, batch.row_ids) == (1, 4, ("r0", "r1"))
+
+
+def test_a_pair_is_two_neighbouring_segments() -> None:
+    chosen, rejected = tokenized([[1, 2, 3], [4, 5]], [1, 1]), tokenized([[1, 9], [4, 8, 7]], [1, 1])
+    pairs = TokenizedPairs(chosen, rejected, np.array([np.nan, 0.5], dtype=np.float32), ["p0", "p1"], {})
+    batch = PairSource(pairs).collate([1, 0], pad_to_multiple=1)
+    assert batch.tokens.tolist() == [[4, 5, 4, 8, 7, 1, 2, 3, 1, 9]]
+    assert batch.last_index.tolist() == [1, 4, 7, 9]
+    assert batch.margins.tolist() == [0.5, 0.0]
+    assert batch.target_index.numel() == 0
+
+
+def test_an_empty_bin_has_one_padding_segment() -> None:
+    batch = many(3).collate([], pad_to_multiple=2)
+    assert batch.tokens.tolist() == [[0, 0]]
+    assert batch.target_index.numel() == batch.last_index.numel() == 0
+
+
+def test_each_row_comes_once_in_an_epoch_and_epochs_differ() -> None:
+    first, second = epoch_order(50, 1, 0), epoch_order(50, 1, 1)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert list(first) != list(second)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 64])
+def test_steps_count_samples_on_through_epochs(batch: int) -> None:
+    steps = -(-75 // batch)
+    seen = [i for s in range(steps) for i in rows_of_step(s, batch, 25, 75, 3)]
+    assert seen == [int(i) for e in range(3) for i in epoch_order(25, 3, e)]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
+def test_ranks_share_a_step_without_overlap(dp_size: int) -> None:
+    loaders = [Loader(many(40), 12, 40, 16, 5, r, dp_size) for r in range(dp_size)]
+    for step in range(loaders[0].total_steps):
+        shares = [loader.step(step) for loader in loaders]
+        ids = [i for s in shares for b in s.micro_batches for i in b.row_ids]
+        expected = [f"r{i}" for i in rows_of_step(step, 12, 40, 40, 5)]
+        assert sorted(ids) == sorted(expected)
+        assert len({len(s.micro_batches) for s in shares}) == 1
+        assert {s.num_rows for s in shares} == {len(expected)}
+
+
+def test_the_last_step_may_be_short() -> None:
+    loader = Loader(many(10), 4, 10, 64, 0, 0, 1)
+    assert [loader.step(s).num_rows for s in range(loader.total_steps)] == [4, 4, 2]
+
+
+def test_padding_is_counted_over_all_ranks() -> None:
+    data = Loader(many(9), 9, 9, 32, 0, 0, 2, pad_to_multiple=4).step(0)
+    other = Loader(many(9), 9, 9, 32, 0, 1, 2, pad_to_multiple=4).step(0)
+    computed = sum(b.tokens.numel() for d in (data, other) for b in d.micro_batches)
+    assert data.num_tokens + data.num_padding == computed
+
+
+def test_validation_sees_every_row_once() -> None:
+    loaders = [Loader(many(23), 1, 23, 30, 0, r, 2) for r in range(2)]
+    seen = [i for loader in loaders for d in loader.in_order(5) for b in d.micro_batches for i in b.row_ids]
+    assert sorted(seen) == sorted(f"r{i}" for i in range(23))

@@ -1,0 +1,66 @@
+"""Parameters, FLOPs and memory against hand-worked numbers and the model that is built."""
+
+import pytest
+
+from offline_align.config.compose import compose
+from offline_align.config.runs import ModelRun
+from offline_align.config.sections import ModelSection, ParallelSection
+from offline_align.distributed.hardware import peak_flops
+from offline_align.distributed.sizes import ParallelSizes, model_sizes, pad_vocabulary, training_memory
+
+TINY = ModelSection(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=4, num_query_groups=2, vocab_size=10)
+
+
+def test_parameters_of_a_tiny_model_by_hand() -> None:
+    layer = 8 * 8 + 2 * (8 * 4) + 8 * 8 + 3 * 8 * 16 + 2 * 8
+    assert model_sizes(TINY, 10).parameters == 2 * layer + 2 * 128 * 8 + 8
+
+
+def test_the_papers_model_has_about_8_5_billion() -> None:
+    config = compose("sft", ["run.dir=x"]).config
+    assert isinstance(config, ModelRun)
+    assert model_sizes(config.model, 256000).parameters == pytest.approx(8.5e9, rel=0.01)
+
+
+def test_llama_3_8b_matches_its_published_size() -> None:
+    config = compose("sft", ["run.dir=x", "model=llama3_8b"]).config
+    assert isinstance(config, ModelRun)
+    assert model_sizes(config.model, 128256).parameters == 8_030_261_248
+
+
+def test_training_flops_by_hand() -> None:
+    sizes = model_sizes(TINY, 10)
+    matrices = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
+    # Two rows of 3 and 5 tokens, 4 targets: products cost 2 a weight, causal attention QK and AV halves of 2 L^2 H D.
+    forward = 2 * matrices * 8 + 2 * (2 * 8 * (9 + 25) * 2 / 2) + 2 * 128 * 8 * 4
+    assert sizes.train_flops(8, 34, 4) == 3 * forward
+
+
+def test_vocabulary_is_padded_whatever_the_layout() -> None:
+    assert [pad_vocabulary(v, 128) for v in (1, 128, 129)] == [128, 128, 256]
+
+
+def test_data_parallel_is_what_remains() -> None:
+    assert ParallelSizes(world=16, tensor=4, context=2).data == 2
+
+
+def test_distributed_optimizer_shards_moments() -> None:
+    sizes, ranks = model_sizes(TINY, 10), ParallelSizes(8, 1, 1)
+    whole = training_memory(sizes, ParallelSection(use_distributed_optimizer=False), ranks, 64, True, "none")
+    split = training_memory(sizes, ParallelSection(), ranks, 64, True, "none")
+    assert split.optimizer == whole.optimizer / 8
+    assert whole.optimizer == sizes.parameters * 12
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H200", 989e12),
+        ("Some other GPU", None),
+    ],
+)
+def test_peaks(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak

@@ -1,0 +1,86 @@
+"""What the reward-model judge adds to scoring: equal answers tie, empty ones have no score, faults are named."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offline_align.config.runs import EvaluateRun
+from offline_align.config.sections import ComputeSection, JudgeSection, ModelSection, Precision, Template
+from offline_align.data.records import Message, Sample
+from offline_align.errors import ConfigError
+from offline_align.evaluate.judges.reward_model import reward_model_judge
+from offline_align.label import scoring
+from offline_align.model.description import ModelDescription
+
+
+def save_description(folder: Path, kind: Any) -> Path:
+    folder.mkdir()
+    model = ModelSection(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, vocab_size=8)
+    ModelDescription(kind, model, Template.paper, "hash").save(folder)
+    return folder
+
+
+def make_config(model: str | None, precision: Precision = Precision.auto) -> EvaluateRun:
+    return EvaluateRun(judge=JudgeSection(model=model), trainer=ComputeSection(precision=precision))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Replace the model by the number of letters and remember what it was asked, and in which numbers."""
+    asked: list[list[str]] = []
+
+    def score(checkpoint: Path, samples: Sequence[Sample], *sections: Any) -> list[float]:
+        asked.append([*(sample.response for sample in samples), str(sections[-1])])
+        return [float(len(sample.response)) + len(asked) for sample in samples]
+
+    monkeypatch.setattr(scoring, "score_samples", score)
+    return asked
+
+
+def make_samples(*answers: str, question: str = "Why?") -> list[Sample]:
+    return [Sample("p", (Message("user", question),), answer, {}) for answer in answers]
+
+
+def test_equal_answers_are_scored_once_and_empty_ones_never(tmp_path: Path, asked: list[list[str]]) -> None:
+    judge = reward_model_judge(make_config(str(save_description(tmp_path / "rm", "reward_model"))))
+    scores = judge.score([*make_samples("no", "", "no", " \n", "yes"), *make_samples("no", question="How?")])
+    assert scores[0] == scores[2] == scores[5] == 3.0
+    assert scores[4] == 4.0
+    assert math.isnan(scores[1])
+    assert math.isnan(scores[3])
+    assert asked == [["no", "yes", "no", "None"]]
+
+
+def test_nothing_but_empty_answers_asks_no_model(tmp_path: Path, asked: list[list[str]]) -> None:
+    judge = reward_model_judge(make_config(str(save_description(tmp_path / "rm", "reward_model"))))
+    assert all(math.isnan(score) for score in judge.score(make_samples("", "")))
+    assert asked == []
+
+
+@pytest.mark.parametrize(("precision", "bf16"), [("auto", "None"), ("bf16", "True"), ("fp32", "False")])
+def test_the_precision_asked_for_is_used(
+    tmp_path: Path, asked: list[list[str]], precision: str, bf16: str
+) -> None:
+    folder = save_description(tmp_path / "rm", "reward_model")
+    reward_model_judge(make_config(str(folder), Precision(precision))).score(make_samples("no"))
+    assert asked[0][-1] == bf16
+
+
+def test_a_policy_is_no_judge(tmp_path: Path) -> None:
+    folder = save_description(tmp_path / "policy", "policy")
+    with pytest.raises(ConfigError, match=r"judge\.model=.*policy: is a policy"):
+        reward_model_judge(make_config(str(folder)))
+    with pytest.raises(ConfigError, match=r"judge\.model=.*absent: no such folder"):
+        reward_model_judge(make_config(str(tmp_path / "absent")))
+    with pytest.raises(ConfigError, match=r"judge\.model is not set"):
+        reward_model_judge(make_config(None))
+
+
+def test_the_checkpoint_is_described(tmp_path: Path) -> None:
+    folder = save_description(tmp_path / "rm", "reward_model")
+    judge = reward_model_judge(make_config(str(folder)))
+    assert judge.describe() == {"kind": "reward_model", "model": str(folder)}
+    assert judge.name == "reward model"

@@ -1,0 +1,72 @@
+"""Figures are well-formed SVG in the page's colours, for any name and number of methods."""
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from offline_align.evaluate import figures
+from offline_align.evaluate.ancestry import Ancestor, Curve
+
+NASTY = ["a$b_$", "<script>alert(1)</script>", 'q"&', "sft", *(f"m{k}" for k in range(8))]
+
+
+def draw_all(names: list[str]) -> dict[str, str]:
+    estimates = [{"mean": k, "low": k - 0.5, "high": k + 0.5} for k in range(len(names))]
+    scores = np.random.default_rng(0).normal(size=(20, len(names)))
+    root = Ancestor(Path("/r"), "sft", "", (), 0)
+    runs = [
+        root,
+        *(Ancestor(Path("/r", str(k)), name, "", (root.run_dir,), 1) for k, name in enumerate(names)),
+    ]
+    curves = [Curve(name, ((1, 2.0), (2, 1.0)), ((2, 1.5),)) for name in names]
+    return {
+        "estimates": figures.draw_estimates("Mean score", names, estimates, 1.0),
+        "spread": figures.draw_distributions("Spread", names, scores),
+        "rank": figures.draw_rank_scores("Rank score", names, [2.0] * len(names)),
+        "curves": figures.draw_curves("Training loss", curves),
+        "lineage": figures.draw_lineage("Lineage", runs),
+    }
+
+
+@pytest.mark.parametrize("names", [["sft"], NASTY], ids=["one", "nasty"])
+def test_every_figure_is_well_formed_and_escaped(names: list[str]) -> None:
+    for svg in draw_all(names).values():
+        root = ElementTree.fromstring(svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert root.get("role") == "img"
+        assert "<script" not in svg
+        shown = {text for element in root.iter() if (text := (element.text or "").strip())}
+        # A long name is cut, and never read as a formula.
+        assert all(any(name[:17] in text for text in shown) for name in names)
+
+
+def test_colours_are_variables_of_the_page() -> None:
+    for svg in draw_all(["sft", "fa"]).values():
+        assert "#0102" not in svg
+        colours = set(re.findall(r"(?:fill|stroke): ?([^;\"]+)", svg))
+        assert all(colour == "none" or colour.startswith("var(--") for colour in colours), colours
+    style = (Path(figures.__file__).parent / "templates" / "style.css").read_text()
+    used = set(re.findall(r"var\((--[a-z0-9]+)\)", "".join(draw_all(NASTY).values())))
+    assert used <= set(re.findall(r"(--[a-z0-9]+):", style))
+
+
+def test_ids_differ_between_figures_and_drawing_is_repeatable() -> None:
+    first, again = draw_all(["sft", "fa"]), draw_all(["sft", "fa"])
+    assert first == again
+    ids = [re.findall(r'\bid="([^"]+)"', svg) for svg in first.values()]
+    flat = [one for some in ids for one in set(some)]
+    assert len(flat) == len(set(flat))
+    for svg in first.values():
+        referenced = set(re.findall(r"url\(#([^)]+)\)", svg)) | set(re.findall(r'href="#([^"]+)"', svg))
+        assert referenced <= set(re.findall(r'\bid="([^"]+)"', svg))
+
+
+def test_lineage_draws_no_arrow_that_another_one_implies() -> None:
+    a, b, c = (Path("/r", name) for name in "abc")
+    runs = [Ancestor(a, "x", "", (), 0), Ancestor(b, "y", "", (a,), 1), Ancestor(c, "z", "", (a, b), 2)]
+    with_short_cut = figures.draw_lineage("Lineage", runs)
+    runs[2] = Ancestor(c, "z", "", (b,), 2)
+    assert figures.draw_lineage("Lineage", runs) == with_short_cut

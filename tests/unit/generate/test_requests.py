@@ -1,0 +1,82 @@
+from dataclasses import replace
+
+import pytest
+
+from offline_align.config.sections import DataSection, GenerateSection, OnBadRow, Template, TooLong
+from offline_align.data.records import Message, Prompt
+from offline_align.data.template import Renderer
+from offline_align.data.tokenizer import Tokenizer
+from offline_align.errors import DataError
+from offline_align.generate.requests import build_requests
+
+GENERATE = GenerateSection(max_new_tokens=20)
+DATA = DataSection(max_length=60)
+CONDITION = "<rm_score>5.0"
+
+
+def prompt(text: str, row_id: str = "a") -> Prompt:
+    return Prompt(row_id, (Message("user", text),), {"prompt": text})
+
+
+@pytest.fixture
+def renderer(tokenizer: Tokenizer) -> Renderer:
+    return Renderer(tokenizer, Template.paper)
+
+
+def test_a_prompt_becomes_the_context_of_training(renderer: Renderer) -> None:
+    work = build_requests([prompt("Hello")], renderer, CONDITION, DATA, GENERATE)
+    (request,) = work.requests
+    assert request.context == renderer.context(prompt("Hello").prompt, CONDITION)
+    assert (request.row, request.sample_index, request.max_new_tokens) == (0, 0, 20)
+
+
+def test_every_prompt_is_asked_n_times(renderer: Renderer) -> None:
+    work = build_requests([prompt("Hello")] * 2, renderer, "", DATA, replace(GENERATE, n=3))
+    assert [(r.row, r.sample_index) for r in work.requests] == [(i, k) for i in range(2) for k in range(3)]
+
+
+def test_a_long_prompt_loses_its_left_and_keeps_the_condition(renderer: Renderer) -> None:
+    long = prompt("a quick fox " * 40)
+    work = build_requests([long], renderer, CONDITION, DATA, GENERATE)
+    (request,) = work.requests
+    assert len(request.context) == 45
+    assert request.max_new_tokens == 15
+    tail = renderer.tail_tokens(CONDITION)
+    assert request.context[-tail:] == renderer.context(long.prompt, CONDITION)[-tail:]
+    assert work.truncated == 1
+
+
+def test_a_long_prompt_can_be_left_out(renderer: Renderer) -> None:
+    data = replace(DATA, too_long=TooLong.drop)
+    work = build_requests([prompt("fox " * 100), prompt("Hello", "b")], renderer, "", data, GENERATE)
+    assert [request.row for request in work.requests] == [1]
+    assert work.dropped == {"too long": 1}
+
+
+def test_the_answer_takes_what_the_prompt_leaves(renderer: Renderer) -> None:
+    text = "fox " * 17
+    work = build_requests([prompt(text)], renderer, "", DATA, GENERATE)
+    (request,) = work.requests
+    assert 45 >= len(request.context) > 40
+    assert request.max_new_tokens == 60 - len(request.context) < 20
+    assert work.truncated == 0
+
+
+def test_no_prompt_left_is_an_error(renderer: Renderer) -> None:
+    data = replace(DATA, too_long=TooLong.drop)
+    with pytest.raises(DataError, match="no prompt is left"):
+        build_requests([prompt("fox " * 100)], renderer, "", data, GENERATE)
+
+
+class Refusing(Renderer):
+    def context(self, prompt: object, condition: str = "") -> list[int]:
+        raise DataError("chat template: roles must alternate")
+
+
+def test_a_refused_prompt_is_named_or_skipped(tokenizer: Tokenizer) -> None:
+    renderer = Refusing(tokenizer, Template.paper)
+    with pytest.raises(DataError, match="row a: chat template"):
+        build_requests([prompt("Hello")], renderer, "", DATA, GENERATE)
+    with pytest.raises(DataError, match=r"no prompt is left of 1.*refused"):
+        skip = replace(DATA, on_bad_row=OnBadRow.skip)
+        build_requests([prompt("Hello")], renderer, "", skip, GENERATE)
