@@ -57,7 +57,7 @@ def build_results(
     judged = np.isfinite(scores).all(axis=1)
     if not judged.any():
         raise DataError(
-            f"judge {judgement.name}: no prompt has a score for every method; look for empty answers or replies"
+            f"judge {judgement.name}: no prompt has a score for every method; look at replies and answers"
         )
     if not judged.all():
         log.warning("%d of %d prompts have no readable score and are left out", (~judged).sum(), judged.size)

@@ -82,3 +82,8 @@ def test_foreign_files_are_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "ratings.jsonl").write_text(f"\n{line}\n")
     with pytest.raises(DataError, match=r"ratings\.jsonl:2: answer, score: "):
         HumanJudge(tmp_path, 0).score(make_samples())
+
+
+def test_the_same_answer_to_another_prompt_is_rated_on_its_own() -> None:
+    one, other = (Sample(f"p{k}", (Message("user", "Hm?"),), "Yes.", {}) for k in range(2))
+    assert answer_key(one, 0) != answer_key(other, 0) != answer_key(other, 1)

@@ -1,4 +1,4 @@
-"""What the reward-model judge adds to scoring: equal answers tie, empty ones have no score, faults are named."""
+"""What the reward-model judge adds to scoring: equal answers tie, empty ones have no score."""
 
 import math
 from collections.abc import Sequence

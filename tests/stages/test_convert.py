@@ -1,0 +1,129 @@
+"""`convert` from the outside: both directions, both kinds of model, and refusals."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from offline_align import lineage
+from offline_align.__main__ import run
+from offline_align.model.description import ModelDescription
+from tests.small_tokenizers import write_sentencepiece
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """Save a random model of a class of transformers with a tokenizer."""
+
+    def save(class_name: str, dtype: torch.dtype = torch.float32) -> Path:
+        import transformers
+
+        torch.manual_seed(5)
+        cls = getattr(transformers, class_name)
+        labels = {"num_labels": 1} if "Sequence" in class_name else {}
+        folder = tmp_path / "theirs"
+        cls(cls.config_class(**(SIZES | labels))).to(dtype).save_pretrained(folder)
+        write_sentencepiece(folder)
+        return folder
+
+    return save
+
+
+def convert(source: Path, target: Path, to: str, *words: str) -> int:
+    return run(
+        ["convert", f"init.from={source}", f"run.dir={target}", f"convert.to={to}", "run.device=cpu", *words]
+    )
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "dtype"),
+    [
+        ("LlamaForCausalLM", torch.float32),
+        ("Qwen3ForCausalLM", torch.bfloat16),
+        ("Qwen2ForSequenceClassification", torch.float32),
+    ],
+)
+def test_there_and_back_are_the_same_bits(
+    save: Callable[..., Path], tmp_path: Path, class_name: str, dtype: torch.dtype
+) -> None:
+    theirs, ours, back = save(class_name, dtype), tmp_path / "ours", tmp_path / "back"
+    assert convert(theirs, ours, "megatron") == 0
+    description = ModelDescription.load(ours / "checkpoints" / "latest")
+    assert description.kind == ("reward_model" if "Sequence" in class_name else "policy")
+    assert convert(ours, back, "huggingface", "convert.max_shard_size=20KB") == 0
+    before, after = tensors(theirs), tensors(back)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        # The reward head is kept in fp32 whatever the rest is.
+        same_dtype = tensor.to(after[name].dtype) if name == "score.weight" else tensor
+        assert torch.equal(same_dtype, after[name]), name
+    for folder in (ours, back):
+        assert lineage.verify(folder).problems() == []
+    manifest = lineage.read_manifest(back)
+    assert manifest is not None
+    assert manifest.parents[0].path == "../ours"
+    assert (back / "model.safetensors.index.json").is_file()
+
+
+def test_running_again_changes_nothing(save: Callable[..., Path], tmp_path: Path) -> None:
+    theirs = save("LlamaForCausalLM")
+    assert convert(theirs, tmp_path / "ours", "megatron") == 0
+    before = (tmp_path / "ours" / "manifest.json").read_bytes()
+    assert convert(theirs, tmp_path / "ours", "megatron") == 0
+    assert (tmp_path / "ours" / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["convert.to=huggingface"], "convert.to=huggingface"),
+        (["convert.to=megatron", "convert.max_shard_size=big"], "convert.max_shard_size=big"),
+        (["convert.to=megatron", "launcher.nproc_per_node=2", "run.device=cpu"], "launcher.nproc_per_node"),
+    ],
+)
+def test_wrong_settings_are_named(
+    save: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    named: str,
+) -> None:
+    theirs = save("LlamaForCausalLM")
+    assert (
+        run(["convert", f"init.from={theirs}", f"run.dir={tmp_path / 'out'}", "dry_run=true", *words]) == 78
+    )
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_folder_is_refused(save: Callable[..., Path], tmp_path: Path) -> None:
+    theirs = save("LlamaForCausalLM")
+    config = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert convert(theirs, tmp_path / "out", "megatron") == 78
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    (theirs / "config.json").write_text(json.dumps(config))
+    weights = theirs / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert convert(theirs, tmp_path / "out", "megatron") == 74

@@ -1,0 +1,172 @@
+"""`evaluate` from the outside: files, numbers, repetition, refusals, and a judge that is not done yet."""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from offline_align.config.compose import compose
+from offline_align.config.runs import EvaluateRun
+from offline_align.config.sections import OnBadRow
+from offline_align.data import demo
+from offline_align.data.demo_language import parse_prompt
+from offline_align.data.jsonl import BadRows
+from offline_align.errors import ConfigError, DataError, StoppedEarly
+from offline_align.lineage import Status, read_manifest, verify, write_manifest
+from offline_align.stages.evaluate import run
+
+PROMPTS = 12
+Start = Callable[..., int]
+
+
+def answers(style: Any, seed: int) -> Iterator[dict[str, Any]]:
+    random = Random(seed)
+    for row in islice(demo.demo_prompts(PROMPTS, 0), PROMPTS):
+        text = style(parse_prompt(row["prompt"]), random)
+        yield {**row, "response": text if isinstance(text, str) else " ".join(text), "finish_reason": "stop"}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Return the answers of a mixed, a careful and a careless method, each in its own finished run."""
+    styles = [("sft", demo.answer, None), ("ca_high", demo.careful, 5.0), ("ca_low", demo.careless, -2.0)]
+    paths = []
+    for name, style, target in styles:
+        path = tmp_path / name / "generations.jsonl"
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps(row) + "\n" for row in answers(style, 1)))
+        extra = {"method": name[:2] if target else name, "condition": None, "target_reward": target}
+        write_manifest(path.parent, "generate", name, [], [], [path], extra)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    def start(inputs: list[Path], *words: str, name: str = "report") -> int:
+        listed = ",".join(f"'{path}'" for path in inputs)
+        composed = compose("evaluate", [f"data.input=[{listed}]", f"run.dir={tmp_path / name}", *words])
+        assert composed.problems == []
+        assert isinstance(composed.config, EvaluateRun)
+        return run(composed.config, composed.explicit)
+
+    return start
+
+
+def test_the_report_ranks_the_methods_by_their_quality(
+    start: Start, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(files, "judge=ground_truth") == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["methods"] == ["sft", "ca(5.0)", "ca(-2.0)"]
+    overall = report["overall"]
+    assert (
+        overall["ca(5.0)"]["score"]["mean"]
+        > overall["sft"]["score"]["mean"]
+        > overall["ca(-2.0)"]["score"]["mean"]
+    )
+    assert overall["ca(5.0)"]["win_rate"]["low"] > 0.5
+    assert report["judged_prompts"] == PROMPTS
+    printed = capsys.readouterr().out
+    assert "ca(5.0) scores highest and wins against sft" in printed
+    assert f"report: {tmp_path / 'report' / 'report.html'}" in printed
+    for name in ("report.md", "report.html"):
+        assert "ca(-2.0)" in (tmp_path / "report" / name).read_text()
+
+
+def test_the_run_is_recorded_and_not_done_twice(start: Start, files: list[Path], tmp_path: Path) -> None:
+    start(files, "judge=ground_truth")
+    folder = tmp_path / "report"
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert manifest.stage == "evaluate"
+    assert [parent.stage for parent in manifest.parents] == ["generate"] * 3
+    assert verify(folder).status is Status.whole
+    before = (folder / "report.json").stat().st_mtime_ns
+    assert start(files, "judge=ground_truth") == 0
+    assert (folder / "report.json").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match="other settings or inputs"):
+        start(files, "judge=ground_truth", "run.seed=2")
+
+
+def test_a_report_is_repeatable_to_the_byte(start: Start, files: list[Path], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        start(files, "judge=ground_truth", name=name)
+    for name in ("report.json", "report.md", "report.html"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_people_rate_blindly_and_the_true_quality_stands_beside(
+    start: Start, files: list[Path], tmp_path: Path
+) -> None:
+    from offline_align.evaluate.comparison import load_comparison
+    from offline_align.evaluate.judges.human import answer_key
+
+    with pytest.raises(StoppedEarly, match=r"rating\.html"):
+        start(files, "judge.kind=human")
+    assert read_manifest(tmp_path / "report") is None
+    samples = load_comparison(files, BadRows(OnBadRow.fail, None)).samples()
+    rows = [
+        {"answer": answer_key(s, 1234), "score": 1 + 9 * (demo.true_quality(s.prompt, s.response) > 5)}
+        for s in samples
+    ]
+    (tmp_path / "report" / "ratings_a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert start(files, "judge.kind=human") == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["judge"]["rated_sets"] == PROMPTS
+    assert report["overall"]["ca(5.0)"]["score"]["mean"] > 9
+    assert report["overall"]["ca(5.0)"]["true_quality"]["mean"] > 9
+    outputs = {record.path for record in read_manifest(tmp_path / "report").outputs}  # type: ignore[union-attr]
+    assert {"ratings_a.jsonl", "rating.html", "report.html"} <= outputs
+
+
+def test_other_prompts_have_no_true_quality(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "generations.jsonl"
+    path.write_text('{"prompt": "Why?", "response": "So."}\n')
+    with pytest.raises(ConfigError, match="is not of the demo corpus"):
+        start([path], "judge=ground_truth")
+
+
+def test_a_prompt_that_one_file_lacks_is_named(start: Start, files: list[Path]) -> None:
+    lines = files[1].read_text().splitlines(keepends=True)
+    files[1].write_text("".join(lines[:-1]))
+    with pytest.raises(
+        DataError, match=r"ca_high/generations\.jsonl: id: prompt demo-prompt-0012 is missing"
+    ):
+        start(files, "judge=ground_truth")
+
+
+def test_bad_rows_can_be_skipped_into_quarantine(start: Start, files: list[Path], tmp_path: Path) -> None:
+    with files[0].open("a") as file:
+        file.write("{\n")
+    with pytest.raises(DataError, match=rf"generations\.jsonl:{PROMPTS + 1}: json"):
+        start(files, "judge=ground_truth")
+    start(files, "judge=ground_truth", "data.on_bad_row=skip", name="skipped")
+    (line,) = (tmp_path / "skipped" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["line"] == PROMPTS + 1
+
+
+def test_an_unknown_baseline_is_refused_before_anything_is_read(start: Start, files: list[Path]) -> None:
+    files[0].write_text("{\n")
+    with pytest.raises(ConfigError, match=r"evaluate\.baseline=dpo"):
+        start(files, "judge=ground_truth", "evaluate.baseline=dpo")
+
+
+def test_a_dry_run_writes_nothing(
+    start: Start, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(files, "judge=ground_truth", "dry_run=true") == 0
+    assert not (tmp_path / "report").exists()
+    assert f"ca(-2.0): {files[2]}" in capsys.readouterr().out
+
+
+def test_only_one_rank_reports(
+    start: Start, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert start(files, "judge=ground_truth") == 0
+    assert not (tmp_path / "report").exists()
