@@ -42,6 +42,16 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class _Limits:
+    """What decides whether a row fits."""
+
+    max_length: int
+    too_long: TooLong
+    least_target: int = 2
+    """Tokens of the shortest target, end of sequence included."""
+
+
+@dataclass(frozen=True)
 class TokenizedRows:
     """Token ids of rows, memory-mapped; row i is `ids[offsets[i]:offsets[i + 1]]`."""
 
@@ -85,16 +95,19 @@ def tokenize_samples(
     data: DataSection,
     cache_dir: Path,
     bad_rows: BadRows | None = None,
+    empty_answers: bool = False,
 ) -> TokenizedRows:
     """Return the token ids of the rows, in their order, from the cache where it has them.
 
-    Rows over `data.max_length` are cut or left out (`dropped`: too_long, response_too_long, no_target).
+    Rows over `data.max_length` are cut or left out (`dropped`: too_long, response_too_long, no_target). A target of
+    end of sequence alone is left out too, unless `empty_answers`: it can be scored, but there is nothing to learn.
     Rows that the chat template refuses raise DataError, or are rejected where `bad_rows` skips. Raises
     DataError too where no row is left, ConfigError for an unusable chat template, StorageError where the
     cache cannot be written.
     """
     dialogues = [_dialogue(r.sample.prompt, [r.sample.response], r.condition) for r in rows]
-    tokens = _cached(dialogues, renderer, data, cache_dir)
+    limits = _Limits(data.max_length, data.too_long, 1 if empty_answers else 2)
+    tokens = _cached(dialogues, renderer, limits, data.num_workers, cache_dir)
     _reject_refused(tokens, [(r.sample.id, r.sample.columns) for r in rows], bad_rows)
     _check_some_left(tokens, len(rows), data)
     weight = np.array([rows[i].weight for i in tokens.rows], dtype=np.float32)
@@ -113,7 +126,8 @@ def tokenize_pairs(
     A pair is left out as a whole, and both its sides have the same, possibly cut, context.
     """
     dialogues = [_dialogue(pair.prompt, [pair.chosen, pair.rejected], "") for pair in rows]
-    tokens = _cached(dialogues, renderer, data, cache_dir)
+    limits = _Limits(data.max_length, data.too_long)
+    tokens = _cached(dialogues, renderer, limits, data.num_workers, cache_dir)
     _reject_refused(tokens, [(pair.id, pair.columns) for pair in rows], bad_rows)
     _check_some_left(tokens, len(rows), data)
     kept = [rows[i] for i in tokens.rows]
@@ -153,20 +167,23 @@ def _check_some_left(tokens: StoredTokens, asked: int, data: DataSection) -> Non
         )
 
 
-def _cached(dialogues: list[str], renderer: Renderer, data: DataSection, cache_dir: Path) -> StoredTokens:
+def _cached(
+    dialogues: list[str], renderer: Renderer, limits: _Limits, num_workers: int | None, cache_dir: Path
+) -> StoredTokens:
     if not dialogues:
         raise DataError("no row to tokenise; the files of data.* have none of this form")
-    folder = cache_dir / f"tokens-{_key(dialogues, renderer, data)[:32]}"
-    return stored(folder, lambda work: _tokenize(dialogues, renderer, data, work))
+    folder = cache_dir / f"tokens-{_key(dialogues, renderer, limits)[:32]}"
+    return stored(folder, lambda work: _tokenize(dialogues, renderer, limits, num_workers, work))
 
 
-def _key(dialogues: list[str], renderer: Renderer, data: DataSection) -> str:
+def _key(dialogues: list[str], renderer: Renderer, limits: _Limits) -> str:
     rules = [
         FORMAT_VERSION,
         renderer.tokenizer.content_hash,
         renderer.template,
-        data.max_length,
-        data.too_long,
+        limits.max_length,
+        limits.too_long,
+        limits.least_target,
     ]
     digest = hashlib.sha256(json.dumps(rules).encode())
     for dialogue in dialogues:
@@ -174,14 +191,16 @@ def _key(dialogues: list[str], renderer: Renderer, data: DataSection) -> str:
     return digest.hexdigest()
 
 
-def _tokenize(dialogues: list[str], renderer: Renderer, data: DataSection, work: Path) -> Any:
+def _tokenize(
+    dialogues: list[str], renderer: Renderer, limits: _Limits, num_workers: int | None, work: Path
+) -> Any:
     """Return an Arrow table with one row a dialogue, memory-mapped from `work`."""
     from datasets import Dataset, Features, Value
 
     source = Dataset.from_dict(
         {"dialogue": dialogues}, features=Features({"dialogue": Value("large_string")})
     )
-    processes = min(data.num_workers or min(8, len(os.sched_getaffinity(0))), len(source) // ROWS_PER_WORKER)
+    processes = min(num_workers or min(8, len(os.sched_getaffinity(0))), len(source) // ROWS_PER_WORKER)
     with _quiet(), _single_threaded(processes > 1):
         made = source.map(
             _tokenize_batch,
@@ -190,7 +209,7 @@ def _tokenize(dialogues: list[str], renderer: Renderer, data: DataSection, work:
             writer_batch_size=ROWS_PER_BATCH,
             num_proc=processes if processes > 1 else None,
             remove_columns=["dialogue"],
-            fn_kwargs={"renderer": renderer, "max_length": data.max_length, "too_long": data.too_long},
+            fn_kwargs={"renderer": renderer, "limits": limits},
             cache_file_name=str(work / "parts.arrow"),
             new_fingerprint="tokens",  # else datasets would hash the tokenizer; the folder is ours alone
             desc="tokenising",
@@ -228,9 +247,7 @@ def _single_threaded(wanted: bool) -> Iterator[None]:
             os.environ |= {name: before} if before is not None else {}
 
 
-def _tokenize_batch(
-    batch: dict[str, list[str]], renderer: Renderer, max_length: int, too_long: TooLong
-) -> Any:
+def _tokenize_batch(batch: dict[str, list[str]], renderer: Renderer, limits: _Limits) -> Any:
     """Return an Arrow table: `status` of each dialogue, and `ids_k`, `start_k` of its k-th response."""
     import pyarrow as pa
 
@@ -243,7 +260,7 @@ def _tokenize_batch(
         made: list[_Side] = [([], 0)] * len(responses)
         if sequences:
             ids = list(islice(encoded, len(sequences)))
-            fitted, status = _fit(ids, condition, renderer, max_length, too_long)
+            fitted, status = _fit(ids, condition, renderer, limits)
             made = fitted or made
         statuses.append(status)
         sides.append(made)
@@ -266,22 +283,22 @@ def _render(dialogue: _Dialogue, renderer: Renderer) -> tuple[list[list[Part]], 
 
 
 def _fit(
-    ids: list[list[int]], condition: str, renderer: Renderer, max_length: int, too_long: TooLong
+    ids: list[list[int]], condition: str, renderer: Renderer, limits: _Limits
 ) -> tuple[list[_Side], str]:
-    """Return each side of one row, in at most `max_length` tokens, and a status; no side if it is left out.
+    """Return each side of one row, in at most `limits.max_length` tokens, and a status; no side if it is left out.
 
     Cut is the left of the context: begin of sequence, the request for the answer and the condition stay.
     """
     context, targets = ids[0], [renderer.finish_target(target) for target in ids[1:]]
-    if min(map(len, targets)) < 2:  # nothing but end of sequence
+    if min(map(len, targets)) < limits.least_target:
         return [], "no_target"
-    room = max_length - max(map(len, targets))
+    room = limits.max_length - max(map(len, targets))
     status = KEPT
     if len(context) > room:
         start = renderer.start_ids
         if room < len(start) + renderer.tail_tokens(condition):
             return [], "response_too_long"
-        if too_long is TooLong.drop:
+        if limits.too_long is TooLong.drop:
             return [], "too_long"
         context, status = start + context[len(context) - room + len(start) :], TRUNCATED
     return [(context + target, len(context)) for target in targets], status

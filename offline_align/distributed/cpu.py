@@ -67,6 +67,10 @@ def enable() -> None:
     if _enabled:
         return
     _enabled = True
+    # `with torch.device(...)` knows factories by identity, from a list made at its first use: make it before they
+    # are replaced, or models that other libraries load under it keep uninitialised buffers.
+    with torch.device("meta"):
+        torch.empty(0)
     _skip_compilation()
     _patch_device()
     _patch_random_state()

@@ -72,7 +72,7 @@ def load_reward_model(checkpoint: Path, parallel: ParallelSection, ranks: Ranks,
 
 def tokenized(samples: Sequence[Sample], renderer: Renderer, data: DataSection, cache_dir: Path) -> SampleSource:
     """Return the tokens of all `samples`; raises DataError where one would be left out, for no row may be lost."""
-    rows = tokenize_samples([TrainingRow(s) for s in samples], renderer, data, cache_dir)
+    rows = tokenize_samples([TrainingRow(s) for s in samples], renderer, data, cache_dir, empty_answers=True)
     if len(rows) != len(samples):
         kept = set(rows.row_ids)
         lost = [s.id for s in samples if s.id not in kept]

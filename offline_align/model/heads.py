@@ -9,21 +9,20 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from offline_align.data.batch import PackedBatch
-from offline_align.model.attention import PACKED_FORMAT
+from offline_align.model.attention import PACKED_FORMAT, Segments
 
 # Largest fp32 logits kept at once; longer target lists are computed in chunks and again in the backward pass.
 _LOGITS_BUDGET_BYTES = 512 * 2**20
 
 
-def packed_seq_params(batch: PackedBatch) -> PackedSeqParams:
+def packed_seq_params(batch: PackedBatch) -> Segments:
     """Return megatron's description of the segments of `batch`."""
-    return PackedSeqParams(
+    return Segments(
         qkv_format=PACKED_FORMAT,
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,

@@ -6,7 +6,8 @@ from typing import Any
 
 from offline_align import lineage
 from offline_align.config.compose import to_mapping
-from offline_align.config.runs import Run
+from offline_align.config.runs import EvaluateRun, Run
+from offline_align.config.sections import JudgeKind
 from offline_align.data.records import BadRows, input_paths
 from offline_align.model.description import find_checkpoint, is_huggingface
 
@@ -23,10 +24,11 @@ def input_files(config: Run) -> list[Path]:
 
 def parent_models(config: Run) -> list[Path]:
     """Return the models that `config` builds on, as checkpoint or Hugging Face folders."""
-    source = config.init.from_ if hasattr(config, "init") else None
-    if source is None:
-        return []
-    return [Path(source) if is_huggingface(source) else find_checkpoint(source)]
+    named = {"init.from": getattr(getattr(config, "init", None), "from_", None)}
+    if isinstance(config, EvaluateRun) and config.judge.kind is JudgeKind.reward_model:
+        named["judge.model"] = config.judge.model
+    given = [(key, source) for key, source in named.items() if source is not None]
+    return [Path(source) if is_huggingface(source) else find_checkpoint(source, key) for key, source in given]
 
 
 def key_of(stage: str, config: Run) -> str:

@@ -60,7 +60,7 @@ def resolve(config: ModelRun, explicit: frozenset[str]) -> Origin:
     return Origin(
         model=_merged(config.model, description.model, explicit, source),
         tokenizer=tokenizer,
-        template=_template(config, description.template),
+        template=_template(config, description.template if description.method else None),
         kind=description.kind,
         checkpoint=folder,
         huggingface=None,

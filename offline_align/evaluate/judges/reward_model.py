@@ -1,6 +1,5 @@
 """A reward model of ours as the judge: its raw scores."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ class RewardModelJudge:
     name: str = "reward model"
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
-        """Return raw rewards, NaN for an empty answer: it has no token whose score could be read.
+        """Return raw rewards; that of an empty answer is read at its end of sequence.
 
         Equal answers to one prompt are scored once, so that they tie exactly.
         """
@@ -30,10 +29,7 @@ class RewardModelJudge:
 
         unique: dict[tuple[tuple[Message, ...], str], Sample] = {}
         for sample in samples:
-            if sample.response.strip():
-                unique.setdefault((sample.prompt, sample.response), sample)
-        if not unique:
-            return [math.nan] * len(samples)
+            unique.setdefault((sample.prompt, sample.response), sample)
         config = self.config
         scores = score_samples(
             self.checkpoint,
@@ -45,7 +41,7 @@ class RewardModelJudge:
             _bf16(config.trainer.precision),
         )
         found = dict(zip(unique, scores, strict=True))
-        return [found.get((sample.prompt, sample.response), math.nan) for sample in samples]
+        return [found[sample.prompt, sample.response] for sample in samples]
 
     def describe(self) -> dict[str, Any]:
         """Return kind and checkpoint."""

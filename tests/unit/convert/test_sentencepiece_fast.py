@@ -15,7 +15,7 @@ CORPUS = ["The quick brown fox jumps over the lazy dog.", "She sells sea shells.
 
 def train(path: Path, texts: list[str], **options: Any) -> Path:
     model = BytesIO()
-    defaults = {
+    defaults: dict[str, Any] = {
         "vocab_size": 340,
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,

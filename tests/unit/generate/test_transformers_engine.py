@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -128,14 +129,14 @@ def test_a_short_budget_holds_for_its_row_alone(
 
 
 def test_vllm_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert engines.choose_engine(Engine.auto, Device.auto) is Engine.transformers
     with pytest.raises(ConfigError, match=r"generate\.engine=vllm: not installed"):
         engines.choose_engine(Engine.vllm, Device.auto)
 
 
 def test_vllm_needs_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     assert engines.choose_engine(Engine.auto, Device.cpu) is Engine.transformers
     with pytest.raises(ConfigError, match="CUDA"):
         engines.choose_engine(Engine.vllm, Device.cpu)
