@@ -1,9 +1,9 @@
 """`offline-align <stage> [key=value ...]`: one command line for every stage.
 
-    offline-align                      the stages
-    offline-align sft --help           the keys of a stage
-    offline-align sft model=demo data.train=rows.jsonl run.dir=runs/sft
-    torchrun --nproc-per-node=8 -m offline_align sft ...
+offline-align                      the stages
+offline-align sft --help           the keys of a stage
+offline-align sft model=demo data.train=rows.jsonl run.dir=runs/sft
+torchrun --nproc-per-node=8 -m offline_align sft ...
 """
 
 import importlib
@@ -63,7 +63,8 @@ def run(arguments: list[str]) -> int:
     except Exception as error:  # the last resort: a user is owed one line and the way to more
         if debug:
             traceback.print_exc()
-        _say(f"internal error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; debug=true shows where")
+        first_line = str(error).partition("\n")[0]
+        _say(f"internal error: {type(error).__name__}: {first_line}; debug=true shows where")
         return _INTERNAL
 
 

@@ -23,9 +23,7 @@ SPECIALS = ["<|begin|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 
 
 @cache
-def sentencepiece_model(
-    kind: str = "bpe", split_digits: bool = True, lossy: bool = False, eos_id: int = 2
-) -> bytes:
+def sentencepiece_model(kind: str = "bpe", split_digits: bool = True, lossy: bool = False, eos_id: int = 2) -> bytes:
     """Return a model of 400 pieces with byte fallback and the user-defined symbols `<rm_score>` and `-->`."""
     import sentencepiece
 
@@ -77,9 +75,7 @@ def _byte_level(adds_bos: bool) -> str:
     return str(tokenizer.to_str())
 
 
-def write_hugging_face(
-    folder: Path, chat_template: Any = CHATML, adds_bos: bool = False, **config: Any
-) -> Path:
+def write_hugging_face(folder: Path, chat_template: Any = CHATML, adds_bos: bool = False, **config: Any) -> Path:
     """Write a `tokenizer.json`, byte-level BPE with `SPECIALS`, and its configuration; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(_byte_level(adds_bos), encoding="utf-8")

@@ -41,7 +41,11 @@ def _positive(section: Any, prefix: str, *names: str) -> list[str]:
 
 def _finite(section: Any, prefix: str, *names: str) -> list[str]:
     values = {n: getattr(section, n) for n in names}
-    return [f"{prefix}.{n}={v}: must be a finite number" for n, v in values.items() if v is not None and not math.isfinite(v)]
+    return [
+        f"{prefix}.{n}={v}: must be a finite number"
+        for n, v in values.items()
+        if v is not None and not math.isfinite(v)
+    ]
 
 
 def _run(run: s.RunSection) -> list[str]:
@@ -147,7 +151,9 @@ def _launcher(launcher: s.LauncherSection) -> list[str]:
 
 def _tokenizer(tokenizer: s.TokenizerSection) -> list[str]:
     low = tokenizer.vocab_size < 300
-    return [f"tokenizer.vocab_size={tokenizer.vocab_size}: byte fallback alone takes 260; use 300 or more"] if low else []
+    return (
+        [f"tokenizer.vocab_size={tokenizer.vocab_size}: byte fallback alone takes 260; use 300 or more"] if low else []
+    )
 
 
 _SECTION_CHECKS: dict[type, Any] = {
@@ -184,9 +190,7 @@ def _layout(parallel: s.ParallelSection, world: int) -> list[str]:
             "set it to false or raise parallel.tensor_model_parallel_size"
         )
     if context > 1:
-        found.append(
-            f"parallel.context_parallel_size={context}: the torch backend keeps each row on one rank; use 1"
-        )
+        found.append(f"parallel.context_parallel_size={context}: the torch backend keeps each row on one rank; use 1")
     return found
 
 
@@ -208,7 +212,9 @@ def _model(model: s.ModelSection) -> list[str]:
     unset = [n for n in names if not isinstance(getattr(model, n), int)]
     if unset:
         return [f"model.{n} is not set: choose model=<group> or give it" for n in unset]
-    found = _positive(model, "model", *names, "num_query_groups", "kv_channels", "max_position_embeddings", "vocab_size")
+    found = _positive(
+        model, "model", *names, "num_query_groups", "kv_channels", "max_position_embeddings", "vocab_size"
+    )
     found += _positive(model, "model", "make_vocab_size_divisible_by", "sliding_window")
     if found:
         return found

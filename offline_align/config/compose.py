@@ -108,9 +108,7 @@ def compose(stage: str, words: list[str]) -> Composed:
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """Return a configuration as plain values under the keys that a user types (for `config.yaml`)."""
-    return {
-        f.name.rstrip("_"): _plain(getattr(config, f.name)) for f in dataclasses.fields(config)
-    }
+    return {f.name.rstrip("_"): _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
 def _plain(value: Any) -> Any:
@@ -150,7 +148,9 @@ def _parse(words: list[str], problems: list[str]) -> Iterator[Override]:
         try:
             override = parser.parse_override(word)
         except HydraException:
-            problems.append(f"{word}: cannot be read; write key=value, and quote values with special characters: 'key=\"a b\"'")
+            problems.append(
+                f"{word}: cannot be read; write key=value, and quote values with special characters: 'key=\"a b\"'"
+            )
             continue
         if not override.key_or_group or override.is_delete() or override.is_sweep_override():
             problems.append(f"{word}: only key=value can be used here")
@@ -181,7 +181,9 @@ def _compose_groups(stage: str, chosen: list[str], folder: Path | None, problems
                 hydra_compose(f"stage/{stage}", [*search, word])
                 usable.append(word)
             except HydraException:
-                problems.append(f"{word}: `{stage}` has no group {word.partition('=')[0]}; see offline-align {stage} --help")
+                problems.append(
+                    f"{word}: `{stage}` has no group {word.partition('=')[0]}; see offline-align {stage} --help"
+                )
         composed = hydra_compose(f"stage/{stage}", [*search, *usable])
     tree = OmegaConf.to_container(composed)
     assert isinstance(tree, dict)
@@ -243,7 +245,7 @@ def _assign(config: DictConfig, item: _Value, problems: list[str]) -> bool:
 def _schema_keys(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name in config:
         child = config._get_node(name)
-        key = f"{prefix}{name}"
+        key = prefix + str(name)
         if isinstance(child, DictConfig) and f"{key}." not in _OPEN_MAPPINGS:
             yield from _schema_keys(child, f"{key}.")
         else:
@@ -251,7 +253,7 @@ def _schema_keys(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _reason(error: OmegaConfBaseException) -> str:
-    text = str(error).splitlines()[0]
+    text: str = str(error).partition("\n")[0]
     if "expected one of" in text:
         return f"expected one of {text[text.index('[') :]}"
     if "is not Optional" in text:

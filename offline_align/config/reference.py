@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from offline_align.config import sections
 from offline_align.config.compose import MISSING, STAGES, configs_dir
@@ -34,7 +34,9 @@ def stage_help(stage: str, summary: str) -> str:
     lines = [head, *(["Groups", *groups, ""] if groups else []), "Keys (default)"]
     for key in stage_keys(stage):
         lines.append(f"  {key.name} ({key.default})\n      {key.text}")
-    return "\n".join([*lines, "", "--config FILE takes values from a YAML file, --config-dir DIR adds groups of your own."])
+    return "\n".join(
+        [*lines, "", "--config FILE takes values from a YAML file, --config-dir DIR adds groups of your own."]
+    )
 
 
 def stage_keys(stage: str) -> list[Key]:
@@ -58,9 +60,9 @@ def stage_groups(stage: str) -> dict[str, list[str]]:
 def _keys(cls: type, prefix: str) -> Iterator[Key]:
     texts = _field_texts(cls)
     for field in dataclasses.fields(cls):
-        nested = field.default_factory if dataclasses.is_dataclass(field.default_factory) else None
-        if isinstance(nested, type):
-            yield from _keys(nested, f"{prefix}{field.name}.")
+        nested: Any = field.default_factory
+        if dataclasses.is_dataclass(nested):
+            yield from _keys(cast(type, nested), f"{prefix}{field.name}.")
             continue
         name = f"{prefix}{field.name}".rstrip("_")
         yield Key(name, _kind(field.type), _default(field), texts.get(field.name, ""))
@@ -111,7 +113,15 @@ def reference_page() -> str:
         "## Sections",
     ]
     for name, cls in inspect.getmembers(sections, dataclasses.is_dataclass):
-        lines += ["", f"### {name}", "", inspect.getdoc(cls) or "", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"### {name}",
+            "",
+            inspect.getdoc(cls) or "",
+            "",
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
         for key in _keys(cls, ""):  # type: ignore[arg-type]
             lines.append(f"| `{key.name}` | {key.kind} | `{key.default}` | {key.text.replace('|', chr(92) + '|')} |")
     return "\n".join(lines) + "\n"

@@ -111,9 +111,7 @@ class ConvertRun(ModelRun):
 
 
 @dataclass(frozen=True)
-class PlanMethodSection(
-    s.FilteringMethodSection, s.RewardWeightedMethodSection, s.ConditionalMethodSection
-):
+class PlanMethodSection(s.FilteringMethodSection, s.RewardWeightedMethodSection, s.ConditionalMethodSection):
     """The settings of all three methods."""
 
 

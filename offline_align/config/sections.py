@@ -205,7 +205,7 @@ class InputDataSection(DataSection):
     """Files to read."""
 
     input: Any = None
-    """Path or list of paths; `prepare` also takes `hf:<name>` and `demo`."""
+    """Path or list of paths; `prepare` also takes `hf:<name>[/<folder>][#<split>]` and `demo`."""
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,7 @@ class PrepareSection:
     """Sources, deduplication and splits."""
 
     format: str | None = None
-    """Form of all inputs: hh, oasst1, dolly, flan, self_instruct, sft, preference; unset: recognised from the columns."""
+    """Form of all inputs: hh, oasst1, dolly, flan, self_instruct, sft or preference; unset: by their columns."""
     valid_fraction: float = 0.05
     """Share of prompts that goes to the validation files; no prompt is in both."""
     max_rows: int | None = None

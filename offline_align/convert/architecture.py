@@ -53,9 +53,7 @@ def read_architecture(folder: Path) -> Architecture:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"init.from: {path} cannot be read ({error}); give a Hugging Face folder"
-        ) from error
+        raise ConfigError(f"init.from: {path} cannot be read ({error}); give a Hugging Face folder") from error
     family, kind = _family(path, config)
     problems = _problems(family, kind, config)
     if problems:
@@ -70,9 +68,7 @@ def _family(path: Path, config: Any) -> tuple[Family, Kind]:
             return family, "policy"
         if found == [family.reward_model_class]:
             return family, "reward_model"
-    known = ", ".join(
-        name for family in FAMILIES for name in (family.policy_class, family.reward_model_class)
-    )
+    known = ", ".join(name for family in FAMILIES for name in (family.policy_class, family.reward_model_class))
     raise ConfigError(f"init.from: {path}: architectures={found} is not supported; supported: {known}")
 
 
@@ -141,9 +137,7 @@ def _head_width(family: Family, config: Mapping[str, Any]) -> int | None:
 
 
 def _sliding_window(family: Family, config: Mapping[str, Any]) -> int | None:
-    windowed = family is MISTRAL or (
-        family in (QWEN2, QWEN3) and _attention_types(config) == {"sliding_attention"}
-    )
+    windowed = family is MISTRAL or (family in (QWEN2, QWEN3) and _attention_types(config) == {"sliding_attention"})
     window = config.get("sliding_window", 4096) if windowed else None
     return None if window is None else int(window)
 

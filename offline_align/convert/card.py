@@ -74,9 +74,7 @@ def _runs_behind(run_dir: Path, depth: int) -> list[str]:
         return []
     indent = "  " * depth
     lines = [f"{indent}- `{manifest.stage}`, {manifest.created}, key `{manifest.key[:12]}`"]
-    lines += [
-        f"{indent}  - `{Path(file.path).name}`, SHA-256 `{file.sha256[:12]}`" for file in manifest.inputs
-    ]
+    lines += [f"{indent}  - `{Path(file.path).name}`, SHA-256 `{file.sha256[:12]}`" for file in manifest.inputs]
     for parent in manifest.parents:
         above = _runs_behind((run_dir / parent.path).resolve(), depth + 1)
         lines += above or [f"{indent}  - `{parent.stage}`, SHA-256 `{parent.manifest_sha256[:12]}`"]

@@ -62,9 +62,7 @@ def huggingface_tensors(
             continue
         entry = table.pop(name, None)
         if entry is None:
-            raise ConfigError(
-                f"init.from: tensor {name} of the checkpoint has no place in the model it describes"
-            )
+            raise ConfigError(f"init.from: tensor {name} of the checkpoint has no place in the model it describes")
         yield from zip((part.name for part in entry.parts), _split(entry, tensor, model), strict=True)
     if table:
         raise ConfigError(f"init.from: the checkpoint has no tensor {', '.join(table)}")
@@ -75,17 +73,13 @@ def _split(entry: Entry, tensor: Tensor, model: ModelSection) -> list[Tensor]:
     return split(entry.join, tensor, names.query_groups(model), names.channels(model), model.vocab_size)
 
 
-def _write_texts(
-    description: ModelDescription, tokenizer: Tokenizer, target: Path, ancestry: list[str]
-) -> None:
+def _write_texts(description: ModelDescription, tokenizer: Tokenizer, target: Path, ancestry: list[str]) -> None:
     """Write the tokenizer and the model card, which says where `transformers` encodes otherwise."""
     condition = condition_text(description.condition)
     template = chat_template(tokenizer, description.template, condition)
     notes = []
     if not write_tokenizer(tokenizer, target, template, description.model.max_position_embeddings):
-        notes.append(
-            "No `tokenizer.json` gives the ids of this SentencePiece model: encode with `tokenizer.model`."
-        )
+        notes.append("No `tokenizer.json` gives the ids of this SentencePiece model: encode with `tokenizer.model`.")
     elif first_prompt_difference(target, Renderer(tokenizer, description.template), condition) is not None:
         notes.append(
             "The turns of a dialogue and the condition were encoded each by itself in training, and this "

@@ -55,9 +55,7 @@ def _check_tensor_parallel(model: ModelSection, tp_size: int) -> None:
         )
 
 
-def _check_tensors(
-    folder: Path, architecture: Architecture, table: list[Entry], slices: dict[str, Any]
-) -> None:
+def _check_tensors(folder: Path, architecture: Architecture, table: list[Entry], slices: dict[str, Any]) -> None:
     size = names.sizes(architecture.model)
     expected = {part.name: [size[axis] for axis in part.shape] for entry in table for part in entry.parts}
     tied = architecture.model.share_embeddings_and_output_weights or architecture.kind == "reward_model"
@@ -93,9 +91,7 @@ def _part(tensor: Any, axis: int | None, tp_rank: int, tp_size: int) -> Tensor:
     return cast(Tensor, tensor[piece] if axis == 0 else tensor[:, piece])
 
 
-def _vocabulary_shard(
-    part: Part, model: ModelSection, slices: dict[str, Any], tp_rank: int, tp_size: int
-) -> Tensor:
+def _vocabulary_shard(part: Part, model: ModelSection, slices: dict[str, Any], tp_rank: int, tp_size: int) -> Tensor:
     """Read this rank's rows of the padded vocabulary; rows past the end of the file are zero."""
     rows = names.padded_vocab_size(model) // tp_size
     tensor = slices[part.name]

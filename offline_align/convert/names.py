@@ -92,20 +92,14 @@ _EMBEDDING = Entry(
     0,
     Join.vocabulary,
 )
-_OUTPUT = Entry(
-    "output_layer.weight", (Part("lm_head.weight", ("vocabulary", "hidden")),), 0, Join.vocabulary
-)
+_OUTPUT = Entry("output_layer.weight", (Part("lm_head.weight", ("vocabulary", "hidden")),), 0, Join.vocabulary)
 _FINAL_NORM = _entry("decoder.final_layernorm.weight", "model.norm.weight", "hidden")
 _REWARD_HEAD = _entry("reward_head.weight", "score.weight", "one", "hidden")
 
 LLAMA = Family("llama", "LlamaForCausalLM", "LlamaForSequenceClassification", _LLAMA_LAYER)
 MISTRAL = Family("mistral", "MistralForCausalLM", "MistralForSequenceClassification", _LLAMA_LAYER)
-QWEN2 = Family(
-    "qwen2", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification", (*_LLAMA_LAYER, _query_key_value("bias"))
-)
-QWEN3 = Family(
-    "qwen3", "Qwen3ForCausalLM", "Qwen3ForSequenceClassification", (*_LLAMA_LAYER, *_QUERY_KEY_NORMS)
-)
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", "Qwen2ForSequenceClassification", (*_LLAMA_LAYER, _query_key_value("bias")))
+QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "Qwen3ForSequenceClassification", (*_LLAMA_LAYER, *_QUERY_KEY_NORMS))
 FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
 
 

@@ -3,7 +3,8 @@
 Shape legend: T tokens of the bin, S segments (rows) in it, N target tokens, P pairs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,5 +41,7 @@ class PackedBatch:
         """Return the batch on `device`."""
         if device.type == "cpu":
             return self
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        return PackedBatch(**moved)
+        tensors: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
+        }
+        return replace(self, **tensors)

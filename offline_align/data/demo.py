@@ -120,9 +120,7 @@ def answer(request: Request, random: Random) -> str:
 def _draw_request(random: Random) -> Request:
     count = random.choices(list(ASPECT_COUNT_WEIGHTS), list(ASPECT_COUNT_WEIGHTS.values()))[0]
     aspects = random.choice(list(combinations(ASPECTS, count)))
-    return Request(
-        random.choice(NAMES), random.choice(list(ANIMALS)), aspects, random.randrange(len(PROMPTS))
-    )
+    return Request(random.choice(NAMES), random.choice(list(ANIMALS)), aspects, random.randrange(len(PROMPTS)))
 
 
 def _held_out_texts(count: int, seed: int) -> dict[str, Request]:

@@ -78,9 +78,7 @@ class Request:
 
     def text(self) -> str:
         """Return the prompt."""
-        return PROMPTS[self.wording].format(
-            name=self.name, animal=self.animal, aspects=_enumeration(self.aspects)
-        )
+        return PROMPTS[self.wording].format(name=self.name, animal=self.animal, aspects=_enumeration(self.aspects))
 
 
 def _enumeration(aspects: Sequence[str]) -> str:
@@ -120,9 +118,7 @@ def parse_prompt(text: str) -> Request | None:
 
 def _is_known(request: Request) -> bool:
     known = request.name in NAMES and request.animal in ANIMALS
-    return (
-        known and len(set(request.aspects)) == len(request.aspects) and set(request.aspects) <= set(ASPECTS)
-    )
+    return known and len(set(request.aspects)) == len(request.aspects) and set(request.aspects) <= set(ASPECTS)
 
 
 def is_demo_prompt(text: str) -> bool:

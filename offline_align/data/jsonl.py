@@ -166,11 +166,7 @@ def _check_writable(text: str, value: dict[str, Any]) -> None:
 def input_paths(value: Any, key: str) -> list[Path]:
     """Return the files that a setting names; ConfigError naming `key` for all that is wrong with it."""
     names = [value] if isinstance(value, (str, Path)) else value
-    if (
-        not isinstance(names, (list, tuple))
-        or not names
-        or not all(isinstance(n, (str, Path)) for n in names)
-    ):
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, (str, Path)) for n in names):
         raise ConfigError(f"{key}={value!r}: needs a path or a list of paths")
     paths = [Path(name).expanduser() for name in names]
     problems = [f"{key}={path}: {problem}" for path in paths if (problem := _path_problem(path))]

@@ -51,19 +51,13 @@ class Preparation:
                     yield from _answer_texts(row)
 
 
-def prepare_rows(
-    sources: Iterable[Source], settings: PrepareSection, seed: int, bad_rows: BadRows
-) -> Preparation:
+def prepare_rows(sources: Iterable[Source], settings: PrepareSection, seed: int, bad_rows: BadRows) -> Preparation:
     """Return the rows of all inputs, without duplicates, in four files; DataError where none is left."""
     result = Preparation()
     for source in sources:
         counts = InputCounts(source.name)
         result.inputs.append(counts)
-        rows = (
-            _demo_rows(settings, seed, counts)
-            if source.is_demo
-            else _rows(source, settings, counts, bad_rows)
-        )
+        rows = _demo_rows(settings, seed, counts) if source.is_demo else _rows(source, settings, counts, bad_rows)
         for converted in rows:
             _place(converted, result, counts, bad_rows, settings.valid_fraction, seed)
     if not any(result.files.values()):
@@ -71,9 +65,7 @@ def prepare_rows(
     return result
 
 
-def _rows(
-    source: Source, settings: PrepareSection, counts: InputCounts, bad_rows: BadRows
-) -> Iterator[Converted]:
+def _rows(source: Source, settings: PrepareSection, counts: InputCounts, bad_rows: BadRows) -> Iterator[Converted]:
     lines = _watched(read_source(source, bad_rows, settings.max_rows), counts)
     return convert(lines, settings.format, source.name, bad_rows, counts.dropped)
 

@@ -98,9 +98,7 @@ def _sample_or_pair(columns: dict[str, Any], row_id: str) -> Sample | Preference
     return parse_row(columns, Sample, row_id)
 
 
-def _read[T](
-    paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str, Any], str], T]
-) -> Iterator[T]:
+def _read[T](paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str, Any], str], T]) -> Iterator[T]:
     names = Counter(path.name for path in paths)
     seen: dict[str, bytes] = {}
     for line in read_objects(paths, bad_rows):

@@ -81,11 +81,7 @@ class Renderer:
         pieces = [part for parts in sequences for part in parts if not isinstance(part, int)]
         ids = {special: self._encode_texts(pieces, special) for special in (False, True)}
         return [
-            [
-                token
-                for part in parts
-                for token in ([part] if isinstance(part, int) else ids[part[1]][part[0]])
-            ]
+            [token for part in parts for token in ([part] if isinstance(part, int) else ids[part[1]][part[0]])]
             for parts in sequences
         ]
 

@@ -148,9 +148,7 @@ def _dialogue(prompt: Sequence[Message], responses: list[str], condition: str) -
     return json.dumps([turns, responses, condition], ensure_ascii=False)
 
 
-def _reject_refused(
-    tokens: StoredTokens, rows: Sequence[tuple[str, dict[str, Any]]], bad_rows: BadRows | None
-) -> None:
+def _reject_refused(tokens: StoredTokens, rows: Sequence[tuple[str, dict[str, Any]]], bad_rows: BadRows | None) -> None:
     for index, message in tokens.refused:
         row_id, columns = rows[index]
         if bad_rows is None or bad_rows.on_bad_row is OnBadRow.fail:
@@ -162,9 +160,7 @@ def _check_some_left(tokens: StoredTokens, asked: int, data: DataSection) -> Non
     kept = len(tokens.rows)
     _log.info("%d of %d rows, %d cut, left out: %s", kept, asked, tokens.truncated, tokens.dropped)
     if not kept:
-        raise DataError(
-            f"none of {asked} rows is left: {tokens.dropped}; see data.max_length={data.max_length}"
-        )
+        raise DataError(f"none of {asked} rows is left: {tokens.dropped}; see data.max_length={data.max_length}")
 
 
 def _cached(
@@ -191,15 +187,11 @@ def _key(dialogues: list[str], renderer: Renderer, limits: _Limits) -> str:
     return digest.hexdigest()
 
 
-def _tokenize(
-    dialogues: list[str], renderer: Renderer, limits: _Limits, num_workers: int | None, work: Path
-) -> Any:
+def _tokenize(dialogues: list[str], renderer: Renderer, limits: _Limits, num_workers: int | None, work: Path) -> Any:
     """Return an Arrow table with one row a dialogue, memory-mapped from `work`."""
     from datasets import Dataset, Features, Value
 
-    source = Dataset.from_dict(
-        {"dialogue": dialogues}, features=Features({"dialogue": Value("large_string")})
-    )
+    source = Dataset.from_dict({"dialogue": dialogues}, features=Features({"dialogue": Value("large_string")}))
     processes = min(num_workers or min(8, len(os.sched_getaffinity(0))), len(source) // ROWS_PER_WORKER)
     with _quiet(), _single_threaded(processes > 1):
         made = source.map(
@@ -282,9 +274,7 @@ def _render(dialogue: _Dialogue, renderer: Renderer) -> tuple[list[list[Part]], 
         return [], f"{REFUSED}{error}"
 
 
-def _fit(
-    ids: list[list[int]], condition: str, renderer: Renderer, limits: _Limits
-) -> tuple[list[_Side], str]:
+def _fit(ids: list[list[int]], condition: str, renderer: Renderer, limits: _Limits) -> tuple[list[_Side], str]:
     """Return each side of one row, in at most `limits.max_length` tokens, and a status; no side if it is left out.
 
     Cut is the left of the context: begin of sequence, the request for the answer and the condition stay.

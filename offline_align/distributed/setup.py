@@ -124,7 +124,8 @@ def _init_process_group(device: torch.device) -> None:
         dist.init_process_group(backend, timeout=_TIMEOUT)
         return
     # A world of one needs no port: the store lives in this process.
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_TIMEOUT)
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
 
 
 def _ranks(device: torch.device) -> Ranks:

@@ -93,7 +93,12 @@ class MemoryEstimate:
 
 
 def training_memory(
-    sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes, tokens: int, bf16: bool, recompute: str
+    sizes: ModelSizes,
+    parallel: ParallelSection,
+    ranks: ParallelSizes,
+    tokens: int,
+    bf16: bool,
+    recompute: str,
 ) -> MemoryEstimate:
     """Estimate the bytes of one training rank with `tokens` in a micro-batch.
 

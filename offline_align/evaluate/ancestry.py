@@ -57,9 +57,7 @@ def find_ancestors(run_dirs: Iterable[Path]) -> list[Ancestor]:
     depths: dict[Path, int] = {}
     for run_dir in manifests:
         _measure(run_dir, manifests, depths, ())
-    found = [
-        _ancestor(run_dir, manifest, manifests, depths[run_dir]) for run_dir, manifest in manifests.items()
-    ]
+    found = [_ancestor(run_dir, manifest, manifests, depths[run_dir]) for run_dir, manifest in manifests.items()]
     return sorted(found, key=lambda run: (run.depth, run.stage, run.title))
 
 
@@ -88,16 +86,10 @@ def _parents(run_dir: Path, manifest: Manifest) -> list[Path]:
     return [(run_dir / parent.path).resolve() for parent in manifest.parents]
 
 
-def _measure(
-    run_dir: Path, manifests: dict[Path, Manifest], depths: dict[Path, int], path: tuple[Path, ...]
-) -> int:
+def _measure(run_dir: Path, manifests: dict[Path, Manifest], depths: dict[Path, int], path: tuple[Path, ...]) -> int:
     if run_dir not in depths:
-        known = [
-            p for p in _parents(run_dir, manifests[run_dir]) if p in manifests and p not in (*path, run_dir)
-        ]
-        depths[run_dir] = 1 + max(
-            (_measure(p, manifests, depths, (*path, run_dir)) for p in known), default=-1
-        )
+        known = [p for p in _parents(run_dir, manifests[run_dir]) if p in manifests and p not in (*path, run_dir)]
+        depths[run_dir] = 1 + max((_measure(p, manifests, depths, (*path, run_dir)) for p in known), default=-1)
     return depths[run_dir]
 
 

@@ -65,8 +65,7 @@ def load_comparison(files: Sequence[Path], bad_rows: BadRows) -> Comparison:
         _check_same_prompts(files[0], first, path, table)
     methods = name_methods(files)
     answers = tuple(
-        tuple(zip(*(tuple(table[row_id].answers.values()) for table in tables), strict=True))
-        for row_id in first
+        tuple(zip(*(tuple(table[row_id].answers.values()) for table in tables), strict=True)) for row_id in first
     )
     return Comparison(methods, tuple(files), tuple(entry.prompt for entry in first.values()), answers)
 
@@ -132,8 +131,7 @@ def _check_same_prompts(a: Path, first: dict[str, _Entry], b: Path, other: dict[
     for row_id, entry in first.items():
         if other[row_id].prompt.prompt != entry.prompt.prompt:
             raise DataError(
-                f"{b}: prompt: that of {row_id} differs from the one in {a}; "
-                "generate all files from the same prompts"
+                f"{b}: prompt: that of {row_id} differs from the one in {a}; generate all files from the same prompts"
             )
         if len(other[row_id].answers) != len(entry.answers):
             raise DataError(

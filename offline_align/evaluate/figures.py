@@ -171,13 +171,9 @@ def _box(axes: "Axes", run: Ancestor, x: float, y: float) -> None:
     shape.set_zorder(2)
     axes.add_patch(shape)
     stage = f"{run.stage} · {run.method}" if run.method and run.method != run.stage else run.stage
-    axes.text(
-        x, y + 0.09, stage, ha="center", va="center", fontsize=9, weight="bold", zorder=3, parse_math=False
-    )
+    axes.text(x, y + 0.09, stage, ha="center", va="center", fontsize=9, weight="bold", zorder=3, parse_math=False)
     name = run.title if len(run.title) <= 18 else run.title[:17] + "…"
-    axes.text(
-        x, y - 0.12, name, ha="center", va="center", fontsize=8, color=MUTED, zorder=3, parse_math=False
-    )
+    axes.text(x, y - 0.12, name, ha="center", va="center", fontsize=8, color=MUTED, zorder=3, parse_math=False)
 
 
 def _curve(axes: "Axes", curve: Curve) -> None:

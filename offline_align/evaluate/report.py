@@ -140,9 +140,7 @@ def _shown_prompts(
     return shown
 
 
-def _shown_answers(
-    comparison: Comparison, scores: Floats, quality: Floats | None, p: int
-) -> list[dict[str, Any]]:
+def _shown_answers(comparison: Comparison, scores: Floats, quality: Floats | None, p: int) -> list[dict[str, Any]]:
     result = []
     for s, answers in enumerate(comparison.answers[p]):
         best = np.max(scores[p, s]) if np.isfinite(scores[p, s]).all() else None

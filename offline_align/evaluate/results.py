@@ -24,9 +24,7 @@ from offline_align.evaluate.statistics import (
 
 Booleans = NDArray[np.bool_]
 FORMAT = 1
-RANK_SCORE = (
-    "(number of methods + 1) - rank, ties share the mean rank, mean over prompts; the paper's 6 - rank"
-)
+RANK_SCORE = "(number of methods + 1) - rank, ties share the mean rank, mean over prompts; the paper's 6 - rank"
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +54,7 @@ def build_results(
     scores = judgement.scores.mean(axis=1)
     judged = np.isfinite(scores).all(axis=1)
     if not judged.any():
-        raise DataError(
-            f"judge {judgement.name}: no prompt has a score for every method; look at replies and answers"
-        )
+        raise DataError(f"judge {judgement.name}: no prompt has a score for every method; look at replies and answers")
     if not judged.all():
         log.warning("%d of %d prompts have no readable score and are left out", (~judged).sum(), judged.size)
     baseline = choose_baseline(comparison.methods, settings.baseline)
@@ -78,9 +74,7 @@ def build_results(
         "rank_score": RANK_SCORE,
         "overall": tables.methods(judged),
         "win_rates": tables.win_rates(judged),
-        "answers": {
-            method: describe_answers(comparison.of_method(k)) for k, method in enumerate(comparison.methods)
-        },
+        "answers": {method: describe_answers(comparison.of_method(k)) for k, method in enumerate(comparison.methods)},
         "group_by": settings.group_by,
         "groups": tables.groups(judged),
         "rows": _rows(comparison, scores, truth, settings.group_by),
@@ -164,9 +158,7 @@ def describe_answers(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def _rows(
-    comparison: Comparison, scores: Floats, quality: Floats | None, group_by: str
-) -> list[dict[str, Any]]:
+def _rows(comparison: Comparison, scores: Floats, quality: Floats | None, group_by: str) -> list[dict[str, Any]]:
     rows = []
     for k, prompt in enumerate(comparison.prompts):
         row: dict[str, Any] = {"id": prompt.id, "group": group_of(prompt.columns, group_by)}

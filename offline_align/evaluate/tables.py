@@ -34,9 +34,7 @@ def overall_table(results: Mapping[str, Any]) -> Table:
 
 def _group_tables(results: Mapping[str, Any]) -> list[Table]:
     return [
-        _method_table(
-            f"{results['group_by']}: {name} ({group['prompts']} prompts)", results, group["methods"]
-        )
+        _method_table(f"{results['group_by']}: {name} ({group['prompts']} prompts)", results, group["methods"])
         for name, group in results["groups"].items()
     ]
 
@@ -57,10 +55,7 @@ def _method_table(title: str, results: Mapping[str, Any], methods: Mapping[str, 
 
 def _win_rate_table(results: Mapping[str, Any]) -> Table:
     methods = results["methods"]
-    rows = [
-        [a, *("" if a == b else percent_interval(results["win_rates"][a][b]) for b in methods)]
-        for a in methods
-    ]
+    rows = [[a, *("" if a == b else percent_interval(results["win_rates"][a][b]) for b in methods)] for a in methods]
     return Table("Win rate of the row's method against the column's", ["method", *methods], rows)
 
 

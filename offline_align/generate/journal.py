@@ -70,9 +70,7 @@ def _answers(file: Path) -> Iterator[Completion]:
         try:
             yield Completion(**json.loads(line))
         except (ValueError, TypeError) as error:
-            raise StorageError(
-                f"{file}: is damaged ({error}); delete it, its answers are made again"
-            ) from error
+            raise StorageError(f"{file}: is damaged ({error}); delete it, its answers are made again") from error
 
 
 def missing(requests: Sequence[Request], done: dict[Place, Completion]) -> list[Request]:

@@ -90,15 +90,11 @@ def build_requests(
     if not requests:
         raise DataError(f"data.input: no prompt is left of {len(prompts)}: {dict(dropped)}")
     if dropped or truncated:
-        logger.warning(
-            "%d prompts: %d cut from the left, left out: %s", len(prompts), truncated, dict(dropped)
-        )
+        logger.warning("%d prompts: %d cut from the left, left out: %s", len(prompts), truncated, dict(dropped))
     return Workload(requests, dict(dropped), truncated)
 
 
-def _fit(
-    context: list[int], longest: int, renderer: Renderer, condition: str, too_long: TooLong
-) -> list[int] | None:
+def _fit(context: list[int], longest: int, renderer: Renderer, condition: str, too_long: TooLong) -> list[int] | None:
     """Return the context in at most `longest` tokens, or None where it is to be left out.
 
     Begin of sequence, the request for the answer and the condition stay.

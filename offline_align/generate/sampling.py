@@ -16,9 +16,7 @@ def uniforms(requests: Sequence[Request], seed: int, device: torch.device) -> Te
     """Return [B, L] numbers in [0, 1) in fp64, each row a function of (seed, row, sample index) alone."""
     length = max(request.max_new_tokens for request in requests)
     rows = [
-        np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, r.row, r.sample_index)))).random(
-            length
-        )
+        np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, r.row, r.sample_index)))).random(length)
         for r in requests
     ]
     return torch.from_numpy(np.stack(rows)).to(device)

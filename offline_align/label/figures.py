@@ -67,7 +67,5 @@ def _save(figure: "Figure", path: Path) -> Path:
         figure.savefig(temporary, format="png")
         temporary.replace(path)
     except OSError as error:
-        raise StorageError(
-            f"{path}: {error.strerror or error}; free space or choose another run.dir"
-        ) from error
+        raise StorageError(f"{path}: {error.strerror or error}; free space or choose another run.dir") from error
     return path

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offline_align.config.sections import ComputeSection, DataSection, ParallelSection, RunSection
+from offline_align.config.sections import ComputeSection, DataSection, ParallelSection, RunSection, TooLong
 from offline_align.data.loader import SampleSource
 from offline_align.data.pack import pack
 from offline_align.data.records import Sample
@@ -67,7 +67,8 @@ def load_reward_model(checkpoint: Path, parallel: ParallelSection, ranks: Ranks,
     model = build_model("reward_model", description.model, parallel, ranks.device, bf16)
     assert isinstance(model, RewardModel)
     load_weights(model, checkpoint, ranks)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def tokenized(samples: Sequence[Sample], renderer: Renderer, data: DataSection, cache_dir: Path) -> SampleSource:
@@ -77,9 +78,10 @@ def tokenized(samples: Sequence[Sample], renderer: Renderer, data: DataSection, 
         kept = set(rows.row_ids)
         lost = [s.id for s in samples if s.id not in kept]
         reasons = ", ".join(f"{n} {reason}" for reason, n in rows.dropped.items())
+        fix = "" if data.too_long is TooLong.truncate_prompt else " or set data.too_long=truncate_prompt"
         raise DataError(
-            f"row {lost[0]}: cannot be scored ({reasons} of {len(samples)} rows): raise data.max_length={data.max_length}"
-            f"{'' if data.too_long.value == 'truncate_prompt' else ' or set data.too_long=truncate_prompt'}"
+            f"row {lost[0]}: cannot be scored ({reasons} of {len(samples)} rows): "
+            f"raise data.max_length={data.max_length}{fix}"
         )
     return SampleSource(rows)
 

@@ -66,9 +66,7 @@ def completed(run_dir: Path, stage: str, key: str) -> bool:
     if manifest is None:
         return False
     if manifest.stage != stage:
-        raise ConfigError(
-            f"run.dir={run_dir}: holds a finished run of `{manifest.stage}`; choose another folder"
-        )
+        raise ConfigError(f"run.dir={run_dir}: holds a finished run of `{manifest.stage}`; choose another folder")
     if manifest.key != key:
         raise ConfigError(
             f"run.dir={run_dir}: holds a finished `{stage}` run with other settings or inputs "

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage.files import (

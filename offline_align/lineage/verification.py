@@ -144,6 +144,4 @@ def _check_file(file: Path, record: FileRecord, otherwise: Status) -> FileCheck:
         same = file_sha256(file) == record.sha256
     except StorageError as error:
         return FileCheck(record.path, otherwise, str(error))
-    return (
-        FileCheck(record.path, Status.whole) if same else FileCheck(record.path, otherwise, "other content")
-    )
+    return FileCheck(record.path, Status.whole) if same else FileCheck(record.path, otherwise, "other content")

@@ -28,8 +28,7 @@ def condition(rows: Iterable[LabelledSample], reward_format: str, reward_limit: 
     """
     check_format(reward_format, reward_limit)
     return [
-        TrainingRow(row, condition=condition_text(row.reward, reward_format, reward_limit))
-        for row in checked(rows)
+        TrainingRow(row, condition=condition_text(row.reward, reward_format, reward_limit)) for row in checked(rows)
     ]
 
 
@@ -68,9 +67,7 @@ def _format_problem(reward_format: str) -> str | None:
     return None
 
 
-def check_stable(
-    renderer: ContextRenderer, rewards: Iterable[float], reward_format: str, reward_limit: float
-) -> None:
+def check_stable(renderer: ContextRenderer, rewards: Iterable[float], reward_format: str, reward_limit: float) -> None:
     """Raise ConfigError unless every condition text has its own ids, as many as the others of its sign.
 
     `rewards` are those that occur, and the target. A condition must also leave the ids before it alone.

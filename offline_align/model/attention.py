@@ -130,7 +130,13 @@ class PackedAttention(nn.Module):
             ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
             mask = ones.tril() & ones.triu(1 - self.window)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=q.size(1) != k.size(1),
         )
         return out.transpose(1, 2).flatten(0, 1).index_select(0, group.scatter)
 

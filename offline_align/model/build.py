@@ -59,7 +59,8 @@ def build_model(
     else:
         # Targets are selected from the gathered sequence before the projection, which gathers no more.
         built.output_layer.sequence_parallel = False
-    return built.to(device)
+    built.to(device)
+    return built
 
 
 def transformer_config(
@@ -69,7 +70,9 @@ def transformer_config(
     known = set(TransformerConfig.__dataclass_fields__)
     unknown = [k for k in model.overrides if k not in known]
     if unknown:
-        raise ConfigError([f"model.overrides.{k}={model.overrides[k]}: TransformerConfig has no such field" for k in unknown])
+        raise ConfigError(
+            [f"model.overrides.{k}={model.overrides[k]}: TransformerConfig has no such field" for k in unknown]
+        )
     values = _fields(model, parallel, device, bf16) | _recompute_fields(recompute) | model.overrides
     try:
         return TransformerConfig(**values)

@@ -82,7 +82,9 @@ def find_checkpoint(path: str | Path, key: str = "init.from") -> Path:
     """
     given = Path(path)
     if not given.exists():
-        raise ConfigError(f"{key}={path}: no such folder; give a run folder, a checkpoint folder or a Hugging Face folder")
+        raise ConfigError(
+            f"{key}={path}: no such folder; give a run folder, a checkpoint folder or a Hugging Face folder"
+        )
     for folder in (given, given / "checkpoints" / "latest"):
         if (folder / FILE_NAME).is_file():
             return folder.resolve()

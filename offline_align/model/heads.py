@@ -46,19 +46,22 @@ class Policy(GPTModel):  # type: ignore[misc]
         )
         return nll
 
-    def _target_nll(self, hidden_states: Tensor, output_weight: Tensor | None, context: PackedBatch, **_: Any) -> Tensor:
+    def _target_nll(
+        self, hidden_states: Tensor, output_weight: Tensor | None, context: PackedBatch, **_: Any
+    ) -> Tensor:
         hidden = _whole_sequence(hidden_states, self.config.sequence_parallel)
         # [N, 1, C]: the prompt never meets the vocabulary.
         hidden = hidden.index_select(0, context.target_index)
         rows = max(1, _LOGITS_BUDGET_BYTES // (4 * self.output_layer.output_size_per_partition))
         if hidden.size(0) <= rows:
             return self._nll(hidden, context.target_ids, output_weight)
-        chunks = zip(hidden.split(rows), context.target_ids.split(rows), strict=True)
+        chunks = zip(torch.split(hidden, rows), torch.split(context.target_ids, rows), strict=True)
         return torch.cat([checkpoint(self._nll, h, ids, output_weight, use_reentrant=False) for h, ids in chunks])
 
     def _nll(self, hidden: Tensor, ids: Tensor, output_weight: Tensor | None) -> Tensor:
         logits, _ = self.output_layer(hidden, weight=output_weight)
-        return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), ids[:, None])[:, 0]
+        nll: Tensor = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), ids[:, None])
+        return nll[:, 0]
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Return this rank's logits of every token: [T, V], for comparison with other implementations."""

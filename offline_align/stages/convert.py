@@ -24,9 +24,7 @@ def run(config: ConvertRun, explicit: frozenset[str]) -> int:
     origin = resolve(config, explicit)
     _check(config, origin)
     if config.dry_run:
-        logger.info(
-            "convert: %s to %s form in %s", config.init.from_, config.convert.to.value, config.run.dir
-        )
+        logger.info("convert: %s to %s form in %s", config.init.from_, config.convert.to.value, config.run.dir)
         return 0
     key = common.key_of("convert", config)
     if common.is_finished("convert", config, key):
@@ -36,9 +34,7 @@ def run(config: ConvertRun, explicit: frozenset[str]) -> int:
     run_dir = common.start_folder(config)
     with session(config.parallel, config.run) as ranks:
         to_megatron = config.convert.to is ConvertTo.megatron
-        outputs = (
-            _to_megatron(origin, run_dir, ranks) if to_megatron else _to_huggingface(config, origin, ranks)
-        )
+        outputs = _to_megatron(origin, run_dir, ranks) if to_megatron else _to_huggingface(config, origin, ranks)
     lineage.write_manifest(
         run_dir,
         "convert",

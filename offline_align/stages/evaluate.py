@@ -62,9 +62,7 @@ def _scores(judge: Judge, comparison: Comparison) -> Floats:
     return np.array(judge.score(comparison.samples()), dtype=np.float64).reshape(comparison.shape)
 
 
-def _report(
-    config: EvaluateRun, key: str, comparison: Comparison, judgement: Judgement, judge: Judge
-) -> None:
+def _report(config: EvaluateRun, key: str, comparison: Comparison, judgement: Judgement, judge: Judge) -> None:
     run_dir = common.start_folder(config)
     # Shown beside another judge's scores; as the judge it is the scores.
     quality = None if config.judge.kind is JudgeKind.ground_truth else _true_quality(comparison)

@@ -68,9 +68,7 @@ def requested_condition(origin: Origin, target_reward: float | None) -> Conditio
         usual = ConditionalMethodSection()
         trained = Condition(usual.reward_format, usual.reward_limit, target_reward)
     if trained is None and origin.method == "ca":
-        raise ConfigError(
-            "method.target_reward is not set, and this policy of `ca` stores none; give a reward"
-        )
+        raise ConfigError("method.target_reward is not set, and this policy of `ca` stores none; give a reward")
     if trained is None:
         if target_reward is not None:
             raise ConfigError(

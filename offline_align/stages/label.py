@@ -76,7 +76,13 @@ def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
 def _score_missing(config: LabelRun, samples: list[Sample], journal: Path, ranks: Any, stop: Any) -> None:
     """Score the rows that the journal lacks; raises StoppedEarly, with all scores on disk, on request."""
     from offline_align.label.journal import JournalWriter, read_journal
-    from offline_align.label.scoring import load_reward_model, plan_bins, reward_renderer, score_bin, tokenized
+    from offline_align.label.scoring import (
+        load_reward_model,
+        plan_bins,
+        reward_renderer,
+        score_bin,
+        tokenized,
+    )
     from offline_align.progress import Meter
     from offline_align.stages.training import uses_bf16
 

@@ -99,7 +99,8 @@ def _from_huggingface(config: ModelRun, folder: Path, explicit: frozenset[str]) 
 
     architecture = read_architecture(folder)
     model = _merged(config.model, architecture.model, explicit, str(folder))
-    tokenizer = load_tokenizer(tokenizer_path(config.model.tokenizer) if _given_tokenizer(config, explicit) else folder)
+    given = config.model.tokenizer if "model.tokenizer" in explicit else None
+    tokenizer = load_tokenizer(tokenizer_path(given) if given is not None else folder)
     condition = architecture.extra.get("condition")
     template = architecture.extra.get("template")
     return Origin(
@@ -112,10 +113,6 @@ def _from_huggingface(config: ModelRun, folder: Path, explicit: frozenset[str]) 
         condition=Condition(**condition) if condition else None,
         method=str(architecture.extra.get("method", "")),
     )
-
-
-def _given_tokenizer(config: ModelRun, explicit: frozenset[str]) -> bool:
-    return "model.tokenizer" in explicit and config.model.tokenizer is not None
 
 
 def _merged(given: ModelSection, found: ModelSection, explicit: frozenset[str], source: str) -> ModelSection:
@@ -140,7 +137,9 @@ def _template(config: ModelRun, trained: Template | None) -> Template:
     return trained or given or Template.paper
 
 
-def load_origin(module: "torch.nn.Module", origin: Origin, ranks: "Ranks", fresh_prefixes: tuple[str, ...] = ()) -> None:
+def load_origin(
+    module: "torch.nn.Module", origin: Origin, ranks: "Ranks", fresh_prefixes: tuple[str, ...] = ()
+) -> None:
     """Put the weights of `origin` into a built model; random ones stay where it has none, and are announced."""
     if origin.checkpoint is not None:
         from offline_align.train.checkpoint import load_weights

@@ -46,9 +46,7 @@ def run(config: PlanRun, explicit: frozenset[str]) -> int:
     finished = run_dir is not None and common.is_finished("plan", config, key)
     if run_dir is not None and not finished:
         common.start_folder(config)
-    bad_rows = BadRows(
-        config.data.on_bad_row, run_dir / "quarantine.jsonl" if run_dir and not finished else None
-    )
+    bad_rows = BadRows(config.data.on_bad_row, run_dir / "quarantine.jsonl" if run_dir and not finished else None)
     rows = checked(read_rows(paths, LabelledSample, bad_rows))
     renderer = _renderer(config, paths)
     sizes = _token_sizes(rows, renderer, config.data.max_length) if renderer else _character_sizes(rows)

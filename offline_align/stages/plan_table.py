@@ -14,9 +14,7 @@ BARS = 15
 def tables(plan: Plan, warnings: list[str]) -> list[RenderableType]:
     """Return what is printed, top to bottom."""
     note = "" if plan.unit == "tokens" else " (no tokenizer is known; set model.tokenizer for tokens)"
-    head = Text(
-        f"{plan.rows:,} rows, {plan.size:,} {plan.unit}, {plan.response_size:,} of them in responses{note}"
-    )
+    head = Text(f"{plan.rows:,} rows, {plan.size:,} {plan.unit}, {plan.response_size:,} of them in responses{note}")
     parts: list[RenderableType] = [head, _methods(plan), _betas(plan), _histogram(plan.conditional)]
     return parts + [Text(f"warning: {line}", style="yellow") for line in [*_cautions(plan), *warnings]]
 
@@ -62,9 +60,7 @@ def _betas(plan: Plan) -> Table:
     for row in plan.betas:
         numbers = (f"{row.min_weight:.3g}", f"{row.max_weight:.3g}", f"{row.effective_sample_size:,.0f}")
         style = "bold" if row.beta == plan.weighted.beta else ""
-        table.add_row(
-            f"{row.beta:g}", *numbers, _share(row.effective_share), _share(row.top_mass), style=style
-        )
+        table.add_row(f"{row.beta:g}", *numbers, _share(row.effective_share), _share(row.top_mass), style=style)
     return table
 
 

@@ -8,7 +8,13 @@ from rich.table import Table
 from offline_align.config.compose import world_size
 from offline_align.config.runs import LabelRun, ModelRun, TrainRun
 from offline_align.config.sections import ModelSection, Precision
-from offline_align.distributed.sizes import MemoryEstimate, ModelSizes, ParallelSizes, model_sizes, training_memory
+from offline_align.distributed.sizes import (
+    MemoryEstimate,
+    ModelSizes,
+    ParallelSizes,
+    model_sizes,
+    training_memory,
+)
 from offline_align.launch import torchrun_command
 from offline_align.stages.origin import resolve
 

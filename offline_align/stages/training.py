@@ -115,10 +115,15 @@ def _source(config: TrainRun, which: str, read: Any, renderer: Renderer, ranks: 
     if named is None:
         return None, {}
     paths = input_paths(named, f"data.{which}")
-    return ranks.main_first(lambda: _tokenized(config, paths, read, renderer, ranks.is_main))
+    found: tuple[Any, dict[str, Any]] = ranks.main_first(
+        lambda: _tokenized(config, paths, read, renderer, ranks.is_main)
+    )
+    return found
 
 
-def _tokenized(config: TrainRun, paths: list[Path], read: Any, renderer: Renderer, main: bool) -> tuple[Any, dict[str, Any]]:
+def _tokenized(
+    config: TrainRun, paths: list[Path], read: Any, renderer: Renderer, main: bool
+) -> tuple[Any, dict[str, Any]]:
     from offline_align.data.loader import PairSource, SampleSource
     from offline_align.data.tokenize import tokenize_pairs, tokenize_samples
 
@@ -133,13 +138,16 @@ def _tokenized(config: TrainRun, paths: list[Path], read: Any, renderer: Rendere
     else:
         tokenized = tokenize_samples(rows.rows, renderer, config.data, cache, bad_rows)
         source = SampleSource(tokenized)
-    facts = {**rows.facts, "rows": len(source), "dropped": tokenized.dropped, "bad_rows": dict(bad_rows.counts)}
+    facts = {
+        **rows.facts,
+        "rows": len(source),
+        "dropped": tokenized.dropped,
+        "bad_rows": dict(bad_rows.counts),
+    }
     return source, facts
 
 
-def _assemble(
-    config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid: Any, ranks: Any, key: str
-) -> Any:
+def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid: Any, ranks: Any, key: str) -> Any:
     """Build model, optimizer and loaders, and load the initial weights unless the run is continued."""
     from offline_align.distributed.sizes import model_sizes
     from offline_align.model.build import build_model

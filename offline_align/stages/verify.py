@@ -42,9 +42,7 @@ def render(report: Report) -> Tree:
 
 
 def _node(report: Report, shown: set[Path]) -> Tree:
-    label = Text.assemble(
-        (report.stage or "run", "bold"), f"  {_shown(report.run_dir)}  ", _status(report.status)
-    )
+    label = Text.assemble((report.stage or "run", "bold"), f"  {_shown(report.run_dir)}  ", _status(report.status))
     if report.reason:
         label.append(f"  {report.reason}")
     tree = Tree(label)

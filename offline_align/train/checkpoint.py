@@ -88,18 +88,25 @@ def save(
         if ranks.is_main:
             _commit(folder, final, files)
     except OSError as error:
-        raise StorageError(f"{error.filename or folder}: cannot save the checkpoint: {error.strerror or error}") from error
+        raise StorageError(
+            f"{error.filename or folder}: cannot save the checkpoint: {error.strerror or error}"
+        ) from error
     ranks.barrier()
     return final
 
 
 def _save_shards(model: nn.Module, optimizer: MegatronOptimizer | None, folder: Path) -> None:
     # megatron's writers are threads of this process; only their result queue would start a manager process.
-    filesystem_async._results_queue = queue.Queue()  # type: ignore[attr-defined]
-    shards: dict[str, Any] = dict(model.sharded_state_dict())  # type: ignore[operator]
+    filesystem_async._results_queue = queue.Queue()
+    shards = _shards(model)
     if optimizer is not None:
         shards["optimizer"] = optimizer.sharded_state_dict(dict(shards), metadata=dict(_OPTIMIZER_FORM))
     dist_checkpointing.save(shards, str(folder), async_strategy="mcore", content_metadata=dict(_OPTIMIZER_FORM))
+
+
+def _shards(model: Any) -> dict[str, Any]:
+    """Return megatron's description of the weights of a model."""
+    return dict(model.sharded_state_dict())
 
 
 def _hash_files(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
@@ -201,14 +208,14 @@ def load_weights(model: nn.Module, folder: Path, ranks: Ranks, fresh_prefixes: t
     Raises StorageError on all ranks where a file is damaged.
     """
     verify(folder, ranks)
-    wanted = {k: v for k, v in model.sharded_state_dict().items() if not k.startswith(fresh_prefixes or ("\0",))}  # type: ignore[operator]
+    wanted = {k: v for k, v in _shards(model).items() if not k.startswith(fresh_prefixes or ("\0",))}
     _load_into(model, dist_checkpointing.load(wanted, str(folder)))
 
 
 def load(model: nn.Module, optimizer: MegatronOptimizer, folder: Path, ranks: Ranks) -> TrainState:
     """Load weights, moments and state of a checkpoint saved at any layout; raises StorageError as `load_weights`."""
     verify(folder, ranks)
-    shards: dict[str, Any] = dict(model.sharded_state_dict())  # type: ignore[operator]
+    shards = _shards(model)
     shards["optimizer"] = optimizer.sharded_state_dict(dict(shards), is_loading=True, metadata=dict(_OPTIMIZER_FORM))
     loaded = dist_checkpointing.load(shards, str(folder))
     optimizer.load_state_dict(loaded.pop("optimizer"))

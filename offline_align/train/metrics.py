@@ -21,7 +21,7 @@ class MetricsWriter:
         path = run_dir / FILE_NAME
         _drop_steps_from(path, first_step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -29,7 +29,7 @@ class MetricsWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._file is not None:
             self._file.close()
-            self._board.close()  # type: ignore[no-untyped-call]
+            self._board.close()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write the values of `step` (optimizer steps done)."""
@@ -41,7 +41,7 @@ class MetricsWriter:
         self._file.flush()
         for name, value in values.items():
             if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                self._board.add_scalar(name, value, step)
 
 
 def _finite(value: Any) -> Any:

@@ -62,7 +62,11 @@ class TrainStep:
     """Forward, backward and update of one global batch."""
 
     def __init__(
-        self, model: DistributedDataParallel, optimizer: MegatronOptimizer, objective: Objective, clip_grad: float
+        self,
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        objective: Objective,
+        clip_grad: float,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -103,7 +107,8 @@ class TrainStep:
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     def _forward_step(self, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches).to(self.device)
@@ -130,7 +135,10 @@ class TrainStep:
 
 
 def evaluate(
-    model: DistributedDataParallel, objective: Objective, batches: Iterator[list[PackedBatch]], device: torch.device
+    model: DistributedDataParallel,
+    objective: Objective,
+    batches: Iterator[list[PackedBatch]],
+    device: torch.device,
 ) -> tuple[dict[str, float], int]:
     """Return the means of the objective's metrics over all `batches` and their count, the same on every rank."""
     model.eval()

@@ -93,7 +93,9 @@ class Trainer:
                     self._save()
                 if result.stop and self.state.step < total:
                     reason = stop.reason or "a request to another rank"
-                    raise StoppedEarly(f"stopped by {reason} after step {self.state.step} of {total}, saved: run it again")
+                    raise StoppedEarly(
+                        f"stopped by {reason} after step {self.state.step} of {total}, saved: run it again"
+                    )
         return self.state
 
     def _continue(self) -> None:
@@ -182,7 +184,13 @@ class Trainer:
             return
         self.state.settings = self.settings
         checkpoint.save(
-            self.run_dir, self.module, self.optimizer, self.description, self.tokenizer, self.state, self.ranks
+            self.run_dir,
+            self.module,
+            self.optimizer,
+            self.description,
+            self.tokenizer,
+            self.state,
+            self.ranks,
         )
         if self.ranks.is_main:
             if self.state.best_step == self.state.step:

@@ -46,9 +46,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
 
 def convert(source: Path, target: Path, to: str, *words: str) -> int:
-    return run(
-        ["convert", f"init.from={source}", f"run.dir={target}", f"convert.to={to}", "run.device=cpu", *words]
-    )
+    return run(["convert", f"init.from={source}", f"run.dir={target}", f"convert.to={to}", "run.device=cpu", *words])
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -109,9 +107,7 @@ def test_wrong_settings_are_named(
     named: str,
 ) -> None:
     theirs = save("LlamaForCausalLM")
-    assert (
-        run(["convert", f"init.from={theirs}", f"run.dir={tmp_path / 'out'}", "dry_run=true", *words]) == 78
-    )
+    assert run(["convert", f"init.from={theirs}", f"run.dir={tmp_path / 'out'}", "dry_run=true", *words]) == 78
     assert named in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

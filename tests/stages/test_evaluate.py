@@ -64,11 +64,7 @@ def test_the_report_ranks_the_methods_by_their_quality(
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["methods"] == ["sft", "ca(5.0)", "ca(-2.0)"]
     overall = report["overall"]
-    assert (
-        overall["ca(5.0)"]["score"]["mean"]
-        > overall["sft"]["score"]["mean"]
-        > overall["ca(-2.0)"]["score"]["mean"]
-    )
+    assert overall["ca(5.0)"]["score"]["mean"] > overall["sft"]["score"]["mean"] > overall["ca(-2.0)"]["score"]["mean"]
     assert overall["ca(5.0)"]["win_rate"]["low"] > 0.5
     assert report["judged_prompts"] == PROMPTS
     printed = capsys.readouterr().out
@@ -111,8 +107,7 @@ def test_people_rate_blindly_and_the_true_quality_stands_beside(
     assert read_manifest(tmp_path / "report") is None
     samples = load_comparison(files, BadRows(OnBadRow.fail, None)).samples()
     rows = [
-        {"answer": answer_key(s, 1234), "score": 1 + 9 * (demo.true_quality(s.prompt, s.response) > 5)}
-        for s in samples
+        {"answer": answer_key(s, 1234), "score": 1 + 9 * (demo.true_quality(s.prompt, s.response) > 5)} for s in samples
     ]
     (tmp_path / "report" / "ratings_a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert start(files, "judge.kind=human") == 0
@@ -134,9 +129,7 @@ def test_other_prompts_have_no_true_quality(start: Start, tmp_path: Path) -> Non
 def test_a_prompt_that_one_file_lacks_is_named(start: Start, files: list[Path]) -> None:
     lines = files[1].read_text().splitlines(keepends=True)
     files[1].write_text("".join(lines[:-1]))
-    with pytest.raises(
-        DataError, match=r"ca_high/generations\.jsonl: id: prompt demo-prompt-0012 is missing"
-    ):
+    with pytest.raises(DataError, match=r"ca_high/generations\.jsonl: id: prompt demo-prompt-0012 is missing"):
         start(files, "judge=ground_truth")
 
 

@@ -68,9 +68,7 @@ def conditional(save: Callable[..., Path]) -> Path:
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
-    rows = [
-        {"id": f"q{i}", "prompt": f"Hello, fox {i}" + " dog" * (i % 5), "benchmark": "b"} for i in range(14)
-    ]
+    rows = [{"id": f"q{i}", "prompt": f"Hello, fox {i}" + " dog" * (i % 5), "benchmark": "b"} for i in range(14)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -165,9 +163,7 @@ def test_several_samples_are_numbered(policy: Path, prompts: Path, tmp_path: Pat
     sampling = ["generate.n=3", "generate.temperature=1.0"]
     generate(policy, prompts, tmp_path / "out", *sampling)
     rows = read(tmp_path / "out")
-    assert [(row["id"], row["sample_index"]) for row in rows] == [
-        (f"q{i}", k) for i in range(14) for k in range(3)
-    ]
+    assert [(row["id"], row["sample_index"]) for row in rows] == [(f"q{i}", k) for i in range(14) for k in range(3)]
     assert len({row["response"] for row in rows[:3]}) > 1
 
 

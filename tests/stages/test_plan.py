@@ -61,18 +61,14 @@ def expected_tokens(renderer: Renderer) -> int:
 
 
 @pytest.mark.parametrize("template", list(Template))
-def test_tokens_of_the_named_tokenizer(
-    template: Template, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tokens_of_the_named_tokenizer(template: Template, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_hugging_face(tmp_path / "hf")
     plan.run(settings(write_labelled(tmp_path), folder, template=template), frozenset())
     total = expected_tokens(Renderer(load_tokenizer(folder), template))
     assert f"5 rows, {total} tokens" in capsys.readouterr().out
 
 
-def test_tokens_of_the_reward_model_behind_the_labels(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tokens_of_the_reward_model_behind_the_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reward, label = tmp_path / "reward", tmp_path / "label"
     checkpoint = reward / "checkpoints" / "latest"
     write_sentencepiece(checkpoint / "tokenizer")
@@ -127,9 +123,7 @@ def test_bad_rows_by_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_format_that_is_not_stable_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    method = PlanMethodSection(
-        target_reward=12.0, reward_limit=20.0, threshold=2.0, reward_format="[b]{reward:.1f}"
-    )
+    method = PlanMethodSection(target_reward=12.0, reward_limit=20.0, threshold=2.0, reward_format="[b]{reward:.1f}")
     config = settings(write_labelled(tmp_path), write_sentencepiece(tmp_path / "sp"))
     plan.run(replace(config, method=method), frozenset())
     shown = " ".join(capsys.readouterr().out.split())

@@ -30,9 +30,7 @@ def start(tmp_path: Path) -> Start:
         """Run the stage with small demo sizes and return its folder."""
         listed = ",".join(f"'{entry}'" for entry in inputs)
         small = ["prepare.demo_sft_rows=300", "prepare.demo_preference_rows=200"]
-        composed = compose(
-            "prepare", [*small, f"run.dir={tmp_path / name}", f"data.input=[{listed}]", *words]
-        )
+        composed = compose("prepare", [*small, f"run.dir={tmp_path / name}", f"data.input=[{listed}]", *words])
         assert composed.problems == []
         assert isinstance(composed.config, PrepareRun)
         assert run(composed.config, composed.explicit) == 0
@@ -195,17 +193,13 @@ def test_every_wrong_setting_is_named_at_once(start: Start) -> None:
     ]
 
 
-def test_rows_from_the_hub(
-    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_from_the_hub(start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([sample(i) for i in range(9)]))
     folder = start("hf:owner/set", words=["prepare.max_rows=4"])
     rows = [row for name in ROW_FILES for row in load(folder / name)]
-    assert sorted(row["id"] for row in rows) == [
-        f"{Source('hf:owner/set', None).name}:{i}" for i in range(1, 5)
-    ]
+    assert sorted(row["id"] for row in rows) == [f"{Source('hf:owner/set', None).name}:{i}" for i in range(1, 5)]
     assert "sft_train.jsonl" in capsys.readouterr().out
 
 

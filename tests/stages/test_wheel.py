@@ -24,9 +24,7 @@ def call(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 def build_wheel(folder: Path) -> Path:
     # Without isolation, nothing is downloaded.
     isolation = ["--no-isolation"] if importlib.util.find_spec("hatchling") else []
-    done = call(
-        sys.executable, "-m", "build", "--wheel", *isolation, "--outdir", folder, REPOSITORY, cwd=folder
-    )
+    done = call(sys.executable, "-m", "build", "--wheel", *isolation, "--outdir", folder, REPOSITORY, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     [wheel] = folder.glob("*.whl")
     return wheel

@@ -126,9 +126,7 @@ def test_imports_are_found_wherever_they_stand() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "path", sorted((PACKAGE / "train").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
-)
+@pytest.mark.parametrize("path", sorted((PACKAGE / "train").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_the_trainer_knows_no_stage(path: Path) -> None:
     lines = enumerate(path.read_text("utf-8").splitlines(), start=1)
     found = [f"{path.name}:{n}: {line.strip()}" for n, line in lines if STAGE_NAMES.search(line)]

@@ -24,9 +24,7 @@ from offline_align.lineage import (
 CONFIG = {"run": {"dir": "runs/a", "seed": 1}, "optim": {"lr": 1e-5}, "launcher": {"nodes": 1}}
 
 
-def make_run(
-    run_dir: Path, stage: str, inputs: list[Path], parents: list[Path], name: str = "out.jsonl"
-) -> Path:
+def make_run(run_dir: Path, stage: str, inputs: list[Path], parents: list[Path], name: str = "out.jsonl") -> Path:
     run_dir.mkdir(parents=True)
     output = run_dir / name
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -266,9 +264,7 @@ def test_verify_finds_a_flipped_bit_in_any_output_of_the_chain(chain: Path) -> N
     assert "model.safetensors: damaged: other content" in problem
 
 
-@pytest.mark.parametrize(
-    ("name", "status"), [("runs/sft/config.yaml", "missing"), ("data/raw.jsonl", "missing")]
-)
+@pytest.mark.parametrize(("name", "status"), [("runs/sft/config.yaml", "missing"), ("data/raw.jsonl", "missing")])
 def test_verify_finds_missing_files(chain: Path, name: str, status: str) -> None:
     (chain / name).unlink()
     problems = verify(chain / "runs/generate").problems()
@@ -373,9 +369,7 @@ def test_malformed_entries_are_damage(chain: Path) -> None:
     assert verify(chain / "runs/prepare").status is Status.damaged
 
 
-def test_write_atomically_keeps_the_old_file_on_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_atomically_keeps_the_old_file_on_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "manifest.json"
     write_atomically(path, b"old")
 

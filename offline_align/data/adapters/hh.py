@@ -25,6 +25,5 @@ def _turns(transcript: str) -> list[dict[str, str]]:
     if before.strip() or not parts:
         raise DroppedRow("hh: not a transcript of Human and Assistant")
     return [
-        {"role": ROLES[speaker], "content": text.strip()}
-        for speaker, text in zip(parts[::2], parts[1::2], strict=True)
+        {"role": ROLES[speaker], "content": text.strip()} for speaker, text in zip(parts[::2], parts[1::2], strict=True)
     ]

@@ -62,7 +62,5 @@ def reward_model_judge(config: EvaluateRun) -> RewardModelJudge:
     checkpoint = find_checkpoint(config.judge.model, "judge.model")
     kind = ModelDescription.load(checkpoint).kind
     if kind != "reward_model":
-        raise ConfigError(
-            f"judge.model={config.judge.model}: is a {kind}; give the run folder of a `reward` run"
-        )
+        raise ConfigError(f"judge.model={config.judge.model}: is a {kind}; give the run folder of a `reward` run")
     return RewardModelJudge(checkpoint, config)

@@ -132,9 +132,7 @@ def served_model_judge(judge: JudgeSection, run_dir: Path, seed: int) -> ServedM
         problems.append("judge.model is not set: give the name of the served model")
     key = os.environ.get("OPENAI_API_KEY")
     if not key and not judge.base_url:
-        problems.append(
-            "judge=openai: OPENAI_API_KEY is not set in the environment; set it, or judge.base_url"
-        )
+        problems.append("judge=openai: OPENAI_API_KEY is not set in the environment; set it, or judge.base_url")
     if problems or not judge.model:
         raise ConfigError(problems)
     from openai import OpenAI

@@ -60,7 +60,13 @@ def test_own_groups_are_found(tmp_path: Path) -> None:
 
 
 def test_all_mistakes_are_reported_together() -> None:
-    words = ["optim.lr=fast", "trainer.max_stepz=3", "parallel=tp9", "parallel.sequence_parallel=3", "model.num_layers=1.5"]
+    words = [
+        "optim.lr=fast",
+        "trainer.max_stepz=3",
+        "parallel=tp9",
+        "parallel.sequence_parallel=3",
+        "model.num_layers=1.5",
+    ]
     problems = compose("sft", words).problems
     assert len(problems) == 6  # run.dir is missing too
     text = "\n".join(problems)

@@ -95,8 +95,6 @@ def read_tensors() -> Callable[[Path], dict[str, torch.Tensor]]:
     """Read all safetensors files of a folder."""
 
     def read(folder: Path) -> dict[str, torch.Tensor]:
-        return {
-            name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()
-        }
+        return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
     return read

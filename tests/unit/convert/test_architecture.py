@@ -61,9 +61,7 @@ def test_old_and_new_rope_keys_mean_the_same(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_computed_is_refused_by_name(
-    tmp_path: Path, changes: dict[str, Any], named: str
-) -> None:
+def test_what_cannot_be_computed_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         read(tmp_path, **changes)
 
@@ -96,9 +94,7 @@ def test_a_folder_without_readable_config_is_refused(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["policy", "reward_model"])
-def test_written_config_reads_back_as_the_same_model(
-    tmp_path: Path, changes: dict[str, Any], kind: Any
-) -> None:
+def test_written_config_reads_back_as_the_same_model(tmp_path: Path, changes: dict[str, Any], kind: Any) -> None:
     fields: dict[str, Any] = {
         "num_layers": 2,
         "hidden_size": 32,

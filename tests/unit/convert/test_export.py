@@ -120,9 +120,7 @@ def turns(dialogue: tuple[Message, ...]) -> list[dict[str, str]]:
 
 def their_context(folder: Path, dialogue: tuple[Message, ...] = DIALOGUE) -> list[int]:
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
-    ids: list[int] = loaded.apply_chat_template(
-        turns(dialogue), add_generation_prompt=True, return_dict=False
-    )
+    ids: list[int] = loaded.apply_chat_template(turns(dialogue), add_generation_prompt=True, return_dict=False)
     return ids
 
 
@@ -221,9 +219,7 @@ def test_padding_is_never_end_of_sequence(byte_level: Tokenizer, sentencepiece: 
     assert padding_id(sentencepiece) == sentencepiece.bos_id
 
 
-def test_the_model_card_says_how_it_is_asked_and_made(
-    export: Callable[..., Path], sentencepiece: Tokenizer
-) -> None:
+def test_the_model_card_says_how_it_is_asked_and_made(export: Callable[..., Path], sentencepiece: Tokenizer) -> None:
     card = (export(sentencepiece, method="ca", condition=CONDITION) / "README.md").read_text()
     assert "Conditional Alignment" in card
     assert "ends with `<rm_score>5.0`" in card

@@ -190,8 +190,6 @@ def test_a_truncated_file_is_a_storage_error(save_model: Save) -> None:
 def test_a_checkpoint_with_a_missing_or_unknown_tensor_is_refused() -> None:
     model = ModelSection(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, vocab_size=10)
     with pytest.raises(ConfigError, match=r"output_layer\.weight"):
-        dict(
-            huggingface_tensors([("embedding.word_embeddings.weight", torch.zeros(128, 8))], model, "policy")
-        )
+        dict(huggingface_tensors([("embedding.word_embeddings.weight", torch.zeros(128, 8))], model, "policy"))
     with pytest.raises(ConfigError, match="unheard_of"):
         dict(huggingface_tensors([("unheard_of", torch.zeros(1))], model, "policy"))

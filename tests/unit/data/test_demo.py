@@ -26,9 +26,7 @@ from offline_align.data.records import Message
 from tests.support import REPOSITORY
 
 PROMPT = "My name is Mia. Please tell me the colour, the home and the food of the fox."
-FIRST_PROMPT = (
-    "I am Grace and I would like to know the colour, the home, the food and the voice of the monkey."
-)
+FIRST_PROMPT = "I am Grace and I would like to know the colour, the home, the food and the voice of the monkey."
 FIRST_RESPONSE = "The monkey is an animal. It depends. I am not sure."
 FACTS = "The fox is red. It lives in the forest. It eats mice."
 
@@ -147,9 +145,7 @@ def test_alignment_can_be_seen_in_greedy_answers() -> None:
     answers = sorted((answer(request, random) for _ in range(3000)), key=lambda a: true_quality(PROMPT, a))
     sentences = [re.findall(r"[^.!?]+[.!?]", text) for text in answers]
     sentences = [[sentence.strip() for sentence in row] for row in sentences]
-    qualities = [
-        true_quality(PROMPT, greedy(rows)) for rows in (sentences, sentences[1500:], sentences[-300:])
-    ]
+    qualities = [true_quality(PROMPT, greedy(rows)) for rows in (sentences, sentences[1500:], sentences[-300:])]
     assert 4 < qualities[0] < qualities[1] < qualities[2] == 10
     assert true_quality(PROMPT, greedy(sentences[:600])) < 2
 

@@ -53,9 +53,7 @@ def skipping(tmp_path: Path) -> BadRows:
 @pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
 @pytest.mark.parametrize(("line", "reason"), BAD_LINES.values(), ids=BAD_LINES.keys())
-def test_a_bad_line_is_named_or_quarantined(
-    tmp_path: Path, line: bytes, reason: str, name: str, position: int
-) -> None:
+def test_a_bad_line_is_named_or_quarantined(tmp_path: Path, line: bytes, reason: str, name: str, position: int) -> None:
     lines = [GOOD, GOOD]
     lines.insert(position, line)
     path = write(tmp_path / name, *lines)

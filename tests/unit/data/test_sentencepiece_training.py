@@ -64,9 +64,7 @@ def test_very_long_lines_are_learned_from(model: bytes) -> None:
     assert len(processor.encode("zyxwvut")) == 1
 
 
-@pytest.mark.parametrize(
-    ("size", "advice"), [(100_000, "set it to [0-9]+ or less"), (100, "larger vocabulary")]
-)
+@pytest.mark.parametrize(("size", "advice"), [(100_000, "set it to [0-9]+ or less"), (100, "larger vocabulary")])
 def test_an_impossible_vocabulary_names_the_setting(size: int, advice: str) -> None:
     with pytest.raises(ConfigError, match=rf"tokenizer\.vocab_size={size}: .*{advice}") as error:
         train_sentencepiece(texts(), size)

@@ -49,9 +49,7 @@ def chat(tmp_path: Path) -> Renderer:
 
 
 def chat_renderer(folder: Path, template: str, **config: Any) -> Renderer:
-    return Renderer(
-        load_tokenizer(write_hugging_face(folder, chat_template=template, **config)), Template.chat
-    )
+    return Renderer(load_tokenizer(write_hugging_face(folder, chat_template=template, **config)), Template.chat)
 
 
 def test_paper_text_of_one_turn(paper: Renderer) -> None:
@@ -114,9 +112,7 @@ def test_special_strings_of_users_stay_text_in_the_paper_template(paper: Rendere
 
 
 @pytest.mark.parametrize("prompt", [QUESTION, DIALOGUE])
-def test_stock_ids_of_apply_chat_template(
-    prompt: tuple[Message, ...], chat: Renderer, tmp_path: Path
-) -> None:
+def test_stock_ids_of_apply_chat_template(prompt: tuple[Message, ...], chat: Renderer, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     stock = AutoTokenizer.from_pretrained(tmp_path / "chat")

@@ -23,15 +23,11 @@ from tests.support import real_data_dir
 
 
 def training_row(i: int, prompt: str = "Hello", response: str = "Fine", **more: str) -> TrainingRow:
-    sample = Sample(
-        f"row-{i}", (Message("user", prompt),), response, {"prompt": prompt, "response": response}
-    )
+    sample = Sample(f"row-{i}", (Message("user", prompt),), response, {"prompt": prompt, "response": response})
     return TrainingRow(sample, weight=i / 8, condition=more.get("condition", ""))
 
 
-def preference_pair(
-    i: int, prompt: str, chosen: str, rejected: str, margin: float | None = None
-) -> PreferencePair:
+def preference_pair(i: int, prompt: str, chosen: str, rejected: str, margin: float | None = None) -> PreferencePair:
     return PreferencePair(f"pair-{i}", (Message("user", prompt),), chosen, rejected, margin, {})
 
 
@@ -63,9 +59,7 @@ def cache(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["renderer", "chat"])
 def test_rows_are_context_and_target(kind: str, cache: Path, request: pytest.FixtureRequest) -> None:
     renderer: Renderer = request.getfixturevalue(kind)
-    rows = [
-        training_row(i, f"Question {i}" * i, f"Answer {i}", condition=f"<rm_score>{i}.0") for i in range(9)
-    ]
+    rows = [training_row(i, f"Question {i}" * i, f"Answer {i}", condition=f"<rm_score>{i}.0") for i in range(9)]
     made = tokenize_samples(rows, renderer, DataSection(), cache)
     assert len(made) == len(rows) == len(made.offsets) - 1
     for i, row in enumerate(rows):
@@ -88,9 +82,7 @@ def test_types_and_memory_map(renderer: Renderer, cache: Path) -> None:
 
 
 def test_pairs(renderer: Renderer, cache: Path) -> None:
-    pairs = [
-        preference_pair(i, f"Q{i}", "good " * i + "a", "bad", 0.5 * i if i % 2 else None) for i in range(6)
-    ]
+    pairs = [preference_pair(i, f"Q{i}", "good " * i + "a", "bad", 0.5 * i if i % 2 else None) for i in range(6)]
     made = tokenize_pairs(pairs, renderer, DataSection(), cache)
     assert made.row_ids == made.chosen.row_ids == made.rejected.row_ids == [pair.id for pair in pairs]
     for i, pair in enumerate(pairs):
@@ -105,9 +97,7 @@ def test_pairs(renderer: Renderer, cache: Path) -> None:
 def test_long_prompts_are_cut_from_the_left(kind: str, cache: Path, request: pytest.FixtureRequest) -> None:
     renderer: Renderer = request.getfixturevalue(kind)
     long, short = "lost and found again " * 30, "Hello"
-    rows = [
-        training_row(i, prompt, "Fine", condition="<rm_score>5.0") for i, prompt in enumerate([long, short])
-    ]
+    rows = [training_row(i, prompt, "Fine", condition="<rm_score>5.0") for i, prompt in enumerate([long, short])]
     made = tokenize_samples(rows, renderer, DataSection(max_length=48), cache)
     assert made.truncated == 1
     assert made.dropped == {}
@@ -155,9 +145,7 @@ def test_the_request_for_the_answer_is_never_cut(renderer: Renderer, cache: Path
     made = tokenize_samples([row, training_row(1, "", "x")], renderer, data, cache)
     context, _ = split(made, 0)
     assert renderer.tokenizer.decode(context).strip().endswith(condition)
-    with pytest.raises(
-        DataError, match=r"none of 1 rows is left: \{'response_too_long': 1\}; see data.max_length"
-    ):
+    with pytest.raises(DataError, match=r"none of 1 rows is left: \{'response_too_long': 1\}; see data.max_length"):
         tokenize_samples([row], renderer, replace(data, max_length=least - 1), cache)
 
 
@@ -177,9 +165,7 @@ def test_a_pair_is_cut_and_dropped_as_a_whole(renderer: Renderer, cache: Path) -
 
 def test_a_row_without_a_target_token_is_refused(tmp_path: Path, cache: Path) -> None:
     lossy = Renderer(load_tokenizer(write_sentencepiece(tmp_path, lossy=True)), Template.paper)
-    made = tokenize_samples(
-        [training_row(0, "Hello", "\u200b"), training_row(1)], lossy, DataSection(), cache
-    )
+    made = tokenize_samples([training_row(0, "Hello", "\u200b"), training_row(1)], lossy, DataSection(), cache)
     assert made.row_ids == ["row-1"]
     assert made.dropped == {"no_target": 1}
 
@@ -230,9 +216,7 @@ def test_a_damaged_cache_is_made_anew(damage: str, renderer: Renderer, cache: Pa
     assert folders(cache) == [folder.name]
 
 
-def test_a_failed_build_leaves_nothing(
-    renderer: Renderer, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_build_leaves_nothing(renderer: Renderer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -304,9 +288,7 @@ def test_nothing_to_tokenise_is_refused(renderer: Renderer, cache: Path) -> None
         tokenize_pairs([], renderer, DataSection(), cache)
 
 
-def test_nothing_is_written_elsewhere(
-    renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_written_elsewhere(renderer: Renderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "home")
@@ -315,9 +297,7 @@ def test_nothing_is_written_elsewhere(
 
 
 def test_real_rows(tmp_path: Path, chat: Renderer, cache: Path) -> None:
-    rows = list(
-        read_rows([real_data_dir() / "preferences_valid.jsonl"], PreferencePair, BadRows(OnBadRow.fail, None))
-    )
+    rows = list(read_rows([real_data_dir() / "preferences_valid.jsonl"], PreferencePair, BadRows(OnBadRow.fail, None)))
     made = tokenize_pairs(rows, chat, DataSection(max_length=1024), cache)
     assert len(made) + sum(made.dropped.values()) == len(rows)
     by_id = {row.id: row for row in rows}

@@ -257,9 +257,7 @@ def test_missing_and_empty_places_are_refused(tmp_path: Path) -> None:
 
 
 def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
-    folder = write_hugging_face(
-        tmp_path, auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil"
-    )
+    folder = write_hugging_face(tmp_path, auto_map={"AutoTokenizer": ["evil.Evil", None]}, tokenizer_class="Evil")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert load_tokenizer(folder).eos_id == SPECIALS.index("<|im_end|>")
     assert not (tmp_path / "ran").exists()

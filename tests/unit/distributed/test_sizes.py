@@ -8,7 +8,9 @@ from offline_align.config.sections import ModelSection, ParallelSection
 from offline_align.distributed.hardware import peak_flops
 from offline_align.distributed.sizes import ParallelSizes, model_sizes, pad_vocabulary, training_memory
 
-TINY = ModelSection(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=4, num_query_groups=2, vocab_size=10)
+TINY = ModelSection(
+    num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=4, num_query_groups=2, vocab_size=10
+)
 
 
 def test_parameters_of_a_tiny_model_by_hand() -> None:

@@ -10,7 +10,8 @@ from offline_align.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 90), ("90s", 90), ("3h50m", 13800), ("01:30:00", 5400), ("1d", 86400), ("0.5", 0.5)]
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("3h50m", 13800), ("01:30:00", 5400), ("1d", 86400), ("0.5", 0.5)],
 )
 def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
@@ -28,7 +29,8 @@ def test_a_signal_is_a_reason_and_handlers_return(number: signal.Signals) -> Non
     with stop_requests() as stop:
         assert stop.reason is None
         os.kill(os.getpid(), number)
-        assert stop.reason == number.name
+        reason: str | None = stop.reason
+        assert reason == number.name
     assert signal.getsignal(number) is before
 
 

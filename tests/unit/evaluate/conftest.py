@@ -38,9 +38,7 @@ def write_run(tmp_path: Path) -> WriteRun:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         if method is not None:
             condition = None if target is None else {"target_reward": target}
-            write_manifest(
-                folder, "generate", name, [], [], [path], {"method": method, "condition": condition}
-            )
+            write_manifest(folder, "generate", name, [], [], [path], {"method": method, "condition": condition})
         return path
 
     return write_run

@@ -54,9 +54,7 @@ def test_rows_without_ids_are_aligned_by_line(write_run: WriteRun) -> None:
 
 @pytest.mark.parametrize("lacking", [0, 1])
 def test_a_missing_prompt_names_file_and_id(write_run: WriteRun, lacking: int) -> None:
-    files = [
-        write_run(name, rows_for(["x"] * 3)[: 2 if k == lacking else 3]) for k, name in enumerate(("a", "b"))
-    ]
+    files = [write_run(name, rows_for(["x"] * 3)[: 2 if k == lacking else 3]) for k, name in enumerate(("a", "b"))]
     with pytest.raises(DataError, match=re.escape(str(files[lacking])) + ".*prompt p3 is missing"):
         load_comparison(files, STRICT)
 

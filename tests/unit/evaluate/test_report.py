@@ -104,9 +104,7 @@ def test_the_page_can_be_used_without_sight_or_mouse(write_run: WriteRun, tmp_pa
     assert "True quality" in page.text
 
 
-def test_prompts_without_a_verdict_are_shown_without_a_best_answer(
-    write_run: WriteRun, tmp_path: Path
-) -> None:
+def test_prompts_without_a_verdict_are_shown_without_a_best_answer(write_run: WriteRun, tmp_path: Path) -> None:
     page = outline(write(write_run, tmp_path, ["x"] * 3) / "report.html")
     assert "no score" in page.text
     assert "2 of 3 prompts could be judged" in page.text
@@ -131,9 +129,7 @@ def test_report_json_is_strict_and_has_everything(write_run: WriteRun, tmp_path:
     assert [row["id"] for row in content["rows"]] == ["p1", "p2", "p3"]
 
 
-def test_many_prompts_are_thinned_evenly(
-    write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_prompts_are_thinned_evenly(write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "SHOWN_PROMPTS", 2)
     page = outline(write(write_run, tmp_path, ["first", "second", "third"]) / "report.html")
     assert "2 of 3 prompts, spread evenly" in page.text

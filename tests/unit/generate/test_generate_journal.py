@@ -10,8 +10,7 @@ from offline_align.generate.requests import Completion, Request
 
 KEY = "0123456789abcdef0123"
 PROMPTS = [
-    Prompt(f"p{i}", (Message("user", "Hi"),), {"prompt": "Hi", "id": f"p{i}", "benchmark": "vicuna"})
-    for i in range(3)
+    Prompt(f"p{i}", (Message("user", "Hi"),), {"prompt": "Hi", "id": f"p{i}", "benchmark": "vicuna"}) for i in range(3)
 ]
 REQUESTS = [Request(row, sample, [1], 5) for row in range(3) for sample in range(2)]
 
@@ -67,9 +66,7 @@ def test_merging_keeps_columns_and_order(tmp_path: Path) -> None:
     path = tmp_path / "generations.jsonl"
     assert merge(path, PROMPTS, REQUESTS, done, "<rm_score>5.0") == 6
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    assert [(row["id"], row["sample_index"]) for row in rows] == [
-        (f"p{i}", k) for i in range(3) for k in range(2)
-    ]
+    assert [(row["id"], row["sample_index"]) for row in rows] == [(f"p{i}", k) for i in range(3) for k in range(2)]
     assert rows[0] == {
         "id": "p0",
         "prompt": "Hi",

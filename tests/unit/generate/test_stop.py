@@ -42,9 +42,7 @@ def test_rows_of_the_embedding_without_a_token_are_left_out(tokenizer: Tokenizer
     assert finish(request(), ids, tokenizer, frozenset({2}), []).response == "Fine"
 
 
-@pytest.mark.parametrize(
-    ("text", "stop", "place"), [("abcb", ["b", "c"], 1), ("abc", ["x"], None), ("abc", [], None)]
-)
+@pytest.mark.parametrize(("text", "stop", "place"), [("abcb", ["b", "c"], 1), ("abc", ["x"], None), ("abc", [], None)])
 def test_the_first_stop_counts(text: str, stop: list[str], place: int | None) -> None:
     assert first_stop(text, stop) == place
 

@@ -48,9 +48,7 @@ def greedy_by_hand(policy: Path, context: list[int], length: int, eos_id: int) -
     return ids[len(context) :]
 
 
-def test_greedy_answers_are_those_of_a_plain_loop(
-    policy: Path, tokenizer: Tokenizer, requests: list[Request]
-) -> None:
+def test_greedy_answers_are_those_of_a_plain_loop(policy: Path, tokenizer: Tokenizer, requests: list[Request]) -> None:
     answers = load(policy, tokenizer).complete(requests)
     for request, answer in zip(requests, answers, strict=True):
         ids = greedy_by_hand(policy, request.context, 24, tokenizer.eos_id)
@@ -117,9 +115,7 @@ def test_stop_strings_end_a_row_early(policy: Path, tokenizer: Tokenizer, reques
         assert (answer == before) == (stop not in before.response)
 
 
-def test_a_short_budget_holds_for_its_row_alone(
-    policy: Path, tokenizer: Tokenizer, requests: list[Request]
-) -> None:
+def test_a_short_budget_holds_for_its_row_alone(policy: Path, tokenizer: Tokenizer, requests: list[Request]) -> None:
     whole = load(policy, tokenizer).complete(requests)
     short = Request(0, 0, requests[0].context, 3)
     answers = load(policy, tokenizer).complete([short, *requests[1:]])

@@ -45,9 +45,7 @@ def test_float32_rewards_are_summed_in_float64() -> None:
 
 
 @pytest.mark.parametrize("raw", [[0.1, 0.1, 0.1], [3.7], [0.0, 0.0], [-1e300, -1e300]])
-def test_constant_rewards_become_zero_with_a_warning(
-    raw: list[float], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_constant_rewards_become_zero_with_a_warning(raw: list[float], caplog: pytest.LogCaptureFixture) -> None:
     stats = fit(raw)
     assert (stats.mean, stats.std) == (raw[0], 0.0)
     with caplog.at_level(logging.WARNING):

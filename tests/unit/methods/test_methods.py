@@ -63,9 +63,7 @@ def test_filtering_is_strict() -> None:
 def test_filtering_at_the_ends() -> None:
     rows = labelled(-3.0, 0.0, 3.0)
     assert len(fa.keep(rows, -math.inf)) == 3
-    with pytest.raises(
-        ConfigError, match=r"method.threshold=3.0: keeps none of 3 rows; the highest reward is 3,"
-    ):
+    with pytest.raises(ConfigError, match=r"method.threshold=3.0: keeps none of 3 rows; the highest reward is 3,"):
         fa.keep(rows, 3.0)
     with pytest.raises(ConfigError, match=r"method.threshold=nan"):
         fa.keep(rows, math.nan)

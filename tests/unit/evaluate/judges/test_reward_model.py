@@ -61,9 +61,7 @@ def test_nothing_but_empty_answers_asks_no_model(tmp_path: Path, asked: list[lis
 
 
 @pytest.mark.parametrize(("precision", "bf16"), [("auto", "None"), ("bf16", "True"), ("fp32", "False")])
-def test_the_precision_asked_for_is_used(
-    tmp_path: Path, asked: list[list[str]], precision: str, bf16: str
-) -> None:
+def test_the_precision_asked_for_is_used(tmp_path: Path, asked: list[list[str]], precision: str, bf16: str) -> None:
     folder = save_description(tmp_path / "rm", "reward_model")
     reward_model_judge(make_config(str(folder), Precision(precision))).score(make_samples("no"))
     assert asked[0][-1] == bf16

@@ -89,9 +89,7 @@ def make_judge(endpoint: Endpoint, run_dir: Path) -> ServedModelJudge:
 def make_samples(prompts: int = 6) -> list[Sample]:
     answers = ["a", "bbb", "ccccc"]
     return [
-        Sample(f"p{k}", (Message("user", f"Question {k}?"),), answer, {})
-        for k in range(prompts)
-        for answer in answers
+        Sample(f"p{k}", (Message("user", f"Question {k}?"),), answer, {}) for k in range(prompts) for answer in answers
     ]
 
 
@@ -131,9 +129,7 @@ def test_the_key_is_sent_but_never_written(
 
 
 def test_an_unreadable_reply_is_asked_for_again_with_a_reminder(endpoint: Endpoint, tmp_path: Path) -> None:
-    endpoint.reply = lambda body: (
-        by_length(body) if len(body["messages"]) > 2 else (200, "I like all of them.")
-    )
+    endpoint.reply = lambda body: by_length(body) if len(body["messages"]) > 2 else (200, "I like all of them.")
     judge = make_judge(endpoint, tmp_path)
     assert judge.score(make_samples(1)) == [1.0, 3.0, 5.0]
     first, second = endpoint.bodies
@@ -143,9 +139,7 @@ def test_an_unreadable_reply_is_asked_for_again_with_a_reminder(endpoint: Endpoi
 
 
 def test_a_verdict_that_stays_unreadable_is_counted(endpoint: Endpoint, tmp_path: Path) -> None:
-    endpoint.reply = lambda body: (
-        (200, "No.") if "Question 1" in body["messages"][1]["content"] else by_length(body)
-    )
+    endpoint.reply = lambda body: (200, "No.") if "Question 1" in body["messages"][1]["content"] else by_length(body)
     judge = make_judge(endpoint, tmp_path)
     scores = judge.score(make_samples(3))
     assert [math.isnan(score) for score in scores] == [False] * 3 + [True] * 3 + [False] * 3
@@ -157,9 +151,7 @@ def test_a_verdict_that_stays_unreadable_is_counted(endpoint: Endpoint, tmp_path
 def test_an_endpoint_that_fails_stops_the_run_with_verdicts_kept(
     endpoint: Endpoint, tmp_path: Path, status: int
 ) -> None:
-    endpoint.reply = lambda b: (
-        (status, "busy") if "Question 5" in b["messages"][1]["content"] else by_length(b)
-    )
+    endpoint.reply = lambda b: (status, "busy") if "Question 5" in b["messages"][1]["content"] else by_length(b)
     with pytest.raises(StoppedEarly, match="run the same command again"):
         make_judge(endpoint, tmp_path).score(make_samples(6))
     kept = len((tmp_path / "verdicts.jsonl").read_text().splitlines())
@@ -168,9 +160,7 @@ def test_an_endpoint_that_fails_stops_the_run_with_verdicts_kept(
     assert len(endpoint.bodies) - asked == 6 - kept
 
 
-def test_the_client_tries_again_by_itself(
-    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_client_tries_again_by_itself(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served_model, "NETWORK_RETRIES", 2)
     endpoint.reply = lambda body: (503, "busy") if len(endpoint.bodies) == 1 else by_length(body)
     assert make_judge(endpoint, tmp_path).score(make_samples(1)) == [1.0, 3.0, 5.0]
@@ -192,9 +182,7 @@ def test_a_refusal_names_the_settings(endpoint: Endpoint, tmp_path: Path, status
 
 
 def test_models_that_take_no_temperature_are_asked_without(endpoint: Endpoint, tmp_path: Path) -> None:
-    endpoint.reply = lambda b: (
-        (400, "Unsupported value: 'temperature'") if "temperature" in b else by_length(b)
-    )
+    endpoint.reply = lambda b: (400, "Unsupported value: 'temperature'") if "temperature" in b else by_length(b)
     assert make_judge(endpoint, tmp_path).score(make_samples(1)) == [1.0, 3.0, 5.0]
 
 
@@ -209,8 +197,6 @@ def test_what_is_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "OPENAI_API_KEY is not set" in str(error.value)
 
 
-def test_a_server_of_ones_own_needs_no_key(
-    endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_of_ones_own_needs_no_key(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     assert make_judge(endpoint, tmp_path).score(make_samples(1)) == [1.0, 3.0, 5.0]

@@ -1,0 +1,170 @@
+"""The same run at other layouts, by real ranks over gloo: same rows, same losses, same scores, same weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training import STEPS, TINY, continued, labelled, metrics, pairs, samples, train, write_jsonl
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = {
+    "tp2": ["launcher.nproc_per_node=2", "parallel.tensor_model_parallel_size=2"],
+    "tp2_sequence": ["launcher.nproc_per_node=2", "parallel=tp2"],
+    "dp2": ["launcher.nproc_per_node=2"],
+    "dp2_plain_optimizer": ["launcher.nproc_per_node=2", "parallel.use_distributed_optimizer=false"],
+    "tp2_dp2": ["launcher.nproc_per_node=4", "parallel=tp2"],
+}
+
+
+def command(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, as a user does."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        [sys.executable, "-m", "offline_align", *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """The run that all layouts are compared with."""
+    return train("sft", folder / "alone", write_jsonl(folder / "rows.jsonl", samples()))
+
+
+def weights_of(run: Path) -> dict[str, list[float]]:
+    """Return all weights of a run's policy, gathered at one rank."""
+    from offline_align.config.sections import ParallelSection, RunSection
+    from offline_align.distributed.setup import session
+    from offline_align.model.build import build_model
+    from offline_align.model.description import ModelDescription, find_checkpoint
+    from offline_align.train.checkpoint import load_weights
+
+    checkpoint = find_checkpoint(run)
+    description = ModelDescription.load(checkpoint)
+    with session(ParallelSection(), RunSection(dir="unused")) as ranks:
+        model = build_model(description.kind, description.model, ParallelSection(), ranks.device, bf16=False)
+        load_weights(model, checkpoint, ranks)
+        return {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_agree(folder: Path, alone: Path, layout: str) -> None:
+    run = folder / layout
+    done = command("sft", f"run.dir={run}", f"data.train={folder / 'rows.jsonl'}", *TINY, *STEPS, *LAYOUTS[layout])
+    assert done.returncode == 0, done.stderr
+    assert metrics(run) == pytest.approx(metrics(alone), abs=1e-5)
+    assert metrics(run, "grad_norm") == pytest.approx(metrics(alone, "grad_norm"), rel=1e-4)
+    assert metrics(run, "consumed_samples") == metrics(alone, "consumed_samples")
+    ours, theirs = weights_of(run), weights_of(alone)
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        assert ours[name] == pytest.approx(values, abs=2e-4), name
+
+
+def test_reward_model_and_labels_agree_between_layouts(folder: Path, alone: Path) -> None:
+    data = write_jsonl(folder / "pairs.jsonl", pairs())
+    words = ["trainer.global_batch_size=4", "trainer.max_steps=5", "optim.lr=1e-3", f"data.valid={data}"]
+    one = train("reward", folder / "reward", data, *words, model=continued(alone))
+    split = folder / "reward_tp2_dp2"
+    done = command("reward", f"run.dir={split}", f"data.train={data}", *continued(alone), *words, *LAYOUTS["tp2_dp2"])
+    assert done.returncode == 0, done.stderr
+    assert metrics(split) == pytest.approx(metrics(one), abs=1e-5)
+    for name in ("valid_accuracy", "valid_ties", "valid_count"):
+        assert metrics(split, name) == metrics(one, name)
+    assert metrics(one, "valid_count") == [12]
+    # Trained at TP=2, labelled at TP=1 on one and at TP=2 on four ranks.
+    both = f"data.input=[{data},{folder / 'rows.jsonl'}]"
+    scores = {}
+    for name, layout in (("one", []), ("four", LAYOUTS["tp2_dp2"])):
+        run = folder / f"label_{name}"
+        done = command(
+            "label",
+            f"run.dir={run}",
+            f"init.from={split}",
+            both,
+            "data.max_length=128",
+            "run.device=cpu",
+            *layout,
+        )
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (run / "labelled.jsonl").read_text().splitlines()]
+        scores[name] = {row["id"]: row["reward_raw"] for row in rows}
+        assert [row["id"] for row in rows] == [
+            *(f"p{i}/{answer}" for i in range(12) for answer in ("chosen", "rejected")),
+            *(f"s{i}" for i in range(14)),
+        ]
+    assert scores["one"] == pytest.approx(scores["four"], abs=1e-5)
+
+
+def test_an_error_of_rank_0_ends_all_ranks_with_its_code_and_one_line(folder: Path) -> None:
+    bad = folder / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
+    done = command(
+        "sft",
+        f"run.dir={folder / 'bad'}",
+        f"data.train={bad}",
+        *TINY[:-1],
+        *STEPS,
+        "launcher.nproc_per_node=2",
+    )
+    assert done.returncode == 65
+    lines = [line for line in done.stderr.splitlines() if "error:" in line and "offline-align" in line]
+    assert len(lines) == 1
+    assert f"{bad}:2: response" in lines[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_layout_is_refused_before_ranks_are_started(folder: Path) -> None:
+    done = command(
+        "sft",
+        f"run.dir={folder / 'never'}",
+        f"data.train={folder / 'rows.jsonl'}",
+        *TINY,
+        "launcher.nproc_per_node=3",
+        "parallel.tensor_model_parallel_size=3",
+        "trainer.global_batch_size=4",
+    )
+    assert done.returncode == 78
+    assert "parallel.tensor_model_parallel_size=3: does not divide model.num_attention_heads=4" in done.stderr
+    assert not (folder / "never").exists()
+
+
+def test_torchrun_of_the_user_is_taken_over(folder: Path) -> None:
+    """`torchrun -m offline_align` starts the ranks itself; the launcher section has nothing left to do."""
+    data = write_jsonl(folder / "labelled.jsonl", labelled([float(i % 3) for i in range(14)]))
+    run = folder / "torchrun"
+    words = ["rwr", f"run.dir={run}", f"data.train={data}", *TINY, *STEPS, "trainer.max_steps=2"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "offline_align",
+            *words,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["extra"]["ranks"] == 2
+    assert 0 < manifest["extra"]["data"]["effective_sample_size"] <= 14

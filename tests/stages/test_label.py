@@ -1,0 +1,96 @@
+"""Labelling: every row once, through interruptions, the same to the byte."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offline_align.__main__ import run
+from tests.training import continued, pairs, samples, train, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("label")
+
+
+@pytest.fixture(scope="module")
+def reward(folder: Path) -> Path:
+    base = train("sft", folder / "base", write_jsonl(folder / "rows.jsonl", samples(40)))
+    return train("reward", folder / "reward", write_jsonl(folder / "pairs.jsonl", pairs()), model=continued(base))
+
+
+def label(folder: Path, name: str, reward: Path, *words: str) -> int:
+    both = f"data.input=[{folder / 'rows.jsonl'},{folder / 'pairs.jsonl'}]"
+    return run(
+        [
+            "label",
+            f"run.dir={folder / name}",
+            f"init.from={reward}",
+            both,
+            "data.max_length=128",
+            "run.device=cpu",
+            *words,
+        ]
+    )
+
+
+def scores(folder: Path, name: str) -> dict[str, float]:
+    lines = (folder / name / "labelled.jsonl").read_text().splitlines()
+    return {row["id"]: row["reward_raw"] for row in map(json.loads, lines)}
+
+
+def test_labels_statistics_and_histogram(folder: Path, reward: Path) -> None:
+    assert label(folder, "whole", reward) == 0
+    rows = [json.loads(line) for line in (folder / "whole" / "labelled.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 + 24
+    assert [row["id"] for row in rows[:40]] == [f"s{i}" for i in range(40)]
+    assert rows[41]["answer"] == "rejected" and rows[41]["source_id"] == "p0"
+    raw = [row["reward_raw"] for row in rows]
+    mean = sum(raw) / 64
+    std = (sum((x - mean) ** 2 for x in raw) / 64) ** 0.5
+    stats = json.loads((folder / "whole" / "reward_stats.json").read_text())
+    assert (stats["mean"], stats["std"], stats["count"]) == (pytest.approx(mean), pytest.approx(std), 64)
+    assert [row["reward"] for row in rows] == pytest.approx([(x - mean) / std for x in raw])
+    assert (folder / "whole" / "reward_histogram.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("words", [["trainer.micro_batch_size=4"], ["data.max_length=64"]])
+def test_scores_do_not_depend_on_neighbours(folder: Path, reward: Path, words: list[str]) -> None:
+    name = words[0].replace("=", "_")
+    assert label(folder, "whole", reward) == 0
+    assert label(folder, name, reward, *words) == 0
+    assert scores(folder, name) == pytest.approx(scores(folder, "whole"), abs=1e-5)
+
+
+def test_interrupted_labelling_is_the_same_to_the_byte(folder: Path, reward: Path, monkeypatch: Any) -> None:
+    from offline_align.label import scoring
+
+    assert label(folder, "whole", reward) == 0
+    original = scoring.score_bin
+    calls = 0
+
+    def stop_at_the_second(*arguments: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "score_bin", stop_at_the_second)
+        assert label(folder, "cut", reward) == 75
+    assert not (folder / "cut" / "labelled.jsonl").exists()
+    (part,) = (folder / "cut" / "journal").glob("*/part_*.jsonl")
+    # A kill tears the last line; the row it named is scored again.
+    part.write_bytes(part.read_bytes()[:-7])
+    assert label(folder, "cut", reward) == 0
+    assert (folder / "cut" / "labelled.jsonl").read_bytes() == (folder / "whole" / "labelled.jsonl").read_bytes()
+
+
+def test_a_row_that_cannot_be_scored_stops_the_run(folder: Path, reward: Path, capsys: Any) -> None:
+    assert label(folder, "short", reward, "data.max_length=12") == 65
+    assert "raise data.max_length=12" in capsys.readouterr().err

@@ -1,0 +1,198 @@
+"""Runs from start to end: files, continuation, early stops, refusals."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offline_align.__main__ import run
+from offline_align.train.checkpoint import STATE_NAME, newest
+from tests.training import STEPS, TINY, continued, metrics, pairs, samples, train, write_jsonl
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "rows.jsonl", samples())
+
+
+def test_a_run_leaves_what_the_next_one_needs(tmp_path: Path, rows: Path) -> None:
+    folder = train("sft", tmp_path / "run", rows, f"data.valid={rows}", "trainer.eval_interval=2")
+    for name in (
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints/latest/model.json",
+    ):
+        assert (folder / name).exists()
+    assert (folder / "checkpoints" / "latest").resolve().name == "step_00000005"
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    wanted = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "consumed_samples", "padding_fraction"}
+    assert wanted <= first.keys()
+    assert len(metrics(folder, "valid_loss")) == 3
+    best = json.loads((folder / "checkpoints" / "best" / STATE_NAME).read_text())
+    assert best["best_value"] == pytest.approx(min(metrics(folder, "valid_loss")))
+    assert run(["verify", f"run.dir={folder}"]) == 0
+
+
+def test_a_finished_run_says_so_and_does_nothing(tmp_path: Path, rows: Path) -> None:
+    folder = train("sft", tmp_path / "run", rows)
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    train("sft", folder, rows)
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_other_settings_in_a_finished_folder_are_refused(tmp_path: Path, rows: Path, capsys: Any) -> None:
+    folder = train("sft", tmp_path / "run", rows)
+    assert run(["sft", f"run.dir={folder}", f"data.train={rows}", *TINY[:-1], *STEPS, "optim.lr=1e-4"]) == 78
+    assert "run.dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_stopped_and_continued_is_uninterrupted(tmp_path: Path, stage: str, monkeypatch: Any) -> None:
+    """A signal after step 2: exit 75, and the same command ends with the same losses to the bit."""
+    from offline_align.train import trainer
+
+    data = write_jsonl(tmp_path / "data.jsonl", samples() if stage == "sft" else pairs())
+    whole = train(stage, tmp_path / "whole", data, "trainer.global_batch_size=3")
+    words = [
+        stage,
+        f"run.dir={tmp_path / 'cut'}",
+        f"data.train={data}",
+        *TINY,
+        *STEPS,
+        "trainer.global_batch_size=3",
+    ]
+    original = trainer.Trainer._advance
+
+    def kill_after_two(self: trainer.Trainer, *arguments: Any) -> None:
+        original(self, *arguments)
+        if self.state.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_advance", kill_after_two)
+        assert run(words) == 75
+    found = newest(tmp_path / "cut")
+    assert found is not None and found.name == "step_00000002"
+    assert run(words) == 0
+    assert metrics(tmp_path / "cut") == metrics(whole)
+    assert metrics(tmp_path / "cut", "grad_norm") == metrics(whole, "grad_norm")
+
+
+def test_a_continuation_with_other_settings_is_refused(tmp_path: Path, rows: Path, capsys: Any) -> None:
+    words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
+    assert run([*words, "trainer.max_time=0.001"]) == 75
+    assert run([*words, "optim.lr=1e-4"]) == 78
+    assert "holds a run with other settings" in capsys.readouterr().err
+    assert run(words) == 0
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path, rows: Path) -> None:
+    words = [
+        "trainer.save_interval=1",
+        "trainer.keep_checkpoints=2",
+        f"data.valid={rows}",
+        "trainer.eval_interval=1",
+    ]
+    folder = train("sft", tmp_path / "run", rows, *words)
+    left = {p.name for p in (folder / "checkpoints").glob("step_*")}
+    best = (folder / "checkpoints" / "best").resolve().name
+    assert left == {"step_00000004", "step_00000005", best}
+    assert not list((folder / "checkpoints").glob(".step_*"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, rows: Path, damage: str, capsys: Any) -> None:
+    folder = train("sft", tmp_path / "run", rows)
+    shard = next((folder / "checkpoints" / "latest").resolve().glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    elif damage == "cut":
+        shard.write_bytes(content[:-100])
+    else:
+        shard.unlink()
+    data = write_jsonl(tmp_path / "pairs.jsonl", pairs())
+    words = [w for w in continued(folder) if w != "debug=true"]
+    assert run(["reward", f"run.dir={tmp_path / 'next'}", f"data.train={data}", *words, *STEPS]) == 74
+    assert shard.name in capsys.readouterr().err
+
+
+def test_not_finite_steps_are_skipped_then_end_the_run(tmp_path: Path, rows: Path, capsys: Any) -> None:
+    words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
+    # An initial scale that overflows fp32 in the first layer.
+    assert run([*words, "model.init_method_std=1e30"]) == 70
+    assert "3 steps in a row were not finite" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [None] * 3
+    assert lines[-1]["skipped_steps"] == 3
+
+
+def test_bad_rows_are_skipped_and_kept_aside(tmp_path: Path, rows: Path) -> None:
+    text = rows.read_text().splitlines()
+    dirty = tmp_path / "dirty.jsonl"
+    dirty.write_text("\n".join([*text[:3], '{"prompt": "x"}', "not json", *text[3:]]) + "\n")
+    clean, skipped = (
+        train("sft", tmp_path / "clean", rows),
+        train("sft", tmp_path / "skip", dirty, "data.on_bad_row=skip"),
+    )
+    assert metrics(skipped) == metrics(clean)
+    aside = [json.loads(line) for line in (skipped / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in aside] == [4, 5]
+
+
+def test_a_model_of_the_wrong_kind_is_refused(tmp_path: Path, rows: Path, capsys: Any) -> None:
+    policy = train("sft", tmp_path / "policy", rows)
+    assert run(["label", f"run.dir={tmp_path / 'x'}", f"init.from={policy}", f"data.input={rows}"]) == 78
+    assert "needs a reward model" in capsys.readouterr().err
+
+
+def test_architecture_comes_with_the_weights(tmp_path: Path, rows: Path, capsys: Any) -> None:
+    policy = train("sft", tmp_path / "policy", rows)
+    words = [w for w in continued(policy) if w != "debug=true"]
+    assert run(["sft", f"run.dir={tmp_path / 'x'}", f"data.train={rows}", *words, "model.num_layers=3"]) == 78
+    assert "model.num_layers=3: the weights of init.from" in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, rows: Path, capsys: Any) -> None:
+    assert (
+        run(
+            [
+                "sft",
+                f"run.dir={tmp_path / 'run'}",
+                "model=gpt_8b",
+                "parallel=tp4",
+                "launcher.nproc_per_node=8",
+                "dry_run=true",
+            ]
+        )
+        == 0
+    )
+    text = capsys.readouterr().out
+    for expected in (
+        "8,523,091,968",
+        "tensor 4 x context 1 x data 2",
+        "torchrun --nproc-per-node=8",
+        "memory a rank",
+    ):
+        assert expected in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_everything_wrong_is_reported_at_once(tmp_path: Path, capsys: Any) -> None:
+    words = [
+        "model=demo",
+        "optim.lr=x",
+        "trainer.max_stepz=1",
+        "trainer.global_batch_size=3",
+        "trainer.micro_batch_size=2",
+    ]
+    assert run(["sft", f"run.dir={tmp_path}", "data.train=nowhere.jsonl", *words]) == 78
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("offline-align: error: ") for line in lines)
