@@ -1,4 +1,4 @@
-# make setup | check | test | test-fast | demo | clean
+# make setup | check | test | test-fast | demo | reference | clean
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -9,7 +9,7 @@ SOURCES := offline_align tests
 # Options of pytest for this call, as in: make test PYTEST_ARGS="-k lineage"
 PYTEST_ARGS ?=
 
-.PHONY: help setup check test test-fast demo clean
+.PHONY: help setup check test test-fast demo reference clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -46,6 +46,10 @@ test-fast: $(READY) ## the tests of one process, in seconds
 
 demo: $(READY) ## the whole pipeline on a small made-up corpus, on CPU or GPU
 	scripts/pipeline.sh
+
+reference: $(READY) ## write docs/configuration.md from the schema
+	$(BIN)/python -c 'from pathlib import Path; from offline_align.config.reference import reference_page; \
+	    Path("docs/configuration.md").write_text(reference_page(), encoding="utf-8")'
 
 clean: ## remove caches and build outputs; .venv and runs stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

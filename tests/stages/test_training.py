@@ -125,11 +125,11 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, rows: Path, damage: str
 
 def test_not_finite_steps_are_skipped_then_end_the_run(tmp_path: Path, rows: Path, capsys: Any) -> None:
     words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
-    # An initial scale that overflows fp32 in the first layer.
+    # An initial scale whose gradient overflows fp32.
     assert run([*words, "model.init_method_std=1e30"]) == 70
     assert "3 steps in a row were not finite" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in lines] == [None] * 3
+    assert [line["grad_norm"] for line in lines] == [None] * 3
     assert lines[-1]["skipped_steps"] == 3
 
 

@@ -1,0 +1,170 @@
+"""The documentation against the code: commands compose, keys exist, links and paths lead somewhere."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from offline_align.config import checks
+from offline_align.config.compose import STAGES, compose
+from offline_align.config.reference import reference_page, stage_keys
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+README = REPOSITORY / "README.md"
+PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+INLINE_KEY = re.compile(r"`([a-z_]+\.[a-z_.]+?)(?:=[^`]*)?`")
+FILE_SUFFIXES = (".json", ".jsonl", ".model", ".yaml", ".md", ".html")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A stage as the documentation starts it."""
+
+    stage: str
+    words: tuple[str, ...]
+    ranks: int | None
+    """Ranks that torchrun starts; None where the launcher does."""
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+def blocks(text: str, language: str) -> Iterator[str]:
+    """Yield the fenced blocks of a page in one language."""
+    yield from (body for found, body in FENCE.findall(text) if found == language)
+
+
+def commands(text: str) -> Iterator[Command]:
+    """Yield every command of ours in the shell blocks of a page."""
+    for block in blocks(text, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = parse(shlex.split(line, comments=True))
+            if command is not None:
+                yield command
+
+
+def parse(words: list[str]) -> Command | None:
+    """Return what a shell line starts; None for other programs, and for stages' help."""
+    variables = dict(w.split("=", 1) for w in words if re.match(r"[A-Z_]+=", w))
+    words = [w for w in words if not re.match(r"[A-Z_]+=", w)]
+    if words[:1] == ["offline-align"]:
+        return Command(words[1], tuple(words[2:]), None)
+    if words[:1] == ["torchrun"]:
+        at = words.index("offline_align")
+        options = dict(w.removeprefix("--").split("=", 1) for w in words[1:at] if "=" in w)
+        ranks = int(options.get("nnodes", 1)) * int(options["nproc-per-node"])
+        return Command(words[at + 1], tuple(words[at + 2 :]), ranks)
+    if words and words[0].startswith("scripts/torchrun/"):
+        assert (REPOSITORY / words[0]).is_file(), words[0]
+        ranks = int(variables.get("NNODES", 1)) * int(variables["NPROC_PER_NODE"])
+        return Command(words[1], tuple(words[2:]), ranks)
+    return None
+
+
+def problems(command: Command) -> list[str]:
+    """Return what is wrong with a command; whether its files are there is not asked."""
+    if command.stage not in STAGES:
+        return [f"{command.stage}: no such stage"]
+    composed = compose(command.stage, list(command.words))
+    launcher = getattr(composed.config, "launcher", None)
+    world = command.ranks or (launcher.nproc_per_node * launcher.nodes if launcher else 1)
+    return composed.problems + checks.problems(composed.config, None, world)
+
+
+@pytest.fixture
+def files_of_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work where the files are that the pages show: YAML blocks that begin with their path."""
+    for page in PAGES:
+        for block in blocks(page.read_text(encoding="utf-8"), "yaml"):
+            shown = re.match(r"# (\S+\.yaml)\n", block)
+            if shown:
+                path = tmp_path / shown[1]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("files_of_pages")
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_are_accepted(page: Path) -> None:
+    found = {c: problems(c) for c in commands(page.read_text(encoding="utf-8"))}
+    assert {" ".join((c.stage, *c.words)): wrong for c, wrong in found.items() if wrong} == {}
+
+
+def test_commands_are_found() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    found = list(commands(text))
+    assert {c.stage for c in found} == set(STAGES)
+    shown = sum(len(re.findall(r"^(?:offline-align|torchrun) ", b, re.MULTILINE)) for b in blocks(text, "bash"))
+    scripts = text.count(" scripts/torchrun/multi_node.sh ")
+    assert len(found) == shown + scripts > 20
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("offline-align sft run.dir=a trainer.micro_batch=4", "unknown key"),
+        ("offline-align train run.dir=a", "no such stage"),
+        ("offline-align sft run.dir=a model=none", "no such choice"),
+        ("torchrun --nnodes=3 --nproc-per-node=2 -m offline_align sft run.dir=a parallel=tp4", "6 ranks"),
+        ("NNODES=1 NPROC_PER_NODE=2 scripts/torchrun/multi_node.sh sft run.dir=a parallel=tp4", "2 ranks"),
+    ],
+)
+def test_a_wrong_command_is_noticed(line: str, complaint: str) -> None:
+    (command,) = commands(f"```bash\n{line}\n```\n")
+    assert complaint in " ".join(problems(command))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_keys_named_in_the_text_exist(page: Path) -> None:
+    known = {key.name for stage in STAGES for key in stage_keys(stage)}
+    sections = {name.partition(".")[0] for name in known if "." in name}
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    named = {k for k in INLINE_KEY.findall(text) if k.partition(".")[0] in sections}
+    assert {k for k in named if not k.endswith(FILE_SUFFIXES)} <= known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    assert [link for link in LINK.findall(text) if not link.startswith("http") and not leads(page, link)] == []
+
+
+def leads(page: Path, link: str) -> bool:
+    """Whether a relative link names a file, and a heading in it where it names one."""
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    return target.exists() and (not anchor or anchor in anchors(target))
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_paths_of_the_tree_exist() -> None:
+    part = README.read_text(encoding="utf-8").split("## Where things live\n")[1].split("\n## ")[0]
+    (tree,) = blocks(part, "")
+    paths = [line.split()[0] for line in tree.splitlines()]
+    assert len(paths) > 10
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+
+
+def test_every_room_stands_in_the_tree() -> None:
+    rooms = {p.name for p in (REPOSITORY / "offline_align").iterdir() if (p / "__init__.py").is_file()}
+    text = README.read_text(encoding="utf-8")
+    assert {room for room in rooms if f"offline_align/{room}/ " not in text} == set()
+
+
+def test_the_configuration_reference_is_that_of_the_schema() -> None:
+    page = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == reference_page(), "run `make reference`"
