@@ -4,6 +4,7 @@ import os
 import sys
 
 from offline_align.config.sections import LauncherSection
+from offline_align.errors import StoppedEarly
 
 
 def under_torchrun() -> bool:
@@ -32,6 +33,7 @@ def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
 
     Where ranks fail, the code is that of the rank that failed first, so that 65, 74, 75 and 78 keep their meaning.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -45,10 +47,14 @@ def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
         run_id=f"offline-align-{os.getpid()}",
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
     try:
         elastic_launch(config, sys.executable)("-m", "offline_align", stage, *words)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 70
+    except SignalException:
+        # The ranks were sent the signal too, have saved what they had, and are gone.
+        return StoppedEarly.exit_code
     return 0

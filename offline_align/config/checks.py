@@ -146,7 +146,13 @@ def _label(label: s.LabelSection) -> list[str]:
 
 
 def _launcher(launcher: s.LauncherSection) -> list[str]:
-    return _positive(launcher, "launcher", "nproc_per_node", "nodes")
+    found = _positive(launcher, "launcher", "nproc_per_node", "nodes")
+    if launcher.kind is s.LauncherKind.slurm:
+        found.append(
+            "launcher=slurm: jobs are not submitted in this version; call scripts/torchrun/multi_node.sh in your own"
+            " batch script, or use launcher=local"
+        )
+    return found
 
 
 def _tokenizer(tokenizer: s.TokenizerSection) -> list[str]:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, cast
+from types import NoneType, UnionType
+from typing import Any, cast, get_args
 
-from offline_align.config import sections
 from offline_align.config.compose import MISSING, STAGES, configs_dir
 
 
@@ -85,10 +85,15 @@ def _field_texts(cls: type) -> dict[str, str]:
 
 
 def _kind(annotation: Any) -> str:
+    """Return the type of a field in words; that it may be unset stands in its default."""
+    if annotation is Any:
+        return "path or list"
+    options = [a for a in get_args(annotation) if a is not NoneType]
+    if len(options) == 1 and isinstance(annotation, UnionType):
+        return _kind(options[0])
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return " \\| ".join(m.value for m in annotation)
-    text = getattr(annotation, "__name__", None) if isinstance(annotation, type) else str(annotation)
-    return str(text).replace("typing.", "").replace(" | None", "").replace("Any", "path or list")
+    return annotation.__name__ if annotation in (int, float, str, bool) else str(annotation).replace("typing.", "")
 
 
 def _default(field: "dataclasses.Field[Any]") -> str:
@@ -104,24 +109,30 @@ def _default(field: "dataclasses.Field[Any]") -> str:
 
 
 def reference_page() -> str:
-    """Return the configuration reference in Markdown."""
+    """Return the configuration reference in Markdown: every key of every stage, once, by section."""
+    stages_of: dict[Key, list[str]] = {}
+    for stage in STAGES:
+        for key in stage_keys(stage):
+            stages_of.setdefault(key, []).append(stage)
     lines = [
         "# Configuration reference",
         "",
-        "Made from the schema by `make reference`; a test keeps it true.",
+        "Made from the schema by `make reference`; a test keeps it true. `offline-align <stage> --help` shows the keys "
+        "of one stage.",
         "",
-        "## Sections",
     ]
-    for name, cls in inspect.getmembers(sections, dataclasses.is_dataclass):
-        lines += [
-            "",
-            f"### {name}",
-            "",
-            inspect.getdoc(cls) or "",
-            "",
-            "| key | type | default | meaning |",
-            "|---|---|---|---|",
-        ]
-        for key in _keys(cls, ""):  # type: ignore[arg-type]
-            lines.append(f"| `{key.name}` | {key.kind} | `{key.default}` | {key.text.replace('|', chr(92) + '|')} |")
-    return "\n".join(lines) + "\n"
+    for section in dict.fromkeys(_section(key) for key in stages_of):
+        lines += [f"## {section}", "", "| key | type | default | stages | meaning |", "|---|---|---|---|---|"]
+        lines += [_row(key, stages) for key, stages in stages_of.items() if _section(key) == section]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _section(key: Key) -> str:
+    return key.name.partition(".")[0] if "." in key.name else "every stage"
+
+
+def _row(key: Key, stages: list[str]) -> str:
+    where = "all" if len(stages) == len(STAGES) else " ".join(stages)
+    text = key.text.replace("|", "\\|")
+    return f"| `{key.name}` | {key.kind} | `{key.default}` | {where} | {text} |"

@@ -28,7 +28,7 @@ class Precision(StrEnum):
 
 
 class Backend(StrEnum):
-    """Layer implementation: `auto` takes Transformer Engine where it is installed and CUDA is used."""
+    """Layer implementation; `auto` is `torch`. Transformer Engine is refused in this version."""
 
     auto = "auto"
     torch = "torch"
@@ -97,7 +97,7 @@ class ConvertTo(StrEnum):
 
 
 class LauncherKind(StrEnum):
-    """Who starts the ranks."""
+    """Who starts the ranks; `slurm` is refused in this version."""
 
     local = "local"
     slurm = "slurm"
@@ -167,7 +167,7 @@ class ModelSection:
     tokenizer: str | None = None
     """SentencePiece `.model`, `tokenizer.json` or Hugging Face folder; unset: that of `init.from`."""
     backend: Backend = Backend.auto
-    """`auto`, `torch` or `transformer_engine`."""
+    """`auto` or `torch`; `transformer_engine` is refused in this version."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Further fields of megatron-core's TransformerConfig, checked against it."""
 
@@ -328,14 +328,14 @@ class ConditionalMethodSection:
 
 @dataclass(frozen=True)
 class LauncherSection:
-    """Who starts the ranks: torchrun's own launcher on this machine, or Slurm."""
+    """Who starts the ranks: torchrun's own launcher on this machine."""
 
     kind: LauncherKind = LauncherKind.local
-    """`local` or `slurm`; chosen by the group, `launcher=local`."""
+    """`local`; `slurm` is refused in this version. Chosen by the group, `launcher=local`."""
     nproc_per_node: int = 1
     """Ranks on each node; ignored under torchrun, which has started them already."""
     nodes: int = 1
-    """Nodes."""
+    """Nodes; more than one are started by torchrun on each of them, in the words that `dry_run=true` prints."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ done changes it. A row's score is therefore the same to the bit in every run on 
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +22,10 @@ from offline_align.data.tokenizer import load_tokenizer
 from offline_align.distributed.setup import Ranks, session
 from offline_align.errors import DataError
 from offline_align.methods import TrainingRow
-from offline_align.model.build import build_model
 from offline_align.model.description import ModelDescription
-from offline_align.model.heads import RewardModel
-from offline_align.train.checkpoint import load_weights
+
+if TYPE_CHECKING:
+    from offline_align.model.heads import RewardModel
 
 # Rows that are sorted and packed together: enough for full bins, few enough for steady progress.
 _WINDOW_ROWS = 1024
@@ -61,8 +62,13 @@ def reward_renderer(checkpoint: Path) -> Renderer:
     return Renderer(load_tokenizer(checkpoint / "tokenizer"), description.template)
 
 
-def load_reward_model(checkpoint: Path, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> RewardModel:
+def load_reward_model(checkpoint: Path, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> "RewardModel":
     """Return the reward model of a checkpoint folder, ready to score, at any layout."""
+    # megatron-core is imported once the session has prepared this process for it.
+    from offline_align.model.build import build_model
+    from offline_align.model.heads import RewardModel
+    from offline_align.train.checkpoint import load_weights
+
     description = ModelDescription.load(checkpoint)
     model = build_model("reward_model", description.model, parallel, ranks.device, bf16)
     assert isinstance(model, RewardModel)
@@ -96,7 +102,7 @@ def plan_bins(lengths: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
 
 
 def score_bins(
-    model: RewardModel, source: SampleSource, bins: Sequence[list[int]], ranks: Ranks
+    model: "RewardModel", source: SampleSource, bins: Sequence[list[int]], ranks: Ranks
 ) -> Iterator[tuple[int, float]]:
     """Yield (row, score) of every row of `bins`."""
     for rows in bins:
@@ -104,7 +110,7 @@ def score_bins(
 
 
 @torch.inference_mode()
-def score_bin(model: RewardModel, source: SampleSource, rows: list[int], ranks: Ranks) -> list[float]:
+def score_bin(model: "RewardModel", source: SampleSource, rows: list[int], ranks: Ranks) -> list[float]:
     """Return the scores of the rows of one bin, in their order; all tensor parallel ranks must call it together."""
     multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
     batch = source.collate(rows, multiple).to(ranks.device)

@@ -1,13 +1,14 @@
 """What the mains share: which files a run reads, whether it is finished, and its plan in words."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from offline_align import lineage
 from offline_align.config.compose import to_mapping
 from offline_align.config.runs import EvaluateRun, Run
-from offline_align.config.sections import JudgeKind
+from offline_align.config.sections import JudgeKind, ModelSection
 from offline_align.data.records import BadRows, input_paths
 from offline_align.model.description import find_checkpoint, is_huggingface
 
@@ -44,11 +45,15 @@ def is_finished(stage: str, config: Run, key: str) -> bool:
     return done
 
 
-def start_folder(config: Run) -> Path:
-    """Make the run folder, write `config.yaml` into it and return it."""
+def start_folder(config: Run, model: ModelSection | None = None) -> Path:
+    """Make the run folder, write `config.yaml` into it and return it.
+
+    `model` is the architecture that runs, where it came with the weights and not from the configuration.
+    """
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    lineage.write_config(run_dir, to_mapping(config))
+    own = {"model": to_mapping(replace(model, tokenizer=None))} if model is not None else {}
+    lineage.write_config(run_dir, to_mapping(config) | own)
     return run_dir
 
 

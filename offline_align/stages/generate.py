@@ -92,7 +92,7 @@ def _generate(
 
     run_dir = Path(config.run.dir)
     if ranks.is_main:
-        common.start_folder(config)
+        common.start_folder(config, origin.model)
     ranks.barrier()
     bad_rows = common.bad_rows(config, ranks.is_main)
     prompts = list(read_rows(common.input_files(config), Prompt, bad_rows))

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,7 @@ def _write_results(
         [*outputs, quarantine] if quarantine.exists() else outputs,
         extra,
     )
+    shutil.rmtree(run_dir / "journal", ignore_errors=True)
     logger.info("label: %d rows, rewards %.3f +- %.3f: %s", len(samples), stats.mean, stats.std, run_dir)
 
 

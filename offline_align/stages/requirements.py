@@ -5,6 +5,7 @@ from typing import Any
 from offline_align.config.runs import EvaluateRun, ModelRun, Run, TrainRun
 from offline_align.config.sections import ConditionalMethodSection, JudgeKind, ModelSection
 from offline_align.errors import AlignError, ConfigError
+from offline_align.launch import under_torchrun
 from offline_align.stages import common
 from offline_align.stages.origin import resolve
 
@@ -19,7 +20,7 @@ _NEEDS_INPUT = {"prepare", "label", "generate", "evaluate", "plan"}
 
 def problems(stage: str, config: Run, explicit: frozenset[str]) -> tuple[list[str], ModelSection | None]:
     """Return what `stage` misses, and the architecture that will run where it is known."""
-    found = _files(stage, config) + _condition(config)
+    found = _files(stage, config) + _condition(config) + _nodes(config)
     if not isinstance(config, ModelRun):
         return found + _judge(config), None
     if stage in _NEEDS_WEIGHTS and config.init.from_ is None:
@@ -48,6 +49,16 @@ def _files(stage: str, config: Run) -> list[str]:
     except AlignError as error:
         missing += str(error).splitlines()
     return missing
+
+
+def _nodes(config: Run) -> list[str]:
+    launcher: Any = getattr(config, "launcher", None)
+    if launcher is None or launcher.nodes == 1 or config.dry_run or under_torchrun():
+        return []
+    return [
+        f"launcher.nodes={launcher.nodes}: this command starts the ranks of one machine; run torchrun on every node "
+        "(dry_run=true prints the line)"
+    ]
 
 
 def _condition(config: Run) -> list[str]:

@@ -86,7 +86,7 @@ def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recip
     origin = resolve(config, explicit)
     run_dir = Path(config.run.dir)
     if ranks.is_main:
-        common.start_folder(config)
+        common.start_folder(config, origin.model if config.init.from_ else None)
     ranks.barrier()
     with stop_requests(config.trainer.max_time) as stop:
         renderer = Renderer(origin.tokenizer, origin.template)

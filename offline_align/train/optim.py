@@ -3,13 +3,17 @@
 import math
 from typing import Any
 
+import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
+    ParamKey,
+    ParamPredicate,
     distrib_optimizer,
     get_megatron_optimizer,
+    get_standard_config_overrides,
 )
 from torch import nn
 
@@ -69,7 +73,17 @@ def build_optimizer(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=_overlaps_param_gather(parallel, on_cuda),
     )
-    return get_megatron_optimizer(config, [model])
+    overrides = get_standard_config_overrides(config)
+    if bf16:
+        overrides[_FP32_PARAMETERS] = {"max_lr": optim.lr}
+    return get_megatron_optimizer(config, [model], config_overrides=overrides)
+
+
+# megatron's distributed optimizer mixes up the states of a group that holds parameters of two dtypes, so the fp32
+# ones of a bf16 model get a group of their own; the rate that marks it is the one they have anyway.
+_FP32_PARAMETERS = ParamKey(
+    predicate=ParamPredicate(name="fp32 in a bf16 model", fn=lambda parameter: parameter.dtype is torch.float32)
+)
 
 
 def _offer_own_adam() -> None:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from offline_align.train.checkpoint import newest
 from tests.training import STEPS, TINY, continued, labelled, metrics, pairs, samples, train, write_jsonl
 
 pytestmark = pytest.mark.distributed
@@ -168,3 +171,20 @@ def test_torchrun_of_the_user_is_taken_over(folder: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["extra"]["ranks"] == 2
     assert 0 < manifest["extra"]["data"]["effective_sample_size"] <= 14
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_the_launcher_saves_and_exits_75(folder: Path, alone: Path, name: str) -> None:
+    """The launcher passes it on; the ranks finish their step, save, and the same command goes on to the end."""
+    run = folder / f"stopped_{name}"
+    words = ["sft", f"run.dir={run}", f"data.train={folder / 'rows.jsonl'}", *TINY, *STEPS, *LAYOUTS["dp2"]]
+    words += ["trainer.max_steps=4000", "optim.lr_decay_steps=4000"]
+    started = subprocess.Popen([sys.executable, "-m", "offline_align", *words], stderr=subprocess.PIPE, text=True)
+    while not (run / "metrics.jsonl").exists() and started.poll() is None:
+        time.sleep(0.2)
+    time.sleep(1.0)
+    started.send_signal(signal.Signals[name])
+    _, messages = started.communicate(timeout=120)
+    assert started.returncode == 75, messages
+    assert newest(run) is not None
+    assert "Traceback" not in messages

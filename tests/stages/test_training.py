@@ -196,3 +196,14 @@ def test_everything_wrong_is_reported_at_once(tmp_path: Path, capsys: Any) -> No
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     assert all(line.startswith("offline-align: error: ") for line in lines)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_bf16_follows_fp32(tmp_path: Path, stage: str) -> None:
+    """Weights and activations in bf16, main weights, moments and reductions in fp32."""
+    data = write_jsonl(tmp_path / "data.jsonl", samples() if stage == "sft" else pairs())
+    # A rate at which five steps do not yet multiply rounding.
+    exact = metrics(train(stage, tmp_path / "fp32", data, "trainer.precision=fp32", "optim.lr=1e-3"))
+    rounded = metrics(train(stage, tmp_path / "bf16", data, "trainer.precision=bf16", "optim.lr=1e-3"))
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != exact
