@@ -60,23 +60,31 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def main_first[T](self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0, then on the others, which find what rank 0 has cached.
-
-        An error of rank 0 ends all ranks with its exit code, so that nobody waits for a rank that has left.
-        """
+    def from_main[T](self, work: Callable[[], T]) -> T:
+        """Return on all ranks what `work` gives on rank 0; an error there ends all ranks with its exit code."""
+        result: T | None = None
         error: AlignError | None = None
         if self.is_main:
             try:
                 result = work()
             except AlignError as caught:
                 error = caught
-        code = self.broadcast(error.exit_code if error else 0)
+        code, value = self.broadcast((error.exit_code if error else 0, result))
         if error is not None:
             raise error
         if code:
             raise FailedOnMainRank(code)
-        return result if self.is_main else work()
+        found: T = value
+        return found
+
+    def main_first[T](self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0, then on the others, which find what rank 0 has cached.
+
+        An error of rank 0 ends all ranks with its exit code, so that nobody waits for a rank that has left.
+        """
+        made: list[T] = []
+        self.from_main(lambda: made.append(work()))
+        return made[0] if made else work()
 
 
 def choose_device(device: Device) -> torch.device:

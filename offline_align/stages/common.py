@@ -1,16 +1,21 @@
 """What the mains share: which files a run reads, whether it is finished, and its plan in words."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offline_align import lineage
 from offline_align.config.compose import to_mapping
-from offline_align.config.runs import EvaluateRun, Run
+from offline_align.config.runs import EvaluateRun, ModelRun, Run
 from offline_align.config.sections import JudgeKind, ModelSection
 from offline_align.data.records import BadRows, input_paths
+from offline_align.launch import under_torchrun
 from offline_align.model.description import find_checkpoint, is_huggingface
+
+if TYPE_CHECKING:
+    from offline_align.distributed.setup import Ranks
 
 logger = logging.getLogger(__name__)
 _DATA_KEYS = ("train", "valid", "input")
@@ -43,6 +48,26 @@ def is_finished(stage: str, config: Run, key: str) -> bool:
     if done:
         logger.info("%s: %s is complete", stage, config.run.dir)
     return done
+
+
+def run_on_ranks(stage: str, config: ModelRun, body: "Callable[[Ranks, str], None]") -> int:
+    """Run `body(ranks, content key)` on all ranks unless the run is finished; returns the exit code 0.
+
+    A process that torchrun did not start looks first, before it loads anything heavy.
+    """
+    if not under_torchrun() and is_finished(stage, config, key_of(stage, config)):
+        return 0
+    from offline_align.distributed.setup import session
+
+    def look() -> tuple[str, bool]:
+        key = key_of(stage, config)
+        return key, is_finished(stage, config, key)
+
+    with session(config.parallel, config.run) as ranks:
+        key, finished = ranks.from_main(look)
+        if not finished:
+            body(ranks, key)
+    return 0
 
 
 def start_folder(config: Run, model: ModelSection | None = None) -> Path:

@@ -26,26 +26,21 @@ def run(config: ConvertRun, explicit: frozenset[str]) -> int:
     if config.dry_run:
         logger.info("convert: %s to %s form in %s", config.init.from_, config.convert.to.value, config.run.dir)
         return 0
-    key = common.key_of("convert", config)
-    if common.is_finished("convert", config, key):
-        return 0
-    from offline_align.distributed.setup import session
+    return common.run_on_ranks("convert", config, lambda ranks, key: _convert(config, origin, ranks, key))
 
-    run_dir = common.start_folder(config)
-    with session(config.parallel, config.run) as ranks:
-        to_megatron = config.convert.to is ConvertTo.megatron
-        outputs = _to_megatron(origin, run_dir, ranks) if to_megatron else _to_huggingface(config, origin, ranks)
-    lineage.write_manifest(
-        run_dir,
-        "convert",
-        key,
-        [],
-        common.parent_models(config),
-        outputs,
-        {"to": config.convert.to.value, "kind": origin.kind, "method": origin.method},
-    )
-    logger.info("convert: done: %s", run_dir)
-    return 0
+
+def _convert(config: ConvertRun, origin: Origin, ranks: Any, key: str) -> None:
+    if ranks.is_main:
+        common.start_folder(config, origin.model)
+    ranks.barrier()
+    run_dir = Path(config.run.dir)
+    to_megatron = config.convert.to is ConvertTo.megatron
+    outputs = _to_megatron(origin, run_dir, ranks) if to_megatron else _to_huggingface(config, origin, ranks)
+    if ranks.is_main:
+        extra = {"to": config.convert.to.value, "kind": origin.kind, "method": origin.method}
+        lineage.write_manifest(run_dir, "convert", key, [], common.parent_models(config), outputs, extra)
+        logger.info("convert: done: %s", run_dir)
+    ranks.barrier()
 
 
 def _check(config: ConvertRun, origin: Origin) -> None:

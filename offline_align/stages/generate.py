@@ -43,18 +43,9 @@ def run(config: GenerateRun, explicit: frozenset[str]) -> int:
 
         print_generate_plan(config, origin, condition_text(condition), engine)
         return 0
-    from offline_align.launch import under_torchrun
-
-    if not under_torchrun() and common.is_finished("generate", config, common.key_of("generate", config)):
-        return 0
-    from offline_align.distributed.setup import session
-
-    with session(config.parallel, config.run) as ranks:
-        key = ranks.broadcast(common.key_of("generate", config) if ranks.is_main else None)
-        if ranks.broadcast(ranks.is_main and common.is_finished("generate", config, key)):
-            return 0
-        _generate(config, origin, condition, engine, ranks, key)
-    return 0
+    return common.run_on_ranks(
+        "generate", config, lambda ranks, key: _generate(config, origin, condition, engine, ranks, key)
+    )
 
 
 def requested_condition(origin: Origin, target_reward: float | None) -> Condition | None:
@@ -95,7 +86,8 @@ def _generate(
         common.start_folder(config, origin.model)
     ranks.barrier()
     bad_rows = common.bad_rows(config, ranks.is_main)
-    prompts = list(read_rows(common.input_files(config), Prompt, bad_rows))
+    files = common.input_files(config)
+    prompts = ranks.main_first(lambda: list(read_rows(files, Prompt, bad_rows)))
     text = condition_text(condition)
     renderer = Renderer(origin.tokenizer, origin.template)
     work = build_requests(prompts, renderer, text, config.data, config.generate)

@@ -25,18 +25,7 @@ def run(config: LabelRun, explicit: frozenset[str]) -> int:
 
         print_label_plan(config, explicit)
         return 0
-    from offline_align.launch import under_torchrun
-
-    if not under_torchrun() and common.is_finished("label", config, common.key_of("label", config)):
-        return 0
-    from offline_align.distributed.setup import session
-
-    with session(config.parallel, config.run) as ranks:
-        key = ranks.broadcast(common.key_of("label", config) if ranks.is_main else None)
-        if ranks.broadcast(ranks.is_main and common.is_finished("label", config, key)):
-            return 0
-        _label(config, ranks, key)
-    return 0
+    return common.run_on_ranks("label", config, lambda ranks, key: _label(config, ranks, key))
 
 
 def _label(config: LabelRun, ranks: Any, key: str) -> None:

@@ -66,18 +66,7 @@ def run(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recipe) 
 
         print_training_plan(stage, config, explicit)
         return 0
-    from offline_align.launch import under_torchrun
-
-    if not under_torchrun() and common.is_finished(stage, config, common.key_of(stage, config)):
-        return 0
-    from offline_align.distributed.setup import session
-
-    with session(config.parallel, config.run) as ranks:
-        key = ranks.broadcast(common.key_of(stage, config) if ranks.is_main else None)
-        if ranks.broadcast(ranks.is_main and common.is_finished(stage, config, key)):
-            return 0
-        _train(stage, config, explicit, recipe, ranks, key)
-    return 0
+    return common.run_on_ranks(stage, config, lambda ranks, key: _train(stage, config, explicit, recipe, ranks, key))
 
 
 def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recipe, ranks: Any, key: str) -> None:
