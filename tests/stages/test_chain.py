@@ -1,0 +1,88 @@
+"""The whole chain on a few rows: each command consumes what the one before it left."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offline_align.__main__ import run
+from tests.training import TINY
+
+SHORT = ["trainer.global_batch_size=8", "trainer.max_steps=3", "optim.lr=1e-2", "data.max_length=128"]
+CPU = ["run.device=cpu", "debug=true"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("chain")
+
+
+def commands(runs: Path) -> list[list[str]]:
+    """Return the command lines of scripts/pipeline.sh in small."""
+    prepare, label = runs / "prepare", runs / "label"
+    policy = [f"init.from={runs / 'sft'}", *SHORT, *CPU]
+    labelled = f"data.train={label / 'labelled.jsonl'}"
+    both = f"data.input=[{prepare / 'sft_train.jsonl'},{prepare / 'preferences_train.jsonl'}]"
+    sizes = ["prepare.demo_sft_rows=60", "prepare.demo_preference_rows=60", "prepare.demo_prompt_rows=6"]
+    steps = [
+        ["prepare", f"run.dir={prepare}", "data.input=demo", *sizes],
+        ["sft", f"run.dir={runs / 'sft'}", f"data.train={prepare / 'sft_train.jsonl'}", *TINY, *SHORT],
+        ["reward", f"run.dir={runs / 'reward'}", f"data.train={prepare / 'preferences_train.jsonl'}", *policy],
+        ["label", f"run.dir={label}", f"init.from={runs / 'reward'}", both, "data.max_length=128", *CPU],
+        ["fa", f"run.dir={runs / 'fa'}", labelled, *policy],
+        ["rwr", f"run.dir={runs / 'rwr'}", labelled, *policy],
+        ["ca", f"run.dir={runs / 'ca'}", labelled, "method.target_reward=1.0", *policy],
+    ]
+    answer = [f"data.input={prepare / 'prompts.jsonl'}", "data.max_length=128", "generate.max_new_tokens=8", *CPU]
+    for name in ("sft", "fa", "rwr", "ca"):
+        steps.append(["generate", f"run.dir={runs / f'generate_{name}'}", f"init.from={runs / name}", *answer])
+    low = ["method.target_reward=-1.0", f"run.dir={runs / 'generate_low'}", f"init.from={runs / 'ca'}", *answer]
+    files = [str(runs / f"generate_{n}" / "generations.jsonl") for n in ("sft", "fa", "rwr", "ca", "low")]
+    judge = [f"judge.model={runs / 'reward'}", f"data.input=[{','.join(files)}]", "evaluate.bootstrap_samples=50"]
+    return [
+        *steps,
+        ["generate", *low],
+        ["evaluate", f"run.dir={runs / 'evaluate'}", *judge, "data.max_length=128", *CPU],
+    ]
+
+
+def test_every_command_consumes_the_one_before(runs: Path) -> None:
+    for words in commands(runs):
+        assert run(words) == 0, words
+    report = json.loads((runs / "evaluate" / "report.json").read_text())
+    assert report["methods"] == ["sft", "fa", "rwr", "ca(1.0)", "ca(-1.0)"]
+    for name in ("report.md", "report.html"):
+        assert (runs / "evaluate" / name).stat().st_size > 500
+    rows = [json.loads(line) for line in (runs / "generate_ca" / "generations.jsonl").read_text().splitlines()]
+    prompts = [json.loads(line) for line in (runs / "prepare" / "prompts.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [prompt["id"] for prompt in prompts]
+    assert {row["condition"] for row in rows} == {"<rm_score>1.0"}
+
+
+def test_running_again_does_nothing(runs: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*/manifest.json")}
+    assert len(before) == 13
+    for words in commands(runs):
+        assert run(words) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_chain_reaches_back_to_the_first_file(runs: Path, capsys: Any) -> None:
+    assert run(["verify", f"run.dir={runs / 'evaluate'}"]) == 0
+    printed = capsys.readouterr().out
+    for stage in ("prepare", "sft", "reward", "label", "fa", "rwr", "ca", "generate", "evaluate"):
+        assert stage in printed
+    labelled = runs / "label" / "labelled.jsonl"
+    content = labelled.read_text()
+    labelled.write_text(content.replace("demo", "Demo", 1))
+    try:
+        assert run(["verify", f"run.dir={runs / 'generate_rwr'}"]) == 74
+    finally:
+        labelled.write_text(content)
+
+
+def test_a_plan_needs_no_model(runs: Path, capsys: Any) -> None:
+    # Further than any of these rewards, as the paper's 5.0 often is.
+    assert run(["plan", f"data.input={runs / 'label' / 'labelled.jsonl'}", "method.target_reward=9.5"]) == 0
+    assert "outside the rewards of the data" in " ".join(capsys.readouterr().out.split())
