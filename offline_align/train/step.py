@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +82,6 @@ class TrainStep:
         ddp = self.model.ddp_config
         if ddp.overlap_grad_reduce:
             config.no_sync_func = self.model.no_sync
-        if ddp.overlap_param_gather:
-            config.param_sync_func = self.model.start_param_sync
 
     def __call__(self, micro_batches: list[PackedBatch], learning_rate: float, stop: bool = False) -> StepResult:
         """Train on this rank's share of a global batch; every data parallel rank has as many micro-batches."""
@@ -134,6 +133,22 @@ class TrainStep:
         return norm, True
 
 
+@contextmanager
+def weights_in_place(model: DistributedDataParallel) -> Iterator[None]:
+    """Make the last update readable outside a training step, for validation and checkpoints.
+
+    Where weights are gathered while the next forward pass goes on, they are incomplete until then.
+    """
+    if not model.ddp_config.overlap_param_gather:
+        yield
+        return
+    model.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        model.enable_forward_pre_hook()
+
+
 def evaluate(
     model: DistributedDataParallel,
     objective: Objective,
@@ -143,7 +158,7 @@ def evaluate(
     """Return the means of the objective's metrics over all `batches` and their count, the same on every rank."""
     model.eval()
     stored: list[dict[str, Any]] = []
-    with torch.inference_mode():
+    with weights_in_place(model), torch.inference_mode():
         for share in batches:
             for batch in share:
                 moved = batch.to(device)

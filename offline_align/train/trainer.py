@@ -27,7 +27,7 @@ from offline_align.train import checkpoint
 from offline_align.train.checkpoint import TrainState
 from offline_align.train.metrics import MetricsWriter
 from offline_align.train.optim import learning_rate
-from offline_align.train.step import StepResult, TrainStep, evaluate
+from offline_align.train.step import StepResult, TrainStep, evaluate, weights_in_place
 
 logger = logging.getLogger(__name__)
 # Rows packed together for validation: enough to fill the bins of many ranks, few enough to stop between.
@@ -183,15 +183,16 @@ class Trainer:
         if self.ranks.broadcast((folder / checkpoint.FILES_NAME).is_file()):
             return
         self.state.settings = self.settings
-        checkpoint.save(
-            self.run_dir,
-            self.module,
-            self.optimizer,
-            self.description,
-            self.tokenizer,
-            self.state,
-            self.ranks,
-        )
+        with weights_in_place(self.model):
+            checkpoint.save(
+                self.run_dir,
+                self.module,
+                self.optimizer,
+                self.description,
+                self.tokenizer,
+                self.state,
+                self.ranks,
+            )
         if self.ranks.is_main:
             if self.state.best_step == self.state.step:
                 checkpoint.link(folder, "best")

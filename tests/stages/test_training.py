@@ -91,6 +91,29 @@ def test_a_continuation_with_other_settings_is_refused(tmp_path: Path, rows: Pat
     assert run(words) == 0
 
 
+def test_overlapped_communication_changes_nothing(tmp_path: Path, rows: Path, monkeypatch: Any) -> None:
+    """Overlap is for CUDA streams; its bookkeeping (hooks, weights gathered late) runs here without them."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    from offline_align.train import optim
+
+    words = [f"data.valid={rows}", "trainer.eval_interval=2", "trainer.save_interval=2"]
+    plain = train("sft", tmp_path / "plain", rows, *words)
+    made = []
+
+    def overlapped(**settings: Any) -> Any:
+        made.append(settings | {"overlap_grad_reduce": True, "overlap_param_gather": True})
+        return optim_config(**made[-1])
+
+    optim_config = DistributedDataParallelConfig
+    monkeypatch.setattr(optim, "DistributedDataParallelConfig", overlapped)
+    monkeypatch.setattr(optim, "_overlaps_param_gather", lambda *_: True)
+    late = train("sft", tmp_path / "late", rows, *words)
+    assert made
+    assert metrics(late) == metrics(plain)
+    assert metrics(late, "valid_loss") == metrics(plain, "valid_loss")
+
+
 def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path, rows: Path) -> None:
     words = [
         "trainer.save_interval=1",
