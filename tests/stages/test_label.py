@@ -94,3 +94,18 @@ def test_interrupted_labelling_is_the_same_to_the_byte(folder: Path, reward: Pat
 def test_a_row_that_cannot_be_scored_stops_the_run(folder: Path, reward: Path, capsys: Any) -> None:
     assert label(folder, "short", reward, "data.max_length=12") == 65
     assert "raise data.max_length=12" in capsys.readouterr().err
+
+
+def test_an_empty_answer_is_scored_at_its_end_of_sequence(folder: Path, reward: Path) -> None:
+    """A policy may answer nothing; that is an answer, and `evaluate` must not leave it out."""
+    from offline_align.config.sections import ComputeSection, DataSection, Device, ParallelSection, RunSection
+    from offline_align.data.records import Message, Sample
+    from offline_align.label.scoring import score_samples
+    from offline_align.model.description import find_checkpoint
+
+    asked = (Message("user", "Say red"),)
+    samples = [Sample(str(i), asked, text, {}) for i, text in enumerate(["red please", "", "red please"])]
+    sections = (RunSection(dir=str(folder / "judge"), device=Device.cpu), DataSection(max_length=64))
+    found = score_samples(find_checkpoint(reward), samples, *sections, ParallelSection(), ComputeSection())
+    assert found[0] == pytest.approx(found[2], abs=1e-6)
+    assert found[1] != pytest.approx(found[0], abs=1e-6)

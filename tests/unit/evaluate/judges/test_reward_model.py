@@ -1,6 +1,5 @@
-"""What the reward-model judge adds to scoring: equal answers tie, empty ones have no score."""
+"""What the reward-model judge adds to scoring: equal answers are asked about once and tie."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,20 +43,11 @@ def make_samples(*answers: str, question: str = "Why?") -> list[Sample]:
     return [Sample("p", (Message("user", question),), answer, {}) for answer in answers]
 
 
-def test_equal_answers_are_scored_once_and_empty_ones_never(tmp_path: Path, asked: list[list[str]]) -> None:
+def test_equal_answers_are_scored_once(tmp_path: Path, asked: list[list[str]]) -> None:
     judge = reward_model_judge(make_config(str(save_description(tmp_path / "rm", "reward_model"))))
-    scores = judge.score([*make_samples("no", "", "no", " \n", "yes"), *make_samples("no", question="How?")])
-    assert scores[0] == scores[2] == scores[5] == 3.0
-    assert scores[4] == 4.0
-    assert math.isnan(scores[1])
-    assert math.isnan(scores[3])
-    assert asked == [["no", "yes", "no", "None"]]
-
-
-def test_nothing_but_empty_answers_asks_no_model(tmp_path: Path, asked: list[list[str]]) -> None:
-    judge = reward_model_judge(make_config(str(save_description(tmp_path / "rm", "reward_model"))))
-    assert all(math.isnan(score) for score in judge.score(make_samples("", "")))
-    assert asked == []
+    scores = judge.score([*make_samples("no", "", "no", "", "yes"), *make_samples("no", question="How?")])
+    assert scores == [3.0, 1.0, 3.0, 1.0, 4.0, 3.0]
+    assert asked == [["no", "", "yes", "no", "None"]]
 
 
 @pytest.mark.parametrize(("precision", "bf16"), [("auto", "None"), ("bf16", "True"), ("fp32", "False")])
