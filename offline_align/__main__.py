@@ -16,7 +16,7 @@ from typing import Any
 
 from offline_align.config.compose import STAGES, compose, require, world_size
 from offline_align.config.runs import Run
-from offline_align.errors import AlignError, ConfigError, StorageError
+from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError
 
 _SUMMARIES = {
     "prepare": "raw data sets to rows: SFT and preference files, splits, a report",
@@ -48,8 +48,10 @@ def run(arguments: list[str]) -> int:
     except AlignError as error:
         if debug:
             traceback.print_exc()
-        for line in str(error).splitlines():
-            _say(line)
+        # All ranks stop together, so one of them says it.
+        if not isinstance(error, StoppedEarly) or os.environ.get("RANK", "0") == "0":
+            for line in str(error).splitlines():
+                _say(line)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output has left, as `head` does; that is no error of ours.

@@ -177,7 +177,7 @@ def test_torchrun_of_the_user_is_taken_over(folder: Path) -> None:
 def test_a_signal_to_the_launcher_saves_and_exits_75(folder: Path, alone: Path, name: str) -> None:
     """The launcher passes it on; the ranks finish their step, save, and the same command goes on to the end."""
     run = folder / f"stopped_{name}"
-    words = ["sft", f"run.dir={run}", f"data.train={folder / 'rows.jsonl'}", *TINY, *STEPS, *LAYOUTS["dp2"]]
+    words = ["sft", f"run.dir={run}", f"data.train={folder / 'rows.jsonl'}", *TINY[:-1], *STEPS, *LAYOUTS["dp2"]]
     words += ["trainer.max_steps=4000", "optim.lr_decay_steps=4000"]
     started = subprocess.Popen([sys.executable, "-m", "offline_align", *words], stderr=subprocess.PIPE, text=True)
     while not (run / "metrics.jsonl").exists() and started.poll() is None:
@@ -188,3 +188,4 @@ def test_a_signal_to_the_launcher_saves_and_exits_75(folder: Path, alone: Path, 
     assert started.returncode == 75, messages
     assert newest(run) is not None
     assert "Traceback" not in messages
+    assert messages.count(f"stopped by {name} after step") == 1
