@@ -224,6 +224,8 @@ def _model(model: s.ModelSection) -> list[str]:
     found += _positive(model, "model", "make_vocab_size_divisible_by", "sliding_window")
     if found:
         return found
+    if model.backend is s.Backend.transformer_engine:
+        found.append("model.backend=transformer_engine: not available in this version; use torch or auto")
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
     if model.kv_channels is None and model.hidden_size % heads:
         found.append(f"model.hidden_size={model.hidden_size}: not a multiple of model.num_attention_heads={heads}")

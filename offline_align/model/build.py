@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from offline_align.config.sections import Backend, ModelSection, ParallelSection, Recompute
+from offline_align.config.sections import ModelSection, ParallelSection, Recompute
 from offline_align.distributed.sizes import pad_vocabulary
 from offline_align.errors import ConfigError
 from offline_align.model.attention import PackedAttention, RMSNorm
@@ -63,16 +63,20 @@ def build_model(
     return built
 
 
+def unknown_overrides(model: ModelSection) -> list[str]:
+    """Return a line for each of `model.overrides` that megatron's configuration does not have."""
+    known = set(TransformerConfig.__dataclass_fields__)
+    wrong = {k: v for k, v in model.overrides.items() if k not in known}
+    return [f"model.overrides.{k}={v}: TransformerConfig has no such field" for k, v in wrong.items()]
+
+
 def transformer_config(
     model: ModelSection, parallel: ParallelSection, device: torch.device, bf16: bool, recompute: Recompute
 ) -> TransformerConfig:
     """Return megatron's configuration; raises ConfigError naming the override that it refuses."""
-    known = set(TransformerConfig.__dataclass_fields__)
-    unknown = [k for k in model.overrides if k not in known]
-    if unknown:
-        raise ConfigError(
-            [f"model.overrides.{k}={model.overrides[k]}: TransformerConfig has no such field" for k in unknown]
-        )
+    problems = unknown_overrides(model)
+    if problems:
+        raise ConfigError(problems)
     values = _fields(model, parallel, device, bf16) | _recompute_fields(recompute) | model.overrides
     try:
         return TransformerConfig(**values)
@@ -128,8 +132,6 @@ def _recompute_fields(recompute: Recompute) -> dict[str, Any]:
 
 def _block_spec(model: ModelSection, config: TransformerConfig) -> TransformerBlockSubmodules:
     """Return megatron's local layers with the attention and the norm of this project."""
-    if model.backend is Backend.transformer_engine:
-        raise ConfigError("model.backend=transformer_engine: not available in this version; use torch or auto")
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_layernorm)
     attention = spec.submodules.self_attention
     qk_norm = RMSNorm if model.qk_layernorm else attention.submodules.q_layernorm

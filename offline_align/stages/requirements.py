@@ -20,7 +20,7 @@ _NEEDS_INPUT = {"prepare", "label", "generate", "evaluate", "plan"}
 
 def problems(stage: str, config: Run, explicit: frozenset[str]) -> tuple[list[str], ModelSection | None]:
     """Return what `stage` misses, and the architecture that will run where it is known."""
-    found = _files(stage, config) + _condition(config) + _nodes(config)
+    found = _files(stage, config) + _condition(config) + _nodes(config) + _overrides(config)
     if not isinstance(config, ModelRun):
         return found + _judge(config), None
     if stage in _NEEDS_WEIGHTS and config.init.from_ is None:
@@ -59,6 +59,15 @@ def _nodes(config: Run) -> list[str]:
         f"launcher.nodes={launcher.nodes}: this command starts the ranks of one machine; run torchrun on every node "
         "(dry_run=true prints the line)"
     ]
+
+
+def _overrides(config: Run) -> list[str]:
+    """Return what megatron-core's configuration does not know; only then is it worth loading."""
+    if not isinstance(config, ModelRun) or not config.model.overrides:
+        return []
+    from offline_align.model.build import unknown_overrides
+
+    return unknown_overrides(config.model)
 
 
 def _condition(config: Run) -> list[str]:

@@ -207,6 +207,13 @@ def test_dry_run_writes_nothing(tmp_path: Path, rows: Path, capsys: Any) -> None
     assert not (tmp_path / "run").exists()
 
 
+def test_an_unknown_override_is_refused_before_anything_starts(tmp_path: Path, rows: Path, capsys: Any) -> None:
+    words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
+    assert run([*words, "model.overrides.fp9=true", "optim.lr=0"]) == 78
+    assert "model.overrides.fp9=True: TransformerConfig has no such field" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_everything_wrong_is_reported_at_once(tmp_path: Path, capsys: Any) -> None:
     words = [
         "model=demo",
