@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from offline_align.config.sections import OnBadRow
 from offline_align.errors import ConfigError, DataError, StorageError
+from offline_align.lineage.files import fsync_path
 
 UTF8_BOM = b"\xef\xbb\xbf"
 BRACKETS_TO_CHECK = 500  # below this no line can be nested too deeply to be written again
@@ -197,17 +198,9 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _fsync_folder(path.parent)
+        fsync_path(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: cannot write: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return count
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -84,7 +84,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _fsync_folder(path.parent)
+        fsync_path(path.parent)
     except OSError as error:
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)
@@ -110,8 +110,9 @@ def _files(path: Path) -> Iterator[Path]:
         yield from (file for name in sorted(names) if (file := Path(folder, name)).is_file())
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Bring a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -8,7 +8,6 @@ before a single tensor is used.
 
 import hashlib
 import json
-import os
 import queue
 import re
 import shutil
@@ -27,6 +26,7 @@ from offline_align.data.tokenizer import Tokenizer
 from offline_align.distributed.setup import Ranks
 from offline_align.errors import StorageError
 from offline_align.lineage import file_sha256
+from offline_align.lineage.files import fsync_path
 from offline_align.model.description import ModelDescription
 
 FOLDER = "checkpoints"
@@ -126,22 +126,14 @@ def _entry(path: Path) -> dict[str, Any]:
 def _commit(folder: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
     (folder / FILES_NAME).write_text(json.dumps({"files": files}, indent=1) + "\n")
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+        fsync_path(path)
+    fsync_path(folder)
     if final.exists():
         # A run that was killed right after this very save is doing it again, with the same content.
         shutil.rmtree(final)
     folder.rename(final)
-    _sync(final.parent)
+    fsync_path(final.parent)
     link(final, "latest")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def link(folder: Path, name: str) -> None:
@@ -149,7 +141,7 @@ def link(folder: Path, name: str) -> None:
     temporary = folder.parent / f".{name}.{uuid.uuid4().hex[:8]}"
     temporary.symlink_to(folder.name)
     temporary.replace(folder.parent / name)
-    _sync(folder.parent)
+    fsync_path(folder.parent)
 
 
 def newest(run_dir: Path) -> Path | None:
