@@ -76,7 +76,10 @@ def _compute(trainer: s.ComputeSection) -> list[str]:
 
 
 def _trainer(trainer: s.TrainerSection) -> list[str]:
-    return _positive(
+    steps = trainer.profile_steps
+    ordered = len(steps) == 2 and 1 <= steps[0] <= steps[1]
+    found = [] if ordered or not steps else [f"trainer.profile_steps={steps}: must be first and last step, as [5,7]"]
+    return found + _positive(
         trainer,
         "trainer",
         "global_batch_size",

@@ -260,6 +260,8 @@ class TrainerSection(ComputeSection):
     """Newest checkpoints that are kept, beside the best one on the validation set."""
     recompute: Recompute = Recompute.none
     """`none`, `selective` (attention) or `full` (whole layers)."""
+    profile_steps: list[int] = field(default_factory=list)
+    """First and last optimizer step of a profile, as `[5,7]`: a trace in `profile/`, or a range for `nsys`."""
 
 
 @dataclass(frozen=True)

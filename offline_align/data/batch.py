@@ -3,6 +3,7 @@
 Shape legend: T tokens of the bin, S segments (rows) in it, N target tokens, P pairs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +42,12 @@ class PackedBatch:
         """Return the batch on `device`."""
         if device.type == "cpu":
             return self
-        tensors: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)
-        }
+        return self._each(lambda t: t.to(device, non_blocking=True))
+
+    def pin(self) -> "PackedBatch":
+        """Return the batch in pinned memory, from where a copy to the GPU does not hold up the host."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)

@@ -5,7 +5,7 @@ at any step, at any number of ranks, with the same rows.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from offline_align.data.ahead import prepared_ahead
 from offline_align.data.batch import PackedBatch
 from offline_align.data.pack import pack
 from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
@@ -56,13 +57,15 @@ class SampleSource:
 
     def __init__(self, rows: TokenizedRows) -> None:
         self.rows = rows
+        # Every step asks for them, and the set may have millions of rows.
+        self._lengths = np.diff(rows.offsets)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """Return the tokens of each row."""
-        return np.diff(self.rows.offsets)
+        return self._lengths
 
     def collate(self, rows: Sequence[int], pad_to_multiple: int) -> PackedBatch:
         """Return the bin that holds `rows`, with all their targets."""
@@ -74,13 +77,14 @@ class PairSource:
 
     def __init__(self, pairs: TokenizedPairs) -> None:
         self.pairs = pairs
+        self._lengths = np.diff(pairs.chosen.offsets) + np.diff(pairs.rejected.offsets)
 
     def __len__(self) -> int:
         return len(self.pairs.chosen)
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """Return the tokens of both answers of each pair together."""
-        return np.diff(self.pairs.chosen.offsets) + np.diff(self.pairs.rejected.offsets)
+        return self._lengths
 
     def collate(self, rows: Sequence[int], pad_to_multiple: int) -> PackedBatch:
         """Return the bin that holds both answers of each pair of `rows`."""
@@ -180,6 +184,15 @@ class Loader:
         """Return the data of optimizer step `step`, counted from 0."""
         rows = rows_of_step(step, self.global_batch_size, len(self.source), self.total_samples, self.seed)
         return self.pack_rows(rows)
+
+    def steps(self, first: int, pinned: bool = False) -> Iterator[StepData]:
+        """Yield the data of step `first` and of all after it, prepared ahead; `pinned` memory is for a GPU."""
+
+        def make(step: int) -> StepData:
+            data = self.step(step)
+            return replace(data, micro_batches=[b.pin() for b in data.micro_batches]) if pinned else data
+
+        return prepared_ahead(make, range(first, self.total_steps))
 
     def pack_rows(self, rows: list[int]) -> StepData:
         """Return `rows` packed into bins, those of this rank collated."""

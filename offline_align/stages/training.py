@@ -92,7 +92,7 @@ def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recip
             common.input_files(config),
             common.parent_models(config),
             [p for p in [*common_outputs, run_dir / "quarantine.jsonl"] if p.exists()],
-            _extra(recipe, facts, state, ranks),
+            _extra(recipe, facts, state, ranks) | {"speed": trainer.speed.summary()},
         )
         logger.info("%s: done after %d steps, %.0f s: %s", stage, state.step, state.seconds, run_dir)
     ranks.barrier()
@@ -142,6 +142,7 @@ def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid
     from offline_align.model.build import build_model
     from offline_align.train import checkpoint
     from offline_align.train.optim import build_optimizer, wrap_model
+    from offline_align.train.speed import SpeedMeter
     from offline_align.train.trainer import Trainer
 
     bf16 = uses_bf16(config.trainer.precision, ranks.device)
@@ -153,7 +154,6 @@ def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid
     model = wrap_model(module, config.parallel, on_cuda)
     assert origin.model.vocab_size is not None
     sizes = model_sizes(origin.model, origin.model.vocab_size)
-    per_pair = recipe.kind == "reward_model"
     return Trainer(
         run_dir=Path(config.run.dir),
         trainer=config.trainer,
@@ -174,7 +174,7 @@ def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid
             method=recipe.method,
         ),
         tokenizer=origin.tokenizer,
-        step_flops=lambda d, count: sizes.train_flops(d.num_tokens, d.squared_lengths, 0 if per_pair else count),
+        speed=SpeedMeter(sizes, recipe.kind == "policy", ranks.device, ranks.world_size),
         settings=key,
     )
 

@@ -49,8 +49,9 @@ class GlobalSums:
 def reduce_sums(sums: dict[str, Tensor], count: int, device: torch.device, stop: bool = False) -> GlobalSums:
     """Add up sums and counts over the global batch, and stop requests over all ranks, in one collective."""
     names = sorted(sums)
-    counted = torch.tensor([float(count), float(stop)], dtype=torch.float64, device=device)
-    vector = torch.cat([torch.stack([sums[n].double().to(device) for n in names]), counted])
+    # Filled on the device: a copy from the host would wait for everything before it.
+    counted = [torch.full((), float(n), dtype=torch.float64, device=device) for n in (count, stop)]
+    vector = torch.stack([*(sums[n].double().to(device) for n in names), *counted])
     dist.all_reduce(vector)
     *totals, total, stops = vector.tolist()
     # Ranks that share a replica hold equal sums, so each value is counted as often as the replica has ranks.
@@ -114,7 +115,7 @@ class TrainStep:
 
         def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
             result = self.objective(output, batch)
-            count = torch.tensor(result.count, dtype=torch.int, device=self.device)
+            count = torch.full((), result.count, dtype=torch.int, device=self.device)
             # Three values tell megatron that the loss is a sum: it divides gradients by the global count.
             return result.total, count, _report(result)
 

@@ -2,12 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
@@ -16,7 +15,6 @@ from offline_align.config.sections import OptimSection, TrainerSection
 from offline_align.data.batch import PackedBatch
 from offline_align.data.loader import Loader, StepData
 from offline_align.data.tokenizer import Tokenizer
-from offline_align.distributed.hardware import peak_flops
 from offline_align.distributed.setup import Ranks
 from offline_align.distributed.stopping import StopRequest
 from offline_align.errors import AlignError, ConfigError, StoppedEarly
@@ -27,6 +25,8 @@ from offline_align.train import checkpoint
 from offline_align.train.checkpoint import TrainState
 from offline_align.train.metrics import MetricsWriter
 from offline_align.train.optim import learning_rate
+from offline_align.train.profiling import StepProfiler
+from offline_align.train.speed import SpeedMeter
 from offline_align.train.step import StepResult, TrainStep, evaluate, weights_in_place
 
 logger = logging.getLogger(__name__)
@@ -53,8 +53,7 @@ class Trainer:
     validation: Loader | None
     description: ModelDescription
     tokenizer: Tokenizer
-    step_flops: Callable[[StepData, int], float]
-    """Floating-point operations of a global batch, given its data and its count of targets or pairs."""
+    speed: SpeedMeter
     settings: str
     """Key of all that the steps depend on; a checkpoint of another key is refused."""
     state: TrainState = field(default_factory=TrainState)
@@ -72,18 +71,24 @@ class Trainer:
         with (
             MetricsWriter(self.run_dir, main, self.state.step + 1) as writer,
             Meter("training", total, "steps", self.state.step, main) as meter,
+            StepProfiler(self.trainer.profile_steps, self.run_dir, self.ranks.rank) as profiler,
         ):
             skipped_in_a_row = 0
+            upcoming = self.data.steps(self.state.step, pinned=self.ranks.device.type == "cuda")
             while self.state.step < total:
                 started = time.monotonic()
-                data = self.data.step(self.state.step)
+                data = next(upcoming)
+                data_seconds = time.monotonic() - started
                 rate = learning_rate(self.state.step, self.optim, total)
+                profiler.before(self.state.step + 1)
                 result = train_step(data.micro_batches, rate, stop.reason is not None)
+                profiler.after(self.state.step + 1)
                 seconds = time.monotonic() - started
                 skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
                 self._advance(data, result, seconds)
+                speed = self.speed.step(data, result.count, seconds, data_seconds)
                 if self._is_due(self.trainer.log_interval):
-                    writer.write(self.state.step, self._report(data, result, rate, seconds))
+                    writer.write(self.state.step, self._report(result, rate) | speed)
                 meter.advance(note=f"loss {result.metrics['loss']:.4f}")
                 self._check_finite(skipped_in_a_row, data, result)
                 if self.validation is not None and self._is_due(self.trainer.eval_interval):
@@ -122,28 +127,15 @@ class Trainer:
         self.state.skipped_steps += not result.applied
         self.state.seconds += seconds
 
-    def _report(self, data: StepData, result: StepResult, rate: float, seconds: float) -> dict[str, Any]:
-        """Return the line of `metrics.jsonl` for this step."""
-        computed = data.num_tokens + data.num_padding
-        values: dict[str, Any] = {
+    def _report(self, result: StepResult, rate: float) -> dict[str, Any]:
+        """Return what a step did, for its line of `metrics.jsonl`."""
+        return {
             **result.metrics,
             "lr": rate,
             "grad_norm": result.grad_norm,
-            "tokens_per_second": data.num_tokens / seconds,
             "consumed_samples": self.state.consumed_samples,
-            "padding_fraction": data.num_padding / computed,
-            "step_seconds": seconds,
             "skipped_steps": self.state.skipped_steps,
         }
-        peak = self._peak()
-        if peak is not None:
-            flops = self.step_flops(data, result.count)
-            values["mfu"] = flops / (seconds * peak * self.ranks.world_size)
-        return values
-
-    def _peak(self) -> float | None:
-        device = self.ranks.device
-        return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
     def _check_finite(self, in_a_row: int, data: StepData, result: StepResult) -> None:
         if result.applied:

@@ -237,3 +237,9 @@ def test_bf16_follows_fp32(tmp_path: Path, stage: str) -> None:
     rounded = metrics(train(stage, tmp_path / "bf16", data, "trainer.precision=bf16", "optim.lr=1e-3"))
     assert rounded == pytest.approx(exact, rel=0.02)
     assert rounded != exact
+
+
+def test_a_profile_of_the_steps_that_are_asked_for(tmp_path: Path, rows: Path) -> None:
+    folder = train("sft", tmp_path / "run", rows, "trainer.profile_steps=[2,3]")
+    trace = json.loads((folder / "profile" / "rank_0_steps_2_3.json").read_text())
+    assert any("mm" in event.get("name", "") for event in trace["traceEvents"])

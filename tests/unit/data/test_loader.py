@@ -93,3 +93,9 @@ def test_validation_sees_every_row_once() -> None:
     loaders = [Loader(many(23), 1, 23, 30, 0, r, 2) for r in range(2)]
     seen = [i for loader in loaders for d in loader.in_order(5) for b in d.micro_batches for i in b.row_ids]
     assert sorted(seen) == sorted(f"r{i}" for i in range(23))
+
+
+def test_steps_prepared_ahead_are_the_steps_themselves() -> None:
+    loader = Loader(many(50), 8, 100, 64, seed=3, dp_rank=1, dp_size=2)
+    ahead = [data.micro_batches[0].row_ids for data in loader.steps(4)]
+    assert ahead == [loader.step(n).micro_batches[0].row_ids for n in range(4, loader.total_steps)]

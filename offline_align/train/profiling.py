@@ -1,0 +1,70 @@
+"""A look into a few steps: torch's profiler as a trace file, or a range for Nsight Systems."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = "profile"
+# Set by `nsys profile` in the processes that it watches.
+_UNDER_NSYS = "NSYS_PROFILING_SESSION_ID"
+
+logger = logging.getLogger(__name__)
+
+
+class StepProfiler:
+    """Records the optimizer steps `first` to `last` (from 1) of one rank; records nothing where `steps` is empty.
+
+    Under `nsys profile --capture-range=cudaProfilerApi` it opens and closes the range and names every operator;
+    elsewhere torch's profiler writes `profile/rank_R_steps_A_B.json`, which Perfetto and TensorBoard read.
+    """
+
+    def __init__(self, steps: Sequence[int], run_dir: Path, rank: int) -> None:
+        self._first, self._last = (steps[0], steps[1]) if steps else (0, 0)
+        self._trace = run_dir / FOLDER / f"rank_{rank}_steps_{self._first}_{self._last}.json"
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "StepProfiler":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def before(self, step: int) -> None:
+        """Start the recording where `step` (from 1) is the first that is asked for."""
+        if self._first and step == self._first:
+            self._open.enter_context(_nsys_range() if _UNDER_NSYS in os.environ else _torch_trace(self._trace))
+
+    def after(self, step: int) -> None:
+        """End the recording, and write it, after the last step that is asked for."""
+        if step == self._last:
+            self._open.close()
+
+
+@contextlib.contextmanager
+def _torch_trace(path: Path) -> Iterator[None]:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        yield
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(str(path))
+    logger.info("profile: %s", path)
+
+
+@contextlib.contextmanager
+def _nsys_range() -> Iterator[None]:
+    # Untyped in torch.
+    profiler: Any = torch.cuda.profiler
+    autograd: Any = torch.autograd.profiler
+    profiler.start()
+    try:
+        with autograd.emit_nvtx():
+            yield
+    finally:
+        profiler.stop()

@@ -1,0 +1,51 @@
+"""Work done ahead: order, errors and early ends."""
+
+import itertools
+import threading
+
+import pytest
+
+from offline_align.data.ahead import prepared_ahead
+
+
+def test_results_come_in_order_and_once() -> None:
+    made: list[int] = []
+
+    def make(number: int) -> int:
+        made.append(number)
+        return number * number
+
+    assert list(prepared_ahead(make, range(3, 20))) == [n * n for n in range(3, 20)]
+    assert made == list(range(3, 20))
+
+
+def test_it_runs_ahead_but_not_without_bound() -> None:
+    reached = threading.Event()
+    made: list[int] = []
+
+    def make(number: int) -> int:
+        made.append(number)
+        if number == 2:
+            reached.set()
+        return number
+
+    upcoming = prepared_ahead(make, range(100), depth=2)
+    assert next(upcoming) == 0
+    assert reached.wait(5)
+    assert made == [0, 1, 2]
+    upcoming.close()
+
+
+def test_an_error_is_raised_in_its_place() -> None:
+    upcoming = prepared_ahead(lambda n: 1 // (2 - n), range(5))
+    assert list(itertools.islice(upcoming, 2)) == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(upcoming)
+
+
+def test_leaving_early_makes_no_more() -> None:
+    made: list[int] = []
+    upcoming = prepared_ahead(lambda n: made.append(n), range(1000))
+    next(upcoming)
+    upcoming.close()
+    assert len(made) <= 3

@@ -1,0 +1,61 @@
+"""Meters against hand-worked numbers."""
+
+import pytest
+import torch
+
+from offline_align.config.sections import ModelSection
+from offline_align.data.loader import StepData
+from offline_align.distributed.sizes import model_sizes
+from offline_align.train import speed
+from offline_align.train.speed import SpeedMeter, peak_memory_bytes
+
+SIZES = model_sizes(
+    ModelSection(
+        num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=4, num_query_groups=2, vocab_size=10
+    ),
+    10,
+)
+# Rows of 3 and 5 tokens, 2 of padding.
+DATA = StepData([], num_rows=2, num_tokens=8, num_padding=2, squared_lengths=34)
+
+
+def meter(reaches_vocabulary: bool = True, device: str = "cpu") -> SpeedMeter:
+    return SpeedMeter(SIZES, reaches_vocabulary, torch.device(device), world_size=4)
+
+
+def test_only_tokens_of_rows_count() -> None:
+    values = meter().step(DATA, 4, 0.5, 0.1)
+    assert values["tokens_per_second"] == 16
+    assert values["tokens_per_second_per_rank"] == 4
+    assert values["padding_fraction"] == 0.2
+    assert (values["step_seconds"], values["data_seconds"]) == (0.5, 0.1)
+    assert "mfu" not in values
+
+
+def test_both_conventions_of_utilisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(speed, "peak_memory_bytes", lambda _: 0)
+    values = meter(device="cuda").step(DATA, 4, 0.5, 0.0)
+    available = 0.5 * 989e12 * 4
+    assert values["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 4) / available)
+    assert values["mfu_full_attention"] == pytest.approx(SIZES.train_flops(8, 68, 8) / available)
+    no_vocabulary = meter(False, "cuda").step(DATA, 4, 0.5, 0.0)
+    assert no_vocabulary["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 0) / available)
+
+
+def test_summary_of_many_steps() -> None:
+    counted = meter()
+    for seconds in [*[1.0] * 18, 2.0, 3.0]:
+        counted.step(DATA, 4, seconds, 0.1)
+    summary = counted.summary()
+    assert summary["step_seconds_median"] == 1.0
+    assert summary["step_seconds_p95"] == pytest.approx(2.05)
+    assert summary["tokens_per_second"] == pytest.approx(20 * 8 / 23)
+    assert summary["waiting_for_data_fraction"] == pytest.approx(2 / 23)
+    assert meter().summary() == {}
+
+
+def test_memory_on_the_cpu_is_what_the_process_held() -> None:
+    before = peak_memory_bytes(torch.device("cpu"))
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert peak_memory_bytes(torch.device("cpu")) >= max(before, block.numel())
