@@ -103,6 +103,15 @@ class LauncherKind(StrEnum):
     slurm = "slurm"
 
 
+class GpuKind(StrEnum):
+    """GPUs of DGX nodes, for plans."""
+
+    a100_40gb = "a100_40gb"
+    a100_80gb = "a100_80gb"
+    h100_80gb = "h100_80gb"
+    h200_141gb = "h200_141gb"
+
+
 @dataclass(frozen=True)
 class RunSection:
     """Where a run lives and what makes it repeatable."""
@@ -338,6 +347,8 @@ class LauncherSection:
     """Ranks on each node; ignored under torchrun, which has started them already."""
     nodes: int = 1
     """Nodes; more than one are started by torchrun on each of them, in the words that `dry_run=true` prints."""
+    gpu: GpuKind = GpuKind.h100_80gb
+    """GPUs that `dry_run=true` plans for: `a100_40gb`, `a100_80gb`, `h100_80gb` or `h200_141gb`."""
 
 
 @dataclass(frozen=True)

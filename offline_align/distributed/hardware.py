@@ -1,4 +1,6 @@
-"""Peak rates of accelerators: what a measured rate is compared with."""
+"""Published rates of accelerators: what a measured rate is compared with, and what a plan is made from."""
+
+from dataclasses import dataclass
 
 # Dense bf16 matrix products, FLOP/s, from NVIDIA's data sheets (without sparsity).
 _PEAK_BF16 = {
@@ -20,3 +22,30 @@ _PEAK_BF16 = {
 def peak_flops(device_name: str) -> float | None:
     """Return the dense bf16 peak of the named device in FLOP/s, or None where it is not known."""
     return next((peak for name, peak in _PEAK_BF16.items() if name in device_name), None)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A DGX node: its GPUs, the links between them and its network, in units of one GPU where not said otherwise."""
+
+    gpu: str
+    gpus: int
+    peak_flops: float
+    """Dense bf16, FLOP/s."""
+    memory_bytes: float
+    memory_bandwidth: float
+    """Bytes a second."""
+    link_bandwidth: float
+    """NVLink, bytes a second in one direction."""
+    network_bandwidth: float
+    """All network adapters of the node together, bytes a second in one direction."""
+
+
+# From NVIDIA's data sheets: NVLink is stated there for both directions together; DGX A100 has eight adapters of
+# 200 Gb/s for computing, DGX H100 and H200 eight of 400 Gb/s.
+NODES = {
+    "a100_40gb": Node("A100 40GB", 8, 312e12, 40e9, 1.555e12, 300e9, 200e9),
+    "a100_80gb": Node("A100 80GB", 8, 312e12, 80e9, 2.039e12, 300e9, 200e9),
+    "h100_80gb": Node("H100 80GB", 8, 989e12, 80e9, 3.35e12, 450e9, 400e9),
+    "h200_141gb": Node("H200 141GB", 8, 989e12, 141e9, 4.8e12, 450e9, 400e9),
+}

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from offline_align.config.sections import ModelSection, ParallelSection
 
+# Largest fp32 logits kept at once; longer lists of targets are computed in chunks, and again in the backward pass.
+LOGITS_BUDGET_BYTES = 512 * 2**20
+
 
 @dataclass(frozen=True)
 class ParallelSizes:
@@ -103,20 +106,21 @@ def training_memory(
     """Estimate the bytes of one training rank with `tokens` in a micro-batch.
 
     Weights 2 or 4 bytes, gradients 4 (fp32 reduction) or 2, optimizer 12 (main weight and two moments; 8 where the
-    weights are fp32 already), sharded over data parallel ranks by the distributed optimizer. Activations are those
-    of a SwiGLU layer with fused attention: about `16 * hidden + 4 * query + 6 * ffn` elements a token without
-    recomputation, one input a layer with `full`.
+    weights are fp32 already), sharded over data parallel ranks by the distributed optimizer. Activations are what the
+    backward pass of a layer keeps: inputs and outputs of both norms, rotated queries and keys, the projection that
+    values are a view of, the attention's output, and gate, up and product of a fused SwiGLU. With `full`
+    recomputation they are one input for each layer and the inside of one.
     """
     local = sizes.parameters / ranks.tensor
     shards = ranks.data * ranks.context if parallel.use_distributed_optimizer else 1
     element = 2 if bf16 else 4
     gradient = 4 if parallel.grad_reduce_in_fp32 or not bf16 else 2
     split = ranks.tensor if parallel.sequence_parallel else 1
-    per_token = sizes.hidden * 16 / split + (4 * sizes.query_width + 6 * sizes.ffn) / ranks.tensor
-    if recompute == "full":
-        per_token = sizes.hidden / split
-    logits = sizes.padded_vocab / ranks.tensor * 4 * min(tokens, 1024)
-    activations = tokens * per_token * element * sizes.layers / ranks.context + logits * 2
+    kept = 4 * sizes.hidden / split + (3 * sizes.query_width + 3 * sizes.kv_width + 3 * sizes.ffn) / ranks.tensor
+    layers = kept * sizes.layers if recompute != "full" else sizes.hidden / split * sizes.layers + kept
+    # fp32 logits of a chunk of the targets, and their gradient.
+    logits = min(sizes.padded_vocab / ranks.tensor * 4 * tokens, LOGITS_BUDGET_BYTES) * 2
+    activations = tokens * layers * element / ranks.context + logits
     return MemoryEstimate(
         weights=local * element,
         gradients=local * gradient,

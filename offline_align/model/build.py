@@ -115,7 +115,8 @@ def _fields(model: ModelSection, parallel: ParallelSection, device: torch.device
         "calculate_per_token_loss": True,
         "mrope_section": [1],
         "gradient_accumulation_fusion": False,
-        "bias_activation_fusion": False,
+        # megatron's fused SwiGLU keeps its input only; it is compiled for CUDA, and slower than torch's on the CPU.
+        "bias_activation_fusion": device.type == "cuda",
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from offline_align.data.batch import PackedBatch
+from offline_align.distributed.sizes import LOGITS_BUDGET_BYTES
 from offline_align.model.attention import PACKED_FORMAT, Segments
-
-# Largest fp32 logits kept at once; longer target lists are computed in chunks and again in the backward pass.
-_LOGITS_BUDGET_BYTES = 512 * 2**20
 
 
 def packed_seq_params(batch: PackedBatch) -> Segments:
@@ -52,7 +50,7 @@ class Policy(GPTModel):  # type: ignore[misc]
         hidden = _whole_sequence(hidden_states, self.config.sequence_parallel)
         # [N, 1, C]: the prompt never meets the vocabulary.
         hidden = hidden.index_select(0, context.target_index)
-        rows = max(1, _LOGITS_BUDGET_BYTES // (4 * self.output_layer.output_size_per_partition))
+        rows = max(1, LOGITS_BUDGET_BYTES // (4 * self.output_layer.output_size_per_partition))
         if hidden.size(0) <= rows:
             return self._nll(hidden, context.target_ids, output_weight)
         chunks = zip(torch.split(hidden, rows), torch.split(context.target_ids, rows), strict=True)

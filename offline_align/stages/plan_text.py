@@ -16,6 +16,7 @@ from offline_align.distributed.sizes import (
     training_memory,
 )
 from offline_align.launch import torchrun_command
+from offline_align.stages.advice import layout_advice, scoring_rate
 from offline_align.stages.origin import resolve
 
 _GIB = 2**30
@@ -41,6 +42,9 @@ def print_training_plan(stage: str, config: TrainRun, explicit: frozenset[str]) 
     table.add_row("length", f"{length}, learning rate {config.optim.lr:g} ({config.optim.lr_decay_style})")
     memory = training_memory(sizes, config.parallel, ranks, capacity, bf16, trainer.recompute.value)
     _add_memory(table, memory)
+    if bf16:
+        for title, text in layout_advice(config, model, sizes, scalar_head=stage == "reward"):
+            table.add_row(title, text)
     _finish(table, stage, config)
 
 
@@ -57,6 +61,8 @@ def print_label_plan(config: LabelRun, explicit: frozenset[str]) -> None:
     bf16 = config.trainer.precision is not Precision.fp32
     weights = sizes.parameters / ranks.tensor * (2 if bf16 else 4)
     table.add_row("memory a rank", f"{weights / _GIB:.2f} GiB of weights")
+    if bf16 and config.run.device.value != "cpu":
+        table.add_row("rate", scoring_rate(config.launcher.gpu, sizes, config.data.max_length))
     _finish(table, "label", config)
 
 

@@ -1,0 +1,164 @@
+"""Step time by arithmetic: compute, tensor parallel and data parallel communication, optimizer. No torch, no GPU.
+
+A model with three attained shares of published peaks, not a measurement. They are stated here once and checked against
+published runs in `tests/unit/distributed/test_step_time.py`; `benchmarks/` measures what they are on a given machine.
+"""
+
+from dataclasses import dataclass, replace
+
+from offline_align.config.sections import ParallelSection
+from offline_align.distributed.hardware import Node
+from offline_align.distributed.sizes import ModelSizes, ParallelSizes, training_memory
+
+# Share of the bf16 peak that matrix products of large models attain, attention included.
+COMPUTE_SHARE = 0.60
+# Share of a link's one-directional rate that NCCL's ring collectives attain on large messages.
+LINK_SHARE = 0.80
+# Share of the memory bandwidth that a fused optimizer attains.
+MEMORY_SHARE = 0.70
+# Memory that may be planned for: the rest is for the allocator, NCCL and CUDA.
+_USABLE_MEMORY = 0.90
+# A fused AdamW reads and writes main weight and two moments in fp32, reads the gradient and writes the bf16 weight.
+_OPTIMIZER_BYTES = 3 * 8 + 4 + 2
+# All-reduces of a layer's activations in a forward and backward pass.
+_TENSOR_COLLECTIVES = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens of one optimizer step, over all ranks."""
+
+    tokens: int
+    squared_lengths: int
+    """Sum of squared row lengths, for attention."""
+    targets: int
+    """Tokens that reach the output layer; 0 for a reward model."""
+    micro_batch_tokens: int
+    """Tokens of one bin on one rank."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step."""
+
+    compute: float
+    tensor_communication: float
+    data_communication: float
+    """What the backward and the next forward pass cannot hide."""
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Sum of all parts."""
+        return self.compute + self.tensor_communication + self.data_communication + self.optimizer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to divide the GPUs, with what it costs."""
+
+    parallel: ParallelSection
+    recompute: str
+    memory_bytes: float
+    """On one rank."""
+    fits: bool
+    time: StepTime
+    tokens_per_second_per_gpu: float
+
+
+def step_time(
+    sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes, work: Work, node: Node, recompute: str = "none"
+) -> StepTime:
+    """Return the estimated time of one optimizer step of training in bf16 on `ranks` GPUs of `node`s."""
+    compute = sizes.train_flops(work.tokens, work.squared_lengths, work.targets)
+    compute *= 4 / 3 if recompute == "full" else 1
+    seconds = compute / (ranks.world * node.peak_flops * COMPUTE_SHARE)
+    bins = max(1.0, work.tokens / (ranks.data * work.micro_batch_tokens))
+    return StepTime(
+        compute=seconds,
+        tensor_communication=_tensor_seconds(sizes, ranks, work.tokens / ranks.data, node, recompute),
+        data_communication=_exposed_data_seconds(sizes, parallel, ranks, node, seconds / bins),
+        optimizer=_optimizer_seconds(sizes, parallel, ranks, node),
+    )
+
+
+def _tensor_seconds(sizes: ModelSizes, ranks: ParallelSizes, tokens: float, node: Node, recompute: str) -> float:
+    """All-reduces of bf16 activations [tokens, hidden] over NVLink, or over the network beyond a node."""
+    t = ranks.tensor
+    bandwidth = node.link_bandwidth if t <= node.gpus else node.network_bandwidth / node.gpus
+    collectives = _TENSOR_COLLECTIVES + (2 if recompute == "full" else 0)
+    sent = 2 * (t - 1) / t * tokens * sizes.hidden * 2
+    return sizes.layers * collectives * sent / (bandwidth * LINK_SHARE)
+
+
+def data_bytes(sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes) -> tuple[float, float]:
+    """Return the bytes that each rank sends in a step to reduce gradients, and to gather updated weights."""
+    share = (ranks.data - 1) / ranks.data * sizes.parameters / ranks.tensor
+    gradient = 4 if parallel.grad_reduce_in_fp32 else 2
+    if parallel.use_distributed_optimizer:
+        return share * gradient, share * 2
+    return 2 * share * gradient, 0.0
+
+
+def _exposed_data_seconds(
+    sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes, node: Node, bin_seconds: float
+) -> float:
+    """Reduction hides behind the last backward pass, gathering behind the first forward pass, where overlap is on."""
+    inside = ranks.world <= node.gpus
+    # Tensor parallel neighbours belong to other data parallel groups, which share the node's adapters.
+    bandwidth = node.link_bandwidth if inside else min(node.link_bandwidth, node.network_bandwidth / ranks.tensor)
+    reduce, gather = (b / (bandwidth * LINK_SHARE) for b in data_bytes(sizes, parallel, ranks))
+    hidden_reduce = bin_seconds * 2 / 3 if parallel.overlap_grad_reduce else 0.0
+    hidden_gather = bin_seconds / 3 if parallel.overlap_param_gather else 0.0
+    return max(0.0, reduce - hidden_reduce) + max(0.0, gather - hidden_gather)
+
+
+def _optimizer_seconds(sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes, node: Node) -> float:
+    shards = ranks.tensor * (ranks.data if parallel.use_distributed_optimizer else 1)
+    return sizes.parameters / shards * _OPTIMIZER_BYTES / (node.memory_bandwidth * MEMORY_SHARE)
+
+
+def label_seconds(sizes: ModelSizes, tokens: int, squared_lengths: int, gpus: int, node: Node) -> float:
+    """Return the estimated time of scoring `tokens` on `gpus` data parallel GPUs: forward only, no output layer."""
+    forward = sizes.train_flops(tokens, squared_lengths, 0) / 3
+    return forward / (gpus * node.peak_flops * COMPUTE_SHARE)
+
+
+def layout(sizes: ModelSizes, parallel: ParallelSection, recompute: str, world: int, work: Work, node: Node) -> Layout:
+    """Return memory and time of one way to divide `world` GPUs."""
+    ranks = ParallelSizes(world, parallel.tensor_model_parallel_size, parallel.context_parallel_size)
+    memory = training_memory(sizes, parallel, ranks, work.micro_batch_tokens, True, recompute).total
+    time = step_time(sizes, parallel, ranks, work, node, recompute)
+    fits = memory <= _USABLE_MEMORY * node.memory_bytes
+    return Layout(parallel, recompute, memory, fits, time, work.tokens / time.total / world)
+
+
+def fastest_layout(
+    sizes: ModelSizes, parallel: ParallelSection, recompute: str, world: int, work: Work, node: Node, groups: int
+) -> Layout | None:
+    """Return the fastest layout that fits, or None where none does.
+
+    Tried are tensor parallel groups that divide the key/value `groups` and stay inside a node, with sequence
+    parallelism; gradients as they are set and in bf16; activations kept as they are set and computed again.
+    """
+    widths = [t for t in (1, 2, 4, 8) if t <= node.gpus and world % t == 0 and groups % t == 0]
+    candidates = [
+        layout(sizes, _with(parallel, width, fp32), how, world, work, node)
+        for width in widths
+        for fp32 in sorted({parallel.grad_reduce_in_fp32, False}, reverse=True)
+        for how in dict.fromkeys((recompute, "full"))
+    ]
+    fitting = [c for c in candidates if c.fits]
+    # The first of equals is the one that changes least.
+    return min(fitting, key=lambda c: c.time.total) if fitting else None
+
+
+def _with(parallel: ParallelSection, tensor: int, fp32_gradients: bool) -> ParallelSection:
+    return replace(
+        parallel,
+        tensor_model_parallel_size=tensor,
+        sequence_parallel=tensor > 1,
+        context_parallel_size=1,
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=fp32_gradients,
+    )

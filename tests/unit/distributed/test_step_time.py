@@ -1,0 +1,102 @@
+"""The arithmetic of step times against published runs and against sums by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from offline_align.__main__ import run
+from offline_align.config.compose import compose
+from offline_align.config.runs import ModelRun
+from offline_align.config.sections import ParallelSection
+from offline_align.distributed.hardware import NODES
+from offline_align.distributed.sizes import ModelSizes, ParallelSizes, model_sizes
+from offline_align.distributed.step_time import Work, data_bytes, fastest_layout, layout, step_time
+
+H100, A100 = NODES["h100_80gb"], NODES["a100_80gb"]
+BF16_GRADIENTS = ParallelSection(grad_reduce_in_fp32=False)
+
+
+@pytest.fixture(scope="module")
+def llama() -> ModelSizes:
+    config = compose("sft", ["run.dir=x", "model=llama3_8b"]).config
+    assert isinstance(config, ModelRun)
+    return model_sizes(config.model, 128256)
+
+
+def packed(rows: int, length: int = 4096) -> Work:
+    return Work(rows * length, rows * length**2, rows * length, length)
+
+
+@pytest.mark.parametrize(("gpus", "rows", "published"), [(8, 32, 1.32), (32, 128, 1.33)])
+def test_nvidias_published_sft_steps_on_h100(llama: ModelSizes, gpus: int, rows: int, published: float) -> None:
+    # NVIDIA dgxc-benchmarking, Llama 3 8B SFT, bf16, packed to 4096, TP1: seconds a step.
+    ranks = ParallelSizes(gpus, 1, 1)
+    assert step_time(llama, BF16_GRADIENTS, ranks, packed(rows), H100).total == pytest.approx(published, rel=0.05)
+
+
+def test_a_7b_on_a100_is_within_a_tenth_of_the_published_rate() -> None:
+    # MosaicML llm-foundry, MPT-7B, 8 x A100-80GB, sequence 2048: 4,641 tokens/s on each GPU. Two-matrix FFN of 4 h.
+    mpt = ModelSizes(4096, 128, 4096, 4096, 4 * 4096 * 2 // 3, 32, 50432, tied=True)
+    work = Work(64 * 2048, 64 * 2048**2, 64 * 2048, 8 * 2048)
+    rate = work.tokens / 8 / step_time(mpt, BF16_GRADIENTS, ParallelSizes(8, 1, 1), work, A100).total
+    assert rate == pytest.approx(4641, rel=0.10)
+
+
+@pytest.mark.parametrize(("tensor", "low", "high"), [(2, 0.85, 0.95), (4, 0.70, 0.85), (8, 0.55, 0.75)])
+def test_tensor_parallelism_costs_what_is_usual_inside_a_node(
+    llama: ModelSizes, tensor: int, low: float, high: float
+) -> None:
+    one = step_time(llama, BF16_GRADIENTS, ParallelSizes(8, 1, 1), packed(32), H100).total
+    split = step_time(llama, BF16_GRADIENTS, ParallelSizes(8, tensor, 1), packed(32), H100).total
+    assert low < one / split < high
+
+
+def test_bytes_of_data_parallelism_by_hand(llama: ModelSizes) -> None:
+    ranks = ParallelSizes(8, 2, 1)
+    local = llama.parameters / 2
+    assert data_bytes(llama, ParallelSection(), ranks) == pytest.approx((local * 4 * 3 / 4, local * 2 * 3 / 4))
+    whole = replace(ParallelSection(), use_distributed_optimizer=False)
+    assert data_bytes(llama, whole, ranks) == pytest.approx((2 * local * 4 * 3 / 4, 0))
+
+
+def test_hidden_communication_costs_nothing_and_exposed_does(llama: ModelSizes) -> None:
+    ranks = ParallelSizes(8, 1, 1)
+    plain = replace(ParallelSection(), overlap_grad_reduce=False, overlap_param_gather=False)
+    assert step_time(llama, ParallelSection(), ranks, packed(32), H100).data_communication == 0
+    reduce, gather = data_bytes(llama, plain, ranks)
+    exposed = step_time(llama, plain, ranks, packed(32), H100).data_communication
+    assert exposed == pytest.approx((reduce + gather) / (450e9 * 0.8))
+
+
+def test_8b_on_one_node_of_h100_needs_no_tensor_parallelism(llama: ModelSizes) -> None:
+    tp4 = ParallelSection(tensor_model_parallel_size=4, sequence_parallel=True)
+    best = fastest_layout(llama, tp4, "none", 8, packed(128), H100, groups=8)
+    assert best is not None
+    assert best.fits
+    assert best.parallel.tensor_model_parallel_size == 1
+    assert best.parallel.use_distributed_optimizer
+    asked = layout(llama, tp4, "none", 8, packed(128), H100)
+    assert best.time.total < asked.time.total / 1.1
+
+
+def test_where_nothing_fits_there_is_no_advice(llama: ModelSizes) -> None:
+    assert fastest_layout(llama, ParallelSection(), "none", 1, packed(8), NODES["a100_40gb"], groups=8) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["parallel=tp4", "launcher.nproc_per_node=8"], "parallel.tensor_model_parallel_size=1"),
+        (["parallel=tp4", "launcher.nproc_per_node=8", "launcher.gpu=a100_40gb"], "none that fits is more than 5%"),
+        (["launcher.nproc_per_node=8"], "does not fit"),
+        (["launcher.nproc_per_node=1"], "nothing fits"),
+    ],
+)
+def test_a_dry_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    arguments = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", "model.vocab_size=256000", *words]
+    assert run([*arguments, "dry_run=true", "debug=true"]) == 0
+    assert said in capsys.readouterr().out
