@@ -137,6 +137,17 @@ def _evaluate(evaluate: s.EvaluateSection) -> list[str]:
     return found
 
 
+def _judge(judge: s.JudgeSection) -> list[str]:
+    found = _positive(judge, "judge", "concurrent_requests")
+    if judge.retries < 0:
+        found.append(f"judge.retries={judge.retries}: must be 0 or more")
+    if not (math.isfinite(judge.timeout_seconds) and judge.timeout_seconds > 0):
+        found.append(f"judge.timeout_seconds={judge.timeout_seconds}: must be above 0")
+    if judge.calibration is not None and judge.kind is s.JudgeKind.human:
+        found.append("judge.calibration: holds people's verdicts already; choose another judge, or leave it unset")
+    return found
+
+
 def _prepare(prepare: s.PrepareSection) -> list[str]:
     found = _positive(prepare, "prepare", "max_rows", "demo_sft_rows", "demo_preference_rows", "demo_prompt_rows")
     if not 0 <= prepare.valid_fraction < 1:
@@ -176,6 +187,7 @@ _SECTION_CHECKS: dict[type, Any] = {
     s.ConditionalMethodSection: _conditional,
     s.GenerateSection: _generate,
     s.EvaluateSection: _evaluate,
+    s.JudgeSection: _judge,
     s.PrepareSection: _prepare,
     s.LabelSection: _label,
     s.LauncherSection: _launcher,

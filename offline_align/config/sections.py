@@ -89,6 +89,14 @@ class JudgeKind(StrEnum):
     human = "human"
 
 
+class JudgeForm(StrEnum):
+    """What a served judge sees at once: all answers to a prompt (the paper's), two of them, or one."""
+
+    set = "set"
+    pair = "pair"
+    single = "single"
+
+
 class ConvertTo(StrEnum):
     """The form that `convert` writes."""
 
@@ -427,6 +435,20 @@ class JudgeSection:
     """Reward-model run folder, or the served model's name."""
     base_url: str | None = None
     """OpenAI-compatible endpoint; the key comes from OPENAI_API_KEY."""
+    form: JudgeForm = JudgeForm.set
+    """What a served judge sees at once: `set` (the paper's), `pair` or `single`."""
+    concurrent_requests: int = 8
+    """Requests to the endpoint at a time."""
+    retries: int = 6
+    """Attempts after a failed request, each after twice the time of the one before."""
+    timeout_seconds: float = 120.0
+    """Longest wait for one reply."""
+    prompt_token_price: float = 0.0
+    """Price of a million tokens sent, for the report's cost."""
+    completion_token_price: float = 0.0
+    """Price of a million tokens received."""
+    calibration: Any = None
+    """Pairs that people have judged (verdict rows or preference rows), path or list: how far to trust the judge."""
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,13 @@ class Comparison:
         return len(self.prompts), len(self.answers[0]), len(self.methods)
 
     def samples(self) -> list[Sample]:
-        """Return all answers, methods fastest; those with one `id` answer one prompt and can be compared."""
+        """Return all answers, methods fastest; those with one `id` answer one prompt and can be compared.
+
+        Their columns are those of the prompt.
+        """
         _, n, _ = self.shape
         return [
-            Sample(prompt.id if n == 1 else f"{prompt.id}#{k}", prompt.prompt, answer.response, {})
+            Sample(prompt.id if n == 1 else f"{prompt.id}#{k}", prompt.prompt, answer.response, prompt.columns)
             for prompt, sets in zip(self.prompts, self.answers, strict=True)
             for k, answers in enumerate(sets)
             for answer in answers

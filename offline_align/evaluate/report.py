@@ -14,7 +14,8 @@ from offline_align.evaluate import figures
 from offline_align.evaluate.ancestry import Ancestor, find_ancestors, find_histograms, read_curve
 from offline_align.evaluate.comparison import Comparison, prompt_text
 from offline_align.evaluate.page import render_page
-from offline_align.evaluate.results import Judgement, group_of
+from offline_align.evaluate.results import Compared, group_of
+from offline_align.evaluate.sections import Section, contents
 from offline_align.evaluate.statistics import Floats
 from offline_align.evaluate.tables import conditions, headline, markdown_report
 from offline_align.lineage import write_atomically
@@ -24,24 +25,23 @@ PREVIEW_CHARACTERS = 160
 
 
 def write_report(
-    run_dir: Path,
-    comparison: Comparison,
-    judgement: Judgement,
-    quality: Floats | None,
-    results: Mapping[str, Any],
+    run_dir: Path, compared: Compared | None, results: Mapping[str, Any], sections: Sequence[Section] = ()
 ) -> list[Path]:
     """Write the three files and return their paths, the page last. Raises StorageError."""
-    runs = find_ancestors(path.parent for path in comparison.files)
-    described = {**results, "files": _files(comparison, run_dir), "lineage": _lineage(runs, run_dir)}
-    page = render_page("report.html.j2", _page_values(comparison, judgement, quality, described, runs))
-    contents = {
+    files = compared.comparison.files if compared else ()
+    runs = find_ancestors(path.parent for path in files)
+    described = {**results, **contents(sections)}
+    if compared:
+        described |= {"files": _files(compared.comparison, run_dir), "lineage": _lineage(runs, run_dir)}
+    page = render_page("report.html.j2", _page_values(compared, described, sections, runs))
+    written = {
         "report.json": json.dumps(described, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.md": markdown_report(described),
+        "report.md": markdown_report(described, sections),
         "report.html": page,
     }
-    for name, content in contents.items():
+    for name, content in written.items():
         write_atomically(run_dir / name, content.encode())
-    return [run_dir / name for name in contents]
+    return [run_dir / name for name in written]
 
 
 def _files(comparison: Comparison, run_dir: Path) -> dict[str, str]:
@@ -65,21 +65,25 @@ def _relative(path: Path, run_dir: Path) -> str:
 
 
 def _page_values(
-    comparison: Comparison,
-    judgement: Judgement,
-    quality: Floats | None,
-    results: Mapping[str, Any],
-    runs: Sequence[Ancestor],
+    compared: Compared | None, results: Mapping[str, Any], sections: Sequence[Section], runs: Sequence[Ancestor]
 ) -> dict[str, Any]:
-    sets = _shown_prompts(comparison, judgement.scores, quality, results["group_by"])
-    return {
+    values = {
         "results": results,
-        "headline": headline(results),
+        "sections": sections,
+        "headline": headline(results, sections),
         "conditions": conditions(results),
-        "figures": _figures(judgement.scores.mean(axis=1), results),
         "curves": _curves(runs),
         "graph": Markup(figures.draw_lineage("Lineage", runs)) if runs else None,
         "histograms": [_data_uri(path) for path in find_histograms(runs)],
+    }
+    return values | (_compared_values(compared, results) if compared else {})
+
+
+def _compared_values(compared: Compared, results: Mapping[str, Any]) -> dict[str, Any]:
+    comparison, scores = compared.comparison, compared.judgement.scores
+    sets = _shown_prompts(comparison, scores, compared.quality, results["group_by"])
+    return {
+        "figures": _figures(scores.mean(axis=1), results),
         "sets": sets,
         "colours": {m: k % figures.PALETTE for k, m in enumerate(comparison.methods)},
         "groups": list(dict.fromkeys(one["group"] for one in sets if one["group"] is not None)),

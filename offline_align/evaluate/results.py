@@ -38,19 +38,23 @@ class Judgement:
     details: dict[str, Any]
 
 
-def build_results(
-    comparison: Comparison,
-    judgement: Judgement,
-    quality: Floats | None,
-    settings: EvaluateSection,
-    seed: int,
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """The answers of the methods, the judge's scores of them, and their true quality where it is known."""
+
+    comparison: Comparison
+    judgement: Judgement
+    quality: Floats | None = None
+    """In the shape of the scores."""
+
+
+def build_results(compared: Compared, settings: EvaluateSection, seed: int) -> dict[str, Any]:
     """Return the report's content; means are over prompts, and over the samples of a prompt first.
 
-    `quality` is the true quality of all answers, in the shape of the scores, where it is known. Prompts with
-    a missing score are left out of all comparisons and counted. Raises DataError where none is left,
+    Prompts with a missing score are left out of all comparisons and counted. Raises DataError where none is left,
     ConfigError for an unknown baseline.
     """
+    comparison, judgement, quality = compared.comparison, compared.judgement, compared.quality
     scores = judgement.scores.mean(axis=1)
     judged = np.isfinite(scores).all(axis=1)
     if not judged.any():

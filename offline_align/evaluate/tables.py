@@ -1,17 +1,9 @@
 """The report's numbers as tables of text: `report.md`, and the table that ends the command."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Text cells; the first column names the row, all others are numbers."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
+from offline_align.evaluate.sections import Section, Table
 
 
 def build_tables(results: Mapping[str, Any]) -> list[Table]:
@@ -87,8 +79,13 @@ def percent_interval(estimate: Mapping[str, float]) -> str:
     return f"{mean:.0f} % [{low:.0f}, {high:.0f}]"
 
 
-def headline(results: Mapping[str, Any]) -> str:
-    """Return the result in one sentence: who scores highest, and how surely it beats the baseline."""
+def headline(results: Mapping[str, Any], sections: Sequence[Section] = ()) -> str:
+    """Return the result in one sentence: who scores highest, and how surely it beats the baseline.
+
+    Without a comparison it is the first finding of the sections.
+    """
+    if "methods" not in results:
+        return sections[0].findings[0]
     overall, baseline = results["overall"], results["baseline"]
     best = max(results["methods"], key=lambda method: overall[method]["score"]["mean"])
     if best == baseline:
@@ -99,22 +96,37 @@ def headline(results: Mapping[str, Any]) -> str:
     return f"{text}." if rate["low"] > 0.5 else f"{text}, which chance could explain."
 
 
-def markdown_report(results: Mapping[str, Any]) -> str:
+def markdown_report(results: Mapping[str, Any], sections: Sequence[Section] = ()) -> str:
     """Return the content of `report.md`."""
-    parts = ["# Evaluation", headline(results), conditions(results)]
-    for table in build_tables(results):
-        parts += [f"## {escape(table.title)}", _markdown_table(table)]
-    parts.append(f"Rank score: {results['rank_score']}.")
+    parts = ["# Evaluation", escape(headline(results, sections)), escape(conditions(results))]
+    if "methods" in results:
+        for table in build_tables(results):
+            parts += [f"## {escape(table.title)}", _markdown_table(table)]
+        parts.append(f"Rank score: {results['rank_score']}.")
+    for section in sections:
+        parts += _markdown_section(section)
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_section(section: Section) -> list[str]:
+    parts = [f"## {escape(section.title)}", escape(section.note)]
+    if section.findings:
+        parts.append("\n".join(f"- {escape(finding)}" for finding in section.findings))
+    for table in section.tables:
+        parts += [f"### {escape(table.title)}", _markdown_table(table)]
+    return parts
 
 
 def conditions(results: Mapping[str, Any]) -> str:
     """Return what the numbers rest on: judge, prompts, intervals, and what is missing."""
-    judge, judged, prompts = results["judge"], results["judged_prompts"], results["prompts"]
+    judge = results["judge"]
     text = f"Judge: {judge['name']}. "
+    if "methods" not in results:
+        return f"{text}Intervals: {results['confidence']:.0%}, {results['bootstrap_samples']} resamples."
+    judged, prompts = results["judged_prompts"], results["prompts"]
     text += f"{prompts} prompts" if judged == prompts else f"{judged} of {prompts} prompts could be judged"
     if judged != prompts and judge.get("kind") == "reward_model":
-        text += " (a reward model has no score for an empty answer)"
+        text += " (an answer that is too long has no score)"
     if results["samples_per_prompt"] > 1:
         text += f", {results['samples_per_prompt']} answers each"
     text += (

@@ -4,7 +4,10 @@ Which rows share a bin is a pure function of the rows: neither the number of ran
 done changes it. A row's score is therefore the same to the bit in every run on the same kind of machine.
 """
 
+import logging
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +30,8 @@ from offline_align.model.description import ModelDescription
 if TYPE_CHECKING:
     from offline_align.model.heads import RewardModel
 
+logger = logging.getLogger(__name__)
+
 # Rows that are sorted and packed together: enough for full bins, few enough for steady progress.
 _WINDOW_ROWS = 1024
 
@@ -42,18 +47,25 @@ def score_samples(
 ) -> list[float]:
     """Return the raw reward of every sample, in order, in a session of its own (evaluation).
 
-    Raises DataError for a row whose response alone is longer than `data.max_length`.
+    NaN, with a warning, for a row whose response alone is longer than `data.max_length`.
     """
     with session(parallel, run) as ranks:
         use_bf16 = ranks.device.type == "cuda" if bf16 is None else bf16
         model = load_reward_model(checkpoint, parallel, ranks, use_bf16)
         renderer = reward_renderer(checkpoint)
         cache = Path(data.cache_dir) if data.cache_dir else Path(run.dir) / "cache"
-        source = tokenized(samples, renderer, data, cache)
+        # Ids of samples need not differ; places do, and tell which rows were left out.
+        rows = [TrainingRow(replace(s, id=str(k))) for k, s in enumerate(samples)]
+        tokens = tokenize_samples(rows, renderer, data, cache, empty_answers=True)
+        source = SampleSource(tokens)
         bins = plan_bins(source.lengths(), trainer.micro_batch_size * data.max_length)
         own = dict(score_bins(model, source, bins[ranks.dp_rank :: ranks.dp_size], ranks))
-        merged = {row: score for part in ranks.gather(own) for row, score in part.items()}
-        return [merged[i] for i in range(len(samples))]
+        merged = {int(tokens.row_ids[row]): score for part in ranks.gather(own) for row, score in part.items()}
+        if len(merged) < len(samples):
+            logger.warning(
+                "%d of %d answers have no score: %s", len(samples) - len(merged), len(samples), tokens.dropped
+            )
+        return [merged.get(i, math.nan) for i in range(len(samples))]
 
 
 def reward_renderer(checkpoint: Path) -> Renderer:

@@ -28,6 +28,9 @@ NOT_IN_KEY = frozenset(
         "trainer.profile_steps",
         "label.flush_rows",
         "generate.batch_size",
+        "judge.concurrent_requests",
+        "judge.retries",
+        "judge.timeout_seconds",
     }
 )
 

@@ -25,7 +25,10 @@ def input_files(config: Run) -> list[Path]:
     """Return the data files that `config` names; raises ConfigError for those that are not there."""
     data = getattr(config, "data", None)
     named = {k: getattr(data, k, None) for k in _DATA_KEYS}
-    return [p for k, value in named.items() if value is not None for p in input_paths(value, f"data.{k}")]
+    named = {f"data.{k}": value for k, value in named.items()}
+    if isinstance(config, EvaluateRun):
+        named["judge.calibration"] = config.judge.calibration
+    return [p for key, value in named.items() if value is not None for p in input_paths(value, key)]
 
 
 def parent_models(config: Run) -> list[Path]:

@@ -1,7 +1,7 @@
 """`evaluate`: several generation files and a judge become tables, intervals and a page."""
 
-import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,18 @@ from rich.text import Text
 from offline_align import lineage
 from offline_align.config.runs import EvaluateRun
 from offline_align.config.sections import JudgeKind
-from offline_align.data.records import input_paths
+from offline_align.data.records import BadRows, input_paths
+from offline_align.evaluate.calibration.agreement import Verdicts
+from offline_align.evaluate.calibration.pairs import JudgedPair, both_orders, read_judged_pairs
+from offline_align.evaluate.calibration.section import calibration_section
 from offline_align.evaluate.comparison import Comparison, load_comparison, name_methods
 from offline_align.evaluate.judges import Judge, build_judge
 from offline_align.evaluate.judges.ground_truth import GroundTruthJudge, is_demo_prompt
 from offline_align.evaluate.judges.reward_model import RewardModelJudge
+from offline_align.evaluate.judges.section import judge_section
 from offline_align.evaluate.report import write_report
-from offline_align.evaluate.results import Judgement, build_results, choose_baseline
+from offline_align.evaluate.results import FORMAT, Compared, Judgement, build_results, choose_baseline
+from offline_align.evaluate.sections import Section, Table
 from offline_align.evaluate.statistics import Floats
 from offline_align.evaluate.tables import headline, overall_table
 from offline_align.stages import common
@@ -29,8 +34,6 @@ STAGE = "evaluate"
 # What judges leave in the run folder beside the report.
 RECORDS = ("quarantine.jsonl", "verdicts.jsonl", "rating.html", "ratings*.jsonl")
 
-logger = logging.getLogger(__name__)
-
 
 def run(config: EvaluateRun, explicit: frozenset[str]) -> int:
     """Write report.json, report.md and report.html into `run.dir`, print the result and return 0.
@@ -38,8 +41,9 @@ def run(config: EvaluateRun, explicit: frozenset[str]) -> int:
     All ranks score with a reward model; one rank does everything else. Raises ConfigError, DataError,
     StorageError, and StoppedEarly where the judge is not done yet.
     """
-    files = input_paths(config.data.input, "data.input")
-    choose_baseline(name_methods(files), config.evaluate.baseline)
+    files = input_paths(config.data.input, "data.input") if config.data.input is not None else []
+    if files:
+        choose_baseline(name_methods(files), config.evaluate.baseline)
     judge = build_judge(config)
     if config.dry_run:
         Console(soft_wrap=True).print(Text(_plan(config, files, judge)))
@@ -50,55 +54,122 @@ def run(config: EvaluateRun, explicit: frozenset[str]) -> int:
     key = common.key_of(STAGE, config)
     if common.is_finished(STAGE, config, key):
         return 0
-    comparison = load_comparison(files, common.bad_rows(config, writes=is_main))
-    scores = _scores(judge, comparison)
+    material = _read(config, files, common.bad_rows(config, writes=is_main))
+    scored = _score(judge, material)
     if is_main:
-        _report(config, key, comparison, Judgement(judge.name, scores, judge.describe()), judge)
+        _report(config, key, material, scored, judge)
     return 0
 
 
-def _scores(judge: Judge, comparison: Comparison) -> Floats:
-    """Return the judge's scores [prompts, samples, methods]."""
-    return np.array(judge.score(comparison.samples()), dtype=np.float64).reshape(comparison.shape)
+@dataclass(frozen=True, slots=True)
+class _Material:
+    """What is judged: answers of the methods, pairs that people have judged, or both."""
+
+    comparison: Comparison | None
+    pairs: list[JudgedPair]
 
 
-def _report(config: EvaluateRun, key: str, comparison: Comparison, judgement: Judgement, judge: Judge) -> None:
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    judgement: Judgement | None
+    verdicts: Verdicts | None
+
+
+def _read(config: EvaluateRun, files: list[Path], bad_rows: BadRows) -> _Material:
+    comparison = load_comparison(files, bad_rows) if files else None
+    named = config.judge.calibration
+    pairs = read_judged_pairs(input_paths(named, "judge.calibration"), bad_rows) if named is not None else []
+    return _Material(comparison, pairs)
+
+
+def _score(judge: Judge, material: _Material) -> _Scored:
+    """Score everything in one go, so that a model is loaded once."""
+    answers = material.comparison.samples() if material.comparison else []
+    scores = judge.score([*answers, *both_orders(material.pairs)], in_order_from=len(answers))
+    judgement = verdicts = None
+    if material.comparison:
+        table = np.array(scores[: len(answers)], dtype=np.float64).reshape(material.comparison.shape)
+        judgement = Judgement(judge.name, table, judge.describe())
+    if material.pairs:
+        verdicts = Verdicts.from_scores(material.pairs, scores[len(answers) :])
+    return _Scored(judgement, verdicts)
+
+
+def _report(config: EvaluateRun, key: str, material: _Material, scored: _Scored, judge: Judge) -> None:
     run_dir = common.start_folder(config)
-    # Shown beside another judge's scores; as the judge it is the scores.
-    quality = None if config.judge.kind is JudgeKind.ground_truth else _true_quality(comparison)
-    results = build_results(comparison, judgement, quality, config.evaluate, config.run.seed)
-    outputs = write_report(run_dir, comparison, judgement, quality, results)
+    compared = _compared(config, material, scored)
+    seed = config.run.seed
+    results = build_results(compared, config.evaluate, seed) if compared else _bare_results(config, judge)
+    sections = _sections(config, scored, judge)
+    outputs = write_report(run_dir, compared, results, sections)
     records = [path for pattern in RECORDS for path in sorted(run_dir.glob(pattern))]
     parents = [judge.checkpoint] if isinstance(judge, RewardModelJudge) else []
-    extra = {"judge": results["judge"], "methods": results["methods"]}
-    lineage.write_manifest(run_dir, STAGE, key, comparison.files, parents, [*outputs, *records], extra)
-    _print(results, outputs[-1])
+    extra = {"judge": results["judge"], "methods": results.get("methods", [])}
+    lineage.write_manifest(run_dir, STAGE, key, common.input_files(config), parents, [*outputs, *records], extra)
+    _print(results, sections, outputs[-1])
+
+
+def _compared(config: EvaluateRun, material: _Material, scored: _Scored) -> Compared | None:
+    if material.comparison is None or scored.judgement is None:
+        return None
+    # Shown beside another judge's scores; as the judge it is the scores.
+    quality = None if config.judge.kind is JudgeKind.ground_truth else _true_quality(material.comparison)
+    return Compared(material.comparison, scored.judgement, quality)
+
+
+def _bare_results(config: EvaluateRun, judge: Judge) -> dict[str, Any]:
+    """Return what a report without a comparison says of itself."""
+    return {
+        "format": FORMAT,
+        "judge": {"name": judge.name, **judge.describe()},
+        "confidence": config.evaluate.confidence,
+        "bootstrap_samples": config.evaluate.bootstrap_samples,
+        "seed": config.run.seed,
+    }
+
+
+def _sections(config: EvaluateRun, scored: _Scored, judge: Judge) -> list[Section]:
+    found = []
+    if scored.verdicts is not None:
+        found.append(calibration_section(scored.verdicts, config.evaluate, config.run.seed))
+    served = judge_section(judge.describe())
+    return [*found, *([served] if served else [])]
 
 
 def _true_quality(comparison: Comparison) -> Floats | None:
     """Return the known quality of all answers where every prompt is of the demo corpus."""
     if not all(is_demo_prompt(prompt.prompt) for prompt in comparison.prompts):
         return None
-    return _scores(GroundTruthJudge(), comparison)
+    scores = GroundTruthJudge().score(comparison.samples())
+    return np.array(scores, dtype=np.float64).reshape(comparison.shape)
 
 
 def _plan(config: EvaluateRun, files: list[Path], judge: Judge) -> str:
     lines = [f"evaluate with {judge.name}, into {config.run.dir}"]
     lines += [f"  {name}: {path}" for name, path in zip(name_methods(files), files, strict=True)]
+    if config.judge.calibration is not None:
+        lines.append(f"  checked on the pairs of {config.judge.calibration}")
     return "\n".join(lines)
 
 
-def _print(results: dict[str, Any], page: Path) -> None:
+def _print(results: dict[str, Any], sections: list[Section], page: Path) -> None:
     terminal = Console()
     # A log has no width of its own: a table folded to 80 columns could not be read there.
     console = terminal if terminal.is_terminal else Console(width=160)
-    table = overall_table(results)
+    if "methods" in results:
+        console.print(_as_rich(overall_table(results)))
+        console.print(Text(headline(results)), soft_wrap=True)
+    for section in sections:
+        for finding in section.findings:
+            console.print(Text(f"{section.title} {finding}"), soft_wrap=True)
+    console.print(Text(f"report: {page}"), soft_wrap=True)
+
+
+def _as_rich(table: Table) -> RichTable:
     shown = RichTable(title=Text(table.title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for k, name in enumerate(table.header):
         width = max(len(row[k]) for row in table.rows)
         shown.add_column(Text(name), justify="right" if k else "left", min_width=width)
     for row in table.rows:
         shown.add_row(*(Text(cell) for cell in row))
-    console.print(shown)
-    console.print(Text(headline(results)), soft_wrap=True)
-    console.print(Text(f"report: {page}"), soft_wrap=True)
+    return shown

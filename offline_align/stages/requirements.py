@@ -40,7 +40,7 @@ def _files(stage: str, config: Run) -> list[str]:
     missing = []
     if isinstance(config, TrainRun) and data.train is None and not config.dry_run:
         missing.append("data.train is not set: give the file or files of training rows")
-    if stage in _NEEDS_INPUT and data.input is None:
+    if stage in _NEEDS_INPUT and data.input is None and not _only_checks_judge(config):
         missing.append("data.input is not set: give the file or files to read")
     if stage == "prepare":
         return missing
@@ -49,6 +49,10 @@ def _files(stage: str, config: Run) -> list[str]:
     except AlignError as error:
         missing += str(error).splitlines()
     return missing
+
+
+def _only_checks_judge(config: Run) -> bool:
+    return isinstance(config, EvaluateRun) and config.judge.calibration is not None
 
 
 def _nodes(config: Run) -> list[str]:

@@ -49,7 +49,8 @@ def files(tmp_path: Path) -> list[Path]:
 def start(tmp_path: Path) -> Start:
     def start(inputs: list[Path], *words: str, name: str = "report") -> int:
         listed = ",".join(f"'{path}'" for path in inputs)
-        composed = compose("evaluate", [f"data.input=[{listed}]", f"run.dir={tmp_path / name}", *words])
+        given = [f"data.input=[{listed}]"] if inputs else []
+        composed = compose("evaluate", [*given, f"run.dir={tmp_path / name}", *words])
         assert composed.problems == []
         assert isinstance(composed.config, EvaluateRun)
         return run(composed.config, composed.explicit)
@@ -163,3 +164,48 @@ def test_only_one_rank_reports(
     monkeypatch.setenv("RANK", "1")
     assert start(files, "judge=ground_truth") == 0
     assert not (tmp_path / "report").exists()
+
+
+@pytest.fixture
+def judged_pairs(tmp_path: Path) -> Path:
+    """Return preference rows of the demo corpus in which people always prefer the careful answer."""
+    rows = list(zip(answers(demo.careful, 1), answers(demo.careless, 1), strict=True))
+    path = tmp_path / "pairs.jsonl"
+    lines = [
+        {"id": a["id"], "prompt": a["prompt"], "chosen": a["response"], "rejected": b["response"]} for a, b in rows
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_judge_is_checked_against_people_without_any_answers(
+    start: Start, judged_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start([], "judge=ground_truth", f"judge.calibration={judged_pairs}") == 0
+    found = json.loads((tmp_path / "report" / "report.json").read_text())["calibration"]
+    assert found["agreement"]["accuracy"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert "Agrees with people on 100.0%" in capsys.readouterr().out
+    assert "Can this judge be trusted?" in (tmp_path / "report" / "report.md").read_text()
+    manifest = read_manifest(tmp_path / "report")
+    assert manifest is not None
+    assert [Path(record.path).name for record in manifest.inputs] == ["pairs.jsonl"]
+
+
+def test_comparison_and_check_stand_in_one_report(
+    start: Start, files: list[Path], judged_pairs: Path, tmp_path: Path
+) -> None:
+    assert start(files, "judge=ground_truth", f"judge.calibration={judged_pairs}") == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["judged_prompts"] == PROMPTS
+    assert report["calibration"]["agreement"]["pairs"] == PROMPTS
+    judged_pairs.write_text(judged_pairs.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ConfigError, match="other settings or inputs"):
+        start(files, "judge=ground_truth", f"judge.calibration={judged_pairs}")
+
+
+def test_people_are_not_checked_against_people(tmp_path: Path, judged_pairs: Path) -> None:
+    from offline_align.config import checks
+
+    words = [f"run.dir={tmp_path / 'r'}", "judge=human", f"judge.calibration={judged_pairs}"]
+    composed = compose("evaluate", words)
+    assert any("judge.calibration" in problem for problem in checks.problems(composed.config, None, 1))

@@ -1,6 +1,7 @@
 """Labelling: every row once, through interruptions, the same to the byte."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -109,3 +110,7 @@ def test_an_empty_answer_is_scored_at_its_end_of_sequence(folder: Path, reward: 
     found = score_samples(find_checkpoint(reward), samples, *sections, ParallelSection(), ComputeSection())
     assert found[0] == pytest.approx(found[2], abs=1e-6)
     assert found[1] != pytest.approx(found[0], abs=1e-6)
+    long = [*samples, Sample("0", asked, "red " * 100, {})]
+    again = score_samples(find_checkpoint(reward), long, *sections, ParallelSection(), ComputeSection())
+    assert again[:3] == pytest.approx(found, abs=1e-6)
+    assert math.isnan(again[3]), "an answer that does not fit has no score, and the others keep theirs"

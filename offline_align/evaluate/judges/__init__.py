@@ -17,8 +17,12 @@ class Judge(Protocol):
         """What the report calls the scores."""
         ...
 
-    def score(self, samples: Sequence[Sample]) -> list[float]:
-        """Return a score for each sample, in order; NaN where no verdict could be had."""
+    def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
+        """Return a score for each sample, in order; NaN where no verdict could be had.
+
+        Samples with one `id` stand together and form a set. A judge that sees a set at once shows its answers in an
+        order of its own, and those of sets from sample `in_order_from` on in the order given.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ class GroundTruthJudge:
 
     name: str = "true quality"
 
-    def score(self, samples: Sequence[Sample]) -> list[float]:
+    def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
         """Return true qualities in [0, 10]; raises ConfigError for a prompt of other data."""
         from offline_align.data.demo import true_quality
 

@@ -31,7 +31,7 @@ class HumanJudge:
     _raters: int = 0
     _rated_sets: int = 0
 
-    def score(self, samples: Sequence[Sample]) -> list[float]:
+    def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
         """Return mean ratings over the raters; NaN for the answers of a set that nobody rated in full.
 
         Raises StoppedEarly, with the page to rate on written, where there are no ratings yet; DataError for

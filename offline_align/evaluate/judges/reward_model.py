@@ -20,7 +20,7 @@ class RewardModelJudge:
     config: EvaluateRun
     name: str = "reward model"
 
-    def score(self, samples: Sequence[Sample]) -> list[float]:
+    def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
         """Return raw rewards; that of an empty answer is read at its end of sequence.
 
         Equal answers to one prompt are scored once, so that they tie exactly.

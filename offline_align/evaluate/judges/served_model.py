@@ -5,94 +5,104 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offline_align.config.sections import JudgeSection
+from offline_align.config.sections import JudgeForm, JudgeSection
 from offline_align.data.records import Sample
 from offline_align.errors import ConfigError, StoppedEarly
 from offline_align.evaluate.judges import verdict_text
+from offline_align.evaluate.judges.questions import Question, ask, place_bias, scores
 from offline_align.evaluate.judges.verdict_cache import Verdict, VerdictCache, verdict_key
 from offline_align.progress import Meter
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
-CONCURRENT_REQUESTS = 8
 READING_ATTEMPTS = 3
-# The client backs off exponentially between these and heeds Retry-After.
-NETWORK_RETRIES = 6
 
 
 @dataclass(slots=True)
 class ServedModelJudge:
-    """Asks for one verdict on all answers to a prompt together; `client` is the openai package's."""
+    """Asks a model for verdicts in the form of `settings`; `client` is the openai package's."""
 
     client: "OpenAI"
     model: str
+    settings: JudgeSection
     cache: VerdictCache
     seed: int
     name: str = ""
+    _questions: list[Question] = field(default_factory=list)
     _verdicts: list[Verdict] = field(default_factory=list)
 
-    def score(self, samples: Sequence[Sample]) -> list[float]:
-        """Return scores from 1 to 10; NaN for a set whose verdict could not be read.
+    def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
+        """Return scores from 1 to 10, or shares of pairs won; NaN where a verdict could not be read.
 
-        Samples with one `id` stand together and form a set. Raises ConfigError where the endpoint refuses
-        the key, the model or the request, StoppedEarly where it cannot be reached: verdicts so far are kept.
+        Raises ConfigError where the endpoint refuses the key, the model or the request, StoppedEarly where it cannot
+        be reached: verdicts so far are kept.
         """
-        sets = [list(group) for _, group in groupby(samples, key=lambda sample: sample.id)]
-        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-            futures = [pool.submit(self._judge, one) for one in sets]
+        form = self.settings.form
+        self._questions = ask(samples, form, self.seed, in_order_from)
+        self._verdicts = self._answers()
+        return scores(self._questions, self._verdicts, form)
+
+    def _answers(self) -> list[Verdict]:
+        verdicts = []
+        with ThreadPoolExecutor(self.settings.concurrent_requests) as pool:
+            futures = [pool.submit(self._judge, question) for question in self._questions]
             try:
-                with Meter("judging", len(sets), "sets") as meter:
-                    self._verdicts = []
+                with Meter("judging", len(futures), "verdicts") as meter:
                     for future in futures:
-                        self._verdicts.append(future.result())
+                        verdicts.append(future.result())
                         meter.advance()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        missing = float("nan")
-        pairs = zip(sets, self._verdicts, strict=True)
-        return [score for one, verdict in pairs for score in verdict.scores or [missing] * len(one)]
+        return verdicts
 
     def describe(self) -> dict[str, Any]:
-        """Return model, verdicts that could not be read, and tokens, earlier runs' included."""
+        """Return model and form, verdicts that could not be read, places, tokens and cost, earlier runs' included."""
+        prompt_tokens = sum(verdict.prompt_tokens for verdict in self._verdicts)
+        completion_tokens = sum(verdict.completion_tokens for verdict in self._verdicts)
+        prices = self.settings.prompt_token_price, self.settings.completion_token_price
         return {
             "kind": "openai",
             "model": self.model,
+            "form": self.settings.form.value,
             "verdicts": len(self._verdicts),
             "unreadable_verdicts": sum(verdict.scores is None for verdict in self._verdicts),
-            "prompt_tokens": sum(verdict.prompt_tokens for verdict in self._verdicts),
-            "completion_tokens": sum(verdict.completion_tokens for verdict in self._verdicts),
+            "asked_again": sum(verdict.attempts > 1 for verdict in self._verdicts),
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "cost": (prompt_tokens * prices[0] + completion_tokens * prices[1]) / 1e6 if any(prices) else None,
+            "places": place_bias(self._verdicts),
         }
 
-    def _judge(self, samples: list[Sample]) -> Verdict:
-        order = verdict_text.shuffled(samples, self.seed)
-        messages = verdict_text.request(samples, order)
+    def _judge(self, question: Question) -> Verdict:
+        answers = [question.samples[index] for index in question.shown]
+        messages = verdict_text.request(answers)
         key = verdict_key(self.model, messages)
         known = self.cache.get(key)
         if known is not None:
             return known
-        verdict = self._ask(key, samples[0].id, messages, order)
+        verdict = self._ask(key, answers[0].id, messages, len(answers))
         self.cache.add(verdict)
         return verdict
 
-    def _ask(self, key: str, set_id: str, messages: list[dict[str, str]], order: list[int]) -> Verdict:
-        reply, scores, attempt, sent, received = "", None, 0, 0, 0
+    def _ask(self, key: str, set_id: str, messages: list[dict[str, str]], count: int) -> Verdict:
+        reply, found, attempt, sent, received = "", None, 0, 0, 0
         for attempt in range(1, READING_ATTEMPTS + 1):
-            again = verdict_text.reminder(reply, len(order)) if attempt > 1 else []
+            again = verdict_text.reminder(reply, count) if attempt > 1 else []
             completion = self._complete([*messages, *again])
-            reply = completion.choices[0].message.content or ""
-            if completion.usage is not None:
-                sent += completion.usage.prompt_tokens
-                received += completion.usage.completion_tokens
-            scores = verdict_text.parse(reply, order)
-            if scores is not None:
+            reply = _text(completion)
+            usage = getattr(completion, "usage", None)
+            if usage is not None:
+                sent += usage.prompt_tokens
+                received += usage.completion_tokens
+            found = verdict_text.parse(reply, count)
+            if found is not None:
                 break
-        return Verdict(key, set_id, scores, reply, attempt, sent, received)
+        return Verdict(key, set_id, found, reply, attempt, sent, received)
 
     def _complete(self, messages: list[dict[str, str]]) -> Any:
         import openai
@@ -101,9 +111,12 @@ class ServedModelJudge:
             return self._send(messages)
         except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
             raise StoppedEarly(
-                f"judge.base_url={self.client.base_url}: no verdict after {NETWORK_RETRIES} retries "
+                f"judge.base_url={self.client.base_url}: no verdict after {self.settings.retries} retries "
                 f"({type(error).__name__}); run the same command again: verdicts so far are kept"
             ) from error
+        except (openai.APIResponseValidationError, ValueError):
+            # A body that is no completion is a reply that cannot be read.
+            return None
         except openai.APIStatusError as error:
             raise ConfigError(
                 f"judge.model={self.model}: {self.client.base_url} answers {error.status_code} "
@@ -123,6 +136,14 @@ class ServedModelJudge:
             return create(model=self.model, messages=messages)
 
 
+def _text(completion: Any) -> str:
+    """Return the text of a completion, or nothing where the endpoint sent something else."""
+    try:
+        return str(completion.choices[0].message.content or "")
+    except (AttributeError, IndexError, TypeError):
+        return ""
+
+
 def served_model_judge(judge: JudgeSection, run_dir: Path, seed: int) -> ServedModelJudge:
     """Return the judge; raises ConfigError for a missing package, model name or key."""
     problems = []
@@ -137,7 +158,11 @@ def served_model_judge(judge: JudgeSection, run_dir: Path, seed: int) -> ServedM
         raise ConfigError(problems)
     from openai import OpenAI
 
-    # A server of one's own asks for no key, but the client insists on one.
-    client = OpenAI(api_key=key or "none", base_url=judge.base_url, max_retries=NETWORK_RETRIES)
+    # A server of one's own asks for no key, but the client insists on one. It backs off exponentially between its
+    # retries and heeds Retry-After.
+    client = OpenAI(
+        api_key=key or "none", base_url=judge.base_url, max_retries=judge.retries, timeout=judge.timeout_seconds
+    )
     cache = VerdictCache(run_dir / "verdicts.jsonl")
-    return ServedModelJudge(client, judge.model, cache, seed, name=judge.model)
+    name = judge.model if judge.form is JudgeForm.set else f"{judge.model}, {judge.form.value}"
+    return ServedModelJudge(client, judge.model, judge, cache, seed, name=name)

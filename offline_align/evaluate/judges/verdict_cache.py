@@ -12,7 +12,7 @@ from offline_align.errors import StorageError
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The scores of one set in its own order, None where no reply could be read; `reply` is the last one."""
+    """The scores of answers as they were shown, None where no reply could be read; `reply` is the last one."""
 
     key: str
     id: str
@@ -74,5 +74,5 @@ class VerdictCache:
 
 def verdict_key(model: str, messages: list[dict[str, str]]) -> str:
     """Return the SHA-256 of all that determines a verdict: the model and the whole request."""
-    text = json.dumps([model, messages], ensure_ascii=True)
+    text = json.dumps([model, messages, "scores as shown"], ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()

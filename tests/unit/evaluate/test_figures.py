@@ -48,7 +48,7 @@ def test_colours_are_variables_of_the_page() -> None:
         assert "#0102" not in svg
         colours = set(re.findall(r"(?:fill|stroke): ?([^;\"]+)", svg))
         assert all(colour == "none" or colour.startswith("var(--") for colour in colours), colours
-    style = (Path(figures.__file__).parent / "templates" / "style.css").read_text()
+    style = (Path(figures.__file__).parents[1] / "templates" / "style.css").read_text()
     used = set(re.findall(r"var\((--[a-z0-9]+)\)", "".join(draw_all(NASTY).values())))
     assert used <= set(re.findall(r"(--[a-z0-9]+):", style))
 

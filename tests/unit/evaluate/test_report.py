@@ -15,7 +15,7 @@ from offline_align.errors import StorageError
 from offline_align.evaluate import report
 from offline_align.evaluate.comparison import load_comparison
 from offline_align.evaluate.report import write_report
-from offline_align.evaluate.results import Judgement, build_results
+from offline_align.evaluate.results import Compared, Judgement, build_results
 from tests.unit.evaluate.conftest import PROMPTS, WriteRun, rows_for
 
 ATTACK = '</p><script>alert("x")</script><img src=http://evil.example/a.png onerror=alert(1)>'
@@ -52,8 +52,9 @@ def write(write_run: WriteRun, tmp_path: Path, answers: list[str], quality: bool
     scores = np.array([[[1.0, 2.0]], [[3.0, 3.0]], [[np.nan, 9.0]]])
     judgement = Judgement("reward model", scores, {"kind": "reward_model"})
     truth = np.ones((3, 1, 2)) if quality else None
-    results = build_results(comparison, judgement, truth, EvaluateSection(bootstrap_samples=50), seed=0)
-    paths = write_report(tmp_path / "out", comparison, judgement, truth, results)
+    compared = Compared(comparison, judgement, truth)
+    results = build_results(compared, EvaluateSection(bootstrap_samples=50), seed=0)
+    paths = write_report(tmp_path / "out", compared, results)
     assert [path.name for path in paths] == ["report.json", "report.md", "report.html"]
     return tmp_path / "out"
 
@@ -151,8 +152,9 @@ def test_curves_and_histogram_of_the_parents_are_embedded(write_run: WriteRun, t
     write_manifest(b.parent, "generate", "k", [], [label], [b], {"method": "ca"})
     comparison = load_comparison([a, b], BadRows(OnBadRow.fail, None))
     judgement = Judgement("j", np.ones((3, 1, 2)), {})
-    results = build_results(comparison, judgement, None, EvaluateSection(bootstrap_samples=10), 0)
-    page = outline(write_report(tmp_path / "out", comparison, judgement, None, results)[-1])
+    compared = Compared(comparison, judgement)
+    results = build_results(compared, EvaluateSection(bootstrap_samples=10), 0)
+    page = outline(write_report(tmp_path / "out", compared, results)[-1])
     pictures = [a["src"] for tag, a in page.tags if tag == "img"]
     assert pictures == ["data:image/png;base64,iVBORw=="]
     assert "Training loss" in [a.get("aria-label") for tag, a in page.tags if tag == "svg"]

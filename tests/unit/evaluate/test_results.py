@@ -10,7 +10,7 @@ from offline_align.config.sections import EvaluateSection, OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.errors import ConfigError, DataError
 from offline_align.evaluate.comparison import Comparison, load_comparison
-from offline_align.evaluate.results import Judgement, build_results, choose_baseline
+from offline_align.evaluate.results import Compared, Judgement, build_results, choose_baseline
 from offline_align.evaluate.statistics import Floats
 from offline_align.evaluate.tables import build_tables, escape, headline, markdown_report
 from tests.unit.evaluate.conftest import WriteRun, rows_for
@@ -34,7 +34,7 @@ def build(
     **settings: Any,
 ) -> dict[str, Any]:
     judgement = Judgement("reward model", scores, details or {"kind": "reward_model"})
-    return build_results(comparison, judgement, quality, EvaluateSection(**settings), seed=5)
+    return build_results(Compared(comparison, judgement, quality), EvaluateSection(**settings), seed=5)
 
 
 def test_overall_numbers(comparison: Comparison) -> None:
@@ -86,7 +86,7 @@ def test_prompts_without_a_score_are_left_out_and_counted(comparison: Comparison
     assert results["rows"][1]["scores"] == {"sft": 3.0, "ca": None}
     assert list(results["groups"]) == ["vicuna"]
     text = markdown_report(results)
-    assert "2 of 3 prompts could be judged (a reward model has no score for an empty answer)" in text
+    assert "2 of 3 prompts could be judged (an answer that is too long has no score)" in text
     json.dumps(results, allow_nan=False)
 
 

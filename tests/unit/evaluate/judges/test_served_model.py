@@ -4,19 +4,22 @@ import json
 import math
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from offline_align.config.sections import JudgeKind, JudgeSection
+from offline_align.config.sections import JudgeForm, JudgeKind, JudgeSection
 from offline_align.data.records import Message, Sample
 from offline_align.errors import ConfigError, StoppedEarly
 from offline_align.evaluate.judges import served_model
 from offline_align.evaluate.judges.served_model import ServedModelJudge, served_model_judge
 
+HANG_UP, NONSENSE, STALL = -1, -2, -3
 KEY = "sk-secret-of-the-test"
 Reply = Callable[[dict[str, Any]], tuple[int, str]]
 
@@ -36,6 +39,21 @@ class Endpoint:
                 outer.bodies.append(body)
                 outer.keys.add(self.headers["Authorization"])
                 status, text = outer.reply(body)
+                if status == HANG_UP:
+                    self.send_response(200)
+                    self.send_header("Content-Length", "1000")
+                    self.end_headers()
+                    self.wfile.write(b'{"choices": [{"mess')
+                    return
+                if status == NONSENSE:
+                    self.send_response(200)
+                    self.send_header("Content-Type", "application/json")
+                    self.end_headers()
+                    self.wfile.write(text.encode())
+                    return
+                if status == STALL:
+                    time.sleep(0.6)
+                    status = 200
                 content = json.dumps(completion(text) if status == 200 else {"error": {"message": text}})
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
@@ -73,7 +91,6 @@ def by_length(body: dict[str, Any]) -> tuple[int, str]:
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     pytest.importorskip("openai")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(served_model, "NETWORK_RETRIES", 0)
     endpoint = Endpoint()
     thread = threading.Thread(target=endpoint.server.serve_forever, daemon=True)
     thread.start()
@@ -82,8 +99,9 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     endpoint.server.server_close()
 
 
-def make_judge(endpoint: Endpoint, run_dir: Path) -> ServedModelJudge:
-    return served_model_judge(JudgeSection(JudgeKind.openai, "judge-model", endpoint.url), run_dir, seed=0)
+def make_judge(endpoint: Endpoint, run_dir: Path, **settings: Any) -> ServedModelJudge:
+    section = JudgeSection(JudgeKind.openai, "judge-model", endpoint.url, **{"retries": 0, **settings})
+    return served_model_judge(section, run_dir, seed=0)
 
 
 def make_samples(prompts: int = 6) -> list[Sample]:
@@ -99,14 +117,57 @@ def test_scores_come_back_to_their_answers(endpoint: Endpoint, tmp_path: Path) -
     shown = {re.sub(r"Question \d", "", body["messages"][1]["content"]) for body in endpoint.bodies}
     assert len(shown) > 1, "the order of the answers never changed"
     assert all(body["model"] == "judge-model" and body["temperature"] == 0 for body in endpoint.bodies)
-    assert judge.describe() == {
+    described = judge.describe()
+    places = [p["above_mean"] for p in described.pop("places")]
+    assert places == pytest.approx([0, 0, 0]), "every answer stood in every place twice"
+    assert described == {
         "kind": "openai",
         "model": "judge-model",
+        "form": "set",
         "verdicts": 6,
         "unreadable_verdicts": 0,
+        "asked_again": 0,
         "prompt_tokens": 600,
         "completion_tokens": 120,
+        "cost": None,
     }
+
+
+def test_the_cost_is_that_of_the_tokens(endpoint: Endpoint, tmp_path: Path) -> None:
+    judge = make_judge(endpoint, tmp_path, prompt_token_price=2.5, completion_token_price=10.0)
+    judge.score(make_samples())
+    assert judge.describe()["cost"] == pytest.approx((600 * 2.5 + 120 * 10) / 1e6)
+
+
+@pytest.mark.parametrize(("form", "expected"), [("pair", [0.0, 0.5, 1.0]), ("single", [1.0, 3.0, 5.0])])
+def test_pairs_and_single_answers_are_other_forms(
+    endpoint: Endpoint, tmp_path: Path, form: str, expected: list[float]
+) -> None:
+    judge = make_judge(endpoint, tmp_path, form=JudgeForm(form))
+    assert judge.score(make_samples()) == expected * 6
+    assert len(endpoint.bodies) == 18
+    shown = {body["messages"][1]["content"].count("[Start of Assistant") for body in endpoint.bodies}
+    assert shown == {2 if form == "pair" else 1}
+
+
+def test_a_habit_of_place_is_found(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.reply = lambda body: (200, "Assistant A: 9\nAssistant B: 5\nAssistant C: 4")
+    judge = make_judge(endpoint, tmp_path)
+    scores = np.array(judge.score(make_samples())).reshape(6, 3)
+    assert scores.mean(axis=0) == pytest.approx([6, 6, 6]), "the habit must not favour a method"
+    first, second, third = judge.describe()["places"]
+    assert (first["above_mean"], second["above_mean"], third["above_mean"]) == pytest.approx((3, -1, -2))
+    assert first["low"] > 0 > second["high"]
+
+
+def test_answers_are_shown_as_they_are_where_that_is_asked_for(endpoint: Endpoint, tmp_path: Path) -> None:
+    make_judge(endpoint, tmp_path).score(make_samples(4), in_order_from=6)
+    shown: dict[str, list[str]] = {}
+    for body in endpoint.bodies:
+        text = body["messages"][1]["content"]
+        shown[text[text.index("Question") :][:10]] = re.findall(r"'s answer\]\n(\w+)\n", text)
+    assert shown["Question 2"] == shown["Question 3"] == ["a", "bbb", "ccccc"]
+    assert shown["Question 0"] != shown["Question 1"]
 
 
 def test_verdicts_are_never_asked_for_twice(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -160,15 +221,31 @@ def test_an_endpoint_that_fails_stops_the_run_with_verdicts_kept(
     assert len(endpoint.bodies) - asked == 6 - kept
 
 
-def test_the_client_tries_again_by_itself(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served_model, "NETWORK_RETRIES", 2)
+def test_the_client_tries_again_by_itself(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.reply = lambda body: (503, "busy") if len(endpoint.bodies) == 1 else by_length(body)
-    assert make_judge(endpoint, tmp_path).score(make_samples(1)) == [1.0, 3.0, 5.0]
+    assert make_judge(endpoint, tmp_path, retries=2).score(make_samples(1)) == [1.0, 3.0, 5.0]
     assert len(endpoint.bodies) == 2
 
 
+@pytest.mark.parametrize("fault", [HANG_UP, STALL])
+def test_torn_and_late_replies_are_asked_for_again(endpoint: Endpoint, tmp_path: Path, fault: int) -> None:
+    endpoint.reply = lambda body: (fault, "late") if len(endpoint.bodies) == 1 else by_length(body)
+    judge = make_judge(endpoint, tmp_path, retries=1, timeout_seconds=0.3)
+    assert judge.score(make_samples(1)) == [1.0, 3.0, 5.0]
+    assert len(endpoint.bodies) == 2
+
+
+@pytest.mark.parametrize("body", ["not json", "[]", "{}", '{"choices": []}', '"text"'])
+def test_nonsense_is_a_reply_that_cannot_be_read(endpoint: Endpoint, tmp_path: Path, body: str) -> None:
+    endpoint.reply = lambda _: (NONSENSE, body)
+    judge = make_judge(endpoint, tmp_path)
+    assert all(math.isnan(score) for score in judge.score(make_samples(1)))
+    assert judge.describe()["unreadable_verdicts"] == 1
+    assert len(endpoint.bodies) == served_model.READING_ATTEMPTS
+
+
 def test_no_server_at_all_stops_the_run(endpoint: Endpoint, tmp_path: Path) -> None:
-    judge = served_model_judge(JudgeSection(JudgeKind.openai, "m", "http://127.0.0.1:9/v1"), tmp_path, 0)
+    judge = served_model_judge(JudgeSection(JudgeKind.openai, "m", "http://127.0.0.1:9/v1", retries=0), tmp_path, 0)
     with pytest.raises(StoppedEarly, match=r"judge\.base_url=http://127\.0\.0\.1:9/v1"):
         judge.score(make_samples(1))
 

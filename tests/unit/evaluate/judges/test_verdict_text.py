@@ -12,7 +12,7 @@ def make_set(answers: list[str], set_id: str = "p1") -> list[Sample]:
 
 
 def test_the_request_holds_the_question_and_every_answer_in_order() -> None:
-    system, user = verdict_text.request(make_set(["Rhine", "Nile", "Po"]), [2, 0, 1])
+    system, user = verdict_text.request(make_set(["Po", "Rhine", "Nile"]))
     assert "Name a river." in user["content"]
     text = user["content"]
     assert text.index("Po") < text.index("Rhine") < text.index("Nile")
@@ -34,10 +34,10 @@ def test_the_order_is_shuffled_by_seed_and_prompt() -> None:
 @pytest.mark.parametrize(
     ("reply", "scores"),
     [
-        ("Both fine.\nAssistant A: 7\nAssistant B: 9", [9.0, 7.0]),
-        ("**Assistant A**: 7.5/10\n- Assistant B: 9 / 10.", [9.0, 7.5]),
-        ("assistant a - 1\nASSISTANT B = 10", [10.0, 1.0]),
-        ("Assistant A: 3\nOn reflection:\nAssistant A: 4\nAssistant B: 5", [5.0, 4.0]),
+        ("Both fine.\nAssistant A: 7\nAssistant B: 9", [7.0, 9.0]),
+        ("**Assistant A**: 7.5/10\n- Assistant B: 9 / 10.", [7.5, 9.0]),
+        ("assistant a - 1\nASSISTANT B = 10", [1.0, 10.0]),
+        ("Assistant A: 3\nOn reflection:\nAssistant A: 4\nAssistant B: 5", [4.0, 5.0]),
         ("Assistant A: 7", None),
         ("Assistant A: 7\nAssistant B: 11", None),
         ("Assistant A: 0\nAssistant B: 5", None),
@@ -46,11 +46,20 @@ def test_the_order_is_shuffled_by_seed_and_prompt() -> None:
         ("", None),
     ],
 )
-def test_replies_are_read_in_the_order_of_the_set(reply: str, scores: list[float] | None) -> None:
-    assert verdict_text.parse(reply, order=[1, 0]) == scores
+def test_replies_are_read_in_the_order_shown(reply: str, scores: list[float] | None) -> None:
+    assert verdict_text.parse(reply, 2) == scores
 
 
 def test_too_many_answers_are_refused() -> None:
     assert len(verdict_text.candidate_names(26)) == 26
     with pytest.raises(ConfigError, match=r"data\.input: 27 files"):
         verdict_text.candidate_names(27)
+
+
+def test_a_known_answer_is_shown_to_the_judge_and_one_answer_is_assessed_alone() -> None:
+    sample = Sample("p1", (Message("user", "2 + 2?"),), "5", {"reference": "It is 4."})
+    system, user = verdict_text.request([sample])
+    assert "It is 4." in user["content"]
+    assert verdict_text.ASSESS in system["content"]
+    assert "reference" not in verdict_text.request(make_set(["a"]))[1]["content"]
+    assert "correct answer" not in verdict_text.request(make_set(["a"]))[1]["content"]

@@ -1,0 +1,96 @@
+"""Pairs of answers that people have judged: verdict rows, or the preference rows of a reward model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offline_align.data.jsonl import BadRows, RowError, read_objects
+from offline_align.data.records import Message, PreferencePair, Prompt, Sample, parse_row
+from offline_align.errors import DataError
+
+VERDICTS = {
+    "a-is-better": 1,
+    "a-is-slightly-better": 1,
+    "tie": 0,
+    "b-is-slightly-better": -1,
+    "b-is-better": -1,
+}
+_MAJORITY = {"a": 1, "tie": 0, "b": -1}
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedPair:
+    """Two answers to one prompt; `verdict` is 1 where people prefer the first, -1 the second, 0 for a tie."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    answers: tuple[str, str]
+    verdict: int
+    verdicts: tuple[int, ...]
+    """Those of single people, where they are known."""
+    source: str
+
+
+def read_judged_pairs(paths: Sequence[Path], bad_rows: BadRows) -> list[JudgedPair]:
+    """Return the rows of verdict files and preference files, which may be mixed.
+
+    A verdict row has `response_a`, `response_b` and `verdicts` (of several people) or `majority`. A preference row
+    has its chosen answer second in every other row, so that no judge gains by a habit of place. Raises DataError for
+    a bad row (unless skipped) and where none is usable.
+    """
+    pairs: list[JudgedPair] = []
+    for line in read_objects(paths, bad_rows):
+        try:
+            pairs.append(_parse(line.value, f"{line.path.name}:{line.number}", swap=len(pairs) % 2 == 1))
+        except RowError as error:
+            line.reject(bad_rows, str(error))
+    if not pairs:
+        raise DataError(f"{', '.join(map(str, paths))}: no pair that people have judged")
+    return pairs
+
+
+def both_orders(pairs: Sequence[JudgedPair]) -> list[Sample]:
+    """Return four samples for each pair: its answers in order, then in reverse; a set has an `id` of its own."""
+    return [
+        Sample(f"{k}/{pair.id}/{name}", pair.prompt, answer, {})
+        for k, pair in enumerate(pairs)
+        for name, answers in (("ab", pair.answers), ("ba", pair.answers[::-1]))
+        for answer in answers
+    ]
+
+
+def _parse(row: dict[str, Any], row_id: str, swap: bool) -> JudgedPair:
+    if "chosen" in row or "rejected" in row:
+        pair = parse_row(row, PreferencePair, row_id)
+        answers = (pair.rejected, pair.chosen) if swap else (pair.chosen, pair.rejected)
+        return JudgedPair(pair.id, pair.prompt, answers, -1 if swap else 1, (), str(row.get("source") or "all"))
+    prompt = parse_row(row, Prompt, row_id)
+    both = (row.get("response_a"), row.get("response_b"))
+    if not isinstance(both[0], str) or not isinstance(both[1], str):
+        raise RowError("response_a, response_b: missing or not strings")
+    verdicts = _verdicts(row)
+    source = f"{row['model_a']} / {row['model_b']}" if "model_a" in row and "model_b" in row else row.get("source")
+    return JudgedPair(
+        prompt.id, prompt.prompt, (both[0], both[1]), _majority(row, verdicts), verdicts, str(source or "all")
+    )
+
+
+def _verdicts(row: dict[str, Any]) -> tuple[int, ...]:
+    given = row.get("verdicts", [])
+    if not isinstance(given, list) or not all(isinstance(one, str) and one in VERDICTS for one in given):
+        raise RowError(f"verdicts: not a list of {', '.join(VERDICTS)}")
+    return tuple(VERDICTS[one] for one in given)
+
+
+def _majority(row: dict[str, Any], verdicts: tuple[int, ...]) -> int:
+    """Return the stated majority, else the sign of the sum: a split of opinions is a tie."""
+    stated = row.get("majority")
+    if stated is not None:
+        if stated not in _MAJORITY:
+            raise RowError("majority: not a, b or tie")
+        return _MAJORITY[stated]
+    if not verdicts:
+        raise RowError("verdicts: missing, and no majority")
+    total = sum(verdicts)
+    return (total > 0) - (total < 0)

@@ -1,0 +1,120 @@
+"""The report's answer to: can this judge be trusted?"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from offline_align.config.sections import EvaluateSection
+from offline_align.evaluate.calibration.agreement import Verdicts, agreement
+from offline_align.evaluate.calibration.reliability import reliability
+from offline_align.evaluate.figures import draw_reliability
+from offline_align.evaluate.sections import Drawing, Section, Table
+
+NOTE = (
+    "Pairs of answers that people have judged, scored by the judge of this report in both orders. Intervals draw whole "
+    "prompts again. A tie of the judge counts as half right; pairs on which people tie count in kappa only."
+)
+_ROWS = {
+    "accuracy": "accuracy: people's choice scored higher",
+    "swapped_accuracy": "the same with people's verdicts turned round",
+    "kappa": "Cohen's kappa, pairs that people decided",
+    "kappa_with_ties": "Cohen's kappa, ties as a third verdict",
+    "length_only_accuracy": "accuracy of 'the longer answer is better'",
+    "judge_prefers_longer": "judge prefers the longer answer",
+    "people_prefer_longer": "people prefer the longer answer",
+    "judge_ties": "judge ties",
+    "same_in_both_orders": "same verdict in both orders",
+    "first_shown_wins": "answer shown first wins",
+}
+
+
+def calibration_section(verdicts: Verdicts, settings: EvaluateSection, seed: int) -> Section:
+    """Return agreement with people, biases, and reliability as a part of the report."""
+    found = agreement(verdicts, settings, seed)
+    decided = np.isfinite(verdicts.margins) & (verdicts.people != 0)
+    sure = reliability((verdicts.margins * verdicts.people)[decided]) if decided.any() else None
+    drawings = []
+    if sure is not None:
+        svg = draw_reliability("Reliability", sure["bins"], sure["tempered_bins"])
+        note = "ten bins of equal size; a calibrated judge lies on the dashed line"
+        drawings.append(Drawing("Reliability", note, svg))
+    return Section(
+        name="calibration",
+        title="Can this judge be trusted?",
+        note=NOTE,
+        findings=_findings(found, sure),
+        content={"agreement": found, "reliability": sure},
+        tables=_tables(found, sure),
+        drawings=drawings,
+    )
+
+
+def _findings(found: Mapping[str, Any], sure: Mapping[str, Any] | None) -> list[str]:
+    if sure is None:
+        return ["No pair has both a preference of people and a score of the judge."]
+    accuracy, length = found["accuracy"], found["length_only_accuracy"]
+    lines = [
+        f"Agrees with people on {_percent(accuracy)} of {found['decided_pairs']} pairs; "
+        f"preferring the longer answer would be right on {length['mean']:.1%}{_against(accuracy, length['mean'])}."
+    ]
+    people = found["people_with_each_other"]
+    if people:
+        lines.append(f"Two people agree with each other on {people['agreement']:.1%} of {people['doubles']} doubles.")
+    longer, theirs = found["judge_prefers_longer"], found["people_prefer_longer"]
+    if longer["low"] is not None and not longer["low"] <= theirs["mean"] <= longer["high"]:
+        lines.append(f"Prefers the longer answer on {_percent(longer)} of the pairs, people on {theirs['mean']:.1%}.")
+    first = found["first_shown_wins"]
+    if not first["low"] <= 0.5 <= first["high"]:
+        lines.append(f"Favours a place: the answer shown first wins on {_percent(first)} of the verdicts.")
+    return [*lines, _calibration(sure)]
+
+
+def _against(accuracy: Mapping[str, Any], rule: float) -> str:
+    if accuracy["low"] > rule:
+        return ""
+    return ", which is better than this judge" if accuracy["high"] < rule else ", which it does not surely beat"
+
+
+def _calibration(sure: Mapping[str, Any]) -> str:
+    error, tempered = sure["expected_calibration_error"], sure["tempered_expected_calibration_error"]
+    if sure["temperature_at_bound"] and sure["temperature"] > 1:
+        return "The size of its margins says nothing about people's choice: no finite temperature calibrates them."
+    return (
+        f"Expected calibration error {error:.3f}; {tempered:.3f} with margins divided by {sure['temperature']:.2f} "
+        "(fitted on the same pairs)."
+    )
+
+
+def _tables(found: Mapping[str, Any], sure: Mapping[str, Any] | None) -> list[Table]:
+    title = f"{found['pairs']} pairs: {found['decided_pairs']} decided, {found['people_ties']} ties of people"
+    title += f", {found['without_verdict']} without a score" * bool(found["without_verdict"])
+    kappas = ("kappa", "kappa_with_ties")
+    rows = [[text, _number(found[name]) if name in kappas else _percent(found[name])] for name, text in _ROWS.items()]
+    tables = [Table(title, ["measure", "value"], rows)]
+    if len(found["by_source"]) > 1:
+        groups = [[name, str(one["pairs"]), _percent(one)] for name, one in found["by_source"].items()]
+        tables.append(Table("Accuracy by source", ["source", "pairs", "accuracy"], groups))
+    lengths = [
+        [f"{one['from_characters']:+,} to {one['to_characters']:+,}", str(one["pairs"]), _percent(one)]
+        for one in found["by_length"]
+    ]
+    header = ["characters that people's choice is longer", "pairs", "accuracy"]
+    tables.append(Table("Accuracy by difference of length", header, lengths))
+    return [*tables, *([_reliability_table(sure)] if sure else [])]
+
+
+def _reliability_table(sure: Mapping[str, Any]) -> Table:
+    names = {"expected calibration error": "expected_calibration_error", "log loss (a coin: 0.693)": "log_loss"}
+    rows = [[text, f"{sure[name]:.3f}", f"{sure[f'tempered_{name}']:.3f}"] for text, name in names.items()]
+    return Table("Calibration", ["measure", "as scored", f"margins / {sure['temperature']:.2f}"], rows)
+
+
+def _percent(one: Mapping[str, Any]) -> str:
+    if one["mean"] is None:
+        return "none"
+    return f"{one['mean']:.1%} [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
+
+
+def _number(one: Mapping[str, Any]) -> str:
+    return "none" if one["mean"] is None else f"{one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
