@@ -130,6 +130,15 @@ def _generate(generate: s.GenerateSection) -> list[str]:
     return found
 
 
+def _target(method: s.GenerateMethodSection) -> list[str]:
+    given = method.target_reward
+    targets = [given] if not isinstance(given, list | tuple) else list(given)
+    good = [isinstance(t, int | float) and not isinstance(t, bool) and math.isfinite(t) for t in targets]
+    if given is None or (targets and all(good)):
+        return []
+    return [f"method.target_reward={given}: must be a finite number or a list of them"]
+
+
 def _evaluate(evaluate: s.EvaluateSection) -> list[str]:
     found = _positive(evaluate, "evaluate", "bootstrap_samples")
     if not 0 < evaluate.confidence < 1:
@@ -186,6 +195,7 @@ _SECTION_CHECKS: dict[type, Any] = {
     s.RewardWeightedMethodSection: _weighted,
     s.ConditionalMethodSection: _conditional,
     s.GenerateSection: _generate,
+    s.GenerateMethodSection: _target,
     s.EvaluateSection: _evaluate,
     s.JudgeSection: _judge,
     s.PrepareSection: _prepare,

@@ -421,8 +421,8 @@ class GenerateSection:
 class GenerateMethodSection:
     """The condition given to a Conditional Alignment policy."""
 
-    target_reward: float | None = None
-    """Normalised reward asked for; unset: the one stored in the policy."""
+    target_reward: Any = None
+    """Normalised reward asked for, or a list of them, each asked of every prompt; unset: that stored in the policy."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,34 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Column:
+    """One method: its name, its file, and the target reward that it was asked for, if any."""
+
+    name: str
+    path: Path
+    condition: str | None
+    """The rows of the file that are this method's; None: all of them."""
+    target: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """The answers of all methods to the same prompts."""
 
-    methods: tuple[str, ...]
-    files: tuple[Path, ...]
+    columns: tuple[Column, ...]
     prompts: tuple[Prompt, ...]
     answers: tuple[tuple[tuple[Answer, ...], ...], ...]
     """[prompts][samples][methods]; every prompt has the same number of samples."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of the methods; a policy asked for several rewards is a method for each."""
+        return tuple(column.name for column in self.columns)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The generation files, each once."""
+        return tuple(dict.fromkeys(column.path for column in self.columns))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -62,15 +82,16 @@ def load_comparison(files: Sequence[Path], bad_rows: BadRows) -> Comparison:
     Raises DataError naming file and prompt where a file lacks a prompt, a sample of it, or holds another
     text under its id.
     """
-    tables = [_read(path, bad_rows) for path in files]
+    columns = name_columns(files)
+    read = {path: _read(path, [c.condition for c in columns if c.path == path], bad_rows) for path in files}
+    tables = [read[column.path][column.condition] for column in columns]
     first = tables[0]
-    for path, table in zip(files[1:], tables[1:], strict=True):
-        _check_same_prompts(files[0], first, path, table)
-    methods = name_methods(files)
+    for column, table in zip(columns[1:], tables[1:], strict=True):
+        _check_same_prompts(files[0], first, column.path, table)
     answers = tuple(
         tuple(zip(*(tuple(table[row_id].answers.values()) for table in tables), strict=True)) for row_id in first
     )
-    return Comparison(methods, tuple(files), tuple(entry.prompt for entry in first.values()), answers)
+    return Comparison(columns, tuple(entry.prompt for entry in first.values()), answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +101,25 @@ class _Entry:
     """Sample index to answer, ascending once the file is read."""
 
 
-def _read(path: Path, bad_rows: BadRows) -> dict[str, _Entry]:
-    table: dict[str, _Entry] = {}
+Table = dict[str, _Entry]
+
+
+def _read(path: Path, conditions: Sequence[str | None], bad_rows: BadRows) -> dict[str | None, Table]:
+    """Return a table for each condition of a file; all rows are in one where the condition is None."""
+    tables: dict[str | None, Table] = {condition: {} for condition in conditions}
     for line in read_objects([path], bad_rows):
+        condition = None if None in tables else line.value.get("condition")
         try:
-            _add(table, line)
+            if condition not in tables:
+                raise RowError("condition: not one of the run's manifest")
+            _add(tables[condition], line)
         except RowError as error:
             line.reject(bad_rows, str(error))
+    return {condition: _checked(path, table) for condition, table in tables.items()}
+
+
+def _checked(path: Path, table: Table) -> Table:
+    """Return a table with the samples of each prompt in order; DataError where some are missing."""
     if not table:
         raise DataError(f"{path}: no usable row; generate answers first")
     numbers = Counter(len(entry.answers) for entry in table.values())
@@ -143,20 +176,48 @@ def _check_same_prompts(a: Path, first: dict[str, _Entry], b: Path, other: dict[
             )
 
 
-def name_methods(files: Sequence[Path]) -> tuple[str, ...]:
-    """Return a name for each file: its method; target reward or else folder where two share a name."""
-    manifests = [_manifest(path) for path in files]
-    naming: list[Callable[[int], str]] = [
-        lambda i: _method(manifests[i]) or _folder(files[i], 1),
-        lambda i: _method_with_target(manifests[i]) or _folder(files[i], 1),
-        *(lambda i, depth=depth: _folder(files[i], depth) for depth in (1, 2, 3)),
-        lambda i: str(files[i].resolve()),
+def name_columns(files: Sequence[Path]) -> tuple[Column, ...]:
+    """Return the methods of the files, named.
+
+    A name is the method; its target reward, or else its folder, is added where two share one. A file of a policy
+    that was asked for several rewards is a method for each of them.
+    """
+    columns = [column for path in files for column in _columns(path)]
+    several = Counter(column.path for column in columns)
+
+    def apart(name: str, column: Column) -> str:
+        return _with_target(name, column) if several[column.path] > 1 else name
+
+    def folder(column: Column, depth: int) -> str:
+        return apart("/".join(column.path.resolve().parent.parts[-depth:]), column)
+
+    naming: list[Callable[[Column], str]] = [
+        lambda column: column.name or folder(column, 1),
+        lambda column: (
+            _with_target(column.name, column) if column.name and column.target is not None else folder(column, 1)
+        ),
+        *(lambda column, depth=depth: folder(column, depth) for depth in (1, 2, 3)),
+        lambda column: apart(str(column.path.resolve()), column),
     ]
-    names = [naming[0](i) for i in range(len(files))]
+    names = [naming[0](column) for column in columns]
     for name in naming[1:]:
         count = Counter(names)
-        names = [name(i) if count[names[i]] > 1 else names[i] for i in range(len(files))]
-    return tuple(names)
+        names = [name(c) if count[n] > 1 else n for c, n in zip(columns, names, strict=True)]
+    return tuple(replace(column, name=name) for column, name in zip(columns, names, strict=True))
+
+
+def _columns(path: Path) -> list[Column]:
+    """Return a column for each condition of a file, named after its method alone, or not at all."""
+    manifest = _manifest(path)
+    method = str(manifest.extra.get("method") or "") if manifest else ""
+    targets = manifest.extra.get("targets") if manifest else None
+    if isinstance(targets, dict) and len(targets) > 1:
+        return [Column(method, path, str(text), float(target)) for text, target in targets.items()]
+    return [Column(method, path, None, target_reward(manifest))]
+
+
+def _with_target(name: str, column: Column) -> str:
+    return f"{name}({column.target:.1f})"
 
 
 def _manifest(path: Path) -> Manifest | None:
@@ -165,15 +226,6 @@ def _manifest(path: Path) -> Manifest | None:
     except StorageError:
         # A name is no reason to refuse answers that can be read; `verify` reports the damage.
         return None
-
-
-def _method(manifest: Manifest | None) -> str:
-    return str(manifest.extra.get("method") or "") if manifest else ""
-
-
-def _method_with_target(manifest: Manifest | None) -> str:
-    target = target_reward(manifest)
-    return f"{_method(manifest)}({target:.1f})" if target is not None else ""
 
 
 def target_reward(manifest: Manifest | None) -> float | None:
@@ -185,11 +237,6 @@ def target_reward(manifest: Manifest | None) -> float | None:
     if target is None and isinstance(condition, dict):
         target = condition.get("target_reward")
     return float(target) if isinstance(target, int | float) else None
-
-
-def _folder(path: Path, depth: int) -> str:
-    folder = path.resolve().parent
-    return "/".join(folder.parts[-depth:])
 
 
 def prompt_text(prompt: Sequence[Message]) -> str:

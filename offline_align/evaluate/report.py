@@ -45,7 +45,7 @@ def write_report(
 
 
 def _files(comparison: Comparison, run_dir: Path) -> dict[str, str]:
-    return {m: _relative(path, run_dir) for m, path in zip(comparison.methods, comparison.files, strict=True)}
+    return {column.name: _relative(column.path, run_dir) for column in comparison.columns}
 
 
 def _lineage(runs: Sequence[Ancestor], run_dir: Path) -> list[dict[str, Any]]:

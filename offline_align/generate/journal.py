@@ -16,8 +16,8 @@ from offline_align.data.records import Prompt, write_jsonl
 from offline_align.errors import StorageError
 from offline_align.generate.requests import Completion, Request
 
-Place = tuple[int, int]
-"""Prompt and sample that an answer belongs to."""
+Place = tuple[int, int, int]
+"""Prompt, condition and sample that an answer belongs to, counted from 0."""
 
 
 class Journal:
@@ -61,8 +61,8 @@ class Journal:
         shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 
-def _place(answer: Completion) -> Place:
-    return answer.row, answer.sample_index
+def _place(one: Completion | Request) -> Place:
+    return one.row, one.variant, one.sample_index
 
 
 def _answers(file: Path) -> Iterator[Completion]:
@@ -75,7 +75,7 @@ def _answers(file: Path) -> Iterator[Completion]:
 
 def missing(requests: Sequence[Request], done: dict[Place, Completion]) -> list[Request]:
     """Return the requests without an answer."""
-    return [request for request in requests if (request.row, request.sample_index) not in done]
+    return [request for request in requests if _place(request) not in done]
 
 
 def merge(
@@ -83,13 +83,13 @@ def merge(
     prompts: Sequence[Prompt],
     requests: Sequence[Request],
     done: dict[Place, Completion],
-    condition: str,
+    conditions: Sequence[str],
 ) -> int:
     """Write every answer beside the columns of its prompt, in the order of the input; return the rows.
 
     Raises StorageError where answers and requests are not the same set.
     """
-    expected = {(request.row, request.sample_index) for request in requests}
+    expected = {_place(request) for request in requests}
     if expected != done.keys():
         absent, foreign = len(expected - done.keys()), len(done.keys() - expected)
         raise StorageError(
@@ -97,7 +97,7 @@ def merge(
             "run the stage again in an empty folder"
         )
     several = any(request.sample_index for request in requests)
-    rows = (_row(prompts[row], done[row, k], condition, several) for row, k in sorted(expected))
+    rows = (_row(prompts[row], done[row, v, k], conditions[v], several) for row, v, k in sorted(expected))
     return write_jsonl(path, rows)
 
 

@@ -16,12 +16,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One answer to one prompt: `row` counts prompts from 0, `sample_index` the answers to it."""
+    """One answer to one prompt: `row` counts prompts from 0, `sample_index` the answers to it.
+
+    `variant` counts the conditions that the prompt is asked under.
+    """
 
     row: int
     sample_index: int
     context: list[int]
     max_new_tokens: int
+    variant: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class Completion:
     response: str
     finish_reason: Literal["stop", "length"]
     num_tokens: int
+    variant: int = 0
 
 
 class Engine(Protocol):
@@ -57,11 +62,11 @@ class Workload:
 def build_requests(
     prompts: Sequence[Prompt],
     renderer: Renderer,
-    condition: str,
+    conditions: Sequence[str],
     data: DataSection,
     generate: GenerateSection,
 ) -> Workload:
-    """Return `generate.n` requests for each prompt.
+    """Return `generate.n` requests for each prompt under each of `conditions` (one, empty, for most policies).
 
     Prompt and answer share `data.max_length` tokens, of which a quarter (or `max_new_tokens`, if less) is
     kept for the answer; longer prompts lose their left or are left out, as `data.too_long` says. Raises
@@ -74,19 +79,22 @@ def build_requests(
     longest = data.max_length - min(generate.max_new_tokens, data.max_length // 4)
     for row, prompt in enumerate(prompts):
         try:
-            whole = renderer.context(prompt.prompt, condition)
+            whole = [renderer.context(prompt.prompt, condition) for condition in conditions]
         except DataError as error:
             if data.on_bad_row is OnBadRow.fail:
                 raise DataError(f"row {prompt.id}: {error}; mend it, or set data.on_bad_row=skip") from error
             dropped["refused by the chat template"] += 1
             continue
-        context = _fit(whole, longest, renderer, condition, data.too_long)
-        if context is None:
+        contexts = [_fit(w, longest, renderer, c, data.too_long) for w, c in zip(whole, conditions, strict=True)]
+        if None in contexts:
+            # Under one condition but not another a prompt could not be compared.
             dropped["too long"] += 1
             continue
-        truncated += len(context) < len(whole)
-        room = min(generate.max_new_tokens, data.max_length - len(context))
-        requests += [Request(row, sample, context, room) for sample in range(generate.n)]
+        truncated += any(len(context or []) < len(w) for context, w in zip(contexts, whole, strict=True))
+        for variant, context in enumerate(contexts):
+            assert context is not None
+            room = min(generate.max_new_tokens, data.max_length - len(context))
+            requests += [Request(row, sample, context, room, variant) for sample in range(generate.n)]
     if not requests:
         raise DataError(f"data.input: no prompt is left of {len(prompts)}: {dict(dropped)}")
     if dropped or truncated:

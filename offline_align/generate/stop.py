@@ -18,7 +18,7 @@ def finish(
     ended = end is not None or cut is not None
     reason: Literal["stop", "length"] = "stop" if ended else "length"
     num_tokens = len(ids) if end is None else end + 1
-    return Completion(request.row, request.sample_index, text[:cut], reason, num_tokens)
+    return Completion(request.row, request.sample_index, text[:cut], reason, num_tokens, request.variant)
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from offline_align.data.records import BadRows, input_paths
 from offline_align.evaluate.calibration.agreement import Verdicts
 from offline_align.evaluate.calibration.pairs import JudgedPair, both_orders, read_judged_pairs
 from offline_align.evaluate.calibration.section import calibration_section
-from offline_align.evaluate.comparison import Comparison, load_comparison, name_methods
+from offline_align.evaluate.comparison import Comparison, load_comparison, name_columns
 from offline_align.evaluate.judges import Judge, build_judge
 from offline_align.evaluate.judges.ground_truth import GroundTruthJudge, is_demo_prompt
 from offline_align.evaluate.judges.reward_model import RewardModelJudge
@@ -43,7 +43,7 @@ def run(config: EvaluateRun, explicit: frozenset[str]) -> int:
     """
     files = input_paths(config.data.input, "data.input") if config.data.input is not None else []
     if files:
-        choose_baseline(name_methods(files), config.evaluate.baseline)
+        choose_baseline([column.name for column in name_columns(files)], config.evaluate.baseline)
     judge = build_judge(config)
     if config.dry_run:
         Console(soft_wrap=True).print(Text(_plan(config, files, judge)))
@@ -146,7 +146,7 @@ def _true_quality(comparison: Comparison) -> Floats | None:
 
 def _plan(config: EvaluateRun, files: list[Path], judge: Judge) -> str:
     lines = [f"evaluate with {judge.name}, into {config.run.dir}"]
-    lines += [f"  {name}: {path}" for name, path in zip(name_methods(files), files, strict=True)]
+    lines += [f"  {column.name}: {column.path}" for column in name_columns(files)]
     if config.judge.calibration is not None:
         lines.append(f"  checked on the pairs of {config.judge.calibration}")
     return "\n".join(lines)

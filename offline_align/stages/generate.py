@@ -1,6 +1,7 @@
 """`generate`: a policy answers prompts, greedily by default (the paper's evaluation), on all ranks."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def run(config: GenerateRun, explicit: frozenset[str]) -> int:
     from offline_align.generate.engines import choose_engine
 
     origin = resolve(config, explicit)
-    condition = requested_condition(origin, config.method.target_reward)
+    conditions = requested_conditions(origin, config.method.target_reward)
     engine = choose_engine(config.generate.engine, config.run.device)
     tensor = config.parallel.tensor_model_parallel_size
     if tensor > 1:
@@ -41,11 +42,28 @@ def run(config: GenerateRun, explicit: frozenset[str]) -> int:
     if config.dry_run:
         from offline_align.stages.generate_plan import print_generate_plan
 
-        print_generate_plan(config, origin, condition_text(condition), engine)
+        print_generate_plan(config, origin, ", ".join(map(condition_text, conditions)), engine)
         return 0
     return common.run_on_ranks(
-        "generate", config, lambda ranks, key: _generate(config, origin, condition, engine, ranks, key)
+        "generate", config, lambda ranks, key: _generate(config, origin, conditions, engine, ranks, key)
     )
+
+
+def requested_conditions(origin: Origin, target_reward: float | Sequence[float] | None) -> list[Condition | None]:
+    """Return the conditions that every prompt is asked under: one for each target reward, None for no condition.
+
+    Raises ConfigError naming `method.target_reward`, also where two targets are the same text.
+    """
+    targets = target_reward if isinstance(target_reward, Sequence) else [target_reward]
+    conditions = [requested_condition(origin, target) for target in targets]
+    texts = [condition_text(condition) for condition in conditions]
+    for k, text in enumerate(texts):
+        first = texts.index(text)
+        if first < k:
+            raise ConfigError(
+                f"method.target_reward={targets[k]}: asks for {text!r} as {targets[first]} does; leave one out"
+            )
+    return conditions
 
 
 def requested_condition(origin: Origin, target_reward: float | None) -> Condition | None:
@@ -77,7 +95,12 @@ def requested_condition(origin: Origin, target_reward: float | None) -> Conditio
 
 
 def _generate(
-    config: GenerateRun, origin: Origin, condition: Condition | None, engine: EngineName, ranks: Any, key: str
+    config: GenerateRun,
+    origin: Origin,
+    conditions: list[Condition | None],
+    engine: EngineName,
+    ranks: Any,
+    key: str,
 ) -> None:
     from offline_align.distributed.stopping import stop_requests
 
@@ -88,17 +111,17 @@ def _generate(
     bad_rows = common.bad_rows(config, ranks.is_main)
     files = common.input_files(config)
     prompts = ranks.main_first(lambda: list(read_rows(files, Prompt, bad_rows)))
-    text = condition_text(condition)
+    texts = [condition_text(condition) for condition in conditions]
     renderer = Renderer(origin.tokenizer, origin.template)
-    work = build_requests(prompts, renderer, text, config.data, config.generate)
+    work = build_requests(prompts, renderer, texts, config.data, config.generate)
     logger.info("first prompt, as the model sees it: %r", origin.tokenizer.decode(work.requests[0].context))
     journal = Journal(run_dir, key, ranks.dp_rank)
     with stop_requests(config.trainer.max_time) as stop:
         _answer_missing(config, origin, engine, work, journal, ranks, stop)
     if ranks.is_main:
         output = run_dir / "generations.jsonl"
-        rows = merge(output, prompts, work.requests, journal.read(), text)
-        _finish(config, origin, condition, work, dict(bad_rows.counts), key)
+        rows = merge(output, prompts, work.requests, journal.read(), texts)
+        _finish(config, origin, conditions, work, dict(bad_rows.counts), key)
         journal.remove()
         logger.info("generate: %d answers: %s", rows, output)
     ranks.barrier()
@@ -149,7 +172,7 @@ def _load_engine(config: GenerateRun, origin: Origin, engine: EngineName, ranks:
 def _finish(
     config: GenerateRun,
     origin: Origin,
-    condition: Condition | None,
+    conditions: list[Condition | None],
     work: Workload,
     bad_rows: dict[str, int],
     key: str,
@@ -157,11 +180,14 @@ def _finish(
     from dataclasses import asdict
 
     run_dir = Path(config.run.dir)
+    condition = conditions[0] if len(conditions) == 1 else None
     outputs = [run_dir / "generations.jsonl", run_dir / "quarantine.jsonl"]
     extra = {
         "method": origin.method,
         "condition": None if condition is None else asdict(condition),
         "target_reward": None if condition is None else condition.target_reward,
+        # Which target each condition of the rows stands for.
+        "targets": {condition_text(one): one.target_reward for one in conditions if one is not None},
         "answers": len(work.requests),
         "truncated": work.truncated,
         "dropped": work.dropped,

@@ -237,3 +237,29 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert "<rm_score>5.0" in shown
     assert "greedy" in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_every_prompt_is_answered_for_each_target(conditional: Path, prompts: Path, tmp_path: Path) -> None:
+    generate(conditional, prompts, tmp_path / "sweep", "method.target_reward=[-1.0,5.0]")
+    rows = read(tmp_path / "sweep")
+    assert [row["condition"] for row in rows[:4]] == ["<rm_score>-1.0", "<rm_score>5.0"] * 2
+    generate(conditional, prompts, tmp_path / "one", "method.target_reward=-1.0")
+    assert [row["response"] for row in rows[::2]] == [row["response"] for row in read(tmp_path / "one")]
+    manifest = lineage.read_manifest(tmp_path / "sweep")
+    assert manifest is not None
+    assert manifest.extra["targets"] == {"<rm_score>-1.0": -1.0, "<rm_score>5.0": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ("[1.0,1.01]", "asks for '<rm_score>1.0' as 1.0 does"),
+        ("[]", "a list of them"),
+        ("[1.0,high]", "a list of them"),
+    ],
+)
+def test_targets_that_cannot_be_told_apart_are_refused(
+    conditional: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, complaint: str
+) -> None:
+    assert run(words(conditional, prompts, tmp_path / "r", f"method.target_reward={given}")) == 78
+    assert complaint in capsys.readouterr().err

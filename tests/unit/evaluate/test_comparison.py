@@ -10,10 +10,15 @@ from offline_align.config.sections import OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.data.records import Message
 from offline_align.errors import DataError
-from offline_align.evaluate.comparison import load_comparison, name_methods, prompt_text
+from offline_align.evaluate.comparison import load_comparison, name_columns, prompt_text
+from offline_align.lineage import write_manifest
 from tests.unit.evaluate.conftest import PROMPTS, WriteRun, rows_for
 
 STRICT = BadRows(OnBadRow.fail, None)
+
+
+def names(files: list[Path]) -> tuple[str, ...]:
+    return tuple(column.name for column in name_columns(files))
 
 
 def test_rows_are_aligned_by_prompt_id_in_the_order_of_the_first_file(write_run: WriteRun) -> None:
@@ -120,23 +125,52 @@ def test_methods_with_two_targets_are_told_apart_by_them(write_run: WriteRun) ->
         write_run("two", rows, "ca", 5.0),
         write_run("three", rows, "ca", -2.0),
     ]
-    assert name_methods(files) == ("sft", "ca(5.0)", "ca(-2.0)")
-    assert name_methods(files[:2]) == ("sft", "ca")
+    assert names(files) == ("sft", "ca(5.0)", "ca(-2.0)")
+    assert names(files[:2]) == ("sft", "ca")
 
 
 def test_methods_that_share_a_name_get_their_folders(write_run: WriteRun) -> None:
     rows = rows_for(["x"] * 3)
     files = [write_run("one", rows, "fa"), write_run("two", rows, "fa"), write_run("ppo", rows)]
-    assert name_methods(files) == ("one", "two", "ppo")
+    assert names(files) == ("one", "two", "ppo")
 
 
 def test_folders_that_share_a_name_get_longer_ones(write_run: WriteRun) -> None:
     rows = rows_for(["x"] * 3)
     files = [write_run("a/out", rows, "ca", 5.0), write_run("b/out", rows, "ca", 5.0)]
-    assert name_methods(files) == ("a/out", "b/out")
+    assert names(files) == ("a/out", "b/out")
     second = files[0].with_name("second.jsonl")
     second.write_bytes(files[0].read_bytes())
-    assert name_methods([files[0], second]) == (str(files[0]), str(second))
+    assert names([files[0], second]) == (str(files[0]), str(second))
+
+
+def swept(write_run: WriteRun, name: str, targets: list[float], drop: int = 0) -> Path:
+    """Write what `generate` writes for a list of targets."""
+    texts = {f"<rm_score>{t:.1f}": t for t in targets}
+    rows = [
+        {**prompt, "response": f"{name} {target}", "finish_reason": "stop", "condition": text}
+        for prompt in PROMPTS
+        for text, target in texts.items()
+    ]
+    path = write_run(name, rows[: len(rows) - drop])
+    write_manifest(path.parent, "generate", name, [], [], [path], {"method": "ca", "targets": texts})
+    return path
+
+
+def test_a_policy_asked_for_several_rewards_is_a_method_for_each(write_run: WriteRun) -> None:
+    path = swept(write_run, "sweep", [-1.0, 0.0, 2.5])
+    comparison = load_comparison([write_run("sft", rows_for(["x"] * 3), "sft"), path], STRICT)
+    assert comparison.methods == ("sft", "ca(-1.0)", "ca(0.0)", "ca(2.5)")
+    assert [column.target for column in comparison.columns] == [None, -1.0, 0.0, 2.5]
+    assert [answer.response for answer in comparison.of_method(2)] == ["sweep 0.0"] * 3
+    assert len(comparison.files) == 2
+    other = swept(write_run, "other", [0.0, 2.5])
+    assert names([path, other]) == ("ca(-1.0)", "sweep(0.0)", "sweep(2.5)", "other(0.0)", "other(2.5)")
+
+
+def test_every_target_needs_every_prompt(write_run: WriteRun) -> None:
+    with pytest.raises(DataError, match="prompt p3 is missing"):
+        load_comparison([swept(write_run, "sweep", [0.0, 1.0], drop=1)], STRICT)
 
 
 def test_prompt_text() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from offline_align.data.records import Message, Prompt
 from offline_align.errors import StorageError
-from offline_align.generate.journal import Journal, merge, missing
+from offline_align.generate.journal import Journal, Place, merge, missing
 from offline_align.generate.requests import Completion, Request
 
 KEY = "0123456789abcdef0123"
@@ -29,7 +29,7 @@ def test_answers_of_all_ranks_are_read_back(tmp_path: Path) -> None:
     first, second = journal(tmp_path), journal(tmp_path, 1)
     first.append([answer(0), answer(1)])
     second.append([answer(2, 1)])
-    assert first.read() == second.read() == {(0, 0): answer(0), (1, 0): answer(1), (2, 1): answer(2, 1)}
+    assert first.read() == second.read() == {(0, 0, 0): answer(0), (1, 0, 0): answer(1), (2, 0, 1): answer(2, 1)}
 
 
 def test_a_torn_last_line_is_dropped_and_cut_off(tmp_path: Path) -> None:
@@ -38,10 +38,10 @@ def test_a_torn_last_line_is_dropped_and_cut_off(tmp_path: Path) -> None:
     whole = first.path.read_bytes()
     for cut in range(1, len(whole.splitlines()[1])):
         first.path.write_bytes(whole[:-cut])
-        assert first.read().keys() == {(0, 0)}
+        assert first.read().keys() == {(0, 0, 0)}
     first.start()
     first.append([answer(2)])
-    assert first.read().keys() == {(0, 0), (2, 0)}
+    assert first.read().keys() == {(0, 0, 0), (2, 0, 0)}
 
 
 def test_other_settings_have_another_journal(tmp_path: Path) -> None:
@@ -57,14 +57,14 @@ def test_a_damaged_line_is_a_storage_error(tmp_path: Path) -> None:
 
 
 def test_missing_requests_keep_their_order() -> None:
-    done = {(0, 0): answer(0), (1, 1): answer(1, 1)}
+    done = {(0, 0, 0): answer(0), (1, 0, 1): answer(1, 1)}
     assert [(r.row, r.sample_index) for r in missing(REQUESTS, done)] == [(0, 1), (1, 0), (2, 0), (2, 1)]
 
 
 def test_merging_keeps_columns_and_order(tmp_path: Path) -> None:
-    done = {(row, sample): answer(row, sample) for row in (2, 0, 1) for sample in (1, 0)}
+    done = {(row, 0, sample): answer(row, sample) for row in (2, 0, 1) for sample in (1, 0)}
     path = tmp_path / "generations.jsonl"
-    assert merge(path, PROMPTS, REQUESTS, done, "<rm_score>5.0") == 6
+    assert merge(path, PROMPTS, REQUESTS, done, ["<rm_score>5.0"]) == 6
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     assert [(row["id"], row["sample_index"]) for row in rows] == [(f"p{i}", k) for i in range(3) for k in range(2)]
     assert rows[0] == {
@@ -80,18 +80,18 @@ def test_merging_keeps_columns_and_order(tmp_path: Path) -> None:
 
 def test_single_answers_have_no_sample_index_and_a_null_condition(tmp_path: Path) -> None:
     path = tmp_path / "generations.jsonl"
-    merge(path, [Prompt("f:1", PROMPTS[0].prompt, {"prompt": "Hi"})], REQUESTS[:1], {(0, 0): answer(0)}, "")
+    merge(path, [Prompt("f:1", PROMPTS[0].prompt, {"prompt": "Hi"})], REQUESTS[:1], {(0, 0, 0): answer(0)}, [""])
     row = json.loads(path.read_text(encoding="utf-8"))
     assert row["id"] == "f:1"
     assert row["condition"] is None
     assert "sample_index" not in row
 
 
-@pytest.mark.parametrize("places", [[(0, 0)], [(0, 0), (0, 1), (7, 0)]])
-def test_another_set_of_answers_is_never_merged(tmp_path: Path, places: list[tuple[int, int]]) -> None:
-    done = {place: answer(*place) for place in places}
+@pytest.mark.parametrize("places", [[(0, 0, 0)], [(0, 0, 0), (0, 0, 1), (7, 0, 0)]])
+def test_another_set_of_answers_is_never_merged(tmp_path: Path, places: list[Place]) -> None:
+    done = {place: answer(place[0], place[2]) for place in places}
     with pytest.raises(StorageError, match="missing"):
-        merge(tmp_path / "generations.jsonl", PROMPTS, REQUESTS[:2], done, "")
+        merge(tmp_path / "generations.jsonl", PROMPTS, REQUESTS[:2], done, [""])
     assert not (tmp_path / "generations.jsonl").exists()
 
 
@@ -99,3 +99,15 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> N
     (tmp_path / "journal").write_text("in the way")
     with pytest.raises(StorageError):
         Journal(tmp_path, KEY, 0).start()
+
+
+def test_answers_under_several_conditions_stand_side_by_side(tmp_path: Path) -> None:
+    requests = [Request(row, 0, [1], 5, variant) for row in range(2) for variant in range(2)]
+    journal = Journal(tmp_path, KEY, 0)
+    journal.start()
+    journal.append(Completion(r.row, 0, f"{r.row}{r.variant}", "stop", 1, r.variant) for r in reversed(requests))
+    merge(tmp_path / "g.jsonl", PROMPTS, requests, journal.read(), ["<-1>", "<1>"])
+    rows = [json.loads(line) for line in (tmp_path / "g.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["response"], row["condition"]) for row in rows] == [
+        *[("00", "<-1>"), ("01", "<1>"), ("10", "<-1>"), ("11", "<1>")],
+    ]

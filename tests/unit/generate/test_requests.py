@@ -24,20 +24,20 @@ def renderer(tokenizer: Tokenizer) -> Renderer:
 
 
 def test_a_prompt_becomes_the_context_of_training(renderer: Renderer) -> None:
-    work = build_requests([prompt("Hello")], renderer, CONDITION, DATA, GENERATE)
+    work = build_requests([prompt("Hello")], renderer, [CONDITION], DATA, GENERATE)
     (request,) = work.requests
     assert request.context == renderer.context(prompt("Hello").prompt, CONDITION)
     assert (request.row, request.sample_index, request.max_new_tokens) == (0, 0, 20)
 
 
 def test_every_prompt_is_asked_n_times(renderer: Renderer) -> None:
-    work = build_requests([prompt("Hello")] * 2, renderer, "", DATA, replace(GENERATE, n=3))
+    work = build_requests([prompt("Hello")] * 2, renderer, [""], DATA, replace(GENERATE, n=3))
     assert [(r.row, r.sample_index) for r in work.requests] == [(i, k) for i in range(2) for k in range(3)]
 
 
 def test_a_long_prompt_loses_its_left_and_keeps_the_condition(renderer: Renderer) -> None:
     long = prompt("a quick fox " * 40)
-    work = build_requests([long], renderer, CONDITION, DATA, GENERATE)
+    work = build_requests([long], renderer, [CONDITION], DATA, GENERATE)
     (request,) = work.requests
     assert len(request.context) == 45
     assert request.max_new_tokens == 15
@@ -48,14 +48,14 @@ def test_a_long_prompt_loses_its_left_and_keeps_the_condition(renderer: Renderer
 
 def test_a_long_prompt_can_be_left_out(renderer: Renderer) -> None:
     data = replace(DATA, too_long=TooLong.drop)
-    work = build_requests([prompt("fox " * 100), prompt("Hello", "b")], renderer, "", data, GENERATE)
+    work = build_requests([prompt("fox " * 100), prompt("Hello", "b")], renderer, [""], data, GENERATE)
     assert [request.row for request in work.requests] == [1]
     assert work.dropped == {"too long": 1}
 
 
 def test_the_answer_takes_what_the_prompt_leaves(renderer: Renderer) -> None:
     text = "fox " * 17
-    work = build_requests([prompt(text)], renderer, "", DATA, GENERATE)
+    work = build_requests([prompt(text)], renderer, [""], DATA, GENERATE)
     (request,) = work.requests
     assert 45 >= len(request.context) > 40
     assert request.max_new_tokens == 60 - len(request.context) < 20
@@ -65,7 +65,7 @@ def test_the_answer_takes_what_the_prompt_leaves(renderer: Renderer) -> None:
 def test_no_prompt_left_is_an_error(renderer: Renderer) -> None:
     data = replace(DATA, too_long=TooLong.drop)
     with pytest.raises(DataError, match="no prompt is left"):
-        build_requests([prompt("fox " * 100)], renderer, "", data, GENERATE)
+        build_requests([prompt("fox " * 100)], renderer, [""], data, GENERATE)
 
 
 class Refusing(Renderer):
@@ -76,7 +76,22 @@ class Refusing(Renderer):
 def test_a_refused_prompt_is_named_or_skipped(tokenizer: Tokenizer) -> None:
     renderer = Refusing(tokenizer, Template.paper)
     with pytest.raises(DataError, match="row a: chat template"):
-        build_requests([prompt("Hello")], renderer, "", DATA, GENERATE)
+        build_requests([prompt("Hello")], renderer, [""], DATA, GENERATE)
     with pytest.raises(DataError, match=r"no prompt is left of 1.*refused"):
         skip = replace(DATA, on_bad_row=OnBadRow.skip)
-        build_requests([prompt("Hello")], renderer, "", skip, GENERATE)
+        build_requests([prompt("Hello")], renderer, [""], skip, GENERATE)
+
+
+def test_several_conditions_keep_or_lose_a_prompt_together(renderer: Renderer) -> None:
+    conditions = ["<rm_score>1.0", "<rm_score>-1.0"]
+    work = build_requests([prompt("Hello")], renderer, conditions, DATA, GENERATE)
+    assert [(r.row, r.variant) for r in work.requests] == [(0, 0), (0, 1)]
+    assert work.requests[0].context != work.requests[1].context
+    # Room for the shorter condition alone.
+    short = len(work.requests[0].context)
+    assert len(work.requests[1].context) > short
+    data = replace(DATA, max_length=short + 1, too_long=TooLong.drop)
+    generate = replace(GENERATE, max_new_tokens=1)
+    assert len(build_requests([prompt("Hello")], renderer, conditions[:1], data, generate).requests) == 1
+    with pytest.raises(DataError, match="no prompt is left of 1: {'too long': 1}"):
+        build_requests([prompt("Hello")], renderer, conditions, data, generate)

@@ -43,7 +43,7 @@ def test_all_answers_reach_the_journal(tmp_path: Path) -> None:
     journal.start()
     assert answer_all(Echo(), REQUESTS, journal, StopRequest(), show_progress=False)
     assert {place: done.response for place, done in journal.read().items()} == {
-        (row, 0): str(row) for row in range(100)
+        (row, 0, 0): str(row) for row in range(100)
     }
 
 
