@@ -1,10 +1,9 @@
 """Attention over packed rows and the norm that the torch backend puts around it.
 
 Shape legend: T tokens of the bin, H query heads of this rank, G key/value heads of this rank, D width of a head,
-S segments of a group and L tokens of its longest. Megatron hidden states are sequence first: [T, 1, ...].
+L tokens of a segment. Megatron hidden states are sequence first: [T, 1, ...].
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,58 +18,20 @@ from torch import Tensor, nn
 PACKED_FORMAT = "sbhd"
 
 
-# Segments of a group differ in length by at most this factor, which bounds the work on padding.
-_GROUP_RATIO = 0.7
-
-
-@dataclass(frozen=True)
-class SegmentGroup:
-    """Segments of similar length, attended to in one call: causal attention never looks at padding on the right."""
-
-    gather: Tensor
-    """[S * L] place in the bin of every token of the padded group; padding repeats the first token."""
-    shape: tuple[int, int]
-    """S and L."""
-    scatter: Tensor
-    """[tokens of the group] place of every real token in the padded group."""
-
-
 class Segments(PackedSeqParams):  # type: ignore[misc]
-    """megatron's description of a bin, with the groups that the CPU attention works on."""
+    """megatron's description of a bin, with the lengths that the CPU attention works by."""
 
     @cached_property
-    def groups(self) -> tuple[list[SegmentGroup], Tensor]:
-        """Return the groups, and where each token of the bin lies in their concatenated outputs: [T]."""
-        bounds = self.cu_seqlens_q.long()
-        starts, lengths = bounds[:-1], bounds.diff()
-        order = lengths.argsort(descending=True, stable=True)
-        groups, places = [], []
-        for chosen in _similar(order, lengths):
-            longest = int(lengths[chosen[0]])
-            offsets = torch.arange(longest)
-            real = offsets < lengths[chosen, None]
-            padded = torch.where(real, starts[chosen, None] + offsets, starts[chosen[0]])
-            scatter = real.flatten().nonzero()[:, 0]
-            groups.append(SegmentGroup(padded.flatten(), (len(chosen), longest), scatter))
-            places.append(padded.flatten()[scatter])
-        return groups, torch.cat(places).argsort()
-
-
-def _similar(order: Tensor, lengths: Tensor) -> list[Tensor]:
-    """Cut segments in order of falling length into groups of similar ones."""
-    found, first = [], 0
-    values = lengths[order].tolist()
-    for i in range(1, len(values) + 1):
-        if i == len(values) or values[i] < _GROUP_RATIO * values[first]:
-            found.append(order[first:i])
-            first = i
-    return found
+    def lengths(self) -> list[int]:
+        """Return the tokens of each segment."""
+        lengths: list[int] = self.cu_seqlens_q.diff().tolist()
+        return lengths
 
 
 class PackedAttention(nn.Module):
     """Causal scaled dot-product attention inside each segment of a bin, without Transformer Engine.
 
-    CUDA uses torch's variable-length flash attention, the CPU one fused call for each group of similar segments.
+    CUDA uses torch's variable-length flash attention, the CPU one fused call for each segment.
     """
 
     def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
@@ -115,30 +76,27 @@ class PackedAttention(nn.Module):
         return out
 
     def _attend_cpu(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        groups, order = packed.groups
-        return torch.cat([self._attend_group(query, key, value, g) for g in groups]).index_select(0, order)
+        # Splitting makes views, and its gradient is one concatenation; slices would each fill a whole bin with zeros.
+        parts = zip(*(t.split(packed.lengths) for t in (query, key, value)), strict=True)
+        return torch.cat([self._attend_segment(*(t.transpose(0, 1)[None] for t in part)) for part in parts])
 
-    def _attend_group(self, query: Tensor, key: Tensor, value: Tensor, group: SegmentGroup) -> Tensor:
-        """Return [tokens of the group, H, D]."""
-        segments, length = group.shape
-        q, k, v = (
-            t.index_select(0, group.gather).view(segments, length, *t.shape[1:]).transpose(1, 2)
-            for t in (query, key, value)
-        )
+    def _attend_segment(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return [L, H, D] from query [1, H, L, D] and key, value [1, G, L, D]."""
+        length = query.size(2)
         mask = None
         if self.window is not None and length > self.window:
             ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
             mask = ones.tril() & ones.triu(1 - self.window)
         out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
+            query,
+            key,
+            value,
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.scale,
-            enable_gqa=q.size(1) != k.size(1),
+            enable_gqa=query.size(1) != key.size(1),
         )
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, group.scatter)
+        return out[0].transpose(0, 1)
 
 
 class RMSNorm(nn.Module):

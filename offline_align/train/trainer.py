@@ -131,6 +131,7 @@ class Trainer:
         """Return what a step did, for its line of `metrics.jsonl`."""
         return {
             **result.metrics,
+            "count": result.count,
             "lr": rate,
             "grad_norm": result.grad_norm,
             "consumed_samples": self.state.consumed_samples,

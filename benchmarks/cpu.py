@@ -1,0 +1,88 @@
+"""Training and labelling on the CPU beside the peers: `python -m benchmarks.cpu --data FOLDER --shape 8m`."""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from benchmarks import harness, workload
+from benchmarks.harness import Contender
+
+SFT = [
+    Contender("offline-align sft, packed", "ours", "sft", ours=True),
+    Contender("TRL SFTTrainer, its defaults", "peers", "trl_sft", arguments=("8", "random", "no", "checkpointing")),
+    Contender("TRL SFTTrainer, length-grouped", "peers", "trl_sft", arguments=("8", "group_by_length", "no", "plain")),
+    Contender("TRL SFTTrainer, one row at a time", "peers", "trl_sft", arguments=("1", "random", "no", "plain")),
+    Contender("TRL SFTTrainer, packing", "peers", "trl_sft", arguments=("1", "random", "packing", "plain")),
+    Contender("transformers + DDP, sorted, 4 rows", "peers", "transformers_ddp", arguments=("4",)),
+    Contender("transformers + DDP, one row at a time", "peers", "transformers_ddp", arguments=("1",)),
+]
+REWARD = [
+    Contender("offline-align reward, packed", "ours", "reward", ours=True),
+    Contender("TRL RewardTrainer, its defaults", "peers", "trl_reward", arguments=("8", "checkpointing")),
+    Contender("TRL RewardTrainer, no checkpointing", "peers", "trl_reward", arguments=("8", "plain")),
+    Contender("TRL RewardTrainer, one pair at a time", "peers", "trl_reward", arguments=("1", "plain")),
+]
+LABEL = [
+    Contender("offline-align label, packed", "ours", "label", ours=True),
+    Contender("transformers, batches of 16 in order", "peers", "batched_scoring", arguments=("16", "in_order")),
+    Contender("transformers, batches of 16, sorted by length", "peers", "batched_scoring", arguments=("16", "sorted")),
+    Contender("transformers, batches of 4, sorted by length", "peers", "batched_scoring", arguments=("4", "sorted")),
+    Contender("transformers, one row at a time", "peers", "batched_scoring", arguments=("1", "sorted")),
+    Contender("transformers pipeline, batches of 16", "peers", "pipeline_scoring", arguments=("16",)),
+]
+TASKS = {
+    "sft": (SFT, "targets_per_second", "target tokens/s"),
+    "reward": (REWARD, "pairs_per_second", "pairs/s"),
+    "label": (LABEL, "tokens_per_second", "tokens/s"),
+}
+
+
+def main() -> None:
+    """Measure and write `RESULTS/<task>_<shape>.json` and a Markdown table beside it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with *_train.jsonl (SFT and preference rows)")
+    parser.add_argument("--shape", choices=sorted(workload.SHAPES), default="8m")
+    parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, scratch = Path(temporary) / "workload", Path(temporary) / "scratch"
+        scratch.mkdir()
+        workload.prepare(folder, options.data, workload.SHAPES[options.shape], options.rows, options.seed)
+        for task in TASKS if options.task == "all" else [options.task]:
+            if task == "label":
+                _reward_models(folder)
+            measure(task, options, folder, scratch)
+
+
+def _reward_models(folder: Path) -> None:
+    """Train a reward model for a step and write it in both forms."""
+    from offline_align.__main__ import run
+
+    own = [f"run.dir={folder / 'reward'}", f"init.from={folder / 'model'}", f"data.train={folder / 'pairs.jsonl'}"]
+    settings = ["trainer.max_steps=1", "trainer.global_batch_size=4", "data.max_length=2048", "data.template=paper"]
+    assert run(["reward", *own, *settings, "run.device=cpu"]) == 0
+    out = [f"run.dir={folder / 'reward_hf'}", f"init.from={folder / 'reward'}"]
+    assert run(["convert", *out, "convert.to=huggingface", "run.device=cpu"]) == 0
+
+
+def measure(task: str, options: argparse.Namespace, folder: Path, scratch: Path) -> None:
+    """Run all contenders of a task, print the table and write the results."""
+    contenders, rate, unit = TASKS[task]
+    found = harness.rounds(contenders, options.rounds, folder, scratch)
+    middle = harness.medians(found)
+    text = harness.table(contenders, middle, rate, unit)
+    print(f"\n{task}, {options.shape}\n{text}\n", flush=True)
+    options.results.mkdir(parents=True, exist_ok=True)
+    settings = {"task": task, "shape": options.shape, "rows": options.rows, "rounds": options.rounds}
+    record = {**settings, "machine": harness.machine(), "medians": middle, "rounds_of": found}
+    name = f"{task}_{options.shape}"
+    (options.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

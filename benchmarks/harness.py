@@ -1,0 +1,107 @@
+"""Contenders in processes of their own, in turns, and their medians and ratios."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MARK = "RESULT "
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the work: a function of a module, called in a fresh process."""
+
+    name: str
+    module: str
+    function: str
+    ours: bool = False
+    arguments: tuple[str, ...] = ()
+
+
+def report(**values: float) -> None:
+    """Print the result of a contender, its peak memory added, for the harness to read."""
+    print(MARK + json.dumps(values | {"peak_memory_bytes": peak_memory_bytes()}), flush=True)
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory of this program; `getrusage` would count what its parent held before it began."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def run(contender: Contender, workload: Path, scratch: Path, log: Path) -> dict[str, float]:
+    """Run a contender once and return what it reported; its output goes to `log`."""
+    code = f"import benchmarks.{contender.module} as m; m.{contender.function}(*{[str(workload), str(scratch)]!r}"
+    code += "".join(f", {a!r}" for a in contender.arguments) + ")"
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(os.cpu_count()),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"== {contender.name}\n{done.stdout}\n{done.stderr}\n")
+    found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if not found:
+        raise SystemExit(f"{contender.name} failed: see {log}")
+    result: dict[str, float] = json.loads(found[-1].removeprefix(MARK))
+    return result
+
+
+def rounds(contenders: list[Contender], count: int, workload: Path, scratch: Path) -> dict[str, list[dict[str, float]]]:
+    """Run all contenders `count` times, in turns, so that a slow minute hits all of them."""
+    log = scratch / "log.txt"
+    found: dict[str, list[dict[str, float]]] = {c.name: [] for c in contenders}
+    for number in range(count):
+        for contender in contenders:
+            folder = scratch / f"{contender.function}_{number}_{sum(1 for _ in scratch.iterdir())}"
+            folder.mkdir(parents=True)
+            result = run(contender, workload, folder, log)
+            found[contender.name].append(result)
+            shown = ", ".join(f"{k} {v:,.4g}" for k, v in result.items())
+            print(f"round {number + 1}/{count}  {contender.name:44s} {shown}", flush=True)
+    return found
+
+
+def medians(found: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Return the median of every figure of every contender."""
+    return {
+        name: {key: statistics.median(r[key] for r in results) for key in results[0]} for name, results in found.items()
+    }
+
+
+def table(contenders: list[Contender], middle: dict[str, dict[str, float]], rate: str, unit: str) -> str:
+    """Return a Markdown table: rate, ratio of ours to each peer, padding and memory."""
+    own = next(middle[c.name] for c in contenders if c.ours)
+    lines = [f"| contender | {unit} | ours is | padding of computed tokens | peak memory |", "|---|---|---|---|---|"]
+    for contender in contenders:
+        values = middle[contender.name]
+        ratio = "" if contender.ours else f"{own[rate] / values[rate]:.2f}x"
+        padding = f"{values['padding']:.1%}" if "padding" in values else ""
+        memory = f"{values['peak_memory_bytes'] / 2**30:.2f} GiB"
+        lines.append(f"| {contender.name} | {values[rate]:,.1f} | {ratio} | {padding} | {memory} |")
+    best = max(v[rate] for c, v in ((c, middle[c.name]) for c in contenders) if not c.ours)
+    lines.append(f"\nAgainst the best peer setting: {own[rate] / best:.2f}x.")
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on: processor, cores, versions."""
+    import torch
+    import transformers
+
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,92 @@
+"""This project's contenders: the real commands, and the pieces of the real commands."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import report
+from benchmarks.workload import GLOBAL_BATCH, MAX_LENGTH
+
+_COMMON = [
+    f"data.max_length={MAX_LENGTH}",
+    "data.template=paper",
+    "run.device=cpu",
+    "debug=true",
+]
+_TRAIN = [
+    f"trainer.global_batch_size={GLOBAL_BATCH}",
+    "trainer.max_epochs=2",
+    "optim.lr=1e-4",
+    "trainer.save_interval=null",
+]
+
+
+def _second_epoch(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the metrics of the second half of the steps: the first warms up."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "step_seconds" in line]
+    return steps[len(steps) // 2 :]
+
+
+def _train(stage: str, workload: str, scratch: str, rows: str, *words: str) -> list[dict[str, Any]]:
+    from offline_align.__main__ import run
+
+    run_dir = Path(scratch) / stage
+    source = f"init.from={Path(workload) / 'model'}"
+    code = run([stage, f"run.dir={run_dir}", source, f"data.train={Path(workload) / rows}", *_COMMON, *_TRAIN, *words])
+    assert code == 0
+    return _second_epoch(run_dir)
+
+
+def _rates(steps: list[dict[str, Any]], unit: str) -> dict[str, float]:
+    seconds = sum(s["step_seconds"] for s in steps)
+    tokens = sum(s["tokens_per_second"] * s["step_seconds"] for s in steps)
+    computed = sum(s["tokens_per_second"] * s["step_seconds"] / (1 - s["padding_fraction"]) for s in steps)
+    return {
+        unit: sum(s["count"] for s in steps) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "padding": 1 - tokens / computed,
+        "seconds": seconds,
+    }
+
+
+def sft(workload: str, scratch: str, *words: str) -> None:
+    """Train on packed rows; bins of up to MAX_LENGTH tokens."""
+    report(**_rates(_train("sft", workload, scratch, "sft.jsonl", *words), "targets_per_second"))
+
+
+def reward(workload: str, scratch: str, *words: str) -> None:
+    """Train a reward model on packed pairs."""
+    report(**_rates(_train("reward", workload, scratch, "pairs.jsonl", *words), "pairs_per_second"))
+
+
+def label(workload: str, scratch: str) -> None:
+    """Score every row with a reward model: packing and forward passes."""
+    from offline_align.config.sections import DataSection, Device, OnBadRow, ParallelSection, RunSection
+    from offline_align.data.records import BadRows, Sample, read_rows
+    from offline_align.distributed.setup import session
+    from offline_align.label.scoring import load_reward_model, plan_bins, reward_renderer, score_bin, tokenized
+    from offline_align.model.description import find_checkpoint
+
+    folder = Path(workload)
+    checkpoint = find_checkpoint(str(folder / "reward"))
+    samples = list(read_rows([folder / "sft.jsonl"], Sample, BadRows(OnBadRow.fail, None)))
+    with session(ParallelSection(), RunSection(dir=scratch, device=Device.cpu)) as ranks:
+        model = load_reward_model(checkpoint, ParallelSection(), ranks, False)
+        renderer = reward_renderer(checkpoint)
+        data = DataSection(max_length=MAX_LENGTH)
+
+        source = tokenized(samples, renderer, data, Path(scratch))
+
+        def score() -> list[float]:
+            bins = plan_bins(source.lengths(), MAX_LENGTH)
+            found = {r: s for b in bins for r, s in zip(b, score_bin(model, source, b, ranks), strict=True)}
+            return [found[i] for i in range(len(samples))]
+
+        score()
+        started = time.perf_counter()
+        scores = score()
+        seconds = time.perf_counter() - started
+        tokens = int(source.lengths().sum())
+    report(tokens_per_second=tokens / seconds, padding=0.0, seconds=seconds, checksum=sum(scores))

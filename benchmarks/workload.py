@@ -1,0 +1,108 @@
+"""The same rows, tokenizer and initial weights for every contender, prepared once into a folder."""
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_LENGTH = 2048
+VOCABULARY = 8192
+GLOBAL_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-shaped model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+
+
+SHAPES = {"8m": Shape(256, 688, 6, 8), "30m": Shape(512, 1376, 7, 8)}
+
+
+def prepare(folder: Path, data: Path, shape: Shape, rows: int, seed: int) -> None:
+    """Write rows (`sft.jsonl`, `pairs.jsonl`), `model/` and the tokens that peers are given (`*_tokens.json`).
+
+    `data` holds SFT and preference JSONL files. The rows are a random sample of those that fit, in their mixed lengths.
+    """
+    from offline_align.__main__ import run
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = sorted(data.glob("*_train.jsonl"))
+    assert sources, f"{data}: no *_train.jsonl"
+    prepared = folder / "prepared"
+    words = [f"run.dir={prepared}", f"data.input=[{','.join(map(str, sources))}]", f"run.seed={seed}"]
+    assert run(["prepare", *words, "tokenizer.train=true", f"tokenizer.vocab_size={VOCABULARY}"]) == 0
+    _write_model(folder / "model", prepared / "tokenizer.model", shape)
+    _sample(prepared / "sft_train.jsonl", folder / "sft.jsonl", rows, seed)
+    _sample(prepared / "preferences_train.jsonl", folder / "pairs.jsonl", rows // 2, seed)
+    _write_tokens(folder)
+
+
+def _write_model(folder: Path, tokenizer: Path, shape: Shape) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from offline_align.convert.tokenizer_files import write_tokenizer
+    from offline_align.data.tokenizer import load_tokenizer
+
+    torch.manual_seed(0)
+    loaded = load_tokenizer(tokenizer)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=loaded.bos_id,
+        eos_token_id=loaded.eos_id,
+        # Not end of sequence: transformers reads a reward at the last token that is not padding.
+        pad_token_id=0,
+        **asdict(shape),
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(loaded, folder, "{% for m in messages %}{{ m.content }}{% endfor %}", 4096)
+
+
+def _sample(source: Path, target: Path, count: int, seed: int) -> None:
+    lines = source.read_text(encoding="utf-8").splitlines()
+    chosen = random.Random(seed).sample(lines, min(count, len(lines)))
+    target.write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
+
+
+def _write_tokens(folder: Path) -> None:
+    """Tokenise as the training stages do, so that all contenders see equal tokens and equal targets."""
+    from offline_align.config.sections import DataSection, OnBadRow, Template
+    from offline_align.data.records import BadRows, PreferencePair, Sample, read_rows
+    from offline_align.data.template import Renderer
+    from offline_align.data.tokenize import tokenize_pairs, tokenize_samples
+    from offline_align.data.tokenizer import load_tokenizer
+    from offline_align.methods import TrainingRow
+
+    renderer = Renderer(load_tokenizer(folder / "model"), Template.paper)
+    section = DataSection(max_length=MAX_LENGTH)
+    bad = BadRows(OnBadRow.fail, None)
+    samples = [TrainingRow(s) for s in read_rows([folder / "sft.jsonl"], Sample, bad)]
+    rows = tokenize_samples(samples, renderer, section, folder / "cache")
+    pairs = tokenize_pairs(
+        list(read_rows([folder / "pairs.jsonl"], PreferencePair, bad)), renderer, section, folder / "cache"
+    )
+    _dump(folder / "sft_tokens.json", [{"ids": i, "target_start": s} for i, s in _rows(rows)])
+    sides = zip(_rows(pairs.chosen), _rows(pairs.rejected), strict=True)
+    _dump(folder / "pairs_tokens.json", [{"chosen": c[0], "rejected": r[0]} for c, r in sides])
+
+
+def _rows(rows: Any) -> list[tuple[list[int], int]]:
+    bounds = zip(rows.offsets[:-1], rows.offsets[1:], rows.target_start, strict=True)
+    return [(rows.ids[a:b].tolist(), int(start)) for a, b, start in bounds]
+
+
+def _dump(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def load(path: Path) -> Any:
+    """Return what `_dump` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
