@@ -12,10 +12,12 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from offline_align.config.compose import STAGES, compose, require, world_size
 from offline_align.config.runs import Run
+from offline_align.distributed.stopping import interruptible
 from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError
 
 _SUMMARIES = {
@@ -44,7 +46,8 @@ def run(arguments: list[str]) -> int:
     """Run one command; returns the exit code and prints errors as one line each, without a traceback."""
     debug = "debug=true" in arguments
     try:
-        return _dispatch(arguments)
+        with interruptible() as limit:
+            return _dispatch(arguments, limit)
     except AlignError as error:
         if debug:
             traceback.print_exc()
@@ -76,7 +79,7 @@ def _say(line: str) -> None:
     print(f"{prefix}: error: {line}", file=sys.stderr, flush=True)
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -97,6 +100,7 @@ def _dispatch(arguments: list[str]) -> int:
 
         launcher: Any = getattr(config, "launcher", None)
         return run_ranks(launcher, stage, words)
+    limit(getattr(getattr(config, "trainer", None), "max_time", None))
     code: int = module.run(config, composed.explicit)
     return code
 

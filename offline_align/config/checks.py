@@ -62,17 +62,19 @@ def _data(data: s.DataSection) -> list[str]:
     return found
 
 
-def _compute(trainer: s.ComputeSection) -> list[str]:
+def _limit(trainer: s.LimitSection) -> list[str]:
     from offline_align.distributed.stopping import parse_duration
     from offline_align.errors import ConfigError
 
-    found = _positive(trainer, "trainer", "micro_batch_size")
-    if trainer.max_time is not None:
-        try:
-            parse_duration(trainer.max_time)
-        except ConfigError as error:
-            found += error.problems
-    return found
+    try:
+        seconds = None if trainer.max_time is None else parse_duration(trainer.max_time)
+    except ConfigError as error:
+        return error.problems
+    return [f"trainer.max_time={trainer.max_time}: must be above 0"] if seconds == 0 else []
+
+
+def _compute(trainer: s.ComputeSection) -> list[str]:
+    return _positive(trainer, "trainer", "micro_batch_size")
 
 
 def _trainer(trainer: s.TrainerSection) -> list[str]:
@@ -188,6 +190,7 @@ def _tokenizer(tokenizer: s.TokenizerSection) -> list[str]:
 _SECTION_CHECKS: dict[type, Any] = {
     s.RunSection: _run,
     s.DataSection: _data,
+    s.LimitSection: _limit,
     s.ComputeSection: _compute,
     s.TrainerSection: _trainer,
     s.OptimSection: _optim,

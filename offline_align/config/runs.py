@@ -23,6 +23,7 @@ class PrepareRun(Run):
     data: s.InputDataSection = field(default_factory=s.InputDataSection)
     prepare: s.PrepareSection = field(default_factory=s.PrepareSection)
     tokenizer: s.TokenizerSection = field(default_factory=s.TokenizerSection)
+    trainer: s.LimitSection = field(default_factory=s.LimitSection)
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class ConvertRun(ModelRun):
     """`convert`: Hugging Face form to ours and back."""
 
     convert: s.ConvertSection = field(default_factory=s.ConvertSection)
+    trainer: s.LimitSection = field(default_factory=s.LimitSection)
 
 
 @dataclass(frozen=True)

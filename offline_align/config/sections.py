@@ -246,15 +246,21 @@ class ParallelSection:
 
 
 @dataclass(frozen=True)
-class ComputeSection:
+class LimitSection:
+    """What every stage that may take long can set."""
+
+    max_time: str | None = None
+    """Wall-clock limit, as `3h50m`, `HH:MM:SS` or seconds: save and exit 75 before it; unset: none."""
+
+
+@dataclass(frozen=True)
+class ComputeSection(LimitSection):
     """What every stage that runs a model can set."""
 
     precision: Precision = Precision.auto
     """`bf16` or `fp32`; `auto` is bf16 on CUDA (the paper's) and fp32 on CPU."""
     micro_batch_size: int = 1
     """Rows of full length in one forward pass: a packed bin holds up to `micro_batch_size * data.max_length` tokens."""
-    max_time: str | None = None
-    """Wall-clock limit, as `3h50m`, `HH:MM:SS` or seconds: save and exit 75 before it; unset: none."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,8 @@ class Prompt:
 def read_rows[T](paths: Sequence[Path], kind: type[T], bad_rows: BadRows) -> Iterator[T]:
     """Yield the rows of the files as `kind`, one of the classes above, in order.
 
-    A missing id becomes `<file name>:<line number>`; ids are unique over all files.
+    A missing id becomes `<file name>:<line number>`; ids are unique over all files, as are those of the answers of
+    pairs, `<id>/chosen` and `<id>/rejected`, where samples and pairs are read together.
     DataError for a bad row (unless skipped) and where no usable row was found at all.
     """
     return _read(paths, bad_rows, lambda columns, row_id: parse_row(columns, kind, row_id))
@@ -105,7 +106,7 @@ def _read[T](paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str
         name = line.path.name if names[line.path.name] == 1 else str(line.path)
         try:
             row = parse(line.value, f"{name}:{line.number}")
-            _check_id(cast(Any, row).id, line.raw, seen)
+            _check_ids(_names(row), line.raw, seen)
         except RowError as error:
             line.reject(bad_rows, str(error))
         else:
@@ -114,12 +115,17 @@ def _read[T](paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str
         raise DataError(f"{', '.join(map(str, paths))}: no usable row")
 
 
-def _check_id(row_id: str, raw: bytes, seen: dict[str, bytes]) -> None:
+def _names(row: Any) -> list[str]:
+    """Return the ids that a row takes: its own, and those of the answers of a pair once they are labelled."""
+    return [row.id, f"{row.id}/chosen", f"{row.id}/rejected"] if isinstance(row, PreferencePair) else [row.id]
+
+
+def _check_ids(names: list[str], raw: bytes, seen: dict[str, bytes]) -> None:
     digest = hashlib.sha256(raw.strip()).digest()
-    first = seen.setdefault(row_id, digest)
-    if first is not digest:
-        same = first == digest
-        raise RowError("id: duplicate id" if same else "id: duplicate id, with other content")
+    taken = [seen[name] for name in names if name in seen]
+    if taken:
+        raise RowError("id: duplicate id" if taken[0] == digest else "id: duplicate id, with other content")
+    seen.update(dict.fromkeys(names, digest))
 
 
 def parse_row[T](columns: dict[str, Any], kind: type[T], default_id: str) -> T:

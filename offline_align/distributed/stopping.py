@@ -1,13 +1,19 @@
-"""Stopping early without losing work: signals and wall-clock limits set a flag that every loop asks for."""
+"""Stopping early without losing work: signals and wall-clock limits.
+
+A command is `interruptible`: whatever it does, a request ends it at once, since files appear whole or not at all. A
+loop with results that are not on disk yet listens by `stop_requests` instead, and saves before it leaves.
+"""
 
 import contextlib
+import os
 import re
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
-from offline_align.errors import ConfigError
+from offline_align.errors import ConfigError, StoppedEarly
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -16,9 +22,12 @@ _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 class StopRequest:
     """Why this rank should stop, if it should; a handler only sets the flag, the loop saves and leaves."""
 
-    def __init__(self, max_seconds: float | None = None) -> None:
-        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+    def __init__(self, max_seconds: float | None = None, started: float | None = None) -> None:
+        """Count `max_seconds` from `started` (of the monotonic clock), or from now."""
+        start = time.monotonic() if started is None else started
+        self._deadline = None if max_seconds is None else start + max_seconds
         self._signal: signal.Signals | None = None
+        self._process = os.getpid()
 
     @property
     def reason(self) -> str | None:
@@ -35,23 +44,72 @@ class StopRequest:
             self._deadline = time.monotonic()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self._signal is not None:
-            # Asked twice: leave at once; files are replaced whole, so nothing half-written can be mistaken for one.
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        if number == signal.SIGALRM:
+            return  # the limit, which `reason` knows of
+        # Asked twice, leave at once: files are replaced whole, so nothing half-written can be mistaken for one.
+        # A process forked from this one has nothing to save.
+        if self._signal is not None or os.getpid() != self._process:
+            _end(number)
         self._signal = signal.Signals(number)
+
+
+# When the command that runs now has started; limits count from there, through reading and loading.
+_started: float | None = None
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[str | None], None]]:
+    """End the block with StoppedEarly, wherever it is, on SIGTERM, SIGINT, SIGUSR1 or at a limit.
+
+    Gives a function that sets the limit, counted from the start of the block. A loop inside that listens by
+    `stop_requests` is asked instead.
+    """
+    global _started
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda max_time: None  # only the main thread hears signals
+        return
+    process, before = os.getpid(), _started
+    _started = started = time.monotonic()
+
+    def leave(number: int, _: FrameType | None) -> None:
+        if os.getpid() != process:
+            _end(number)
+        for again in _SIGNALS:
+            signal.signal(again, signal.SIG_DFL)
+        name = "trainer.max_time" if number == signal.SIGALRM else signal.Signals(number).name
+        raise StoppedEarly(f"stopped by {name}; what was done is on disk: run it again")
+
+    def limit(max_time: str | None) -> None:
+        if max_time is not None:
+            left = started + parse_duration(max_time) - time.monotonic()
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
+
+    previous = {s: signal.signal(s, leave) for s in (*_SIGNALS, signal.SIGALRM)}
+    try:
+        yield limit
+    finally:
+        _started = before
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def stop_requests(max_time: str | None = None) -> Iterator[StopRequest]:
     """Listen for SIGTERM, SIGINT, SIGUSR1 and the limit `max_time` while the block runs."""
-    request = StopRequest(parse_duration(max_time) if max_time else None)
-    previous = {s: signal.signal(s, request._handle) for s in _SIGNALS}
+    request = StopRequest(parse_duration(max_time) if max_time else None, _started)
+    previous = {s: signal.signal(s, request._handle) for s in (*_SIGNALS, signal.SIGALRM)}
     try:
         yield request
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _end(number: int) -> None:
+    """End this process as if the signal had no handler."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
 
 
 def parse_duration(text: str, key: str = "trainer.max_time") -> float:

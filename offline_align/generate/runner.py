@@ -1,10 +1,11 @@
 """The loop over a rank's share of the requests: batches of like length, each journalled when it is done."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 
+from offline_align.data.journal import Journal
 from offline_align.distributed.stopping import StopRequest
-from offline_align.generate.journal import Journal
+from offline_align.generate.journal import Place, append_answers, missing
 from offline_align.generate.requests import Engine, Request
 from offline_align.progress import Meter
 
@@ -14,31 +15,44 @@ logger = logging.getLogger(__name__)
 _WINDOW_BATCHES = 32
 
 
-def share(requests: Sequence[Request], dp_rank: int, dp_size: int) -> list[Request]:
-    """Return the requests of one data-parallel rank: every `dp_size`-th, so that lengths are alike on all."""
-    return list(requests[dp_rank::dp_size])
+def batches(requests: Sequence[Request], batch_size: int) -> list[list[Request]]:
+    """Return batches of like context length, the longest of a window first: too long a batch fails early.
 
-
-def batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
-    """Yield batches of like context length, the longest of a window first: too long a batch fails early."""
+    Which requests share a batch depends on the requests alone, not on ranks or on what is answered already, and so
+    an answer is the same to the bit in a run that was interrupted.
+    """
     window = batch_size * _WINDOW_BATCHES
+    found = []
     for start in range(0, len(requests), window):
         ordered = sorted(requests[start : start + window], key=lambda request: -len(request.context))
-        for first in range(0, len(ordered), batch_size):
-            yield ordered[first : first + batch_size]
+        found += [ordered[first : first + batch_size] for first in range(0, len(ordered), batch_size)]
+    return found
+
+
+def share(
+    requests: Sequence[Request], batch_size: int, done: Collection[Place], dp_rank: int, dp_size: int
+) -> list[list[Request]]:
+    """Return the batches of one data parallel rank: every `dp_size`-th of those with an answer missing."""
+    left = [batch for batch in batches(requests, batch_size) if missing(batch, done)]
+    return left[dp_rank::dp_size]
 
 
 def answer_all(
-    engine: Engine, requests: Sequence[Request], journal: Journal, stop: StopRequest, show_progress: bool
+    engine: Engine, own: Sequence[list[Request]], journal: Journal, stop: StopRequest, show_progress: bool
 ) -> bool:
-    """Answer the requests and journal them; return False where a stop was asked for before the end."""
+    """Answer the batches and journal them; return False where a stop was asked for before the end.
+
+    A request to one rank reaches the others through a file in the journal, without a collective for each batch.
+    """
     tokens = 0
-    with Meter("generate", len(requests), "rows", enabled=show_progress) as meter:
-        for batch in batches(requests, engine.batch_size):
+    with Meter("generate", sum(map(len, own)), "rows", enabled=show_progress) as meter:
+        for batch in own:
             if stop.reason is not None:
+                journal.ask_to_stop()
+            if journal.stop_is_asked():
                 return False
             answers = engine.complete(batch)
-            journal.append(answers)
+            append_answers(journal, answers)
             tokens += sum(answer.num_tokens for answer in answers)
             per_row = tokens / (meter.done + len(batch))
             meter.advance(len(batch), note=f"{per_row * meter.rate:.0f} tokens/s")

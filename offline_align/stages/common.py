@@ -11,6 +11,7 @@ from offline_align.config.compose import to_mapping
 from offline_align.config.runs import EvaluateRun, ModelRun, Run
 from offline_align.config.sections import JudgeKind, ModelSection
 from offline_align.data.records import BadRows, input_paths
+from offline_align.errors import StorageError
 from offline_align.launch import under_torchrun
 from offline_align.model.description import find_checkpoint, is_huggingface
 
@@ -86,8 +87,17 @@ def start_folder(config: Run, model: ModelSection | None = None) -> Path:
 
 
 def bad_rows(config: Any, writes: bool) -> BadRows:
-    """Return the policy on bad rows; only one rank writes the quarantine file."""
-    return BadRows(config.data.on_bad_row, Path(config.run.dir) / "quarantine.jsonl" if writes else None)
+    """Return the policy on bad rows, one for the whole run; only one rank writes the quarantine file.
+
+    What an earlier attempt quarantined is removed: its data may have been mended since. Raises StorageError.
+    """
+    quarantine = Path(config.run.dir) / "quarantine.jsonl"
+    if writes:
+        try:
+            quarantine.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{quarantine}: cannot be removed: {error.strerror or error}") from error
+    return BadRows(config.data.on_bad_row, quarantine if writes else None)
 
 
 def cache_dir(config: Any) -> Path:

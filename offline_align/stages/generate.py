@@ -10,11 +10,12 @@ from offline_align.config.runs import GenerateRun
 from offline_align.config.sections import ConditionalMethodSection
 from offline_align.config.sections import Engine as EngineName
 from offline_align.convert.chat_template import condition_text
+from offline_align.data.journal import Journal
 from offline_align.data.records import Prompt, read_rows
 from offline_align.data.template import Renderer
 from offline_align.errors import ConfigError, StoppedEarly
-from offline_align.generate.journal import Journal, merge, missing
-from offline_align.generate.requests import Engine, Workload, build_requests
+from offline_align.generate.journal import Place, merge, missing, read_answers
+from offline_align.generate.requests import Completion, Engine, Workload, build_requests
 from offline_align.model.description import Condition
 from offline_align.stages import common
 from offline_align.stages.origin import Origin, resolve
@@ -102,8 +103,6 @@ def _generate(
     ranks: Any,
     key: str,
 ) -> None:
-    from offline_align.distributed.stopping import stop_requests
-
     run_dir = Path(config.run.dir)
     if ranks.is_main:
         common.start_folder(config, origin.model)
@@ -116,15 +115,16 @@ def _generate(
     work = build_requests(prompts, renderer, texts, config.data, config.generate)
     logger.info("first prompt, as the model sees it: %r", origin.tokenizer.decode(work.requests[0].context))
     journal = Journal(run_dir, key, ranks.dp_rank)
-    with stop_requests(config.trainer.max_time) as stop:
-        _answer_missing(config, origin, engine, work, journal, ranks, stop)
-    if ranks.is_main:
+    _answer_missing(config, origin, engine, work, journal, ranks)
+
+    def finish() -> None:
         output = run_dir / "generations.jsonl"
-        rows = merge(output, prompts, work.requests, journal.read(), texts)
+        rows = merge(output, prompts, work.requests, read_answers(journal, work.requests), texts)
         _finish(config, origin, conditions, work, dict(bad_rows.counts), key)
         journal.remove()
         logger.info("generate: %d answers: %s", rows, output)
-    ranks.barrier()
+
+    ranks.from_main(finish)
 
 
 def _answer_missing(
@@ -134,20 +134,24 @@ def _answer_missing(
     work: Workload,
     journal: Journal,
     ranks: Any,
-    stop: Any,
 ) -> None:
     """Answer what the journal lacks, each rank its share; raises StoppedEarly, on all ranks, on request."""
+    from offline_align.distributed.stopping import stop_requests
     from offline_align.generate.runner import answer_all, share
 
-    left = missing(work.requests, ranks.broadcast(journal.read() if ranks.is_main else None))
-    if not left:
+    def look() -> dict[Place, Completion]:
+        journal.forget_stop()
+        return read_answers(journal, work.requests)
+
+    done = ranks.from_main(look)
+    if not missing(work.requests, done):
         return
-    own = share(left, ranks.dp_rank, ranks.dp_size)
     loaded = _load_engine(config, origin, engine, ranks)
-    journal.start()
-    done = answer_all(loaded, own, journal, stop, ranks.is_main)
-    if not all(ranks.gather(done)):
-        answered = len(work.requests) - len(missing(work.requests, journal.read()))
+    own = share(work.requests, loaded.batch_size, done, ranks.dp_rank, ranks.dp_size)
+    with stop_requests(config.trainer.max_time) as stop:
+        finished = ranks.gather(answer_all(loaded, own, journal, stop, ranks.is_main))
+    if not all(finished):
+        answered = len(read_answers(journal, work.requests))
         raise StoppedEarly(f"stopped after {answered} of {len(work.requests)} answers, saved: run it again")
 
 

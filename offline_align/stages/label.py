@@ -3,15 +3,16 @@
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from offline_align import lineage
 from offline_align.config.runs import LabelRun
+from offline_align.data.journal import Journal
 from offline_align.data.records import PreferencePair, Sample, read_samples_and_pairs, write_jsonl
-from offline_align.errors import AlignError, StoppedEarly
+from offline_align.errors import DataError, StoppedEarly, StorageError
+from offline_align.label.journal import ScoreWriter, read_scores
 from offline_align.label.statistics import fit, normalise
 from offline_align.stages import common
 
@@ -29,9 +30,6 @@ def run(config: LabelRun, explicit: frozenset[str]) -> int:
 
 
 def _label(config: LabelRun, ranks: Any, key: str) -> None:
-    from offline_align.distributed.stopping import stop_requests
-
-    run_dir = Path(config.run.dir)
     if ranks.is_main:
         common.start_folder(config)
     ranks.barrier()
@@ -40,12 +38,9 @@ def _label(config: LabelRun, ranks: Any, key: str) -> None:
     rows = ranks.main_first(lambda: list(read_samples_and_pairs(files, bad_rows)))
     samples = list(single_answers(rows))
     # Named by content: scores of another model or other data are never taken for these.
-    journal = run_dir / "journal" / key[:16]
-    with stop_requests(config.trainer.max_time) as stop:
-        _score_missing(config, samples, journal, ranks, stop)
-    if ranks.is_main:
-        _write_results(config, rows, samples, journal, key, dict(bad_rows.counts))
-    ranks.barrier()
+    journal = Journal(Path(config.run.dir), key, ranks.dp_rank)
+    _score_missing(config, samples, journal, ranks)
+    ranks.from_main(lambda: _write_results(config, rows, samples, journal, key, dict(bad_rows.counts)))
 
 
 def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
@@ -59,13 +54,13 @@ def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
             continue
         for answer, text in (("chosen", row.chosen), ("rejected", row.rejected)):
             columns = {k: v for k, v in row.columns.items() if k not in ("chosen", "rejected")}
-            columns |= {"response": text, "answer": answer}
+            columns |= {"response": text, "answer": answer, "id": row.id}
             yield Sample(f"{row.id}/{answer}", row.prompt, text, columns)
 
 
-def _score_missing(config: LabelRun, samples: list[Sample], journal: Path, ranks: Any, stop: Any) -> None:
+def _score_missing(config: LabelRun, samples: list[Sample], journal: Journal, ranks: Any) -> None:
     """Score the rows that the journal lacks; raises StoppedEarly, with all scores on disk, on request."""
-    from offline_align.label.journal import JournalWriter, read_journal
+    from offline_align.distributed.stopping import stop_requests
     from offline_align.label.scoring import (
         load_reward_model,
         plan_bins,
@@ -76,7 +71,7 @@ def _score_missing(config: LabelRun, samples: list[Sample], journal: Path, ranks
     from offline_align.progress import Meter
     from offline_align.stages.training import uses_bf16
 
-    done = ranks.broadcast(read_journal(journal) if ranks.is_main else None)
+    done = ranks.from_main(lambda: read_scores(journal, len(samples)))
     if len(done) == len(samples):
         return
     (checkpoint,) = common.parent_models(config)
@@ -87,7 +82,8 @@ def _score_missing(config: LabelRun, samples: list[Sample], journal: Path, ranks
     left = [b for b in bins if any(row not in done for row in b)]
     writes = ranks.tp_rank == 0
     with (
-        JournalWriter(journal, ranks.dp_rank, config.label.flush_rows, writes) as writer,
+        stop_requests(config.trainer.max_time) as stop,
+        ScoreWriter(journal, config.label.flush_rows, writes) as writer,
         Meter("labelling", len(samples), "rows", len(done), ranks.is_main) as meter,
     ):
         # Ranks go round by round, so that all of them leave at the same bin when one is asked to.
@@ -100,6 +96,8 @@ def _score_missing(config: LabelRun, samples: list[Sample], journal: Path, ranks
             meter.advance(sum(len(b) for b in share))
             if _any_rank(stop.reason is not None, ranks):
                 raise StoppedEarly(f"stopped after {meter.done} of {len(samples)} rows, saved: run it again")
+    # The scores of all ranks are on disk before one of them reads them.
+    ranks.barrier()
 
 
 def _any_rank(flag: bool, ranks: Any) -> bool:
@@ -117,18 +115,17 @@ def _write_results(
     config: LabelRun,
     rows: list[Sample | PreferencePair],
     samples: list[Sample],
-    journal: Path,
+    journal: Journal,
     key: str,
     bad: dict[str, int],
 ) -> None:
     from offline_align.label.figures import draw_reward_histogram
-    from offline_align.label.journal import read_journal
 
     run_dir = Path(config.run.dir)
-    scores = read_journal(journal)
+    scores = read_scores(journal, len(samples))
     missing = [s.id for i, s in enumerate(samples) if i not in scores]
     if missing:
-        raise AlignError(f"{journal}: {len(missing)} rows were not scored, first {missing[0]}: run it again")
+        raise StorageError(f"{journal.folder}: lacks {len(missing)} scores, first {missing[0]}: run it again")
     raw = [scores[i] for i in range(len(samples))]
     _check_finite(samples, raw)
     stats = fit(raw)
@@ -151,19 +148,19 @@ def _write_results(
         [*outputs, quarantine] if quarantine.exists() else outputs,
         extra,
     )
-    shutil.rmtree(run_dir / "journal", ignore_errors=True)
+    journal.remove()
     logger.info("label: %d rows, rewards %.3f +- %.3f: %s", len(samples), stats.mean, stats.std, run_dir)
 
 
 def _check_finite(samples: list[Sample], raw: list[float]) -> None:
     bad = [s.id for s, x in zip(samples, raw, strict=True) if not math.isfinite(x)]
     if bad:
-        raise AlignError(f"row {bad[0]}: the reward model's score is not finite ({len(bad)} such rows); train it again")
+        raise DataError(f"row {bad[0]}: the reward model's score is not finite ({len(bad)} such rows); train it again")
 
 
 def _labelled(sample: Sample, raw: float, normalised: float) -> dict[str, Any]:
     """Return the labelled row: the original columns in their order, then what was added."""
-    source_id = str(sample.columns.get("id", sample.id))
+    source_id = sample.columns.get("id") or sample.id
     own = {"reward_raw": raw, "reward": normalised, "source_id": source_id}
     kept = {k: v for k, v in sample.columns.items() if k not in own and k != "id"}
     return {"id": sample.id, **kept, **own}

@@ -4,6 +4,7 @@ A command differs in its rows and its objective alone, which it hands over as a 
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,11 +78,12 @@ def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recip
     if ranks.is_main:
         common.start_folder(config, origin.model if config.init.from_ else None)
     ranks.barrier()
+    renderer = Renderer(origin.tokenizer, origin.template)
+    bad_rows = common.bad_rows(config, ranks.is_main)
+    data, facts = _source(config, "train", recipe.read, renderer, ranks, bad_rows)
+    valid, _ = _source(config, "valid", recipe.read_validation, renderer, ranks, bad_rows)
+    trainer = _assemble(config, recipe, origin, data, valid, ranks, key)
     with stop_requests(config.trainer.max_time) as stop:
-        renderer = Renderer(origin.tokenizer, origin.template)
-        data, facts = _source(config, "train", recipe.read, renderer, ranks)
-        valid, _ = _source(config, "valid", recipe.read_validation, renderer, ranks)
-        trainer = _assemble(config, recipe, origin, data, valid, ranks, key)
         state = trainer.fit(stop)
     if ranks.is_main:
         common_outputs = [run_dir / "metrics.jsonl", run_dir / "checkpoints"]
@@ -98,25 +100,25 @@ def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recip
     ranks.barrier()
 
 
-def _source(config: TrainRun, which: str, read: Any, renderer: Renderer, ranks: Any) -> tuple[Any, dict[str, Any]]:
+def _source(
+    config: TrainRun, which: str, read: Any, renderer: Renderer, ranks: Any, bad_rows: BadRows
+) -> tuple[Any, dict[str, Any]]:
     """Return the tokenised rows of `data.train` or `data.valid`, or None, and facts about them."""
     named = getattr(config.data, which)
     if named is None:
         return None, {}
     paths = input_paths(named, f"data.{which}")
-    found: tuple[Any, dict[str, Any]] = ranks.main_first(
-        lambda: _tokenized(config, paths, read, renderer, ranks.is_main)
-    )
+    found: tuple[Any, dict[str, Any]] = ranks.main_first(lambda: _tokenized(config, paths, read, renderer, bad_rows))
     return found
 
 
 def _tokenized(
-    config: TrainRun, paths: list[Path], read: Any, renderer: Renderer, main: bool
+    config: TrainRun, paths: list[Path], read: Any, renderer: Renderer, bad_rows: BadRows
 ) -> tuple[Any, dict[str, Any]]:
     from offline_align.data.loader import PairSource, SampleSource
     from offline_align.data.tokenize import tokenize_pairs, tokenize_samples
 
-    bad_rows = common.bad_rows(config, main)
+    before = Counter(bad_rows.counts)
     rows = read(paths, bad_rows, renderer)
     cache = common.cache_dir(config)
     tokenized: Any
@@ -131,7 +133,7 @@ def _tokenized(
         **rows.facts,
         "rows": len(source),
         "dropped": tokenized.dropped,
-        "bad_rows": dict(bad_rows.counts),
+        "bad_rows": dict(Counter(bad_rows.counts) - before),
     }
     return source, facts
 

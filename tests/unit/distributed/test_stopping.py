@@ -2,11 +2,14 @@
 
 import os
 import signal
+import time
 
 import pytest
 
-from offline_align.distributed.stopping import parse_duration, stop_requests
-from offline_align.errors import ConfigError
+from offline_align.distributed.stopping import interruptible, parse_duration, stop_requests
+from offline_align.errors import ConfigError, StoppedEarly
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
 
 @pytest.mark.parametrize(
@@ -23,7 +26,7 @@ def test_bad_durations(text: str) -> None:
         parse_duration(text)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_a_reason_and_handlers_return(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_requests() as stop:
@@ -40,3 +43,55 @@ def test_a_limit_is_kept_with_time_in_hand() -> None:
         assert stop.reason is None
         stop.expect(200)
         assert stop.reason == "trainer.max_time"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_command_ends_where_it_is_unless_a_loop_listens(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(StoppedEarly, match=number.name), interruptible():
+        with stop_requests() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.reason == number.name
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on")
+    assert signal.getsignal(number) is before
+
+
+def test_a_limit_ends_a_command_anywhere() -> None:
+    with pytest.raises(StoppedEarly, match=r"trainer\.max_time"), interruptible() as limit:
+        limit("0.05")
+        time.sleep(5)
+        raise AssertionError("went on")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_limit_counts_from_the_start_of_the_command() -> None:
+    with interruptible() as limit:
+        limit("0.2")
+        time.sleep(0.1)
+        with stop_requests("0.2") as stop:
+            assert stop.reason is None
+            time.sleep(0.15)
+            assert stop.reason == "trainer.max_time"
+
+
+def test_the_second_signal_ends_the_process() -> None:
+    child = os.fork()
+    if child == 0:
+        with interruptible(), stop_requests():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("listening", [False, True])
+def test_a_worker_forked_from_a_command_dies_of_the_signal(listening: bool) -> None:
+    """It has nothing to save, and whoever waits for it would wait for ever."""
+    with interruptible(), stop_requests() if listening else interruptible():
+        child = os.fork()
+        if child == 0:
+            time.sleep(20)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM

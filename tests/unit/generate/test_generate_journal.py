@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from offline_align.data.journal import Journal
 from offline_align.data.records import Message, Prompt
 from offline_align.errors import StorageError
-from offline_align.generate.journal import Journal, Place, merge, missing
+from offline_align.generate.journal import Place, append_answers, merge, missing, read_answers
 from offline_align.generate.requests import Completion, Request
 
 KEY = "0123456789abcdef0123"
@@ -19,41 +20,12 @@ def answer(row: int, sample: int = 0, text: str = "Yes \ud83d\ude00\n\u2028") ->
     return Completion(row, sample, text.encode("utf-16", "surrogatepass").decode("utf-16"), "stop", 4)
 
 
-def journal(tmp_path: Path, rank: int = 0, key: str = KEY) -> Journal:
-    found = Journal(tmp_path, key, rank)
-    found.start()
-    return found
-
-
-def test_answers_of_all_ranks_are_read_back(tmp_path: Path) -> None:
-    first, second = journal(tmp_path), journal(tmp_path, 1)
-    first.append([answer(0), answer(1)])
-    second.append([answer(2, 1)])
-    assert first.read() == second.read() == {(0, 0, 0): answer(0), (1, 0, 0): answer(1), (2, 0, 1): answer(2, 1)}
-
-
-def test_a_torn_last_line_is_dropped_and_cut_off(tmp_path: Path) -> None:
-    first = journal(tmp_path)
-    first.append([answer(0), answer(1)])
-    whole = first.path.read_bytes()
-    for cut in range(1, len(whole.splitlines()[1])):
-        first.path.write_bytes(whole[:-cut])
-        assert first.read().keys() == {(0, 0, 0)}
-    first.start()
-    first.append([answer(2)])
-    assert first.read().keys() == {(0, 0, 0), (2, 0, 0)}
-
-
-def test_other_settings_have_another_journal(tmp_path: Path) -> None:
-    journal(tmp_path).append([answer(0)])
-    assert journal(tmp_path, key="f" * 20).read() == {}
-
-
-def test_a_damaged_line_is_a_storage_error(tmp_path: Path) -> None:
-    first = journal(tmp_path)
-    first.path.write_bytes(b'{"row": 1}\n')
-    with pytest.raises(StorageError, match="damaged"):
-        first.read()
+def test_answers_are_read_back_and_those_to_other_requests_left_out(tmp_path: Path) -> None:
+    first, second = Journal(tmp_path, KEY, 0), Journal(tmp_path, KEY, 1)
+    append_answers(first, [answer(0), answer(1), answer(7)])
+    append_answers(second, [answer(2, 1), answer(0)])
+    expected = {(0, 0, 0): answer(0), (1, 0, 0): answer(1), (2, 0, 1): answer(2, 1)}
+    assert read_answers(first, REQUESTS) == read_answers(second, REQUESTS) == expected
 
 
 def test_missing_requests_keep_their_order() -> None:
@@ -95,18 +67,13 @@ def test_another_set_of_answers_is_never_merged(tmp_path: Path, places: list[Pla
     assert not (tmp_path / "generations.jsonl").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
-    (tmp_path / "journal").write_text("in the way")
-    with pytest.raises(StorageError):
-        Journal(tmp_path, KEY, 0).start()
-
-
 def test_answers_under_several_conditions_stand_side_by_side(tmp_path: Path) -> None:
     requests = [Request(row, 0, [1], 5, variant) for row in range(2) for variant in range(2)]
     journal = Journal(tmp_path, KEY, 0)
-    journal.start()
-    journal.append(Completion(r.row, 0, f"{r.row}{r.variant}", "stop", 1, r.variant) for r in reversed(requests))
-    merge(tmp_path / "g.jsonl", PROMPTS, requests, journal.read(), ["<-1>", "<1>"])
+    append_answers(
+        journal, (Completion(r.row, 0, f"{r.row}{r.variant}", "stop", 1, r.variant) for r in reversed(requests))
+    )
+    merge(tmp_path / "g.jsonl", PROMPTS, requests, read_answers(journal, requests), ["<-1>", "<1>"])
     rows = [json.loads(line) for line in (tmp_path / "g.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["response"], row["condition"]) for row in rows] == [
         *[("00", "<-1>"), ("01", "<1>"), ("10", "<-1>"), ("11", "<1>")],

@@ -1,0 +1,109 @@
+"""Journals: results of long work, on disk as they come, one append-only file for each rank.
+
+An entry is one JSON object a line with its own checksum, which covers the name of the journal's folder too. Folders
+are named after content keys, so a line that was torn by a kill, damaged on disk or copied from a run with other
+settings is recognised, passed over, and its result made again. Nothing has to be mended by hand.
+"""
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from offline_align.errors import StorageError
+from offline_align.lineage.files import fsync_path
+
+logger = logging.getLogger(__name__)
+_CHECKSUM = "crc32"
+
+
+class Journal:
+    """The results of one run so far; a rank appends to its own file and reads those of all."""
+
+    def __init__(self, run_dir: Path, key: str, rank: int) -> None:
+        self.folder = run_dir / "journal" / key[:16]
+        self.path = self.folder / f"part_{rank:05d}.jsonl"
+        self._stop = self.folder / "stop"
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the whole entries of all ranks; raises StorageError where a file cannot be read."""
+        entries: list[dict[str, Any]] = []
+        for path in sorted(self.folder.glob("part_*.jsonl")):
+            try:
+                lines = path.read_bytes().split(b"\n")
+            except OSError as error:
+                raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
+            whole = [entry for line in lines if (entry := self._entry(line)) is not None]
+            # The last piece is empty, or the line that a kill has cut.
+            if damaged := sum(map(bool, lines[:-1])) - len(whole):
+                logger.warning("%s: %d damaged lines are passed over and made again", path, damaged)
+            entries += whole
+        return entries
+
+    def append(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Add entries; they are on disk when this returns. Raises StorageError."""
+        content = "".join(map(self._line, entries)).encode()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+", buffering=0) as file:
+                if not _ends_whole(file.fileno()):
+                    content = b"\n" + content  # a torn line must not swallow the next one
+                _write_all(file.fileno(), content)
+                os.fsync(file.fileno())
+            fsync_path(self.folder)
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
+    def ask_to_stop(self) -> None:
+        """Ask the other ranks, which see the same files, to stop too; raises StorageError."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._stop.touch()
+        except OSError as error:
+            raise StorageError(f"{self._stop}: cannot be written: {error.strerror or error}") from error
+
+    def stop_is_asked(self) -> bool:
+        """Whether a rank has asked all to stop."""
+        return self._stop.exists()
+
+    def forget_stop(self) -> None:
+        """Take back what an earlier attempt has asked for; raises StorageError."""
+        try:
+            self._stop.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self._stop}: cannot be removed: {error.strerror or error}") from error
+
+    def remove(self) -> None:
+        """Delete the journals of the run, once the results stand in its output."""
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
+
+    def _line(self, entry: dict[str, Any]) -> str:
+        text = json.dumps(entry)
+        return f'{text[:-1]}, "{_CHECKSUM}": {self._checksum(text)}}}\n'
+
+    def _entry(self, line: bytes) -> dict[str, Any] | None:
+        try:
+            entry = json.loads(line)
+            checksum = entry.pop(_CHECKSUM)
+            same = checksum == self._checksum(json.dumps(entry))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None
+        return entry if same else None
+
+    def _checksum(self, text: str) -> int:
+        return zlib.crc32(text.encode(), zlib.crc32(self.folder.name.encode()))
+
+
+def _ends_whole(descriptor: int) -> bool:
+    size = os.fstat(descriptor).st_size
+    return size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
