@@ -6,6 +6,7 @@ rejected with file, line and reason, which ends the run or goes into a quarantin
 
 import gzip
 import json
+import logging
 import os
 import zlib
 from collections import Counter
@@ -44,6 +45,12 @@ class BadRows:
         if self.quarantine is not None:
             self._write(self.quarantine, {"file": str(path), "line": line_no, "reason": reason, "raw": raw})
         self.counts[reason] += 1
+
+    def report(self, log: logging.Logger) -> None:
+        """Say how many rows have been left out so far, and why."""
+        if self.counts:
+            where = f", see {self.quarantine}" if self.quarantine else ""
+            log.warning("%d bad rows are left out%s: %s", sum(self.counts.values()), where, dict(self.counts))
 
     def _write(self, quarantine: Path, row: dict[str, Any]) -> None:
         mode = "a" if self.counts else "w"

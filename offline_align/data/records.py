@@ -5,6 +5,7 @@ then user and assistant in turn, the last one from the user.
 """
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,12 @@ __all__ = [
     "read_samples_and_pairs",
     "write_jsonl",
 ]
+
+
+LARGEST_MARGIN = 3.4e38
+"""Margins become float32, where a larger one would be infinite."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +118,7 @@ def _read[T](paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str
             line.reject(bad_rows, str(error))
         else:
             yield row
+    bad_rows.report(_log)
     if not seen:
         raise DataError(f"{', '.join(map(str, paths))}: no usable row")
 
@@ -143,6 +151,8 @@ def _pair(columns: dict[str, Any], row_id: str, prompt: tuple[Message, ...]) -> 
     if chosen == rejected:
         raise RowError("rejected: the same as chosen")
     margin = None if columns.get("margin") is None else _number(columns, "margin")
+    if margin is not None and abs(margin) > LARGEST_MARGIN:
+        raise RowError("margin: number out of range")
     return PreferencePair(row_id, prompt, chosen, rejected, margin, columns)
 
 

@@ -1,13 +1,15 @@
 """From prompts to what an engine is asked: token ids, room for the answer, and a place in the output."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 from offline_align.config.sections import DataSection, GenerateSection, OnBadRow, TooLong
-from offline_align.data.records import Prompt
+from offline_align.data.records import BadRows, Prompt
 from offline_align.data.template import Renderer
 from offline_align.errors import DataError
 
@@ -65,12 +67,13 @@ def build_requests(
     conditions: Sequence[str],
     data: DataSection,
     generate: GenerateSection,
+    bad_rows: BadRows | None = None,
 ) -> Workload:
     """Return `generate.n` requests for each prompt under each of `conditions` (one, empty, for most policies).
 
     Prompt and answer share `data.max_length` tokens, of which a quarter (or `max_new_tokens`, if less) is
     kept for the answer; longer prompts lose their left or are left out, as `data.too_long` says. Raises
-    DataError for a prompt that the chat template refuses, unless bad rows are skipped, and where no prompt
+    DataError for a prompt that the chat template refuses, unless `bad_rows` skips, and where no prompt
     is left.
     """
     requests: list[Request] = []
@@ -81,8 +84,9 @@ def build_requests(
         try:
             whole = [renderer.context(prompt.prompt, condition) for condition in conditions]
         except DataError as error:
-            if data.on_bad_row is OnBadRow.fail:
+            if bad_rows is None or data.on_bad_row is OnBadRow.fail:
                 raise DataError(f"row {prompt.id}: {error}; mend it, or set data.on_bad_row=skip") from error
+            bad_rows.reject(Path(prompt.id), 0, str(error), json.dumps(prompt.columns))
             dropped["refused by the chat template"] += 1
             continue
         contexts = [_fit(w, longest, renderer, c, data.too_long) for w, c in zip(whole, conditions, strict=True)]

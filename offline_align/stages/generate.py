@@ -112,7 +112,7 @@ def _generate(
     prompts = ranks.main_first(lambda: list(read_rows(files, Prompt, bad_rows)))
     texts = [condition_text(condition) for condition in conditions]
     renderer = Renderer(origin.tokenizer, origin.template)
-    work = build_requests(prompts, renderer, texts, config.data, config.generate)
+    work = build_requests(prompts, renderer, texts, config.data, config.generate, bad_rows)
     logger.info("first prompt, as the model sees it: %r", origin.tokenizer.decode(work.requests[0].context))
     journal = Journal(run_dir, key, ranks.dp_rank)
     _answer_missing(config, origin, engine, work, journal, ranks)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from offline_align.config.sections import DataSection, GenerateSection, OnBadRow, Template, TooLong
-from offline_align.data.records import Message, Prompt
+from offline_align.data.records import BadRows, Message, Prompt
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import DataError
@@ -79,7 +79,9 @@ def test_a_refused_prompt_is_named_or_skipped(tokenizer: Tokenizer) -> None:
         build_requests([prompt("Hello")], renderer, [""], DATA, GENERATE)
     with pytest.raises(DataError, match=r"no prompt is left of 1.*refused"):
         skip = replace(DATA, on_bad_row=OnBadRow.skip)
-        build_requests([prompt("Hello")], renderer, [""], skip, GENERATE)
+        bad_rows = BadRows(OnBadRow.skip, None)
+        build_requests([prompt("Hello")], renderer, [""], skip, GENERATE, bad_rows)
+    assert bad_rows.counts == {"chat template: roles must alternate": 1}
 
 
 def test_several_conditions_keep_or_lose_a_prompt_together(renderer: Renderer) -> None:
