@@ -65,7 +65,9 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         _say(f"{error.filename or 'storage'}: {error.strerror or error}")
         return StorageError.exit_code
-    except Exception as error:  # the last resort: a user is owed one line and the way to more
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the last resort, panics of Rust libraries too: a user is owed one line
         if debug:
             traceback.print_exc()
         first_line = str(error).partition("\n")[0]

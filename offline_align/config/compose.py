@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -180,11 +181,16 @@ def _compose_groups(stage: str, chosen: list[str], folder: Path | None, problems
             try:
                 hydra_compose(f"stage/{stage}", [*search, word])
                 usable.append(word)
+            except yaml.YAMLError as error:
+                problems.append(f"{word}: not readable as YAML: {str(error).partition(chr(10))[0]}")
             except HydraException:
                 problems.append(
                     f"{word}: `{stage}` has no group {word.partition('=')[0]}; see offline-align {stage} --help"
                 )
-        composed = hydra_compose(f"stage/{stage}", [*search, *usable])
+        try:
+            composed = hydra_compose(f"stage/{stage}", [*search, *usable])
+        except (HydraException, yaml.YAMLError) as error:
+            raise ConfigError([*problems, f"--config-dir={folder}: {str(error).partition(chr(10))[0]}"]) from error
     tree = OmegaConf.to_container(composed)
     assert isinstance(tree, dict)
     return {str(k): v for k, v in tree.items()}

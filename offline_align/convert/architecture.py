@@ -55,10 +55,13 @@ def read_architecture(folder: Path) -> Architecture:
     except (OSError, ValueError) as error:
         raise ConfigError(f"init.from: {path} cannot be read ({error}); give a Hugging Face folder") from error
     family, kind = _family(path, config)
-    problems = _problems(family, kind, config)
-    if problems:
-        raise ConfigError([f"init.from: {path}: {problem}" for problem in problems])
-    return Architecture(family, kind, _model(family, config), config.get("offline_align", {}))
+    try:
+        problems = _problems(family, kind, config)
+        if not problems:
+            return Architecture(family, kind, _model(family, config), dict(config.get("offline_align") or {}))
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        problems = [f"is not the configuration of a model ({type(error).__name__}: {error})"]
+    raise ConfigError([f"init.from: {path}: {problem}" for problem in problems])
 
 
 def _family(path: Path, config: Any) -> tuple[Family, Kind]:

@@ -76,7 +76,7 @@ def first_prompt_difference(folder: Path, renderer: Renderer, condition: str) ->
     """
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(str(folder))
+    loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     for dialogue in _DIALOGUES:
         turns = [{"role": message.role, "content": message.content} for message in dialogue]
         text = loaded.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)

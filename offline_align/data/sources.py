@@ -20,7 +20,7 @@ from offline_align.data.jsonl import (
     read_objects,
     readable,
 )
-from offline_align.errors import ConfigError, DataError, StorageError
+from offline_align.errors import AlignError, ConfigError, DataError, StorageError
 
 DEMO = "demo"
 HUB_PREFIX = "hf:"
@@ -122,7 +122,9 @@ def _hub_rows(name: str) -> Iterator[Any]:
     repository, folder = _repository(full)
     try:
         yield from datasets.load_dataset(repository, data_dir=folder, split=split or "train", streaming=True)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except Exception as error:  # a data set is anybody's files, which fail in any way; its scripts are never run
+        if isinstance(error, AlignError):
+            raise
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"data.input={name}: cannot be loaded: {problem}") from error
 

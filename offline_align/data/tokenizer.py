@@ -26,6 +26,10 @@ MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 """Shape of a user-defined SentencePiece symbol that is taken for a control token."""
 
 
+MOST_ENTRIES = 10_000_000
+"""A file that asks for more embedding rows is damaged; the largest vocabularies have about a million."""
+
+
 class Tokenizer(Protocol):
     """Text to ids and back."""
 
@@ -81,6 +85,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise _problem(found, f"cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise _problem(found, str(error)) from error
+    except BaseException as error:
+        # The file may be anybody's, and the libraries that parse it have no common error for what they meet there.
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
+        raise _problem(found, f"is damaged ({type(error).__name__}: {str(error).partition('\n')[0]})") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is a panic of a Rust library, which is no `Exception` and has no class to import."""
+    return type(error).__name__ == "PanicException"
 
 
 def _find(path: Path) -> Path:
@@ -205,7 +219,9 @@ class HuggingFaceTokenizer:
         self.named_tokens = _named_tokens(config, definition)
         self.special_texts = _flag_special(definition, set(self.named_tokens.values()))
         self._special, self._plain = _backend(definition), _backend(definition)
-        self.vocab_size = max(self._special.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._special.get_vocab(with_added_tokens=True).values(), default=0) + 1
+        if self.vocab_size > MOST_ENTRIES:
+            raise ValueError(f"has the id {self.vocab_size - 1}: no vocabulary is that large, the file is damaged")
         eos = self._id_of("eos_token")
         if eos is None:
             raise ValueError("names no end of sequence; put tokenizer_config.json with eos_token beside it")

@@ -33,7 +33,12 @@ class TransformersEngine:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, attn_implementation="sdpa", local_files_only=True
+            str(folder),
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
         self._model = model.to(device).eval()
         # The folder's own defaults (temperature, repetition penalty, ...) are not what was asked for.

@@ -42,6 +42,7 @@ class VllmEngine:
             self._llm = LLM(
                 model=str(folder),
                 skip_tokenizer_init=True,
+                trust_remote_code=False,
                 tensor_parallel_size=1,
                 max_model_len=max_length,
                 dtype=dtype,

@@ -21,7 +21,6 @@ from offline_align.data.pack import pack
 from offline_align.data.records import Sample
 from offline_align.data.template import Renderer
 from offline_align.data.tokenize import tokenize_samples
-from offline_align.data.tokenizer import load_tokenizer
 from offline_align.distributed.setup import Ranks, session
 from offline_align.errors import DataError
 from offline_align.methods import TrainingRow
@@ -71,7 +70,7 @@ def score_samples(
 def reward_renderer(checkpoint: Path) -> Renderer:
     """Return the renderer that a reward model was trained with."""
     description = ModelDescription.load(checkpoint)
-    return Renderer(load_tokenizer(checkpoint / "tokenizer"), description.template)
+    return Renderer(description.load_tokenizer(checkpoint), description.template)
 
 
 def load_reward_model(checkpoint: Path, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> "RewardModel":

@@ -29,6 +29,8 @@ from offline_align.lineage.files import (
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
+LONGEST_PATH = 4096
+"""Characters of a path; Linux takes no longer ones."""
 
 # A folder of weights that no run of ours wrote is known by the file that describes its model.
 BARE_MODELS = {"checkpoint": "model.json", "huggingface": "config.json"}
@@ -127,12 +129,23 @@ def read_manifest(run_dir: Path) -> Manifest | None:
     try:
         if raw.pop("sha256") != text_sha256(canonical_json(raw)):
             raise _damaged(path)
-        raw["inputs"] = [FileRecord(**entry) for entry in raw["inputs"]]
-        raw["outputs"] = [FileRecord(**entry) for entry in raw["outputs"]]
-        raw["parents"] = [ParentRecord(**entry) for entry in raw["parents"]]
-        return Manifest(**raw)
-    except (KeyError, TypeError) as error:
+        raw["inputs"] = [_checked(FileRecord(**entry)) for entry in raw["inputs"]]
+        raw["outputs"] = [_checked(FileRecord(**entry)) for entry in raw["outputs"]]
+        raw["parents"] = [_checked(ParentRecord(**entry)) for entry in raw["parents"]]
+        manifest = Manifest(**raw)
+        if not isinstance(manifest.extra, dict) or not isinstance(manifest.stage, str):
+            raise _damaged(path)
+        return manifest
+    except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(path) from error
+
+
+def _checked[T: (FileRecord, ParentRecord)](record: T) -> T:
+    """Return a record whose path can be one; TypeError for any other, since a manifest may be anybody's."""
+    texts = {k: v for k, v in asdict(record).items() if k not in ("bytes", "part")}
+    if not all(isinstance(v, str) for v in texts.values()) or "\0" in record.path or len(record.path) > LONGEST_PATH:
+        raise TypeError(record)
+    return record
 
 
 def describe_parent(path: Path) -> ParentRecord:

@@ -9,6 +9,9 @@ from offline_align.errors import StorageError
 from offline_align.lineage.files import FileRecord, file_sha256, folder_sha256
 from offline_align.lineage.manifest import BARE_MODELS, MANIFEST, Manifest, ParentRecord, read_manifest
 
+# No chain of stages is as long; one that is was made to exhaust whoever walks it.
+_MOST_GENERATIONS = 100
+
 
 class Status(StrEnum):
     """How a file or a run compares with its record."""
@@ -82,12 +85,17 @@ class _Walk:
 
     def __init__(self) -> None:
         self._reports: dict[Path, Report] = {}
+        self._depth = 0
 
     def run(self, run_dir: Path, claimed: ParentRecord | None) -> Report:
         if run_dir not in self._reports:
+            if self._depth >= _MOST_GENERATIONS:
+                return Report(run_dir, "", Status.damaged, f"is more than {_MOST_GENERATIONS} generations back")
             # Stands while the parents are walked, so that manifests that name each other come to an end.
             self._reports[run_dir] = Report(run_dir, "", Status.damaged, "is its own ancestor")
+            self._depth += 1
             self._reports[run_dir] = self._read(run_dir, claimed.stage if claimed else "")
+            self._depth -= 1
         report = self._reports[run_dir]
         if claimed is None or report.status is Status.missing:
             return report
@@ -135,13 +143,13 @@ def _check_output(run_dir: Path, record: FileRecord) -> FileCheck:
 
 
 def _check_file(file: Path, record: FileRecord, otherwise: Status) -> FileCheck:
-    if not file.is_file():
-        return FileCheck(record.path, Status.missing, "no such file")
-    size = file.stat().st_size
-    if size != record.bytes:
-        return FileCheck(record.path, otherwise, f"{size} bytes instead of {record.bytes}")
     try:
+        if not file.is_file():
+            return FileCheck(record.path, Status.missing, "no such file")
+        size = file.stat().st_size
+        if size != record.bytes:
+            return FileCheck(record.path, otherwise, f"{size} bytes instead of {record.bytes}")
         same = file_sha256(file) == record.sha256
-    except StorageError as error:
+    except (OSError, StorageError) as error:
         return FileCheck(record.path, otherwise, str(error))
     return FileCheck(record.path, Status.whole) if same else FileCheck(record.path, otherwise, "other content")

@@ -5,6 +5,7 @@ tokens then, so the text is checked against the tokenizer before anything is tra
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from string import Formatter
 from typing import Protocol
@@ -57,9 +58,11 @@ def check_format(reward_format: str, reward_limit: float) -> None:
 
 def _format_problem(reward_format: str) -> str | None:
     try:
-        fields = [name for _, name, _, _ in Formatter().parse(reward_format) if name is not None]
-        if fields != ["reward"]:
+        fields = [(name, spec or "") for _, name, spec, _ in Formatter().parse(reward_format) if name is not None]
+        if [name for name, _ in fields] != ["reward"]:
             return "needs the field {reward} once and no other"
+        if re.search(r"\d{3}", fields[0][1]):
+            return "writes a number of a hundred digits or more"
         if len({reward_format.format(reward=value) for value in (-1.0, 0.0, 1.0)}) < 3:
             return "writes the rewards -1, 0 and 1 alike"
     except (ValueError, LookupError, AttributeError) as error:

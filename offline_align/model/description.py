@@ -7,10 +7,13 @@ the text that a model sees is the same in training, labelling and generation.
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from offline_align.config.sections import Backend, ModelSection, Template
+from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.errors import ConfigError, StorageError
+from offline_align.methods.ca import check_format
 
 FILE_NAME = "model.json"
 
@@ -22,6 +25,18 @@ class Condition:
     reward_format: str
     reward_limit: float
     target_reward: float
+
+    @classmethod
+    def from_values(cls, values: Any) -> "Condition | None":
+        """Return what a file says of a condition, or None for nothing; ValueError where it cannot be one."""
+        if not values:
+            return None
+        try:
+            condition = cls(str(values["reward_format"]), float(values["reward_limit"]), float(values["target_reward"]))
+            check_format(condition.reward_format, condition.reward_limit)
+        except (TypeError, LookupError, ConfigError) as error:
+            raise ValueError(f"the condition {values!r} cannot be used: {error}") from error
+        return condition
 
 
 @dataclass(frozen=True)
@@ -50,8 +65,17 @@ class ModelDescription:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             return cls._from_values(values)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise StorageError(f"{path}: not a readable model description ({error})") from error
+
+    def load_tokenizer(self, folder: Path) -> Tokenizer:
+        """Return the tokenizer of a checkpoint folder; StorageError where it is not the one it was trained with."""
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        if tokenizer.content_hash != self.tokenizer_hash:
+            raise StorageError(
+                f"{folder / 'tokenizer'}: is not the tokenizer that the model was trained with; restore it from a copy"
+            )
+        return tokenizer
 
     @classmethod
     def _from_values(cls, values: dict[str, Any]) -> "ModelDescription":
@@ -59,15 +83,27 @@ class ModelDescription:
         unknown = set(values["model"]) - known
         if unknown or values["kind"] not in ("policy", "reward_model"):
             raise ValueError(f"unknown fields {sorted(unknown)} or kind {values['kind']!r}")
-        condition = values["condition"]
+        _check_types(values["model"])
         return cls(
             kind=values["kind"],
             model=ModelSection(**values["model"], backend=Backend.auto, tokenizer=None),
             template=Template(values["template"]),
             tokenizer_hash=str(values["tokenizer_hash"]),
-            condition=Condition(**condition) if condition else None,
+            condition=Condition.from_values(values["condition"]),
             method=str(values["method"]),
         )
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    """Raise ValueError for a field whose value has another type than the section gives it."""
+    for name, hint in get_type_hints(ModelSection).items():
+        allowed = tuple(
+            get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else [hint])
+        )
+        value = values.get(name)
+        fits = isinstance(value, allowed) or (float in allowed and type(value) is int)
+        if name in values and (not fits or (isinstance(value, bool) and bool not in allowed)):
+            raise ValueError(f"model.{name}={value!r}")
 
 
 def is_huggingface(path: str | Path) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from offline_align.convert.card import ancestry
 from offline_align.convert.export import export_huggingface
+from offline_align.convert.files import weight_files
 from offline_align.distributed.setup import Ranks
 from offline_align.errors import StorageError
 from offline_align.model.description import ModelDescription
@@ -68,6 +69,7 @@ def cached(origin: Origin, cache: Path, ranks: Ranks) -> Path:
     there is used again. All ranks call it together.
     """
     if origin.huggingface is not None:
+        weight_files(origin.huggingface)  # refuses pickles, and an index that leads out of the folder
         return origin.huggingface
     assert origin.checkpoint is not None
     folder = cache / checkpoint.digest(origin.checkpoint)[:16]

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from offline_align.config.runs import ModelRun
 from offline_align.config.sections import ModelSection, Template
@@ -49,7 +49,7 @@ def resolve(config: ModelRun, explicit: frozenset[str]) -> Origin:
         return _from_huggingface(config, Path(source), explicit)
     folder = find_checkpoint(source)
     description = ModelDescription.load(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = description.load_tokenizer(folder)
     if "model.tokenizer" in explicit and config.model.tokenizer is not None:
         given = load_tokenizer(tokenizer_path(config.model.tokenizer))
         if given.content_hash != tokenizer.content_hash:
@@ -101,18 +101,26 @@ def _from_huggingface(config: ModelRun, folder: Path, explicit: frozenset[str]) 
     model = _merged(config.model, architecture.model, explicit, str(folder))
     given = config.model.tokenizer if "model.tokenizer" in explicit else None
     tokenizer = load_tokenizer(tokenizer_path(given) if given is not None else folder)
-    condition = architecture.extra.get("condition")
-    template = architecture.extra.get("template")
+    template, condition = _described(folder, architecture.extra)
     return Origin(
         model=model,
         tokenizer=tokenizer,
-        template=_template(config, Template(template) if template else None),
+        template=_template(config, template),
         kind=str(architecture.kind),
         checkpoint=None,
         huggingface=folder,
-        condition=Condition(**condition) if condition else None,
+        condition=condition,
         method=str(architecture.extra.get("method", "")),
     )
+
+
+def _described(folder: Path, extra: dict[str, Any]) -> tuple[Template | None, Condition | None]:
+    """Return the template and the condition that our exporter wrote into `config.json`."""
+    try:
+        template = extra.get("template")
+        return Template(template) if template else None, Condition.from_values(extra.get("condition"))
+    except ValueError as error:
+        raise ConfigError(f"init.from: {folder / 'config.json'}: offline_align: {error}; export it again") from error
 
 
 def _merged(given: ModelSection, found: ModelSection, explicit: frozenset[str], source: str) -> ModelSection:

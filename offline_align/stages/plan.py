@@ -83,8 +83,8 @@ def _renderer(config: PlanRun, paths: Sequence[Path]) -> Renderer | None:
         tokenizer = load_tokenizer(tokenizer_path(config.model.tokenizer))
         return Renderer(tokenizer, config.data.template or Template.paper)
     for folder in _models_behind(paths):
-        template = config.data.template or ModelDescription.load(folder).template
-        return Renderer(load_tokenizer(folder / "tokenizer"), template)
+        description = ModelDescription.load(folder)
+        return Renderer(description.load_tokenizer(folder), config.data.template or description.template)
     return None
 
 

@@ -105,7 +105,12 @@ def _judge(config: Run) -> list[str]:
     from offline_align.model.description import ModelDescription, find_checkpoint
 
     try:
-        kind = ModelDescription.load(find_checkpoint(config.judge.model, "judge.model")).kind
+        judge = ModelDescription.load(find_checkpoint(config.judge.model, "judge.model"))
     except ConfigError as error:
         return error.problems
-    return [] if kind == "reward_model" else [f"judge.model={config.judge.model}: is a policy; give a reward model"]
+    if judge.kind != "reward_model":
+        return [f"judge.model={config.judge.model}: is a policy; give a reward model"]
+    given = config.data.template
+    if given is not None and given is not judge.template:
+        return [f"data.template={given}: judge.model was trained with {judge.template}; leave data.template unset"]
+    return []
