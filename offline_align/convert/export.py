@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,10 @@ from offline_align.convert.weights import parse_size, write_weights
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import ConfigError, StorageError
+from offline_align.lineage.files import fsync_path
 from offline_align.model.description import ModelDescription
+
+_WORK = ".export-"
 
 
 def export_huggingface(
@@ -41,15 +47,36 @@ def export_huggingface(
     tensors = huggingface_tensors(state, description.model, description.kind)
     first = next(tensors)
     dtype = str(first[1].dtype).removeprefix("torch.")
+    with _moved_when_whole(target) as work:
+        write_weights(itertools.chain([first], tensors), work, max_shard_bytes)
+        _write_json(work / "config.json", _config(description, tokenizer, dtype))
+        _write_json(work / "generation_config.json", _token_ids(tokenizer) | {"do_sample": False})
+        _write_texts(description, tokenizer, work, list(ancestry))
+        names_written = sorted(path.name for path in work.iterdir())
+    return [target / name for name in names_written]
+
+
+@contextmanager
+def _moved_when_whole(target: Path) -> Iterator[Path]:
+    """Give a folder inside `target` whose files are on disk, whole, before the first of them gets its place there."""
+    work: Path | None = None
     try:
         target.mkdir(parents=True, exist_ok=True)
-        write_weights(itertools.chain([first], tensors), target, max_shard_bytes)
-        _write_json(target / "config.json", _config(description, tokenizer, dtype))
-        _write_json(target / "generation_config.json", _token_ids(tokenizer) | {"do_sample": False})
-        _write_texts(description, tokenizer, target, list(ancestry))
+        for leftover in target.glob(f"{_WORK}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=_WORK, dir=target))
+        yield work
+        files = sorted(work.iterdir())
+        for file in files:
+            fsync_path(file)
+        for file in files:
+            file.replace(target / file.name)
+        fsync_path(target)
     except OSError as error:
         raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
-    return sorted(path for path in target.iterdir() if path.is_file())
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def huggingface_tensors(

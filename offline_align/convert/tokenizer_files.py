@@ -55,7 +55,7 @@ def _write_fast_form(folder: Path) -> None:
             folder,
         )
     else:
-        fast.save(str(folder / HUGGING_FACE_FILE))
+        (folder / HUGGING_FACE_FILE).write_text(fast.to_str(pretty=True), encoding="utf-8")
 
 
 def padding_id(tokenizer: Tokenizer) -> int:

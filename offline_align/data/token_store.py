@@ -52,8 +52,18 @@ def stored(folder: Path, tokenize: Callable[[Path], Any]) -> StoredTokens:
         if not _whole(folder):
             _build(folder, tokenize)
         return _load(folder)
-    except OSError as error:
-        raise StorageError(f"data.cache_dir: {folder}: {error.strerror or error}") from error
+    except Exception as error:
+        failure = _storage_failure(error)
+        if failure is None:
+            raise
+        raise StorageError(f"data.cache_dir: {folder}: {failure.strerror or failure}") from error
+
+
+def _storage_failure(error: BaseException | None) -> OSError | None:
+    """Return the failed write behind an error: closing its file, `datasets` may fail once more in another way."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def id_lists(rows: Sequence[list[int]]) -> Any:
