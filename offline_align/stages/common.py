@@ -1,6 +1,7 @@
 """What the mains share: which files a run reads, whether it is finished, and its plan in words."""
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,8 @@ def start_folder(config: Run, model: ModelSection | None = None) -> Path:
     """
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    # Else the first figure of a user would leave a list of fonts in the home folder.
+    os.environ.setdefault("MPLCONFIGDIR", str((run_dir / "cache" / "matplotlib").resolve()))
     own = {"model": to_mapping(replace(model, tokenizer=None))} if model is not None else {}
     lineage.write_config(run_dir, to_mapping(config) | own)
     return run_dir

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from offline_align.__main__ import run
-from tests.faults.disk import NEVER, FailingDisk
+from tests.faults.disk import FailingDisk
+from tests.faults.forks import NEVER
 from tests.training import pairs, samples, train, write_jsonl
 
 ALL = os.environ.get("FAULTS") == "all"
@@ -44,7 +45,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def disk(given: Path) -> Iterator[FailingDisk]:
     (given / "out").mkdir()
-    with FailingDisk(given, given / "out") as made:
+    made = FailingDisk(given, given / "out")
+    with made:
         yield made
 
 
@@ -77,7 +79,7 @@ def lasting(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_disk_that_fails_costs_nothing(command: str, given: Path, disk: FailingDisk) -> None:
     run_dir = given / "out" / "run"
-    whole = disk.run(words(command, given))
+    whole = disk.on_disk(words(command, given))
     assert whole.code == 0, whole.said
     expected = lasting(run_dir)
     shutil.rmtree(run_dir)
@@ -87,7 +89,7 @@ def test_a_disk_that_fails_costs_nothing(command: str, given: Path, disk: Failin
         for error, times in ((errno.EIO, 1), (errno.ENOSPC, NEVER), (errno.EROFS, NEVER)):
             if not ALL and (point + error) % 3:
                 continue
-            ended = disk.run(words(command, given), point, error, times)
+            ended = disk.on_disk(words(command, given), point, error, times)
             place = f"{command}, change {point}, {errno.errorcode[error]}: {ended}"
             said = [line for line in ended.said.splitlines() if "error:" in line]
             # One failure where nothing depends on it, such as making a folder that is there, costs nothing.
@@ -97,7 +99,7 @@ def test_a_disk_that_fails_costs_nothing(command: str, given: Path, disk: Failin
             assert "Traceback" not in ended.said, place
             found = lasting(run_dir)
             assert all(content == expected[name] for name, content in found.items() if name in expected), place
-            assert disk.run(words(command, given)).code == 0, place
+            assert disk.on_disk(words(command, given)).code == 0, place
             assert lasting(run_dir) == expected, place
             shutil.rmtree(run_dir)
 

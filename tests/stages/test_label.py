@@ -1,5 +1,6 @@
 """Labelling: every row once, through interruptions, the same to the byte."""
 
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from offline_align.__main__ import run
+from tests.small_tokenizers import sentencepiece_model
 from tests.training import continued, pairs, samples, train, write_jsonl
 
 
@@ -114,3 +116,94 @@ def test_an_empty_answer_is_scored_at_its_end_of_sequence(folder: Path, reward: 
     again = score_samples(find_checkpoint(reward), long, *sections, ParallelSection(), ComputeSection())
     assert again[:3] == pytest.approx(found, abs=1e-6)
     assert math.isnan(again[3]), "an answer that does not fit has no score, and the others keep theirs"
+
+
+def test_scores_do_not_depend_on_batch_order_or_packing(folder: Path, reward: Path) -> None:
+    """Batches of 1 to 32 full rows, sorted, shuffled, and each row alone: within 1e-5, and the same ranking."""
+    from random import Random
+
+    from offline_align.config.sections import ComputeSection, DataSection, Device, ParallelSection, RunSection
+    from offline_align.data.records import Message, Sample
+    from offline_align.label.scoring import score_samples
+    from offline_align.model.description import find_checkpoint
+
+    rows = samples(32)
+    given = [Sample(row["id"], (Message("user", row["prompt"]),), row["response"], {}) for row in rows]
+    sections = (RunSection(dir=str(folder / "invariance"), device=Device.cpu), DataSection(max_length=64))
+
+    def score(order: list[Sample], batch: int = 1) -> dict[str, float]:
+        trainer = ComputeSection(micro_batch_size=batch)
+        found = score_samples(find_checkpoint(reward), order, *sections, ParallelSection(), trainer)
+        return dict(zip([sample.id for sample in order], found, strict=True))
+
+    expected = score(given)
+    shuffled = Random(3).sample(given, len(given))
+    by_length = sorted(given, key=lambda sample: -len(sample.response))
+    attempts = [score(given, batch) for batch in (2, 3, 5, 8, 16, 32)] + [score(shuffled, 4), score(by_length, 4)]
+    attempts.append({sample.id: score([sample])[sample.id] for sample in given[:8]})
+    ranking = sorted(expected, key=expected.__getitem__)
+    for found in attempts:
+        assert found == pytest.approx({row: expected[row] for row in found}, abs=1e-5)
+        for lower, higher in itertools.pairwise(ranking):
+            if {lower, higher} <= found.keys() and expected[higher] - expected[lower] > 1e-5:
+                assert found[lower] < found[higher]
+
+
+def test_a_change_of_model_or_template_is_another_run(folder: Path, reward: Path, capsys: Any) -> None:
+    """Finished scores are not taken for those of another reward model, even of the same size."""
+    import shutil
+
+    assert label(folder, "whole", reward) == 0
+    start = continued(folder / "base")
+    other = train("reward", folder / "other", folder / "pairs.jsonl", "run.seed=7", model=start)
+    assert label(folder, "whole", other) == 78
+    assert "other settings or inputs" in capsys.readouterr().err
+    # A tokenizer that was exchanged behind the manifest's back is noticed before a row is scored.
+    spoiled = folder / "spoiled"
+    shutil.copytree(reward, spoiled, symlinks=True)
+    (spoiled / "checkpoints" / "latest" / "tokenizer" / "tokenizer.model").write_bytes(sentencepiece_model())
+    assert label(folder, "never", spoiled) == 74
+    assert "is not the tokenizer" in capsys.readouterr().err
+    assert label(folder, "never", reward, "data.template=chat") == 78
+    assert "data.template=chat" in capsys.readouterr().err
+    assert not (folder / "never").exists()
+
+
+def test_a_reward_model_that_has_no_numbers_is_named(folder: Path, reward: Path, monkeypatch: Any, capsys: Any) -> None:
+    from offline_align.label import scoring
+
+    monkeypatch.setattr(scoring, "score_bin", lambda model, source, rows, ranks: [float("nan")] * len(rows))
+    assert label(folder, "nan", reward) == 65
+    said = capsys.readouterr().err
+    assert "row s0" in said and "not finite (64 such rows)" in said
+    assert not (folder / "nan" / "labelled.jsonl").exists()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_row_and_equal_rewards_are_labelled_with_zeros(
+    folder: Path, reward: Path, rows: int, monkeypatch: Any
+) -> None:
+    from offline_align.label import scoring
+
+    monkeypatch.setattr(scoring, "score_bin", lambda model, source, rows, ranks: [2.5] * len(rows))
+    path = write_jsonl(folder / f"constant{rows}.jsonl", samples(rows))
+    words = [f"init.from={reward}", f"data.input={path}", "data.max_length=128", "run.device=cpu"]
+    assert run(["label", f"run.dir={folder / f'constant{rows}'}", *words]) == 0
+    found = [json.loads(line) for line in (folder / f"constant{rows}" / "labelled.jsonl").read_text().splitlines()]
+    assert [(row["reward_raw"], row["reward"]) for row in found] == [(2.5, 0.0)] * rows
+
+
+def test_ids_of_rows_without_one_and_of_pairs(folder: Path, reward: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "response": "b", "id": None},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ]
+    path = write_jsonl(folder / "unnamed.jsonl", rows)
+    words = [f"init.from={reward}", f"data.input={path}", "data.max_length=128", "run.device=cpu"]
+    assert run(["label", f"run.dir={folder / 'unnamed'}", *words]) == 0
+    found = [json.loads(line) for line in (folder / "unnamed" / "labelled.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["source_id"]) for row in found] == [
+        ("unnamed.jsonl:1", "unnamed.jsonl:1"),
+        ("unnamed.jsonl:2/chosen", "unnamed.jsonl:2"),
+        ("unnamed.jsonl:2/rejected", "unnamed.jsonl:2"),
+    ]

@@ -99,3 +99,33 @@ def test_steps_prepared_ahead_are_the_steps_themselves() -> None:
     loader = Loader(many(50), 8, 100, 64, seed=3, dp_rank=1, dp_size=2)
     ahead = [data.micro_batches[0].row_ids for data in loader.steps(4)]
     assert ahead == [loader.step(n).micro_batches[0].row_ids for n in range(4, loader.total_steps)]
+
+
+@pytest.mark.parametrize("rows", [64, 50])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (2, 4)])
+def test_a_run_stopped_anywhere_goes_on_with_the_same_rows(rows: int, before: int, after: int) -> None:
+    """Every step of three epochs, at other numbers of ranks: the same ids step by step, each once an epoch."""
+
+    def ids(step: int, dp_size: int) -> list[str]:
+        shares = [Loader(source, 4, 3 * rows, 32, 9, rank, dp_size).step(step) for rank in range(dp_size)]
+        return sorted(row for share in shares for batch in share.micro_batches for row in batch.row_ids)
+
+    source = many(rows)
+    steps = Loader(source, 4, 3 * rows, 32, 9, 0, 1).total_steps
+    straight = {dp_size: [ids(step, dp_size) for step in range(steps)] for dp_size in {1, before, after}}
+    for stop in range(steps + 1):
+        assert straight[before][:stop] + straight[after][stop:] == straight[1]
+    order = [f"r{i}" for step in range(steps) for i in rows_of_step(step, 4, rows, 3 * rows, 9)]
+    for epoch in range(3):
+        assert sorted(order[epoch * rows : (epoch + 1) * rows]) == sorted(f"r{i}" for i in range(rows))
+
+
+def test_the_order_does_not_depend_on_what_was_drawn_before() -> None:
+    def order() -> list[int]:
+        epoch_order.cache_clear()
+        return [int(i) for epoch in (2, 0, 1) for i in epoch_order(64, 3, epoch)]
+
+    first = order()
+    np.random.seed(1)
+    np.random.permutation(1000)
+    assert order() == first

@@ -1,0 +1,191 @@
+"""Whole commands in forks of a process that has everything imported: they start at once, and can be killed.
+
+Run as a module it is that process: one JSON request a line, one JSON reply a line. A request may ask for several
+ranks, which find each other as those of torchrun do, for SIGKILL or another signal after some seconds, and for a disk
+that fails (see `disk`).
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+NEVER = 1 << 40
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command: its words, ranks, and what befalls it."""
+
+    words: list[str]
+    said: str
+    """File for what the ranks say."""
+    world: int = 1
+    signal_after_seconds: float | None = None
+    signal_number: int = signal.SIGKILL
+    victims: list[int] | None = None
+    """Ranks that get the signal; None: all."""
+    disk: tuple[str, int, int, int] | None = None
+    """Folder, number of the first change that fails, error, and how many fail."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: exit code of each rank, what they said, and how often rank 0 changed a file."""
+
+    codes: list[int]
+    said: str
+    changes: int
+    seconds: float
+
+    @property
+    def code(self) -> int:
+        """The exit code of rank 0."""
+        return self.codes[0]
+
+
+class Forks:
+    """Runs commands of offline-align in forks of one server."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        self._said = folder / "said"
+        # One thread a rank: so many ranks share few cores, and results do not depend on how many they are.
+        more = {"OMP_NUM_THREADS": "1", **(environment or {})}
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.forks"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | more,
+        )
+
+    def __enter__(self) -> "Forks":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._server.kill()
+        self._server.wait()
+
+    def run(self, words: list[str], **more: Any) -> Ended:
+        """Run a command to its end; `more` are fields of `Request`."""
+        request = Request(words, str(self._said), **more)
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(asdict(request)) + "\n")
+        self._server.stdin.flush()
+        codes, changes, seconds = json.loads(self._server.stdout.readline())
+        return Ended(codes, self._said.read_text(errors="replace"), changes, seconds)
+
+
+def _serve(requests: IO[str], replies: IO[str]) -> None:
+    _import_everything()
+    for line in requests:
+        request = Request(**json.loads(line))
+        Path(request.said).write_bytes(b"")
+        reading, writing = os.pipe()
+        started = time.monotonic()
+        ranks = _fork(request, writing)
+        os.close(writing)
+        codes = _wait(request, ranks)
+        seconds = time.monotonic() - started
+        changes = int(os.fdopen(reading).read() or -1)
+        replies.write(json.dumps([codes, changes, seconds]) + "\n")
+        replies.flush()
+
+
+def _fork(request: Request, writing: int) -> list[int]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(request.world):
+        child = os.fork()
+        if child == 0:
+            if request.world > 1:
+                sizes = {"WORLD_SIZE": request.world, "LOCAL_WORLD_SIZE": request.world}
+                place = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ.update({name: str(value) for name, value in (sizes | place).items()})
+            os._exit(_command(request, rank, writing))
+        ranks.append(child)
+    return ranks
+
+
+def _wait(request: Request, ranks: list[int]) -> list[int]:
+    """Send the signal when it is due and return the exit codes; where one rank has failed, the others are killed."""
+    victims = [ranks[k] for k in request.victims or range(len(ranks))]
+    due = None if request.signal_after_seconds is None else time.monotonic() + request.signal_after_seconds
+    codes: dict[int, int] = {}
+    while len(codes) < len(ranks):
+        for rank in (r for r in ranks if r not in codes):
+            done, status = os.waitpid(rank, os.WNOHANG)
+            if done:
+                codes[rank] = os.waitstatus_to_exitcode(status)
+        if due is not None and time.monotonic() >= due:
+            _signal([r for r in victims if r not in codes], request.signal_number)
+            due = None
+        if any(codes.values()) and not all(code == 75 for code in codes.values()):
+            _signal([r for r in ranks if r not in codes], signal.SIGKILL)
+        time.sleep(0.002)
+    return [codes[rank] for rank in ranks]
+
+
+def _signal(ranks: list[int], number: int) -> None:
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, number)
+
+
+def _command(request: Request, rank: int, writing: int) -> int:
+    from offline_align.__main__ import run
+
+    file = os.open(request.said, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    library: Any = ctypes.CDLL(os.environ["FAILING_DISK"]) if "FAILING_DISK" in os.environ else None
+    if library is not None and request.disk is not None:
+        folder, first, error, times = request.disk
+        library.fail_from(folder.encode(), ctypes.c_long(first), error, ctypes.c_long(times))
+    code = run(request.words)
+    if library is not None and rank == 0:
+        library.changes.restype = ctypes.c_long
+        os.write(writing, str(library.changes()).encode())
+    sys.stdout.flush()
+    return code
+
+
+def _import_everything() -> None:
+    """Import what commands import, so that a forked one starts at once; nothing may start a thread."""
+    import datasets
+    import matplotlib.figure
+    import pyarrow.parquet
+    import sentencepiece
+    import transformers
+
+    from offline_align.distributed import cpu
+
+    cpu.enable()
+    import offline_align.generate.transformers_engine
+    import offline_align.model.build
+    import offline_align.stages.convert
+    import offline_align.stages.evaluate
+    import offline_align.stages.generate
+    import offline_align.stages.label
+    import offline_align.stages.prepare
+    import offline_align.train.checkpoint
+    import offline_align.train.trainer  # noqa: F401
+
+    del datasets, matplotlib, pyarrow, sentencepiece
+    transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM  # noqa: B018
+
+
+if __name__ == "__main__":
+    _serve(sys.stdin, sys.stdout)

@@ -1,0 +1,96 @@
+"""Rewards and answers at the edge of what can be: a defined result, or a line that says what to do."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from offline_align.__main__ import run
+from tests.training import continued, labelled, metrics, samples, train, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("edges")
+    train("sft", made / "base", write_jsonl(made / "rows.jsonl", samples()), "trainer.max_steps=1")
+    return made
+
+
+def learn(folder: Path, stage: str, name: str, rewards: list[float], *words: str) -> int:
+    data = write_jsonl(folder / f"{name}.jsonl", labelled(rewards))
+    steps = ["trainer.max_steps=3", "trainer.global_batch_size=2"]
+    inputs = [f"run.dir={folder / name}", f"data.train={data}", *continued(folder / "base"), *steps]
+    return run([stage, *(word for word in inputs if word != "debug=true"), *words])
+
+
+@pytest.mark.parametrize("rewards", [[0.0] * 4, [1e30, -1e30, 0.0, 1.0], [3.0], [-1e300, 1e300]])
+@pytest.mark.parametrize("stage", ["rwr", "ca"])
+def test_any_finite_rewards_can_be_learnt_from(folder: Path, stage: str, rewards: list[float]) -> None:
+    name = f"{stage}{len(rewards)}{max(rewards):g}"
+    assert learn(folder, stage, name, rewards) == 0
+    assert all(map(math.isfinite, metrics(folder / name)))
+
+
+def test_weights_at_a_temperature_near_zero(folder: Path) -> None:
+    """All weight is on the best row; steps without it learn nothing and harm nothing."""
+    assert learn(folder, "rwr", "cold", [3.0, 1.0, 2.0, 0.0], "method.beta=1e-9", "trainer.global_batch_size=1") == 0
+    losses = metrics(folder / "cold")
+    assert all(map(math.isfinite, losses))
+    assert 0.0 in losses
+    assert all(map(math.isfinite, metrics(folder / "cold", "grad_norm")))
+
+
+def test_a_threshold_above_all_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert learn(folder, "fa", "none", [0.5, -0.5], "method.threshold=3") == 78
+    assert "method.threshold=3.0: keeps none of 2 rows; the highest reward is 0.5" in capsys.readouterr().err
+
+
+def test_a_condition_that_is_longer_than_others_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert learn(folder, "ca", "long", [12.0, 1.0], "method.reward_limit=99") == 78
+    assert "method.reward_format" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reward", ["NaN", "1e999", "null", '"3"', "true"])
+def test_a_reward_that_is_none_names_file_and_line(
+    folder: Path, reward: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "bad.jsonl"
+    rows = [json.dumps(row) for row in labelled([1.0, 2.0])]
+    path.write_text(rows[0] + "\n" + rows[1].replace('"reward": 2.0', f'"reward": {reward}') + "\n")
+    words = [f"run.dir={folder / 'bad'}", f"data.train={path}", f"init.from={folder / 'base'}", "data.max_length=128"]
+    assert run(["rwr", *words, "run.device=cpu", "trainer.global_batch_size=1"]) == 65
+    lines = capsys.readouterr().err.splitlines()
+    assert next(line for line in lines if "error" in line).startswith(f"offline-align: error: {path}:2: ")
+
+
+def test_answers_of_one_token_and_rows_without_room(folder: Path) -> None:
+    """One token and the end is learnt from; a row whose answer takes all the room is left out and counted."""
+    rows = [{"id": "one", "prompt": "Say", "response": "a"}, {"id": "long", "prompt": "Say", "response": "word " * 500}]
+    path = write_jsonl(folder / "short.jsonl", rows)
+    words = ["trainer.max_steps=2", "trainer.global_batch_size=1", "data.too_long=drop"]
+    train("sft", folder / "short", path, *words, model=continued(folder / "base"))
+    assert all(map(math.isfinite, metrics(folder / "short")))
+    manifest = json.loads((folder / "short" / "manifest.json").read_text())
+    assert manifest["extra"]["data"]["rows"] == 1
+    assert sum(manifest["extra"]["data"]["dropped"].values()) == 1
+
+
+def test_bad_rows_of_both_files_are_quarantined_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = [json.dumps(row) for row in samples(4)]
+    (folder / "t.jsonl").write_text("\n".join(["nonsense", *good]))
+    (folder / "v.jsonl").write_text("\n".join([*good[:2], '{"prompt": "x"}']))
+    data = [f"data.train={folder / 't.jsonl'}", f"data.valid={folder / 'v.jsonl'}"]
+    words = [f"run.dir={folder / 'both'}", *data, *continued(folder / "base"), "trainer.max_steps=1"]
+    words = ["sft", *(word for word in words if word != "debug=true"), "trainer.global_batch_size=2"]
+    assert run(words) == 65
+    assert f"{folder / 't.jsonl'}:1: json: not valid JSON" in capsys.readouterr().err
+    assert run([*words, "data.on_bad_row=skip"]) == 0
+    kept = [json.loads(line) for line in (folder / "both" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(Path(row["file"]).name, row["line"], row["reason"]) for row in kept] == [
+        ("t.jsonl", 1, "json: not valid JSON"),
+        ("v.jsonl", 3, "response: missing"),
+    ]
+    manifest = json.loads((folder / "both" / "manifest.json").read_text())
+    assert manifest["extra"]["data"]["bad_rows"] == {"json: not valid JSON": 1}
+    assert "quarantine.jsonl" in {record["path"] for record in manifest["outputs"]}
