@@ -70,6 +70,7 @@ def interruptible() -> Iterator[Callable[[str | None], None]]:
         return
     process, before = os.getpid(), _started
     _started = started = time.monotonic()
+    stopped: list[StoppedEarly] = []
 
     def leave(number: int, _: FrameType | None) -> None:
         if os.getpid() != process:
@@ -77,7 +78,8 @@ def interruptible() -> Iterator[Callable[[str | None], None]]:
         for again in _SIGNALS:
             signal.signal(again, signal.SIG_DFL)
         name = "trainer.max_time" if number == signal.SIGALRM else signal.Signals(number).name
-        raise StoppedEarly(f"stopped by {name}; what was done is on disk: run it again")
+        stopped.append(StoppedEarly(f"stopped by {name}; what was done is on disk: run it again"))
+        raise stopped[0]
 
     def limit(max_time: str | None) -> None:
         if max_time is not None:
@@ -87,6 +89,11 @@ def interruptible() -> Iterator[Callable[[str | None], None]]:
     previous = {s: signal.signal(s, leave) for s in (*_SIGNALS, signal.SIGALRM)}
     try:
         yield limit
+    except Exception as error:
+        # Raised inside a library's callback, it may come out as an error of that library.
+        if stopped and error is not stopped[0]:
+            raise stopped[0] from error
+        raise
     finally:
         _started = before
         signal.setitimer(signal.ITIMER_REAL, 0)

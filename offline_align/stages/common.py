@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,8 @@ def is_finished(stage: str, config: Run, key: str) -> bool:
     """Whether the run folder holds this very run complete; says so. Raises ConfigError if it holds another."""
     done = lineage.completed(Path(config.run.dir), stage, key)
     if done:
+        # Left where a run was killed between its manifest and its last line.
+        shutil.rmtree(Path(config.run.dir) / "journal", ignore_errors=True)
         logger.info("%s: %s is complete", stage, config.run.dir)
     return done
 

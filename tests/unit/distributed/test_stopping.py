@@ -57,6 +57,17 @@ def test_a_command_ends_where_it_is_unless_a_loop_listens(number: signal.Signals
     assert signal.getsignal(number) is before
 
 
+def test_a_library_that_turns_the_stop_into_its_own_error_is_seen_through() -> None:
+    def draw() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except StoppedEarly:
+            raise ValueError("Invalid bounding box") from None
+
+    with pytest.raises(StoppedEarly, match="SIGTERM"), interruptible():
+        draw()
+
+
 def test_a_limit_ends_a_command_anywhere() -> None:
     with pytest.raises(StoppedEarly, match=r"trainer\.max_time"), interruptible() as limit:
         limit("0.05")
