@@ -1,4 +1,4 @@
-# make setup | check | test | test-fast | demo | reference | clean
+# make setup | check | test | test-fast | faults | demo | reference | clean
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -9,7 +9,7 @@ SOURCES := offline_align tests
 # Options of pytest for this call, as in: make test PYTEST_ARGS="-k lineage"
 PYTEST_ARGS ?=
 
-.PHONY: help setup check test test-fast demo reference clean
+.PHONY: help setup check test test-fast faults demo reference clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -43,6 +43,9 @@ test: check ## check, then every test (those for a GPU skip themselves)
 
 test-fast: $(READY) ## the tests of one process, in seconds
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not distributed and not gpu" $(PYTEST_ARGS)
+
+faults: $(READY) ## kill, stop and starve commands at random, hundreds of times (half an hour)
+	FAULTS=all $(BIN)/pytest -q -s tests/faults $(PYTEST_ARGS)
 
 demo: $(READY) ## the whole pipeline on a small made-up corpus, on CPU or GPU
 	scripts/pipeline.sh

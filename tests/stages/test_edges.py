@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from offline_align.__main__ import run
-from tests.training import continued, labelled, metrics, samples, train, write_jsonl
+from tests.small_tokenizers import write_sentencepiece
+from tests.training import continued, labelled, metrics, pairs, samples, train, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +95,27 @@ def test_bad_rows_of_both_files_are_quarantined_once(folder: Path, capsys: pytes
     manifest = json.loads((folder / "both" / "manifest.json").read_text())
     assert manifest["extra"]["data"]["bad_rows"] == {"json: not valid JSON": 1}
     assert "quarantine.jsonl" in {record["path"] for record in manifest["outputs"]}
+
+
+@pytest.mark.parametrize("stage", ["fa", "rwr", "ca"])
+@pytest.mark.parametrize("words", [["data.template=chat"], ["model.tokenizer={tokenizer}"]])
+def test_a_policy_keeps_its_template_and_tokenizer(
+    folder: Path, stage: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = write_sentencepiece(folder / "tokenizer")
+    given = [word.format(tokenizer=tokenizer) for word in words]
+    assert learn(folder, stage, "never", [1.0, 2.0], *given) == 78
+    said = capsys.readouterr().err
+    assert given[0] in said and "init.from" in said and "was trained with" in said
+    assert not (folder / "never").exists()
+
+
+def test_a_judge_keeps_its_template(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair_rows = write_jsonl(folder / "pairs.jsonl", pairs())
+    judge = train("reward", folder / "judge", pair_rows, "trainer.max_steps=1", model=continued(folder / "base"))
+    answer = {"id": "x", "prompt": "Hi", "response": "a", "finish_reason": "stop", "condition": None}
+    files = [write_jsonl(folder / f"{name}.jsonl", [answer]) for name in "ab"]
+    words = [f"data.input=[{files[0]},{files[1]}]", "judge=reward_model", f"judge.model={judge}", "run.device=cpu"]
+    assert run(["evaluate", f"run.dir={folder / 'never'}", *words, "data.template=chat"]) == 78
+    assert "data.template=chat: judge.model was trained with paper" in capsys.readouterr().err
+    assert not (folder / "never").exists()

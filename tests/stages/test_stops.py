@@ -1,0 +1,76 @@
+"""Signals and `trainer.max_time` while rows are read, tokenised and prepared: 75 at once, nothing half done."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offline_align.__main__ import run
+from offline_align.data import tokenize
+from offline_align.data.preparation import write_rows
+from tests.training import TINY, samples, write_jsonl
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "rows.jsonl", samples(20))
+
+
+def sft(tmp_path: Path, rows: Path) -> list[str]:
+    words = [word for word in TINY if word != "debug=true"]
+    return ["sft", f"run.dir={tmp_path / 'out'}", f"data.train={rows}", *words, "trainer.global_batch_size=4"]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_tokenising_stops_at_once(
+    tmp_path: Path, rows: Path, number: signal.Signals, monkeypatch: Any, capsys: Any
+) -> None:
+    original = tokenize._tokenize_batch
+
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return original(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize, "_tokenize_batch", interrupted)
+        assert run(sft(tmp_path, rows)) == 75
+    assert f"stopped by {number.name}" in capsys.readouterr().err
+    assert list((tmp_path / "out" / "cache").iterdir()) == []
+    assert run([*sft(tmp_path, rows), "trainer.max_steps=1"]) == 0
+
+
+@pytest.mark.parametrize("way", [*SIGNALS, "trainer.max_time"])
+def test_preparing_stops_at_once(tmp_path: Path, rows: Path, way: Any, monkeypatch: Any, capsys: Any) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        if isinstance(way, signal.Signals):
+            os.kill(os.getpid(), way)
+        else:
+            signal.pause()
+        return write_rows(*arguments)
+
+    words = ["prepare", f"run.dir={tmp_path / 'out'}", f"data.input={rows}"]
+    limit = ["trainer.max_time=1"] if way == "trainer.max_time" else []
+    with monkeypatch.context() as patch:
+        patch.setattr("offline_align.stages.prepare.write_rows", interrupted)
+        assert run([*words, *limit]) == 75
+    assert f"stopped by {way if limit else way.name}" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.yaml"}
+    # The limit decides nothing of the result, so the same folder goes on without it.
+    assert run(words) == 0
+
+
+def test_reading_stops_at_once(tmp_path: Path, rows: Path, monkeypatch: Any) -> None:
+    from offline_align.data import jsonl
+
+    original = jsonl.parse_object
+
+    def interrupted(raw: bytes) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(raw)
+
+    monkeypatch.setattr(jsonl, "parse_object", interrupted)
+    assert run(sft(tmp_path, rows)) == 75
