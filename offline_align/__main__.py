@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from offline_align.config.compose import STAGES, compose, require, world_size
-from offline_align.config.runs import Run
+from offline_align.config.runs import GenerateRun, LabelRun, Run, TrainRun
 from offline_align.distributed.stopping import interruptible
 from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError
 
@@ -35,6 +35,8 @@ _SUMMARIES = {
     "verify": "whether a run folder is whole and where it came from",
 }
 _INTERNAL = 70
+# Their loops look at the limit themselves, once a step or batch is saved: each attempt gets on, however short it is.
+_LISTENERS = (TrainRun, LabelRun, GenerateRun)
 
 
 def main() -> None:
@@ -102,7 +104,8 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
 
         launcher: Any = getattr(config, "launcher", None)
         return run_ranks(launcher, stage, words)
-    limit(getattr(getattr(config, "trainer", None), "max_time", None))
+    if not isinstance(config, _LISTENERS):
+        limit(getattr(getattr(config, "trainer", None), "max_time", None))
     code: int = module.run(config, composed.explicit)
     return code
 

@@ -40,20 +40,20 @@ def share(
 def answer_all(
     engine: Engine, own: Sequence[list[Request]], journal: Journal, stop: StopRequest, show_progress: bool
 ) -> bool:
-    """Answer the batches and journal them; return False where a stop was asked for before the end.
+    """Answer the batches and journal them; return False where a stop was asked for before the last of them.
 
     A request to one rank reaches the others through a file in the journal, without a collective for each batch.
     """
     tokens = 0
     with Meter("generate", sum(map(len, own)), "rows", enabled=show_progress) as meter:
         for batch in own:
-            if stop.reason is not None:
-                journal.ask_to_stop()
-            if journal.stop_is_asked():
-                return False
             answers = engine.complete(batch)
             append_answers(journal, answers)
             tokens += sum(answer.num_tokens for answer in answers)
             per_row = tokens / (meter.done + len(batch))
             meter.advance(len(batch), note=f"{per_row * meter.rate:.0f} tokens/s")
+            if stop.reason is not None:
+                journal.ask_to_stop()
+            if batch is not own[-1] and journal.stop_is_asked():
+                return False
     return True

@@ -207,3 +207,23 @@ def test_ids_of_rows_without_one_and_of_pairs(folder: Path, reward: Path) -> Non
         ("unnamed.jsonl:2/chosen", "unnamed.jsonl:2"),
         ("unnamed.jsonl:2/rejected", "unnamed.jsonl:2"),
     ]
+
+
+def test_bad_rows_are_left_out_and_the_rest_is_as_without_them(folder: Path, reward: Path) -> None:
+    good = [json.dumps(row) for row in samples(5)]
+    clean, mixed = folder / "clean" / "rows.jsonl", folder / "mixed" / "rows.jsonl"
+    for path, lines in ((clean, good), (mixed, ["nonsense", *good[:3], '{"prompt": 1}', *good[3:], "[1]"])):
+        path.parent.mkdir()
+        path.write_text("\n".join(lines))
+    words = [f"init.from={reward}", "data.max_length=128", "run.device=cpu"]
+    assert run(["label", f"run.dir={folder / 'clean-out'}", f"data.input={clean}", *words]) == 0
+    mixed_words = ["label", f"run.dir={folder / 'mixed-out'}", f"data.input={mixed}", *words]
+    assert run(mixed_words) == 65
+    assert not (folder / "mixed-out" / "labelled.jsonl").exists()
+    assert run([*mixed_words, "data.on_bad_row=skip"]) == 0
+    outputs = [(folder / name / "labelled.jsonl").read_bytes() for name in ("clean-out", "mixed-out")]
+    assert outputs[0] == outputs[1]
+    kept = [json.loads(line) for line in (folder / "mixed-out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in kept] == [1, 5, 8]
+    manifest = json.loads((folder / "mixed-out" / "manifest.json").read_text())
+    assert sum(manifest["extra"]["bad_rows"].values()) == 3

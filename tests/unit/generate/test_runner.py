@@ -74,4 +74,4 @@ def test_a_stop_request_leaves_finished_batches_in_the_journal(tmp_path: Path) -
     # Another rank, which no signal has reached, leaves at its next batch.
     other = Echo()
     assert not answer_all(other, batches(REQUESTS, 3), Journal(tmp_path, "k" * 16, 1), StopRequest(), False)
-    assert other.calls == []
+    assert len(other.calls) == 1
