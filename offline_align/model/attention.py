@@ -77,7 +77,7 @@ class PackedAttention(nn.Module):
 
     def _attend_cpu(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         # Splitting makes views, and its gradient is one concatenation; slices would each fill a whole bin with zeros.
-        parts = zip(*(t.split(packed.lengths) for t in (query, key, value)), strict=True)
+        parts = zip(*(torch.split(t, packed.lengths) for t in (query, key, value)), strict=True)
         return torch.cat([self._attend_segment(*(t.transpose(0, 1)[None] for t in part)) for part in parts])
 
     def _attend_segment(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
