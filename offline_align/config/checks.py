@@ -223,8 +223,6 @@ def _layout(parallel: s.ParallelSection, world: int) -> list[str]:
             "parallel.sequence_parallel=True: splits the sequence between tensor parallel ranks, of which there is 1; "
             "set it to false or raise parallel.tensor_model_parallel_size"
         )
-    if context > 1:
-        found.append(f"parallel.context_parallel_size={context}: the torch backend keeps each row on one rank; use 1")
     return found
 
 

@@ -1,6 +1,7 @@
 """One packed micro-batch, ready for the model.
 
-Shape legend: T tokens of the bin, S segments (rows) in it, N target tokens, P pairs.
+Shape legend: T tokens of the bin, S segments (rows) in it, N target tokens, P pairs. Under context parallelism a rank
+holds its slices of the bin: T and N are then its own, S is that of the whole bin.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,27 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class AttentionSlice:
+    """Neighbouring queries of a bin and the keys that they may see, row by row.
+
+    Each row's queries are its last ones among the keys listed for it.
+    """
+
+    key_range: tuple[int, int]
+    """First and last place (exclusive) of those keys in the whole bin."""
+    cu_seqlens_q: Tensor
+    """[rows + 1] int32: where the queries of each row begin and end."""
+    cu_seqlens_k: Tensor
+    """[rows + 1] int32: the same of its keys, counted from the first of `key_range`."""
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "AttentionSlice":
+        """Return the slice with `change` made to its tensors."""
+        return replace(self, cu_seqlens_q=change(self.cu_seqlens_q), cu_seqlens_k=change(self.cu_seqlens_k))
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """A bin of whole rows side by side; attention never crosses a segment."""
 
@@ -20,23 +42,27 @@ class PackedBatch:
     positions: Tensor
     """[1, T] int64, counted from 0 in each segment."""
     cu_seqlens: Tensor
-    """[S + 1] int32: where segments begin and end."""
+    """[S + 1] int32: where segments begin and end in the whole bin."""
     max_seqlen: int
     """Tokens of the longest segment."""
     target_index: Tensor
-    """[N] int64: places in the bin whose next token is a target."""
+    """[N] int64: places in `tokens` whose next token is a target."""
     target_ids: Tensor
     """[N] int64: those next tokens."""
     target_weights: Tensor
     """[N] fp32: weight of the row that each target belongs to (Eq. 4 and 5; 1 elsewhere)."""
     last_index: Tensor
-    """[S] int64: place of the last token of each segment, where a reward is read."""
+    """[S] int64: place in `tokens` of the last token of each segment, where a reward is read."""
     margins: Tensor
     """[P] fp32: margin of each pair (segments 2p and 2p + 1 are chosen and rejected); 0 where it has none."""
     row_ids: tuple[str, ...]
     """Ids of the rows (or pairs) in the bin."""
     num_padding: int
     """Tokens of the bin that belong to no row."""
+    slices: tuple[AttentionSlice, ...] = ()
+    """What this rank computes of the bin under context parallelism; empty: all of it."""
+    last_is_here: Tensor | None = None
+    """[S] bool: whether the last token of a segment is on this rank; None: all are."""
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch on `device`."""
@@ -50,4 +76,4 @@ class PackedBatch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
         tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        return replace(self, slices=tuple(s.each(change) for s in self.slices), **tensors)

@@ -15,6 +15,7 @@ import torch
 
 from offline_align.data.ahead import prepared_ahead
 from offline_align.data.batch import PackedBatch
+from offline_align.data.context import share_of_context
 from offline_align.data.pack import pack
 from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
 
@@ -163,7 +164,7 @@ def rows_of_step(step: int, global_batch_size: int, num_rows: int, total_samples
 
 @dataclass(frozen=True)
 class Loader:
-    """The steps of a run as seen by one data parallel rank."""
+    """The steps of a run as seen by one data parallel rank, or by one of the ranks that share its bins."""
 
     source: RowSource
     global_batch_size: int
@@ -174,6 +175,8 @@ class Loader:
     dp_rank: int
     dp_size: int
     pad_to_multiple: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
 
     @property
     def total_steps(self) -> int:
@@ -203,12 +206,15 @@ class Loader:
         tokens = int(lengths.sum())
         computed = sum(self._padded(int(lengths[b].sum())) for b in bins)
         return StepData(
-            micro_batches=[self.source.collate(b, self.pad_to_multiple) for b in own],
+            micro_batches=[self._collate(b) for b in own],
             num_rows=len(rows),
             num_tokens=tokens,
             num_padding=computed - tokens,
             squared_lengths=int((lengths**2).sum()),
         )
+
+    def _collate(self, rows: list[int]) -> PackedBatch:
+        return share_of_context(self.source.collate(rows, self.pad_to_multiple), self.cp_rank, self.cp_size)
 
     def _padded(self, tokens: int) -> int:
         return max(1, -(-tokens // self.pad_to_multiple)) * self.pad_to_multiple

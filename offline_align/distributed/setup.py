@@ -26,7 +26,7 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands; `dp` counts data parallel ranks, `tp` tensor parallel ones."""
+    """Where this process stands; `dp` counts data parallel ranks, `tp` and `cp` tensor and context parallel ones."""
 
     rank: int
     world_size: int
@@ -34,6 +34,8 @@ class Ranks:
     dp_size: int
     tp_rank: int
     tp_size: int
+    cp_rank: int
+    cp_size: int
     device: torch.device
 
     @property
@@ -146,6 +148,8 @@ def _ranks(device: torch.device) -> Ranks:
         dp_size=state.get_data_parallel_world_size(),
         tp_rank=state.get_tensor_model_parallel_rank(),
         tp_size=state.get_tensor_model_parallel_world_size(),
+        cp_rank=state.get_context_parallel_rank(),
+        cp_size=state.get_context_parallel_world_size(),
         device=device,
     )
 

@@ -22,6 +22,11 @@ class ParallelSizes:
         return self.world // (self.tensor * self.context)
 
 
+def padding_multiple(tensor: int, context: int, sequence_parallel: bool) -> int:
+    """Return what the tokens of a bin must be a multiple of, for ranks to hold equal parts of it."""
+    return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1)
+
+
 @dataclass(frozen=True)
 class ModelSizes:
     """Widths derived from a model section, in elements."""

@@ -16,12 +16,14 @@ import numpy.typing as npt
 import torch
 
 from offline_align.config.sections import ComputeSection, DataSection, ParallelSection, RunSection, TooLong
+from offline_align.data.context import share_of_context
 from offline_align.data.loader import SampleSource
 from offline_align.data.pack import pack
 from offline_align.data.records import Sample
 from offline_align.data.template import Renderer
 from offline_align.data.tokenize import tokenize_samples
 from offline_align.distributed.setup import Ranks, session
+from offline_align.distributed.sizes import padding_multiple
 from offline_align.errors import DataError
 from offline_align.methods import TrainingRow
 from offline_align.model.description import ModelDescription
@@ -122,8 +124,9 @@ def score_bins(
 
 @torch.inference_mode()
 def score_bin(model: "RewardModel", source: SampleSource, rows: list[int], ranks: Ranks) -> list[float]:
-    """Return the scores of the rows of one bin, in their order; all tensor parallel ranks must call it together."""
-    multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
-    batch = source.collate(rows, multiple).to(ranks.device)
-    scores: list[float] = model(batch).float().tolist()
+    """Return the scores of the rows of one bin, in their order; all ranks that share the bin must call it together."""
+    config = model.config
+    multiple = padding_multiple(config.tensor_model_parallel_size, ranks.cp_size, config.sequence_parallel)
+    batch = share_of_context(source.collate(rows, multiple), ranks.cp_rank, ranks.cp_size)
+    scores: list[float] = model(batch.to(ranks.device)).float().tolist()
     return scores

@@ -1,37 +1,62 @@
 """Attention over packed rows and the norm that the torch backend puts around it.
 
-Shape legend: T tokens of the bin, H query heads of this rank, G key/value heads of this rank, D width of a head,
-L tokens of a segment. Megatron hidden states are sequence first: [T, 1, ...].
+Shape legend: T tokens of the bin on this rank, K keys that they may see, H query heads of this rank, G key/value heads
+of this rank, D width of a head, L tokens of a segment, P those of them that queries may look back on.
+Megatron hidden states are sequence first: [T, 1, ...].
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
+
+from offline_align.data.batch import AttentionSlice, PackedBatch
 
 # megatron applies its own per-segment loops to "thd"; rotary angles here are gathered by position already, so the
 # layout stays sequence first and only this module reads the boundaries.
 PACKED_FORMAT = "sbhd"
 
 
+@dataclass
 class Segments(PackedSeqParams):  # type: ignore[misc]
-    """megatron's description of a bin, with the lengths that the CPU attention works by."""
+    """megatron's description of a bin, with what each stretch of queries may see."""
+
+    slices: tuple[AttentionSlice, ...] = ()
+    """In the order of this rank's tokens."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> "Segments":
+        """Return the segments of `batch`."""
+        whole = AttentionSlice(
+            (0, batch.tokens.size(1)), batch.cu_seqlens, batch.cu_seqlens, batch.max_seqlen, batch.max_seqlen
+        )
+        return cls(
+            qkv_format=PACKED_FORMAT,
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+            slices=batch.slices or (whole,),
+        )
 
     @cached_property
-    def lengths(self) -> list[int]:
-        """Return the tokens of each segment."""
-        lengths: list[int] = self.cu_seqlens_q.diff().tolist()
-        return lengths
+    def lengths(self) -> list[tuple[list[int], list[int]]]:
+        """Return the queries and the keys of each segment, slice by slice: what the attention on the CPU works by."""
+        return [(s.cu_seqlens_q.diff().tolist(), s.cu_seqlens_k.diff().tolist()) for s in self.slices]
 
 
 class PackedAttention(nn.Module):
     """Causal scaled dot-product attention inside each segment of a bin, without Transformer Engine.
 
-    CUDA uses torch's variable-length flash attention, the CPU one fused call for each segment.
+    CUDA uses torch's variable-length flash attention, the CPU one fused call for each segment. Under context
+    parallelism keys and values of the whole bin are gathered, and each rank attends from its own queries.
     """
 
     def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
@@ -39,6 +64,7 @@ class PackedAttention(nn.Module):
         self.scale = softmax_scale or config.softmax_scale
         window = config.window_size
         self.window = window[0] + 1 if window else None
+        self.context_size = config.context_parallel_size
 
     def forward(
         self,
@@ -51,42 +77,57 @@ class PackedAttention(nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Return [T, 1, H * D] from query [T, 1, H, D] and key, value [T, 1, G, D]."""
-        assert packed_seq_params is not None, "every batch of this project is packed"
-        tensors = (query.squeeze(1), key.squeeze(1), value.squeeze(1))
+        assert isinstance(packed_seq_params, Segments), "every batch of this project is packed"
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.context_size > 1:
+            key, value = _whole_context(torch.stack((key, value), dim=1)).unbind(1)
         attend = self._attend_cuda if query.is_cuda else self._attend_cpu
-        return attend(*tensors, packed_seq_params).flatten(1).unsqueeze(1)
+        return attend(query, key, value, packed_seq_params).flatten(1).unsqueeze(1)
 
-    def _attend_cuda(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+    def _attend_cuda(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
+        slices = packed.slices
+        queries = query.chunk(len(slices)) if len(slices) > 1 else (query,)
+        parts = [self._attend_slice(q, key, value, s) for q, s in zip(queries, slices, strict=True)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _attend_slice(self, query: Tensor, key: Tensor, value: Tensor, part: AttentionSlice) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        left = -1 if self.window is None else self.window - 1
+        first, last = part.key_range
+        # Causal masks of this kernel align the last query with the last key, as slices of a row need it.
         out = varlen_attn(
             query,
-            key,
-            value,
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
-            packed.max_seqlen_q,
-            packed.max_seqlen_kv,
+            key[first:last],
+            value[first:last],
+            part.cu_seqlens_q,
+            part.cu_seqlens_k,
+            part.max_seqlen_q,
+            part.max_seqlen_k,
             scale=self.scale,
-            window_size=(left, 0),
+            window_size=(-1 if self.window is None else self.window - 1, 0),
             enable_gqa=query.size(1) != key.size(1),
         )
         assert isinstance(out, Tensor)
         return out
 
-    def _attend_cpu(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        # Splitting makes views, and its gradient is one concatenation; slices would each fill a whole bin with zeros.
-        parts = zip(*(torch.split(t, packed.lengths) for t in (query, key, value)), strict=True)
-        return torch.cat([self._attend_segment(*(t.transpose(0, 1)[None] for t in part)) for part in parts])
+    def _attend_cpu(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
+        out: list[Tensor] = []
+        queries = query.chunk(len(packed.slices))
+        for q, part, (q_lengths, k_lengths) in zip(queries, packed.slices, packed.lengths, strict=True):
+            first, last = part.key_range
+            # Splitting makes views, and its gradient is one concatenation; slices would each fill a bin with zeros.
+            tensors = ((q, q_lengths), (key[first:last], k_lengths), (value[first:last], k_lengths))
+            split = zip(*(torch.split(t, lengths) for t, lengths in tensors), strict=True)
+            out += [self._attend_segment(*(t.transpose(0, 1)[None] for t in segment)) for segment in split]
+        return torch.cat(out)
 
     def _attend_segment(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return [L, H, D] from query [1, H, L, D] and key, value [1, G, L, D]."""
-        length = query.size(2)
+        """Return [L, H, D] from query [1, H, L, D], the last of a segment, and its key, value [1, G, P, D]."""
+        length, seen = query.size(2), key.size(2)
         mask = None
-        if self.window is not None and length > self.window:
-            ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
-            mask = ones.tril() & ones.triu(1 - self.window)
+        if length < seen or (self.window is not None and length > self.window):
+            mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)
+            mask = mask if self.window is None else mask.triu(seen - length + 1 - self.window)
         out = F.scaled_dot_product_attention(
             query,
             key,
@@ -97,6 +138,15 @@ class PackedAttention(nn.Module):
             enable_gqa=query.size(1) != key.size(1),
         )
         return out[0].transpose(0, 1)
+
+
+def _whole_context(share: Tensor) -> Tensor:
+    """Return the whole bin [K, ...] in order from every rank's two slices [T, ...]; its gradient is added up."""
+    group = parallel_state.get_context_parallel_group()
+    gathered = gather_from_sequence_parallel_region(share, group=group)
+    # Rank r holds slice r and slice 2c - 1 - r.
+    early, late = gathered.unflatten(0, (group.size(), 2, -1)).unbind(1)
+    return torch.cat((early, late.flip(0))).flatten(0, 1)
 
 
 class RMSNorm(nn.Module):

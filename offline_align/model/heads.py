@@ -7,7 +7,7 @@ Shape legend: T tokens of the bin, N targets, S segments, C hidden width, V voca
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
@@ -15,18 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from offline_align.data.batch import PackedBatch
 from offline_align.distributed.sizes import LOGITS_BUDGET_BYTES
-from offline_align.model.attention import PACKED_FORMAT, Segments
-
-
-def packed_seq_params(batch: PackedBatch) -> Segments:
-    """Return megatron's description of the segments of `batch`."""
-    return Segments(
-        qkv_format=PACKED_FORMAT,
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
+from offline_align.model.attention import Segments
 
 
 class Policy(GPTModel):  # type: ignore[misc]
@@ -38,7 +27,7 @@ class Policy(GPTModel):  # type: ignore[misc]
             batch.tokens,
             batch.positions,
             None,
-            packed_seq_params=packed_seq_params(batch),
+            packed_seq_params=Segments.of(batch),
             output_processor=self._target_nll,
             output_processor_context=batch,
         )
@@ -73,7 +62,7 @@ class Policy(GPTModel):  # type: ignore[misc]
             batch.tokens,
             batch.positions,
             None,
-            packed_seq_params=packed_seq_params(batch),
+            packed_seq_params=Segments.of(batch),
             output_processor=project,
         )
         return found
@@ -115,7 +104,7 @@ class RewardModel(GPTModel):  # type: ignore[misc]
             batch.tokens,
             batch.positions,
             None,
-            packed_seq_params=packed_seq_params(batch),
+            packed_seq_params=Segments.of(batch),
             output_processor=self._scores,
             output_processor_context=batch,
         )
@@ -124,7 +113,15 @@ class RewardModel(GPTModel):  # type: ignore[misc]
     def _scores(self, hidden_states: Tensor, context: PackedBatch, **_: Any) -> Tensor:
         hidden = _whole_sequence(hidden_states, self.config.sequence_parallel)
         scores: Tensor = self.reward_head(hidden.index_select(0, context.last_index)[:, 0])
-        return scores
+        return scores if context.last_is_here is None else _all_scores(scores, context.last_is_here)
+
+
+def _all_scores(scores: Tensor, is_here: Tensor) -> Tensor:
+    """Return the scores [S] of all segments on every context parallel rank; each rank knows those that end on it."""
+    group = parallel_state.get_context_parallel_group()
+    own = torch.where(is_here, scores, 0.0)
+    gathered: Tensor = tensor_parallel.gather_from_sequence_parallel_region(own, group=group)
+    return gathered.view(group.size(), -1).sum(0)
 
 
 def _whole_sequence(hidden: Tensor, sequence_parallel: bool) -> Tensor:

@@ -80,7 +80,7 @@ def _score_missing(config: LabelRun, samples: list[Sample], journal: Journal, ra
     source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, common.cache_dir(config)))
     bins = plan_bins(source.lengths(), config.trainer.micro_batch_size * config.data.max_length)
     left = [b for b in bins if any(row not in done for row in b)]
-    writes = ranks.tp_rank == 0
+    writes = ranks.tp_rank == 0 and ranks.cp_rank == 0
     with (
         stop_requests(config.trainer.max_time) as stop,
         ScoreWriter(journal, config.label.flush_rows, writes) as writer,

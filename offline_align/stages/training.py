@@ -183,10 +183,10 @@ def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid
 
 def _loader(config: TrainRun, source: Any, ranks: Any, max_steps: int | None) -> Any:
     from offline_align.data.loader import Loader
+    from offline_align.distributed.sizes import padding_multiple
 
     batch = config.trainer.global_batch_size
     total = max_steps * batch if max_steps else len(source) * config.trainer.max_epochs
-    parallel = config.parallel
     return Loader(
         source=source,
         global_batch_size=batch,
@@ -195,7 +195,9 @@ def _loader(config: TrainRun, source: Any, ranks: Any, max_steps: int | None) ->
         seed=config.run.seed,
         dp_rank=ranks.dp_rank,
         dp_size=ranks.dp_size,
-        pad_to_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        pad_to_multiple=padding_multiple(ranks.tp_size, ranks.cp_size, config.parallel.sequence_parallel),
+        cp_rank=ranks.cp_rank,
+        cp_size=ranks.cp_size,
     )
 
 

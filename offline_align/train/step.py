@@ -54,8 +54,8 @@ def reduce_sums(sums: dict[str, Tensor], count: int, device: torch.device, stop:
     vector = torch.stack([*(sums[n].double().to(device) for n in names), *counted])
     dist.all_reduce(vector)
     *totals, total, stops = vector.tolist()
-    # Ranks that share a replica hold equal sums, so each value is counted as often as the replica has ranks.
-    copies = dist.get_world_size() // parallel_state.get_data_parallel_world_size()
+    # Tensor parallel ranks hold equal sums, so each value is counted as often as there are of them.
+    copies = parallel_state.get_tensor_model_parallel_world_size()
     divisor = max(total, 1.0)
     return GlobalSums({n: t / divisor for n, t in zip(names, totals, strict=True)}, round(total / copies), stops > 0)
 

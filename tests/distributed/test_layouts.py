@@ -21,6 +21,8 @@ LAYOUTS = {
     "dp2": ["launcher.nproc_per_node=2"],
     "dp2_plain_optimizer": ["launcher.nproc_per_node=2", "parallel.use_distributed_optimizer=false"],
     "tp2_dp2": ["launcher.nproc_per_node=4", "parallel=tp2"],
+    "cp2": ["launcher.nproc_per_node=2", "parallel.context_parallel_size=2"],
+    "cp2_tp2": ["launcher.nproc_per_node=4", "parallel=tp2", "parallel.context_parallel_size=2"],
 }
 
 
