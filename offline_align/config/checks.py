@@ -214,8 +214,10 @@ def _layout(parallel: s.ParallelSection, world: int) -> list[str]:
         return found
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if world % (tensor * context):
+        keys = f"parallel.tensor_model_parallel_size={tensor}"
+        keys += f" and parallel.context_parallel_size={context}" if context > 1 else ""
         found.append(
-            f"parallel.tensor_model_parallel_size={tensor}: {world} ranks cannot be divided into groups of "
+            f"{keys}: {world} ranks cannot be divided into groups of "
             f"{tensor * context}; start a multiple of it with launcher.nproc_per_node or torchrun"
         )
     if parallel.sequence_parallel and tensor == 1:

@@ -234,7 +234,7 @@ class ParallelSection:
     sequence_parallel: bool = False
     """Split activations between tensor parallel ranks along the sequence outside the matrix products."""
     context_parallel_size: int = 1
-    """Ranks that share each sequence."""
+    """Ranks that share each packed bin: for rows whose activations are too large for one GPU."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state and main weights over data parallel ranks."""
     overlap_grad_reduce: bool = True

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 from offline_align.config.sections import ModelSection, ParallelSection
 
-# Largest fp32 logits kept at once; longer lists of targets are computed in chunks, and again in the backward pass.
-LOGITS_BUDGET_BYTES = 512 * 2**20
+# fp32 logits, and their gradients, that are in memory at once: longer lists of targets are computed in pieces. Large
+# ones keep a GPU busy; small ones stay near the caches of a CPU.
+LOGITS_PIECE_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
+# Logits of a bin, in the model's precision, that are kept for the backward pass; more are computed again.
+LOGITS_KEPT_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,10 @@ def training_memory(
     split = ranks.tensor if parallel.sequence_parallel else 1
     kept = 4 * sizes.hidden / split + (3 * sizes.query_width + 3 * sizes.kv_width + 3 * sizes.ffn) / ranks.tensor
     layers = kept * sizes.layers if recompute != "full" else sizes.hidden / split * sizes.layers + kept
-    # fp32 logits of a chunk of the targets, and their gradient.
-    logits = min(sizes.padded_vocab / ranks.tensor * 4 * tokens, LOGITS_BUDGET_BYTES) * 2
+    targets = sizes.padded_vocab / ranks.tensor * tokens / ranks.context
+    # A piece in fp32 and its gradient, and what is kept of all.
+    logits = 2 * min(4 * targets, LOGITS_PIECE_BYTES["cuda"])
+    logits += element * targets if element * targets <= LOGITS_KEPT_BYTES else 0
     activations = tokens * layers * element / ranks.context + logits
     return MemoryEstimate(
         weights=local * element,

@@ -18,21 +18,23 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from offline_align.data.batch import AttentionSlice, PackedBatch
+from offline_align.model.rotary import rotate
 
-# megatron applies its own per-segment loops to "thd"; rotary angles here are gathered by position already, so the
-# layout stays sequence first and only this module reads the boundaries.
+# megatron reshapes for "thd"; here the layout stays sequence first and only this module reads the boundaries.
 PACKED_FORMAT = "sbhd"
 
 
 @dataclass
 class Segments(PackedSeqParams):  # type: ignore[misc]
-    """megatron's description of a bin, with what each stretch of queries may see."""
+    """megatron's description of a bin, with its rotary angles and what each stretch of queries may see."""
 
     slices: tuple[AttentionSlice, ...] = ()
     """In the order of this rank's tokens."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    """Cosine and sine of each token: [T, 1, D / 2]."""
 
     @classmethod
-    def of(cls, batch: PackedBatch) -> "Segments":
+    def of(cls, batch: PackedBatch, rotary: tuple[Tensor, Tensor]) -> "Segments":
         """Return the segments of `batch`."""
         whole = AttentionSlice(
             (0, batch.tokens.size(1)), batch.cu_seqlens, batch.cu_seqlens, batch.max_seqlen, batch.max_seqlen
@@ -44,6 +46,7 @@ class Segments(PackedSeqParams):  # type: ignore[misc]
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
             slices=batch.slices or (whole,),
+            rotary=rotary,
         )
 
     @cached_property
@@ -53,7 +56,7 @@ class Segments(PackedSeqParams):  # type: ignore[misc]
 
 
 class PackedAttention(nn.Module):
-    """Causal scaled dot-product attention inside each segment of a bin, without Transformer Engine.
+    """Rotary positions and causal attention inside each segment of a bin, without Transformer Engine.
 
     CUDA uses torch's variable-length flash attention, the CPU one fused call for each segment. Under context
     parallelism keys and values of the whole bin are gathered, and each rank attends from its own queries.
@@ -78,7 +81,10 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         """Return [T, 1, H * D] from query [T, 1, H, D] and key, value [T, 1, G, D]."""
         assert isinstance(packed_seq_params, Segments), "every batch of this project is packed"
-        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        assert packed_seq_params.rotary is not None
+        cosine, sine = packed_seq_params.rotary
+        query, key = (rotate(t.squeeze(1), cosine, sine) for t in (query, key))
+        value = value.squeeze(1)
         if self.context_size > 1:
             key, value = _whole_context(torch.stack((key, value), dim=1)).unbind(1)
         attend = self._attend_cuda if query.is_cuda else self._attend_cpu

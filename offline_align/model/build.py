@@ -6,6 +6,7 @@ ecosystem, and a change would stay inside this folder.
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from offline_align.config.sections import ModelSection, ParallelSection, Recompute
 from offline_align.distributed.sizes import pad_vocabulary
 from offline_align.errors import ConfigError
+from offline_align.model.activation import SwiGLU
 from offline_align.model.attention import PackedAttention, RMSNorm
 from offline_align.model.heads import Policy, RewardHead, RewardModel
 from offline_align.model.rotary import PackedRotaryEmbedding, inverse_frequencies
@@ -49,11 +51,10 @@ def build_model(
         max_sequence_length=model.max_position_embeddings,
         parallel_output=True,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        # The only kind for which GPTModel hands position ids to its rotary module; ours takes their place.
-        position_embedding_type="mrope",
-        rotary_base=model.rotary_base,
+        # Attention turns queries and keys itself, by angles that are made once a bin.
+        position_embedding_type="none",
     )
-    _set_rotary(built, model)
+    built.rotary = PackedRotaryEmbedding(*inverse_frequencies(model))
     if isinstance(built, RewardModel):
         built.replace_output_layer(RewardHead(model.hidden_size, model.init_method_std, device))
     else:
@@ -113,10 +114,10 @@ def _fields(model: ModelSection, parallel: ParallelSection, device: torch.device
         "use_cpu_initialization": device.type == "cpu",
         # Losses are sums; megatron divides gradients by the global count of targets.
         "calculate_per_token_loss": True,
-        "mrope_section": [1],
         "gradient_accumulation_fusion": False,
-        # megatron's fused SwiGLU keeps its input only; it is compiled for CUDA, and slower than torch's on the CPU.
+        # megatron's fused SwiGLU is compiled for CUDA; the CPU has one of ours in the place of Transformer Engine's.
         "bias_activation_fusion": device.type == "cuda",
+        "use_te_activation_func": device.type == "cpu",
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
@@ -137,19 +138,13 @@ def _block_spec(model: ModelSection, config: TransformerConfig) -> TransformerBl
     attention = spec.submodules.self_attention
     qk_norm = RMSNorm if model.qk_layernorm else attention.submodules.q_layernorm
     inner = replace(attention.submodules, core_attention=PackedAttention, q_layernorm=qk_norm, k_layernorm=qk_norm)
+    mlp: Any = spec.submodules.mlp
     layer = replace(
         spec.submodules,
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
         self_attention=ModuleSpec(attention.module, attention.params, inner),
+        mlp=partial(mlp, submodules=replace(mlp.keywords["submodules"], activation_func=SwiGLU)),
     )
     layers = [ModuleSpec(spec.module, submodules=layer)] * config.num_layers
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
-
-
-def _set_rotary(built: Policy | RewardModel, model: ModelSection) -> None:
-    frequencies, factor = inverse_frequencies(model)
-    built.rotary_pos_emb = PackedRotaryEmbedding(frequencies)
-    if factor != 1.0:
-        for layer in built.decoder.layers:
-            layer.self_attention._yarn_concentration_factor = factor

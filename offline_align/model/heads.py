@@ -11,15 +11,17 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from offline_align.data.batch import PackedBatch
-from offline_align.distributed.sizes import LOGITS_BUDGET_BYTES
 from offline_align.model.attention import Segments
+from offline_align.model.rotary import PackedRotaryEmbedding
+from offline_align.model.vocabulary import target_nll
 
 
 class Policy(GPTModel):  # type: ignore[misc]
     """A GPT that returns the negative log-likelihood of every target token."""
+
+    rotary: PackedRotaryEmbedding
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return `-log p(x_i | p, x_<i)` for each target of `batch`: [N] in fp32 (Eq. 1)."""
@@ -27,7 +29,7 @@ class Policy(GPTModel):  # type: ignore[misc]
             batch.tokens,
             batch.positions,
             None,
-            packed_seq_params=Segments.of(batch),
+            packed_seq_params=_segments(self, batch),
             output_processor=self._target_nll,
             output_processor_context=batch,
         )
@@ -37,18 +39,11 @@ class Policy(GPTModel):  # type: ignore[misc]
         self, hidden_states: Tensor, output_weight: Tensor | None, context: PackedBatch, **_: Any
     ) -> Tensor:
         hidden = _whole_sequence(hidden_states, self.config.sequence_parallel)
-        # [N, 1, C]: the prompt never meets the vocabulary.
+        # The prompt never meets the vocabulary.
         hidden = hidden.index_select(0, context.target_index)
-        rows = max(1, LOGITS_BUDGET_BYTES // (4 * self.output_layer.output_size_per_partition))
-        if hidden.size(0) <= rows:
-            return self._nll(hidden, context.target_ids, output_weight)
-        chunks = zip(torch.split(hidden, rows), torch.split(context.target_ids, rows), strict=True)
-        return torch.cat([checkpoint(self._nll, h, ids, output_weight, use_reentrant=False) for h, ids in chunks])
-
-    def _nll(self, hidden: Tensor, ids: Tensor, output_weight: Tensor | None) -> Tensor:
-        logits, _ = self.output_layer(hidden, weight=output_weight)
-        nll: Tensor = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), ids[:, None])
-        return nll[:, 0]
+        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden[:, 0])
+        weight = self.output_layer.weight if output_weight is None else output_weight
+        return target_nll(hidden, weight, context.target_ids, parallel_state.get_tensor_model_parallel_group())
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Return this rank's logits of every token: [T, V], for comparison with other implementations."""
@@ -62,7 +57,7 @@ class Policy(GPTModel):  # type: ignore[misc]
             batch.tokens,
             batch.positions,
             None,
-            packed_seq_params=Segments.of(batch),
+            packed_seq_params=_segments(self, batch),
             output_processor=project,
         )
         return found
@@ -85,6 +80,8 @@ class RewardHead(nn.Module):
 class RewardModel(GPTModel):  # type: ignore[misc]
     """A GPT whose unembedding layer is replaced by a scalar head (paper, step 2)."""
 
+    rotary: PackedRotaryEmbedding
+
     def replace_output_layer(self, head: RewardHead) -> None:
         """Put `head` where the vocabulary projection was."""
         self.output_layer = None
@@ -104,7 +101,7 @@ class RewardModel(GPTModel):  # type: ignore[misc]
             batch.tokens,
             batch.positions,
             None,
-            packed_seq_params=Segments.of(batch),
+            packed_seq_params=_segments(self, batch),
             output_processor=self._scores,
             output_processor_context=batch,
         )
@@ -114,6 +111,10 @@ class RewardModel(GPTModel):  # type: ignore[misc]
         hidden = _whole_sequence(hidden_states, self.config.sequence_parallel)
         scores: Tensor = self.reward_head(hidden.index_select(0, context.last_index)[:, 0])
         return scores if context.last_is_here is None else _all_scores(scores, context.last_is_here)
+
+
+def _segments(model: "Policy | RewardModel", batch: PackedBatch) -> Segments:
+    return Segments.of(batch, model.rotary(batch.positions[0], model.config.params_dtype))
 
 
 def _all_scores(scores: Tensor, is_here: Tensor) -> Tensor:

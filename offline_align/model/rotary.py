@@ -32,15 +32,45 @@ def inverse_frequencies(model: ModelSection) -> tuple[Tensor, float]:
 
 
 class PackedRotaryEmbedding(nn.Module):
-    """Angles of every token of a bin, from its position in its own segment."""
+    """Cosine and sine of every token of a bin, from its position in its own segment; made once for all layers."""
 
     inverse_frequencies: Tensor
 
-    def __init__(self, frequencies: Tensor) -> None:
+    def __init__(self, frequencies: Tensor, factor: float = 1.0) -> None:
         super().__init__()
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+        self.factor = factor
 
-    def forward(self, position_ids: Tensor, mrope_section: Any = None, cp_group: Any = None) -> Tensor:
-        """Return angles [T, 1, 1, D] in fp32 for `position_ids` [1, T]; the other arguments are megatron's."""
-        angles = torch.outer(position_ids[0].float(), self.inverse_frequencies)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine [T, 1, D / 2] for positions [T]; computed in fp32, then rounded."""
+        angles = torch.outer(positions.float(), self.inverse_frequencies.float())[:, None]
+        return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Return queries or keys [T, H, D] with each pair (d, d + D / 2) turned by the angle of its token."""
+    turned: Tensor = _Rotate.apply(x, cosine, sine)  # type: ignore[no-untyped-call]
+    return turned
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation; its gradient is the rotation back. Nothing but the angles is kept, nothing is concatenated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turned(x, cosine, sine, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _turned(grad, cosine, sine, -1), None, None
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    left, right = out.chunk(2, dim=-1)
+    torch.mul(first, cosine, out=left).addcmul_(second, sine, value=-direction)
+    torch.mul(second, cosine, out=right).addcmul_(first, sine, value=direction)
+    return out

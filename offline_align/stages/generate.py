@@ -34,12 +34,14 @@ def run(config: GenerateRun, explicit: frozenset[str]) -> int:
     origin = resolve(config, explicit)
     conditions = requested_conditions(origin, config.method.target_reward)
     engine = choose_engine(config.generate.engine, config.run.device)
-    tensor = config.parallel.tensor_model_parallel_size
-    if tensor > 1:
-        raise ConfigError(
-            f"parallel.tensor_model_parallel_size={tensor}: generate keeps the whole policy on each rank and "
-            "divides the prompts; use 1"
-        )
+    sizes = {n: getattr(config.parallel, n) for n in ("tensor_model_parallel_size", "context_parallel_size")}
+    problems = [
+        f"parallel.{name}={size}: generate keeps the whole policy on each rank and divides the prompts; use 1"
+        for name, size in sizes.items()
+        if size > 1
+    ]
+    if problems:
+        raise ConfigError(problems)
     if config.dry_run:
         from offline_align.stages.generate_plan import print_generate_plan
 

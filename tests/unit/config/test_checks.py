@@ -24,7 +24,7 @@ def test_defaults_have_no_problem() -> None:
         (["parallel.tensor_model_parallel_size=4"], 4, "does not divide model.num_attention_heads=6"),
         (["parallel.tensor_model_parallel_size=2"], 3, "3 ranks cannot be divided into groups of 2"),
         (["parallel.sequence_parallel=true"], 1, "parallel.sequence_parallel=True"),
-        (["parallel.context_parallel_size=2"], 2, "parallel.context_parallel_size=2"),
+        (["parallel.context_parallel_size=2"], 3, "parallel.context_parallel_size=2: 3 ranks"),
         (["trainer.global_batch_size=6"], 4, "use a multiple of 4"),
         (["trainer.micro_batch_size=3"], 1, "use a multiple of 3"),
         (["trainer.micro_batch_size=0"], 1, "trainer.micro_batch_size=0: must be 1 or more"),

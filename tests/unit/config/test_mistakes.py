@@ -88,7 +88,7 @@ RANGES = [
 CLASHES = [
     ("parallel.sequence_parallel=true", "of which there is 1"),
     ("parallel.tensor_model_parallel_size=2", "1 ranks cannot be divided"),
-    ("parallel.context_parallel_size=2", "use 1"),
+    ("parallel.context_parallel_size=2", "1 ranks cannot be divided into groups of 2"),
     ("trainer.global_batch_size=7 trainer.micro_batch_size=2", "use a multiple of 2"),
     ("launcher.nproc_per_node=2 trainer.global_batch_size=3", "use a multiple of 2"),
     ("launcher.nproc_per_node=4 parallel.tensor_model_parallel_size=4", "does not divide model.num_attention_heads"),

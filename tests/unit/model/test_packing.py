@@ -67,10 +67,11 @@ def test_scores_and_gradients_do_not_depend_on_packing(ranks: Ranks, source: Sam
         assert torch.allclose(parameter.grad, together[name], atol=1e-4), name
 
 
-def test_a_long_target_list_in_chunks_is_the_same(
-    ranks: Ranks, source: SampleSource, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
+def test_a_long_target_list_in_pieces_is_the_same(
+    ranks: Ranks, source: SampleSource, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
 ) -> None:
-    from offline_align.model import heads
+    from offline_align.model import vocabulary
     from offline_align.model.build import build_model
 
     model = build_model("policy", MODEL, ParallelSection(), ranks.device, bf16=False)
@@ -79,7 +80,8 @@ def test_a_long_target_list_in_chunks_is_the_same(
     whole.sum().backward()
     gradient = next(model.parameters()).grad.clone()
     model.zero_grad()
-    monkeypatch.setattr(heads, "LOGITS_BUDGET_BYTES", 4 * 128 * 10)
+    monkeypatch.setattr(vocabulary, "LOGITS_PIECE_BYTES", {"cpu": 4 * 128 * 10})
+    monkeypatch.setattr(vocabulary, "LOGITS_KEPT_BYTES", kept_bytes)
     chunked = model(batch)
     chunked.sum().backward()
     assert torch.allclose(chunked, whole, atol=1e-6)
