@@ -479,3 +479,7 @@ class ConvertSection:
     """`huggingface` or `megatron`."""
     max_shard_size: str = "5GB"
     """Largest safetensors file of a Hugging Face folder."""
+    evaluation: str | None = None
+    """Run folder of `evaluate` whose table goes into the model card; it must compare answers of this policy."""
+    check: bool = False
+    """Load what was written with transformers and compare logits or scores with ours, in fp32 (memory for both)."""

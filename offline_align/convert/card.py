@@ -1,9 +1,8 @@
 """The README.md of an exported folder: what it is, how it is asked, and what it was made from."""
 
-from pathlib import Path
+from collections.abc import Sequence
 
-from offline_align.errors import StorageError
-from offline_align.lineage import read_manifest
+from offline_align.convert.provenance import Evaluation, Provenance, Rows
 from offline_align.model.description import ModelDescription
 
 _METHODS = {
@@ -15,7 +14,7 @@ _METHODS = {
 }
 
 
-def model_card(description: ModelDescription, condition: str, notes: list[str], ancestry: list[str]) -> str:
+def model_card(description: ModelDescription, condition: str, notes: list[str], known: Provenance) -> str:
     """Return the text of README.md; `condition` is the reward text that generation uses, or empty."""
     method = _METHODS.get(description.method, description.method or "no training: converted weights")
     task = "text-generation" if description.kind == "policy" else "text-classification"
@@ -23,8 +22,28 @@ def model_card(description: ModelDescription, condition: str, notes: list[str], 
     lines += ["---", "", "# Model card", "", f"Made by offline-align: {method}.", ""]
     lines += _policy_usage(condition) if description.kind == "policy" else _reward_usage()
     lines += [f"- {note}" for note in notes]
-    lines += ["", "## Made from", "", *(ancestry or ["No record of earlier runs came with the weights."])]
+    lines += _facts("Training", known.training) + _facts("Reward model behind the labels", known.reward_model)
+    lines += _evaluation(known.evaluation) if known.evaluation else []
+    lines += ["", "## Made from", "", *(known.runs or ["No record of earlier runs came with the weights."])]
+    if known.runs:
+        lines += ["", "`manifest.json` names every file of this folder, and the runs before it, with SHA-256."]
     return "\n".join(lines) + "\n"
+
+
+def _facts(title: str, rows: Rows) -> list[str]:
+    return ["", f"## {title}", "", *_table(["", ""], rows)] if rows else []
+
+
+def _evaluation(found: Evaluation) -> list[str]:
+    """Return the comparison with the names of this model in bold."""
+    rows = [[f"**{row[0]}**" if row[0] in found.own else row[0], *row[1:]] for row in found.rows]
+    text = f"Judged by {found.judge} on {found.prompts} prompts, 95 % intervals; this model in bold."
+    return ["", "## Evaluation", "", text, "", *_table(found.header, rows)]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
 
 
 def _policy_usage(condition: str) -> list[str]:
@@ -53,29 +72,3 @@ def _reward_usage() -> list[str]:
         "",
         "- The head is kept in fp32; load with `dtype=torch.float32` for scores equal to those of training.",
     ]
-
-
-def ancestry(model_folder: Path) -> list[str]:
-    """Return the runs behind a checkpoint or Hugging Face folder, newest first, as nested list items."""
-    folder = model_folder.resolve()
-    for run_dir in (folder, *folder.parents[:2]):
-        lines = _runs_behind(run_dir, 0)
-        if lines:
-            return lines
-    return []
-
-
-def _runs_behind(run_dir: Path, depth: int) -> list[str]:
-    try:
-        manifest = read_manifest(run_dir)
-    except StorageError:
-        return []
-    if manifest is None:
-        return []
-    indent = "  " * depth
-    lines = [f"{indent}- `{manifest.stage}`, {manifest.created}, key `{manifest.key[:12]}`"]
-    lines += [f"{indent}  - `{Path(file.path).name}`, SHA-256 `{file.sha256[:12]}`" for file in manifest.inputs]
-    for parent in manifest.parents:
-        above = _runs_behind((run_dir / parent.path).resolve(), depth + 1)
-        lines += above or [f"{indent}  - `{parent.stage}`, SHA-256 `{parent.manifest_sha256[:12]}`"]
-    return lines

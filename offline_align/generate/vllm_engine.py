@@ -2,19 +2,23 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from offline_align.config.sections import GenerateSection
-from offline_align.data.tokenizer import Tokenizer
+from offline_align.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
 from offline_align.generate.requests import Completion, Request
 from offline_align.generate.stop import finish
 
-# vLLM batches by itself; this many requests are written to the journal together.
-_REQUESTS_A_CALL = 1024
+# vLLM batches by itself: few, large calls leave few gaps at their ends.
+_REQUESTS_A_CALL = 4096
+# Answers are handed on, and so brought to disk, at most this often.
+_HAND_ON_SECONDS = 1.0
 # Settings of torchrun, which vLLM would take for its own.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -31,42 +35,53 @@ class VllmEngine:
         settings: GenerateSection,
         eos_ids: frozenset[int],
         seed: int,
-        device: int,
+        device: torch.device,
         max_length: int,
         dtype: str,
     ) -> None:
         from vllm import LLM
 
         self._tokenizer, self._settings, self._eos_ids, self._seed = tokenizer, settings, eos_ids, seed
+        # vLLM finds stop strings with its own tokenizer. Without one an answer goes on, and `finish` cuts it.
+        self._stops_itself = bool(settings.stop) and (folder / HUGGING_FACE_FILE).is_file()
         with _environment_of_one(device):
             self._llm = LLM(
                 model=str(folder),
-                skip_tokenizer_init=True,
+                skip_tokenizer_init=not self._stops_itself,
                 trust_remote_code=False,
                 tensor_parallel_size=1,
                 max_model_len=max_length,
                 dtype=dtype,
                 seed=seed,
+                # On a CPU compiling takes longer than most runs.
+                enforce_eager=device.type == "cpu",
                 # The folder's own defaults (temperature, repetition penalty, ...) are not what was asked for.
                 generation_config="vllm",
             )
 
-    def complete(self, requests: Sequence[Request]) -> list[Completion]:
-        """See `Engine.complete`."""
+    def answers(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
+        """Yield answers about once a second, in the order in which they end. See `Engine.answers`."""
         from vllm.inputs import TokensPrompt
 
-        prompts = [TokensPrompt(prompt_token_ids=request.context) for request in requests]
-        outputs = self._llm.generate(prompts, [self._parameters(r) for r in requests], use_tqdm=False)
-        return [
-            finish(
-                request,
-                list(output.outputs[0].token_ids),
-                self._tokenizer,
-                self._eos_ids,
-                self._settings.stop,
-            )
-            for request, output in zip(requests, outputs, strict=True)
-        ]
+        engine = self._llm.llm_engine
+        waiting = {str(number): request for number, request in enumerate(requests)}
+        for name, request in waiting.items():
+            engine.add_request(name, TokensPrompt(prompt_token_ids=request.context), self._parameters(request))
+        try:
+            ready: list[Completion] = []
+            since = time.monotonic()
+            while waiting:
+                ended = [output for output in engine.step() if output.finished]
+                ready += [self._finish(waiting.pop(one.request_id), one.outputs[0].token_ids) for one in ended]
+                if ready and (not waiting or time.monotonic() - since > _HAND_ON_SECONDS):
+                    yield ready
+                    ready, since = [], time.monotonic()
+        finally:
+            # Where the caller stops early, the engine must not go on with what nobody waits for.
+            engine.abort_request(list(waiting))
+
+    def _finish(self, request: Request, ids: Sequence[int]) -> Completion:
+        return finish(request, list(ids), self._tokenizer, self._eos_ids, self._settings.stop)
 
     def _parameters(self, request: Request) -> Any:
         from vllm import SamplingParams
@@ -78,16 +93,21 @@ class VllmEngine:
             max_tokens=request.max_new_tokens,
             stop_token_ids=sorted(self._eos_ids),
             seed=int(seeds.generate_state(1)[0]),
-            detokenize=False,
+            stop=self._settings.stop if self._stops_itself else None,
+            # `finish` removes them, as it does for the other engine.
+            include_stop_str_in_output=True,
+            detokenize=self._stops_itself,
         )
 
 
 @contextlib.contextmanager
-def _environment_of_one(device: int) -> Iterator[None]:
+def _environment_of_one(device: torch.device) -> Iterator[None]:
     """Let the process that vLLM starts see one GPU, that of this rank, and no other ranks."""
     before = dict(os.environ)
-    visible = [name for name in before.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[device] if visible else str(device)
+    if device.type == "cuda":
+        visible = [name for name in before.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        index = device.index or 0
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
     os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
     for name in _RANK_VARIABLES:
         os.environ.pop(name, None)

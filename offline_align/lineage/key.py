@@ -31,6 +31,9 @@ NOT_IN_KEY = frozenset(
         "judge.concurrent_requests",
         "judge.retries",
         "judge.timeout_seconds",
+        "convert.check",
+        # Its report is an input.
+        "convert.evaluation",
     }
 )
 

@@ -60,6 +60,7 @@ def build_model(
     else:
         # Targets are selected from the gathered sequence before the projection, which gathers no more.
         built.output_layer.sequence_parallel = False
+        built.num_tokens = model.vocab_size
     built.to(device)
     return built
 

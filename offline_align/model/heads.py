@@ -21,6 +21,9 @@ from offline_align.model.vocabulary import target_nll
 class Policy(GPTModel):  # type: ignore[misc]
     """A GPT that returns the negative log-likelihood of every target token."""
 
+    num_tokens: int
+    """Entries of the tokenizer's vocabulary, without the rows that pad it."""
+
     rotary: PackedRotaryEmbedding
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -43,7 +46,8 @@ class Policy(GPTModel):  # type: ignore[misc]
         hidden = hidden.index_select(0, context.target_index)
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden[:, 0])
         weight = self.output_layer.weight if output_weight is None else output_weight
-        return target_nll(hidden, weight, context.target_ids, parallel_state.get_tensor_model_parallel_group())
+        group = parallel_state.get_tensor_model_parallel_group()
+        return target_nll(hidden, weight, context.target_ids, group, self.num_tokens)
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Return this rank's logits of every token: [T, V], for comparison with other implementations."""

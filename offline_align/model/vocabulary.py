@@ -12,12 +12,13 @@ from torch import Tensor
 from offline_align.distributed.sizes import LOGITS_KEPT_BYTES, LOGITS_PIECE_BYTES
 
 
-def target_nll(hidden: Tensor, weight: Tensor, ids: Tensor, group: dist.ProcessGroup) -> Tensor:
+def target_nll(hidden: Tensor, weight: Tensor, ids: Tensor, group: dist.ProcessGroup, vocab_size: int) -> Tensor:
     """Return `-log softmax(hidden @ weight.T)[id]` of each target: [N] in fp32, from [N, C], [V, C] and [N].
 
-    `group` are the ranks that share the vocabulary, each holding V rows of it in the order of ranks.
+    `group` are the ranks that share the vocabulary, each holding V rows of it in the order of ranks. Rows from
+    `vocab_size` on are there to divide the vocabulary evenly: they stand for no token and have no probability.
     """
-    nll: Tensor = _TargetNll.apply(hidden, weight, ids, group)  # type: ignore[no-untyped-call]
+    nll: Tensor = _TargetNll.apply(hidden, weight, ids, group, vocab_size)  # type: ignore[no-untyped-call]
     return nll
 
 
@@ -29,18 +30,21 @@ class _TargetNll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, group: dist.ProcessGroup, vocab_size: int
+    ) -> Tensor:
         rows = max(1, LOGITS_PIECE_BYTES[weight.device.type] // (4 * weight.size(0)))
         kept_bytes = hidden.size(0) * weight.size(0) * weight.element_size()
         keeps = ctx.needs_input_grad[0] and kept_bytes <= LOGITS_KEPT_BYTES
-        local = ids - group.rank() * weight.size(0)
+        first_row = group.rank() * weight.size(0)
+        local, ctx.num_tokens = ids - first_row, vocab_size - first_row
         is_own = (local >= 0) & (local < weight.size(0)) if group.size() > 1 else None
         # Targets of other ranks' rows read row 0 here, and count nothing.
         local = local if is_own is None else torch.where(is_own, local, 0)
         log_sum, target = hidden.new_empty((2, hidden.size(0)), dtype=torch.float32).unbind(0)
         kept = []
         for piece in _pieces(hidden.size(0), rows):
-            logits = hidden[piece] @ weight.t()
+            logits = _logits(hidden[piece], weight, ctx.num_tokens)
             log_sum[piece], target[piece] = _normaliser_and_target(
                 logits, local[piece], None if is_own is None else is_own[piece], group
             )
@@ -51,11 +55,11 @@ class _TargetNll(torch.autograd.Function):
         return log_sum - target
 
     @staticmethod
-    def backward(ctx: Any, nll_grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, nll_grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, weight, local, is_own, log_sum, *kept = ctx.saved_tensors
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
         for number, piece in enumerate(_pieces(hidden.size(0), ctx.rows)):
-            logits = kept[number] if kept else hidden[piece] @ weight.t()
+            logits = kept[number] if kept else _logits(hidden[piece], weight, ctx.num_tokens)
             # Of the logits: (softmax - one at the target) * gradient of the likelihood.
             grad = torch.sub(logits, log_sum[piece, None]).exp_()
             one = torch.ones_like(log_sum[piece]) if is_own is None else is_own[piece].float()
@@ -63,11 +67,19 @@ class _TargetNll(torch.autograd.Function):
             grad = grad.mul_(nll_grad[piece, None]).to(weight.dtype)
             torch.mm(grad, weight, out=hidden_grad[piece])
             weight_grad.addmm_(grad.t(), hidden[piece])
-        return hidden_grad, weight_grad, None, None
+        return hidden_grad, weight_grad, None, None, None
 
 
 def _pieces(count: int, rows: int) -> list[slice]:
     return [slice(first, min(first + rows, count)) for first in range(0, count, rows)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, num_tokens: int) -> Tensor:
+    """Return [n, V] logits; those of rows from `num_tokens` on, which no token has, are minus infinity."""
+    logits = hidden @ weight.t()
+    if num_tokens < weight.size(0):
+        logits[:, max(num_tokens, 0) :] = -torch.inf
+    return logits
 
 
 def _normaliser_and_target(

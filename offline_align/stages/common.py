@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from offline_align import lineage
 from offline_align.config.compose import to_mapping
-from offline_align.config.runs import EvaluateRun, ModelRun, Run
+from offline_align.config.runs import ConvertRun, EvaluateRun, ModelRun, Run
 from offline_align.config.sections import JudgeKind, ModelSection
 from offline_align.data.records import BadRows, input_paths
 from offline_align.errors import StorageError
@@ -31,6 +31,8 @@ def input_files(config: Run) -> list[Path]:
     named = {f"data.{k}": value for k, value in named.items()}
     if isinstance(config, EvaluateRun):
         named["judge.calibration"] = config.judge.calibration
+    if isinstance(config, ConvertRun) and config.convert.evaluation is not None:
+        named["convert.evaluation"] = str(Path(config.convert.evaluation) / "report.json")
     return [p for key, value in named.items() if value is not None for p in input_paths(value, key)]
 
 

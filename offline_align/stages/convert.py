@@ -36,15 +36,30 @@ def _convert(config: ConvertRun, origin: Origin, ranks: Any, key: str) -> None:
     run_dir = Path(config.run.dir)
     to_megatron = config.convert.to is ConvertTo.megatron
     outputs = _to_megatron(origin, run_dir, ranks) if to_megatron else _to_huggingface(config, origin, ranks)
+    checked = _check_numbers(config, origin, ranks) if config.convert.check else {}
     if ranks.is_main:
-        extra = {"to": config.convert.to.value, "kind": origin.kind, "method": origin.method}
-        lineage.write_manifest(run_dir, "convert", key, [], common.parent_models(config), outputs, extra)
+        extra = {"to": config.convert.to.value, "kind": origin.kind, "method": origin.method, **checked}
+        inputs, parents = common.input_files(config), common.parent_models(config)
+        lineage.write_manifest(run_dir, "convert", key, inputs, parents, outputs, extra)
         logger.info("convert: done: %s", run_dir)
     ranks.barrier()
 
 
+def _check_numbers(config: ConvertRun, origin: Origin, ranks: Any) -> dict[str, Any]:
+    """Compare ours with `transformers` on the Hugging Face side; return what the manifest says of it."""
+    from offline_align.convert.check import compare
+    from offline_align.data.template import Renderer
+
+    folder = origin.huggingface or Path(config.run.dir)
+    found = compare(folder, Renderer(origin.tokenizer, origin.template), ranks.device)
+    logger.info("convert: %s", found.in_words())
+    return {"check": found.as_json()}
+
+
 def _check(config: ConvertRun, origin: Origin) -> None:
     problems = []
+    if config.convert.evaluation is not None and config.convert.to is ConvertTo.megatron:
+        problems.append("convert.evaluation: goes into the model card of convert.to=huggingface; leave it unset")
     wanted = config.convert.to
     has = ConvertTo.megatron if origin.checkpoint is not None else ConvertTo.huggingface
     if wanted is has:
@@ -71,7 +86,8 @@ def _to_huggingface(config: ConvertRun, origin: Origin, ranks: Any) -> list[Path
     from offline_align.stages import huggingface_form
 
     run_dir = Path(config.run.dir)
-    written = huggingface_form.write(origin, run_dir, ranks, config.convert.max_shard_size)
+    evaluation = Path(config.convert.evaluation) if config.convert.evaluation is not None else None
+    written = huggingface_form.write(origin, run_dir, ranks, config.convert.max_shard_size, evaluation)
     own = {lineage.MANIFEST, lineage.CONFIG}
     return [path for path in written if path.name not in own]
 

@@ -5,9 +5,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from offline_align.convert.card import ancestry
 from offline_align.convert.export import export_huggingface
 from offline_align.convert.files import weight_files
+from offline_align.convert.provenance import provenance
 from offline_align.distributed.setup import Ranks
 from offline_align.errors import StorageError
 from offline_align.model.description import ModelDescription
@@ -37,19 +37,21 @@ def build(origin: Origin, ranks: Ranks, bf16: bool) -> Any:
     return model
 
 
-def write(origin: Origin, target: Path, ranks: Ranks, max_shard_size: str = "5GB") -> list[Path]:
+def write(
+    origin: Origin, target: Path, ranks: Ranks, max_shard_size: str = "5GB", evaluation: Path | None = None
+) -> list[Path]:
     """Write the checkpoint of `origin` into `target` and return its files. All ranks call it together.
 
-    Weights keep the precision that they were saved in. Raises StorageError for a damaged checkpoint or a
-    failed write.
+    Weights keep the precision that they were saved in; the table of an `evaluation` run goes into the model card.
+    Raises StorageError for a damaged checkpoint or a failed write, ConfigError for an evaluation of other models.
     """
     assert origin.checkpoint is not None
     model = build(origin, ranks, _saved_in_bf16(origin.checkpoint, ranks))
     if not ranks.is_main:
         return []
     state = ((name, parameter.detach()) for name, parameter in model.named_parameters())
-    lines = ancestry(origin.checkpoint)
-    return export_huggingface(state, describe(origin), origin.tokenizer, target, max_shard_size, lines)
+    known = provenance(origin.checkpoint, evaluation)
+    return export_huggingface(state, describe(origin), origin.tokenizer, target, max_shard_size, known)
 
 
 def _saved_in_bf16(folder: Path, ranks: Ranks) -> bool:

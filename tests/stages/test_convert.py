@@ -65,10 +65,14 @@ def test_there_and_back_are_the_same_bits(
     save: Callable[..., Path], tmp_path: Path, class_name: str, dtype: torch.dtype
 ) -> None:
     theirs, ours, back = save(class_name, dtype), tmp_path / "ours", tmp_path / "back"
-    assert convert(theirs, ours, "megatron") == 0
+    assert convert(theirs, ours, "megatron", "convert.check=true") == 0
     description = ModelDescription.load(ours / "checkpoints" / "latest")
     assert description.kind == ("reward_model" if "Sequence" in class_name else "policy")
-    assert convert(ours, back, "huggingface", "convert.max_shard_size=20KB") == 0
+    assert convert(ours, back, "huggingface", "convert.max_shard_size=20KB", "convert.check=true") == 0
+    checked = lineage.read_manifest(back)
+    assert checked is not None
+    assert checked.extra["check"]["largest"] < 1e-5
+    assert checked.extra["check"]["what"] == ("scores" if "Sequence" in class_name else "logits")
     before, after = tensors(theirs), tensors(back)
     assert before.keys() == after.keys()
     for name, tensor in before.items():

@@ -15,6 +15,7 @@ from offline_align.config.sections import Template
 from offline_align.convert.architecture import read_architecture
 from offline_align.convert.export import export_huggingface
 from offline_align.convert.load import load_huggingface
+from offline_align.convert.provenance import UNKNOWN
 from offline_align.convert.tokenizer_files import padding_id
 from offline_align.convert.weights import parse_size
 from offline_align.data.records import Message
@@ -107,7 +108,7 @@ def export(save_model: Save, tmp_path: Path) -> Callable[..., Path]:
             tokenizer,
             tmp_path / "out",
             max_shard_size,
-            ancestry=["- `sft`, made yesterday"],
+            replace(UNKNOWN, runs=["- `sft`, made yesterday"], training=[("optim.lr", "5e-06")]),
         )
         return tmp_path / "out"
 
@@ -224,6 +225,7 @@ def test_the_model_card_says_how_it_is_asked_and_made(export: Callable[..., Path
     assert "Conditional Alignment" in card
     assert "ends with `<rm_score>5.0`" in card
     assert "- `sft`, made yesterday" in card
+    assert "| optim.lr | 5e-06 |" in card
 
 
 def test_config_keeps_what_generation_needs(export: Callable[..., Path], sentencepiece: Tokenizer) -> None:

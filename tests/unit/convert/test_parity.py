@@ -10,8 +10,8 @@ import transformers
 
 from offline_align.config.sections import Device, ParallelSection, RunSection
 from offline_align.convert.architecture import read_architecture
+from offline_align.convert.check import packed
 from offline_align.convert.load import load_huggingface
-from offline_align.data.batch import PackedBatch
 
 Save = Callable[..., Path]
 EOS = 2
@@ -25,24 +25,6 @@ def world() -> Iterator[None]:
 
     with session(ParallelSection(), RunSection(dir="unused", device=Device.cpu)):
         yield
-
-
-def pack(rows: list[list[int]]) -> PackedBatch:
-    ends = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
-    none = torch.zeros(0, dtype=torch.int64)
-    return PackedBatch(
-        tokens=torch.tensor([[token for row in rows for token in row]]),
-        positions=torch.cat([torch.arange(len(row)) for row in rows])[None],
-        cu_seqlens=ends.to(torch.int32),
-        max_seqlen=max(map(len, rows)),
-        target_index=none,
-        target_ids=none,
-        target_weights=torch.zeros(0),
-        last_index=ends[1:] - 1,
-        margins=torch.zeros(0),
-        row_ids=(),
-        num_padding=0,
-    )
 
 
 def megatron_model(folder: Path) -> Any:
@@ -61,7 +43,7 @@ def test_logits_are_those_of_transformers(save_model: Save, family: str) -> None
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = torch.cat([theirs(torch.tensor([row])).logits[0] for row in ROWS])
-        found = megatron_model(folder).logits(pack(ROWS))[:, : expected.shape[1]]
+        found = megatron_model(folder).logits(packed(ROWS))[:, : expected.shape[1]]
     assert (found - expected).abs().max() < 1e-5
 
 
@@ -81,5 +63,5 @@ def test_rewards_are_those_of_transformers(save_model: Save, family: str, side: 
         mask.append(real + [0] * len(pad) if side == "right" else [0] * len(pad) + real)
     with torch.no_grad():
         expected = theirs(torch.tensor(padded), attention_mask=torch.tensor(mask)).logits[:, 0]
-        found = megatron_model(folder)(pack(ROWS))
+        found = megatron_model(folder)(packed(ROWS))
     assert (found - expected).abs().max() < 1e-5

