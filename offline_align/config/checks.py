@@ -109,7 +109,7 @@ def _optim(optim: s.OptimSection) -> list[str]:
 
 
 def _filtering(method: s.FilteringMethodSection) -> list[str]:
-    return _finite(method, "method", "threshold")
+    return _finite(method, "method", "threshold") + _positive(method, "method", "best_of")
 
 
 def _weighted(method: s.RewardWeightedMethodSection) -> list[str]:

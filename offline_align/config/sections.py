@@ -329,6 +329,8 @@ class FilteringMethodSection:
 
     threshold: float = 0.0
     """Rows are kept where the normalised reward is above this (paper: 0)."""
+    best_of: int | None = None
+    """Of these, keep so many best answers to each prompt (best-of-n); unset: all (paper)."""
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ def _numbers_of_transformers(
     """Return [T, V] logits of all tokens, or [S] scores, row by row without padding."""
     import transformers
 
+    transformers.logging.disable_progress_bar()
     classes = {
         "policy": transformers.AutoModelForCausalLM,
         "reward_model": transformers.AutoModelForSequenceClassification,

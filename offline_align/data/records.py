@@ -143,7 +143,15 @@ def parse_row[T](columns: dict[str, Any], kind: type[T], default_id: str) -> T:
 
 
 def _sample(columns: dict[str, Any], row_id: str, prompt: tuple[Message, ...]) -> Sample:
-    return Sample(row_id, prompt, _text(columns, "response"), columns)
+    return Sample(_answer_id(columns, row_id), prompt, _text(columns, "response"), columns)
+
+
+def _answer_id(columns: dict[str, Any], row_id: str) -> str:
+    """Return the id of a row; answers of `generate` to one prompt share its id until their place is added to it."""
+    if "finish_reason" not in columns:
+        return row_id
+    place = (columns.get("condition"), columns.get("sample_index"))
+    return "/".join([row_id, *(str(part) for part in place if part is not None)])
 
 
 def _pair(columns: dict[str, Any], row_id: str, prompt: tuple[Message, ...]) -> PreferencePair:

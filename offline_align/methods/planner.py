@@ -96,6 +96,7 @@ class Settings:
     target_reward: float
     reward_format: str
     reward_limit: float
+    best_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,17 +124,19 @@ def plan(rows: Iterable[LabelledSample], sizes: Sizes, settings: Settings) -> Pl
         unit=sizes.unit,
         size=sum(sizes.rows),
         response_size=sum(sizes.responses),
-        filtering=filtering(labelled, sizes.rows, settings.threshold),
+        filtering=filtering(labelled, sizes.rows, settings.threshold, settings.best_of),
         weighted=weighted(rewards, settings.beta),
         conditional=conditional(labelled, sizes, settings),
         betas=betas,
     )
 
 
-def filtering(rows: Sequence[LabelledSample], sizes: Sequence[int], threshold: float) -> FilteringPlan:
+def filtering(
+    rows: Sequence[LabelledSample], sizes: Sequence[int], threshold: float, best_of: int | None = None
+) -> FilteringPlan:
     """Return what FA keeps (Eq. 4), which may be nothing."""
     by_id = {row.id: size for row, size in zip(rows, sizes, strict=True)}
-    kept = fa.above(rows, threshold)
+    kept = fa.above(rows, threshold, best_of)
     size = sum(by_id[row.id] for row in kept)
     return FilteringPlan(threshold, len(kept), len(kept) / len(rows), size, size / sum(sizes))
 

@@ -15,7 +15,7 @@ def run(config: FilteringRun, explicit: frozenset[str]) -> int:
 
     def read(paths: list[Path], bad_rows: BadRows, renderer: Renderer) -> training.Rows:
         labelled = training.read_labelled(paths, bad_rows)
-        kept = fa.keep(labelled, config.method.threshold)
+        kept = fa.keep(labelled, config.method.threshold, config.method.best_of)
         return training.Rows(kept, {"labelled": len(labelled), "kept": len(kept)})
 
     recipe = training.Recipe(

@@ -74,6 +74,7 @@ def _settings(config: PlanRun) -> Settings:
         target_reward=method.target_reward,
         reward_format=method.reward_format,
         reward_limit=method.reward_limit,
+        best_of=method.best_of,
     )
 
 

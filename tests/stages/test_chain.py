@@ -82,6 +82,47 @@ def test_the_chain_reaches_back_to_the_first_file(runs: Path, capsys: Any) -> No
         labelled.write_text(content)
 
 
+def test_the_card_tells_settings_reward_model_and_evaluation(runs: Path, capsys: Any) -> None:
+    words = ["convert", f"init.from={runs / 'ca'}", f"convert.evaluation={runs / 'evaluate'}", *CPU]
+    assert run([*words, f"run.dir={runs / 'aligned'}", "convert.check=true"]) == 0
+    card = (runs / "aligned" / "README.md").read_text()
+    for text in (
+        "| optim.lr | 0.01 |",
+        "| method.target_reward | 1 |",
+        "| **ca(1.0)** |",
+        "| **ca(-1.0)** |",
+        "| fa |",
+    ):
+        assert text in card, text
+    assert "| raw rewards | " in card
+    assert "Judged by reward model on 6 prompts" in card
+    assert run(["verify", f"run.dir={runs / 'aligned'}"]) == 0
+    # Another policy is not in that table, and a folder without a comparison has none.
+    capsys.readouterr()
+    other = ["convert", f"init.from={runs / 'reward'}", f"run.dir={runs / 'other'}", *CPU]
+    assert run([*other, f"convert.evaluation={runs / 'evaluate'}"]) == 78
+    assert "compares no answers" in capsys.readouterr().err
+    assert run([*other, f"convert.evaluation={runs / 'label'}"]) == 78
+
+
+def test_samples_of_a_policy_are_labelled_and_the_best_kept(runs: Path) -> None:
+    words = [f"data.input={runs / 'prepare' / 'prompts.jsonl'}", "data.max_length=128", "generate.max_new_tokens=8"]
+    sampled = runs / "sampled"
+    asked = ["generate.n=3", "generate.temperature=1.0", f"init.from={runs / 'sft'}"]
+    assert run(["generate", f"run.dir={sampled}", *words, *asked, *CPU]) == 0
+    label = runs / "label_samples"
+    rows = f"data.input={sampled / 'generations.jsonl'}"
+    source = [f"init.from={runs / 'reward'}", "data.max_length=128", "data.on_bad_row=skip"]
+    assert run(["label", f"run.dir={label}", rows, *source, *CPU]) == 0
+    labelled = [json.loads(line) for line in (label / "labelled.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in labelled}) == len(labelled) > 6
+    assert {row["id"] for row in labelled} <= {f"{row['source_id']}/{k}" for row in labelled for k in range(3)}
+    best = [f"data.train={label / 'labelled.jsonl'}", "method.threshold=-100", "method.best_of=1"]
+    assert run(["fa", f"run.dir={runs / 'best'}", f"init.from={runs / 'sft'}", *best, *SHORT, *CPU]) == 0
+    facts = json.loads((runs / "best" / "manifest.json").read_text())["extra"]["data"]
+    assert facts["kept"] == len({row["source_id"] for row in labelled})
+
+
 def test_a_plan_needs_no_model(runs: Path, capsys: Any) -> None:
     # Further than any of these rewards, as the paper's 5.0 often is.
     assert run(["plan", f"data.input={runs / 'label' / 'labelled.jsonl'}", "method.target_reward=9.5"]) == 0

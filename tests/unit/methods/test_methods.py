@@ -54,6 +54,14 @@ def test_one_row_and_rows_in_order(method: Callable[[list[LabelledSample]], list
     assert [row.sample for row in method(rows)] == rows
 
 
+def test_the_best_answers_to_each_prompt_are_kept() -> None:
+    first, second = ((Message("user", text),) for text in ("Hello", "Bye"))
+    asked = [(first, 0.5), (second, 0.2), (first, 2.0), (first, 2.0), (second, -1.0), (first, 1.0)]
+    rows = [LabelledSample(f"row-{i}", prompt, "Fine", {}, r, r, "s") for i, (prompt, r) in enumerate(asked)]
+    assert [row.sample.id for row in fa.keep(rows, 0.0, best_of=1)] == ["row-1", "row-2"]
+    assert [row.sample.id for row in fa.keep(rows, 0.0, best_of=3)] == ["row-1", "row-2", "row-3", "row-5"]
+
+
 def test_filtering_is_strict() -> None:
     kept = fa.keep(labelled(-1.0, 0.0, -0.0, 5e-324, 2.0), 0.0)
     assert [row.sample.id for row in kept] == ["row-3", "row-4"]
