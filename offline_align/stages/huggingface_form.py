@@ -12,7 +12,7 @@ from offline_align.distributed.setup import Ranks
 from offline_align.errors import StorageError
 from offline_align.model.description import ModelDescription
 from offline_align.stages.origin import Origin, load_origin
-from offline_align.train import checkpoint
+from offline_align.train import checkpoint, reading
 
 
 def describe(origin: Origin) -> ModelDescription:
@@ -56,11 +56,9 @@ def write(
 
 def _saved_in_bf16(folder: Path, ranks: Ranks) -> bool:
     import torch
-    from megatron.core import dist_checkpointing
 
-    # The sharded form's own metadata is a pickle: it is read only where the hashes of the checkpoint hold.
     checkpoint.verify(folder, ranks)
-    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    saved = reading.tensors_metadata(folder)
     return bool(saved["embedding.word_embeddings.weight"].dtype == torch.bfloat16)
 
 

@@ -28,6 +28,7 @@ from offline_align.errors import StorageError
 from offline_align.lineage import file_sha256
 from offline_align.lineage.files import fsync_path
 from offline_align.model.description import ModelDescription
+from offline_align.train import reading
 
 FOLDER = "checkpoints"
 FILES_NAME = "checkpoint.json"
@@ -201,7 +202,7 @@ def load_weights(model: nn.Module, folder: Path, ranks: Ranks, fresh_prefixes: t
     """
     verify(folder, ranks)
     wanted = {k: v for k, v in _shards(model).items() if not k.startswith(fresh_prefixes or ("\0",))}
-    _load_into(model, dist_checkpointing.load(wanted, str(folder)))
+    _load_into(model, reading.load(wanted, folder))
 
 
 def load(model: nn.Module, optimizer: MegatronOptimizer, folder: Path, ranks: Ranks) -> TrainState:
@@ -209,7 +210,7 @@ def load(model: nn.Module, optimizer: MegatronOptimizer, folder: Path, ranks: Ra
     verify(folder, ranks)
     shards = _shards(model)
     shards["optimizer"] = optimizer.sharded_state_dict(dict(shards), is_loading=True, metadata=dict(_OPTIMIZER_FORM))
-    loaded = dist_checkpointing.load(shards, str(folder))
+    loaded = reading.load(shards, folder)
     optimizer.load_state_dict(loaded.pop("optimizer"))
     _load_into(model, loaded)
     return read_state(folder)

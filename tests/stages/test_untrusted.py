@@ -17,6 +17,8 @@ import pytest
 from offline_align import lineage
 from offline_align.__main__ import run
 from offline_align.lineage.manifest import _sealed
+from tests import hostile_checkpoints
+from tests.hostile_checkpoints import move_shard, put_object, put_record, reseal
 from tests.small_tokenizers import CHATML, write_hugging_face, write_sentencepiece
 from tests.training import TINY, pairs, samples, train, write_jsonl
 
@@ -94,20 +96,53 @@ def pickle_called_safetensors(place: Path, marker: Path) -> Refusal:
     return sft(place, f"init.from={place / 'hf'}"), {74}
 
 
+def checkpoint_of(place: Path, name: str = "policy") -> Path:
+    return (place / name / "checkpoints" / "latest").resolve()
+
+
 def resealed_common_pickle(place: Path, marker: Path) -> Refusal:
-    """A stranger can make the hashes right: it is the loader that must refuse."""
+    """A stranger can make the hashes right: it is the loader that must refuse, whatever the environment says."""
     import torch
 
-    folder = (place / "policy" / "checkpoints" / "latest").resolve()
-    torch.save({"x": Payload(marker)}, folder / "common.pt")
-    files = json.loads((folder / "checkpoint.json").read_text())
-    listed = files.get("files", files)
-    listed["common.pt"] = {
-        "sha256": lineage.file_sha256(folder / "common.pt"),
-        "bytes": (folder / "common.pt").stat().st_size,
-    }
-    (folder / "checkpoint.json").write_text(json.dumps(files))
-    return sft(place, f"init.from={place / 'policy'}"), {70, 74}
+    torch.save({"x": Payload(marker)}, checkpoint_of(place) / "common.pt")
+    reseal(checkpoint_of(place))
+    return sft(place, f"init.from={place / 'policy'}"), {74}
+
+
+def resealed_records(place: Path, marker: Path) -> Refusal:
+    put_record(checkpoint_of(place), hostile_checkpoints.system(marker))
+    return sft(place, f"init.from={place / 'policy'}"), {74}
+
+
+def resealed_records_to_generate(place: Path, marker: Path) -> Refusal:
+    put_record(checkpoint_of(place), hostile_checkpoints.by_getattr(marker))
+    return generate(place, "policy"), {74}
+
+
+def resealed_records_to_label(place: Path, marker: Path) -> Refusal:
+    put_record(checkpoint_of(place, "reward"), hostile_checkpoints.evaluate(marker))
+    words = [f"init.from={place / 'reward'}", f"data.input={place / 'rows.jsonl'}", "run.device=cpu"]
+    return ["label", f"run.dir={place / 'out'}", *words, "data.max_length=128"], {74}
+
+
+def resealed_object_among_the_shards(place: Path, marker: Path) -> Refusal:
+    put_object(checkpoint_of(place), "common_state", Payload(marker))
+    return sft(place, f"init.from={place / 'policy'}"), {74}
+
+
+def shards_that_lead_out(place: Path, marker: Path) -> Refusal:
+    shard = next(checkpoint_of(place).glob("*.distcp"))
+    shutil.copy(shard, place / "secret.distcp")
+    move_shard(checkpoint_of(place), "../../../secret.distcp")
+    return sft(place, f"init.from={place / 'policy'}"), {74}
+
+
+def shards_behind_a_link(place: Path, marker: Path) -> Refusal:
+    shard = next(checkpoint_of(place).glob("*.distcp"))
+    shutil.copy(shard, place / "secret.distcp")
+    (shard.with_name("link")).symlink_to(place / "secret.distcp")
+    move_shard(checkpoint_of(place), "link")
+    return sft(place, f"init.from={place / 'policy'}"), {74}
 
 
 def swapped_checkpoint_pickle(place: Path, marker: Path) -> Refusal:
@@ -250,6 +285,12 @@ PAYLOADS: list[Callable[[Path, Path], Refusal]] = [
     pickled_weights_to_train,
     pickle_called_safetensors,
     resealed_common_pickle,
+    resealed_records,
+    resealed_records_to_generate,
+    resealed_records_to_label,
+    resealed_object_among_the_shards,
+    shards_that_lead_out,
+    shards_behind_a_link,
     swapped_checkpoint_pickle,
     swapped_optimizer_shard,
     model_with_code,
@@ -288,8 +329,13 @@ def _stay(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=lambda p: p.__name__)
 def test_nothing_runs_and_nothing_is_written_outside(
-    place: Path, payload: Callable[[Path, Path], Refusal], capfd: pytest.CaptureFixture[str]
+    place: Path,
+    payload: Callable[[Path, Path], Refusal],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Its own words are no excuse: nothing that comes with the files may run.
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     marker = place / "executed"
     words, expected = payload(place, marker)
     before = everything(place)
