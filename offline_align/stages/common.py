@@ -1,9 +1,10 @@
 """What the mains share: which files a run reads, whether it is finished, and its plan in words."""
 
+import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from offline_align.config.compose import to_mapping
 from offline_align.config.runs import ConvertRun, EvaluateRun, ModelRun, Run
 from offline_align.config.sections import JudgeKind, ModelSection
 from offline_align.data.records import BadRows, input_paths
+from offline_align.distributed.run_lock import run_lock
 from offline_align.errors import StorageError
 from offline_align.launch import under_torchrun
 from offline_align.model.description import find_checkpoint, is_huggingface
@@ -69,15 +71,27 @@ def run_on_ranks(stage: str, config: ModelRun, body: "Callable[[Ranks, str], Non
         return 0
     from offline_align.distributed.setup import session
 
-    def look() -> tuple[str, bool]:
-        key = key_of(stage, config)
-        return key, is_finished(stage, config, key)
+    with contextlib.ExitStack() as held, session(config.parallel, config.run) as ranks:
 
-    with session(config.parallel, config.run) as ranks:
+        def look() -> tuple[str, bool]:
+            key = key_of(stage, config)
+            return key, is_finished(stage, config, key) or not held.enter_context(only_job(stage, config, key))
+
         key, finished = ranks.from_main(look)
         if not finished:
             body(ranks, key)
     return 0
+
+
+@contextlib.contextmanager
+def only_job(stage: str, config: Run, key: str) -> Iterator[bool]:
+    """Hold the run folder, one rank for all; gives whether there is still work to do.
+
+    Raises ConfigError where another job has it.
+    """
+    with run_lock(Path(config.run.dir), stage):
+        # Another job may have finished the run since this one looked.
+        yield not is_finished(stage, config, key)
 
 
 def start_folder(config: Run, model: ModelSection | None = None) -> Path:

@@ -1,5 +1,6 @@
 """`evaluate`: several generation files and a judge become tables, intervals and a page."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +55,12 @@ def run(config: EvaluateRun, explicit: frozenset[str]) -> int:
     key = common.key_of(STAGE, config)
     if common.is_finished(STAGE, config, key):
         return 0
-    material = _read(config, files, common.bad_rows(config, writes=is_main))
-    scored = _score(judge, material)
-    if is_main:
-        _report(config, key, material, scored, judge)
+    # What another job has finished in this very moment is made again: the other ranks are at it already.
+    with common.only_job(STAGE, config, key) if is_main else contextlib.nullcontext():
+        material = _read(config, files, common.bad_rows(config, writes=is_main))
+        scored = _score(judge, material)
+        if is_main:
+            _report(config, key, material, scored, judge)
     return 0
 
 

@@ -43,10 +43,19 @@ def run(config: PlanRun, explicit: frozenset[str]) -> int:
     settings = _settings(config)
     run_dir = None if config.run.dir in (MISSING, None) or config.dry_run else Path(config.run.dir)
     key = common.key_of("plan", config)
-    finished = run_dir is not None and common.is_finished("plan", config, key)
-    if run_dir is not None and not finished:
+    if run_dir is None or common.is_finished("plan", config, key):
+        _show(config, settings, paths, None, key)
+        return 0
+    with common.only_job("plan", config, key) as to_do:
+        _show(config, settings, paths, run_dir if to_do else None, key)
+    return 0
+
+
+def _show(config: PlanRun, settings: Settings, paths: Sequence[Path], run_dir: Path | None, key: str) -> None:
+    """Print the plan, and write it into `run_dir` unless that is None."""
+    if run_dir is not None:
         common.start_folder(config)
-    bad_rows = BadRows(config.data.on_bad_row, run_dir / "quarantine.jsonl" if run_dir and not finished else None)
+    bad_rows = BadRows(config.data.on_bad_row, run_dir / "quarantine.jsonl" if run_dir else None)
     rows = checked(read_rows(paths, LabelledSample, bad_rows))
     renderer = _renderer(config, paths)
     sizes = _token_sizes(rows, renderer, config.data.max_length) if renderer else _character_sizes(rows)
@@ -56,13 +65,12 @@ def run(config: PlanRun, explicit: frozenset[str]) -> int:
     if not console.is_terminal:  # a table that goes to a file or another program is not folded
         console = Console(width=160)
     console.print(*tables(made, warnings), sep="\n")
-    if run_dir is not None and not finished:
+    if run_dir is not None:
         extra = {"warnings": warnings, "skipped_rows": dict(bad_rows.counts)}
         text = json.dumps(asdict(made) | extra, indent=2, ensure_ascii=False)
         lineage.write_atomically(run_dir / PLAN_FILE, f"{text}\n".encode())
         outputs = [path for path in (run_dir / PLAN_FILE, run_dir / "quarantine.jsonl") if path.exists()]
         lineage.write_manifest(run_dir, "plan", key, paths, [], outputs, {"rows": made.rows})
-    return 0
 
 
 def _settings(config: PlanRun) -> Settings:

@@ -14,6 +14,7 @@ from offline_align.data.jsonl import BadRows, write_jsonl
 from offline_align.data.preparation import FILES, Preparation, prepare_rows, report, write_rows
 from offline_align.data.sources import Source, input_sources
 from offline_align.errors import ConfigError
+from offline_align.stages import common
 
 STAGE = "prepare"
 PROMPTS = "prompts.jsonl"
@@ -35,11 +36,19 @@ def run(config: PrepareRun, explicit: frozenset[str]) -> int:
     if lineage.completed(run_dir, STAGE, key):
         console.print(f"{run_dir} is complete", highlight=False, markup=False)
         return 0
-    lineage.write_config(run_dir, to_mapping(config))
-    summary, outputs = _prepare(config, sources, run_dir)
-    lineage.write_manifest(run_dir, STAGE, key, inputs, [], outputs, {"rows": summary})
+    with common.only_job(STAGE, config, key) as to_do:
+        summary = _write(config, sources, run_dir, key) if to_do else {}
     console.print("\n".join(f"{name}: {rows:,} rows" for name, rows in summary.items()), highlight=False)
     return 0
+
+
+def _write(config: PrepareRun, sources: list[Source], run_dir: Path, key: str) -> dict[str, int]:
+    """Write the whole run folder, the manifest last, and return the rows of each file."""
+    lineage.write_config(run_dir, to_mapping(config))
+    summary, outputs = _prepare(config, sources, run_dir)
+    inputs = [source.path for source in sources if source.path]
+    lineage.write_manifest(run_dir, STAGE, key, inputs, [], outputs, {"rows": summary})
+    return summary
 
 
 def _prepare(config: PrepareRun, sources: list[Source], run_dir: Path) -> tuple[dict[str, int], list[Path]]:
