@@ -1,10 +1,11 @@
 """Starting ranks: the launcher section as torchrun arguments, and torchrun's own launcher on this machine."""
 
 import os
+import signal
 import sys
 
 from offline_align.config.sections import LauncherSection
-from offline_align.errors import StoppedEarly
+from offline_align.errors import AlignError, StoppedEarly
 
 
 def under_torchrun() -> bool:
@@ -31,7 +32,8 @@ def torchrun_command(launcher: LauncherSection, stage: str, words: list[str]) ->
 def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
     """Start the ranks of this machine by torchrun's launcher, wait, and return the exit code of the stage.
 
-    Where ranks fail, the code is that of the rank that failed first, so that 65, 74, 75 and 78 keep their meaning.
+    Where ranks fail, the code is that of the rank that knows why, so that 65, 74, 75 and 78 keep their meaning. Raises
+    AlignError naming the rank where a signal from outside has ended one.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -52,9 +54,26 @@ def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "offline_align", stage, *words)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 70
+        return _outcome({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException:
         # The ranks were sent the signal too, have saved what they had, and are gone.
         return StoppedEarly.exit_code
     return 0
+
+
+def _outcome(codes: dict[int, int]) -> int:
+    """Return the exit code that failed ranks have in common, a signal being minus its number.
+
+    Most of them have lost another rank (70), or were ended by the launcher after it: the others know why.
+    """
+    killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
+    known = [code for code in codes.values() if code > 0 and code != AlignError.exit_code]
+    if known:
+        return known[0]
+    if killed:
+        rank, number = next(iter(killed.items()))
+        raise AlignError(
+            f"rank {rank} was ended by {signal.Signals(number).name}, and with it all others; run the same command "
+            "again to continue"
+        )
+    return AlignError.exit_code

@@ -210,6 +210,8 @@ _SECTION_CHECKS: dict[type, Any] = {
 
 def _layout(parallel: s.ParallelSection, world: int) -> list[str]:
     found = _positive(parallel, "parallel", "tensor_model_parallel_size", "context_parallel_size")
+    if not (math.isfinite(parallel.silent_rank_seconds) and parallel.silent_rank_seconds >= 1):
+        found.append(f"parallel.silent_rank_seconds={parallel.silent_rank_seconds}: must be 1 or more")
     if found:
         return found
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size

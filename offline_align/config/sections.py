@@ -243,6 +243,8 @@ class ParallelSection:
     """Gather updated weights while the next forward pass goes on (CUDA, distributed optimizer)."""
     grad_reduce_in_fp32: bool = True
     """Accumulate and reduce gradients in fp32."""
+    silent_rank_seconds: float = 20.0
+    """Seconds after which a rank that has died or stands still is named and all others end; long work is no silence."""
 
 
 @dataclass(frozen=True)

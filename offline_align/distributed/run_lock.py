@@ -10,7 +10,6 @@ import fcntl
 import json
 import logging
 import os
-import socket
 import threading
 import time
 import uuid
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from offline_align.distributed.process import Process
 from offline_align.errors import ConfigError, StorageError
 
 FILE_NAME = ".lock"
@@ -34,12 +34,7 @@ class Holder:
     """Who holds a run folder."""
 
     stage: str
-    host: str
-    machine: str
-    """Boot and process namespace: process numbers mean the same where it is equal."""
-    pid: int
-    born: str
-    """Start of the process in ticks after the boot, since numbers of processes are used again."""
+    process: Process
     since: str
     token: str
 
@@ -47,16 +42,13 @@ class Holder:
     def this_process(cls, stage: str) -> "Holder":
         """Return what this process writes into the lock."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        pid = os.getpid()
-        return cls(stage, socket.gethostname(), _machine(), pid, _born(pid) or "", now, uuid.uuid4().hex)
-
-    @property
-    def is_here(self) -> bool:
-        """Whether it is a process of this machine, of which the system knows whether it lives."""
-        return self.machine == _machine()
+        return cls(stage, Process.this(), now, uuid.uuid4().hex)
 
     def __str__(self) -> str:
-        return f"`{self.stage}`, process {self.pid} on {self.host}, since {self.since}"
+        return f"`{self.stage}`, {self.process}, since {self.since}"
+
+
+_UNKNOWN = Holder("?", Process("an unknown host", "", 0, ""), "?", "")
 
 
 @contextlib.contextmanager
@@ -96,12 +88,12 @@ def _take(path: Path, own: Holder) -> Holder | None:
     """Create the lock and return None, or return its holder."""
     with _one_at_a_time(path.parent):
         other = _read(path)
-        if other is not None and other.is_here and _born(other.pid) != other.born:
+        if other is not None and other.process.has_ended:
             _clear(path, other)
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
-            return _read(path) or Holder("?", "an unknown host", "", 0, "", "?", "")
+            return _read(path) or _UNKNOWN
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 json.dump(asdict(own), file)
@@ -125,7 +117,7 @@ def _clear(path: Path, dead: Holder) -> None:
 
 def _falls_silent(path: Path, other: Holder) -> bool:
     """Watch a holder: whether it shows no sign of life for a minute. One on this machine lives, or was cleared."""
-    if other.is_here:
+    if other.process.is_here:
         return False
     first, pause = _last_beat(path), BEAT_SECONDS / 5
     logger.warning("%s: held by %s: watching whether it lives", path, other)
@@ -161,8 +153,9 @@ def _last_beat(path: Path) -> int | None:
 def _read(path: Path) -> Holder | None:
     """Return who holds the lock; None where nobody does or it is not readable."""
     try:
-        return Holder(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        values = json.loads(path.read_bytes())
+        return Holder(**values | {"process": Process(**values["process"])})
+    except (OSError, ValueError, TypeError, LookupError):
         return None
 
 
@@ -176,21 +169,3 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _born(pid: int) -> str | None:
-    """Return the start of a process in ticks after the boot, or None where it has ended."""
-    try:
-        # The name stands in brackets and may hold anything; state and the rest follow it.
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else rest[18]

@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 
 from offline_align.config.sections import Device, ParallelSection, RunSection
+from offline_align.distributed.heartbeat import heartbeat
 from offline_align.errors import AlignError, ConfigError, FailedOnMainRank
 
 logger = logging.getLogger(__name__)
-# Long enough for a rank that writes or hashes a large checkpoint while the others wait.
+# Long enough for a rank that writes or hashes a large checkpoint while the others wait; `heartbeat` ends them sooner
+# where a rank is silent.
 _TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -113,12 +115,13 @@ def session(parallel: ParallelSection, run: RunSection) -> Iterator[Ranks]:
     from megatron.core import parallel_state
 
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            context_parallel_size=parallel.context_parallel_size,
-        )
-        seed_everything(run.seed)
-        yield _ranks(device)
+        with heartbeat(parallel.silent_rank_seconds):
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+                context_parallel_size=parallel.context_parallel_size,
+            )
+            seed_everything(run.seed)
+            yield _ranks(device)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

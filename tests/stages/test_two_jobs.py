@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from offline_align.__main__ import run
-from offline_align.distributed.run_lock import FILE_NAME, Holder, _born
+from offline_align.distributed.process import born
+from offline_align.distributed.run_lock import FILE_NAME, Holder
 from tests.training import continued, labelled, pairs, samples, train, write_jsonl
 
 SHORT = ["data.max_length=64", "run.device=cpu"]
@@ -61,12 +62,15 @@ def test_the_second_job_is_refused(
 ) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    first = replace(Holder.this_process(command), pid=other_job, born=_born(other_job) or "")
+    own = Holder.this_process(command)
+    first = replace(own, process=replace(own.process, pid=other_job, born=born(other_job) or ""))
     (run_dir / FILE_NAME).write_text(json.dumps(asdict(first)))
     arguments = [*words(command, given), f"run.dir={run_dir}"]
     assert run(arguments) == 78
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert f"run.dir={run_dir}: is in use by another job (`{command}`, process {other_job} on {first.host}" in line
+    assert (
+        f"run.dir={run_dir}: is in use by another job (`{command}`, process {other_job} on {own.process.host}" in line
+    )
     assert [path.name for path in run_dir.iterdir()] == [FILE_NAME]
     (run_dir / FILE_NAME).unlink()
     assert run(arguments) == 0

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from offline_align.distributed import run_lock
+from offline_align.distributed.process import born
 from offline_align.distributed.run_lock import FILE_NAME, Holder
 from offline_align.errors import ConfigError, StorageError
 
@@ -35,6 +36,12 @@ def hold(run_dir: Path, start: float = 0.0) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+def dead(**changes: Any) -> Holder:
+    """Return a holder whose number belongs to another process by now."""
+    own = Holder.this_process("sft")
+    return replace(own, process=replace(own.process, **{"born": "1", **changes}))
+
+
 def put(run_dir: Path, holder: Holder) -> Path:
     path = run_dir / FILE_NAME
     path.write_text(json.dumps(asdict(holder)))
@@ -46,7 +53,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Holder:
     """A holder on another machine; signs of life are looked for in quick succession."""
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(run_lock, "SILENT_SECONDS", 0.4)
-    return replace(Holder.this_process("sft"), host="node7", machine="another boot")
+    return dead(host="node7", machine="another boot")
 
 
 @pytest.mark.slow
@@ -55,7 +62,7 @@ def test_of_two_jobs_started_at_once_one_wins_twenty_times(tmp_path: Path) -> No
         run_dir = tmp_path / str(attempt)
         if attempt % 2:  # with a lock that kill -9 has left
             run_dir.mkdir()
-            put(run_dir, replace(Holder.this_process("sft"), born="1"))
+            put(run_dir, dead())
         jobs = [hold(run_dir, time.time() + 0.5) for _ in range(2)]
         said = [job.stdout.readline() for job in jobs if job.stdout is not None]
         assert sorted(line == "won\n" for line in said) == [False, True], said
@@ -74,18 +81,18 @@ def test_what_kill_9_has_left_is_taken_over_at_once(tmp_path: Path, caplog: Any)
     with pytest.raises(ConfigError, match=said), run_lock.run_lock(tmp_path, "sft"):
         pass
     job.kill()  # and not waited for: a zombie is dead too
-    while run_lock._born(job.pid) is not None:
+    while born(job.pid) is not None:
         time.sleep(0.01)
     started = time.monotonic()
     with run_lock.run_lock(tmp_path, "sft"):
-        assert json.loads((tmp_path / FILE_NAME).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / FILE_NAME).read_text())["process"]["pid"] == os.getpid()
     assert time.monotonic() - started < 1
     assert f"process {job.pid}" in caplog.text and "taken over" in caplog.text
     job.communicate()
 
 
 def test_a_number_that_is_used_again_is_another_process(tmp_path: Path) -> None:
-    put(tmp_path, replace(Holder.this_process("sft"), pid=1, born="0"))
+    put(tmp_path, dead(pid=1))
     with run_lock.run_lock(tmp_path, "sft"):
         pass
 
