@@ -283,6 +283,8 @@ class TrainerSection(ComputeSection):
     """Steps between two checkpoints; unset: at the end only."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept, beside the best one on the validation set."""
+    async_save: bool = False
+    """Write checkpoints in a thread while the training goes on; takes CPU memory for a copy of each rank's shards."""
     recompute: Recompute = Recompute.none
     """`none`, `selective` (attention) or `full` (whole layers)."""
     profile_steps: list[int] = field(default_factory=list)

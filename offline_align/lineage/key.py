@@ -25,6 +25,7 @@ NOT_IN_KEY = frozenset(
         "trainer.recompute",
         "trainer.log_interval",
         "trainer.keep_checkpoints",
+        "trainer.async_save",
         "trainer.profile_steps",
         "label.flush_rows",
         "generate.batch_size",

@@ -97,11 +97,12 @@ def _to_megatron(origin: Origin, run_dir: Path, ranks: Any) -> list[Path]:
     from offline_align.convert.files import open_tensors
     from offline_align.stages import huggingface_form
     from offline_align.train import checkpoint
+    from offline_align.train.saving import Saver
 
     assert origin.huggingface is not None
     with open_tensors(origin.huggingface) as tensors:
         bf16 = tensors["model.embed_tokens.weight"].get_dtype() == "BF16"
     model = huggingface_form.build(origin, ranks, bf16)
     description = huggingface_form.describe(origin)
-    checkpoint.save(run_dir, model, None, description, origin.tokenizer, checkpoint.TrainState(), ranks)
+    Saver(run_dir, model, None, description, origin.tokenizer, ranks).save(checkpoint.TrainState())
     return [run_dir / checkpoint.FOLDER]

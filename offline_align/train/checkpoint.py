@@ -1,40 +1,39 @@
 """Checkpoints: megatron's sharded form inside a folder that appears whole or not at all.
 
 `checkpoints/step_XXXXXXXX/` holds the shards, `model.json`, `tokenizer/`, `state.json` and, written last,
-`checkpoint.json` with the size and SHA-256 of every file. A save goes to a temporary folder that is renamed when all
-of it is on disk; `latest` and `best` are links replaced in one operation. A load checks all hashes on all ranks
-before a single tensor is used.
+`checkpoint.json` with the size and SHA-256 of every file (see `saving`). `latest` and `best` are links replaced in
+one operation. All hashes are checked on all ranks before a single tensor is used; where the newest checkpoint of a
+run is damaged, the one before it takes its place.
 """
 
 import hashlib
 import json
-import queue
+import logging
 import re
 import shutil
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
-from offline_align.data.tokenizer import Tokenizer
 from offline_align.distributed.setup import Ranks
-from offline_align.errors import StorageError
+from offline_align.errors import FailedOnMainRank, StorageError
 from offline_align.lineage import file_sha256
-from offline_align.lineage.files import fsync_path
-from offline_align.model.description import ModelDescription
+from offline_align.lineage.files import canonical_json, fsync_path, text_sha256
 from offline_align.train import reading
 
 FOLDER = "checkpoints"
 FILES_NAME = "checkpoint.json"
 STATE_NAME = "state.json"
-_OPTIMIZER_FORM = {"distrib_optim_sharding_type": "fully_reshardable"}
+OPTIMIZER_FORM = {"distrib_optim_sharding_type": "fully_reshardable"}
 _STEP_NAME = re.compile(r"step_\d{8}")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,6 +46,10 @@ class TrainState:
     """Rows seen, counted on through the epochs."""
     skipped_steps: int = 0
     """Steps whose loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """How many of them were the last ones."""
+    validation_due: bool = False
+    """Whether the validation after the last step is still to be done: a stop request came before its end."""
     best_step: int | None = None
     """Step of the best validation so far."""
     best_value: float | None = None
@@ -62,125 +65,172 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step_{step:08d}"
 
 
-def save(
-    run_dir: Path,
-    model: nn.Module,
-    optimizer: MegatronOptimizer | None,
-    description: ModelDescription,
-    tokenizer: Tokenizer,
-    state: TrainState,
-    ranks: Ranks,
-) -> Path:
-    """Save on all ranks together and return the new checkpoint folder; raises StorageError where a write fails."""
-    final = step_folder(run_dir, state.step)
-    attempt = ranks.broadcast(f".{final.name}.tmp-{uuid.uuid4().hex[:8]}")
-    folder = final.parent / attempt
-    try:
-        if ranks.is_main:
-            folder.mkdir(parents=True)
-        ranks.barrier()
-        _save_shards(model, optimizer, folder)
-        if ranks.is_main:
-            description.save(folder)
-            tokenizer.save(folder / "tokenizer")
-            (folder / STATE_NAME).write_text(json.dumps(asdict(state), indent=2) + "\n")
-        ranks.barrier()
-        files = _hash_files(folder, ranks)
-        if ranks.is_main:
-            _commit(folder, final, files)
-    except OSError as error:
-        raise StorageError(
-            f"{error.filename or folder}: cannot save the checkpoint: {error.strerror or error}"
-        ) from error
-    ranks.barrier()
-    return final
-
-
-def _save_shards(model: nn.Module, optimizer: MegatronOptimizer | None, folder: Path) -> None:
-    # megatron's writers are threads of this process; only their result queue would start a manager process.
-    filesystem_async._results_queue = queue.Queue()
-    shards = _shards(model)
-    if optimizer is not None:
-        shards["optimizer"] = optimizer.sharded_state_dict(dict(shards), metadata=dict(_OPTIMIZER_FORM))
-    dist_checkpointing.save(shards, str(folder), async_strategy="mcore", content_metadata=dict(_OPTIMIZER_FORM))
-
-
-def _shards(model: Any) -> dict[str, Any]:
-    """Return megatron's description of the weights of a model."""
-    return dict(model.sharded_state_dict())
-
-
-def _hash_files(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """Return size and SHA-256 of every file below `folder`, each rank hashing its share."""
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != FILES_NAME)
-    own = {n: _entry(folder / n) for n in names[ranks.rank :: ranks.world_size]}
-    merged: dict[str, dict[str, Any]] = {}
-    for part in ranks.gather(own):
-        merged.update(part)
-    return dict(sorted(merged.items()))
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def _commit(folder: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
-    (folder / FILES_NAME).write_text(json.dumps({"files": files}, indent=1) + "\n")
-    for path in folder.rglob("*"):
-        fsync_path(path)
-    fsync_path(folder)
-    if final.exists():
-        # A run that was killed right after this very save is doing it again, with the same content.
-        shutil.rmtree(final)
-    folder.rename(final)
-    fsync_path(final.parent)
-    link(final, "latest")
+def temporary(folder: Path, purpose: str = "tmp") -> Path:
+    """Return an unused hidden name beside `folder`, which no run takes for a checkpoint."""
+    return folder.with_name(f".{folder.name}.{purpose}-{uuid.uuid4().hex[:8]}")
 
 
 def link(folder: Path, name: str) -> None:
     """Let `checkpoints/<name>` point to the checkpoint `folder`, in one operation."""
-    temporary = folder.parent / f".{name}.{uuid.uuid4().hex[:8]}"
-    temporary.symlink_to(folder.name)
-    temporary.replace(folder.parent / name)
+    path = folder.parent / name
+    attempt = temporary(path)
+    attempt.symlink_to(folder.name)
+    attempt.replace(path)
     fsync_path(folder.parent)
 
 
 def newest(run_dir: Path) -> Path | None:
-    """Return the newest committed checkpoint folder of a run, or None."""
+    """Return the newest checkpoint folder of a run, whole or not, or None."""
+    return max(_step_folders(run_dir), default=None)
+
+
+def _step_folders(run_dir: Path) -> list[Path]:
     folder = run_dir / FOLDER
-    if not folder.is_dir():
+    return sorted(p for p in folder.iterdir() if _STEP_NAME.fullmatch(p.name)) if folder.is_dir() else []
+
+
+def newest_whole(run_dir: Path, ranks: Ranks) -> Path | None:
+    """Return the newest checkpoint of a run whose files all match their hashes; None for a run that has none yet.
+
+    All ranks call it together and get the same. Damaged ones after it are set aside with a warning, and their steps
+    are done again. Raises StorageError where there are checkpoints and none is whole: training from the start again
+    would pass for a continuation.
+    """
+    damaged: dict[Path, list[str]] = {}
+    whole: Path | None = None
+    for folder in reversed(ranks.broadcast(_step_folders(run_dir))):
+        names = damage(folder, ranks)
+        if not names:
+            whole = folder
+            break
+        damaged[folder] = names
+    if whole is None:
+        ranks.from_main(lambda: _check_nothing_lost(run_dir / FOLDER, damaged))
+    elif damaged:
+        ranks.from_main(lambda: _set_aside(damaged, whole))
+    return whole
+
+
+def _check_nothing_lost(folder: Path, damaged: dict[Path, list[str]]) -> None:
+    """Raise StorageError where a run without a whole checkpoint has had one."""
+    advice = f"restore one from a copy, or remove {folder} to train from the start"
+    if damaged:
+        told = "; ".join(f"{path.name}: {_shown(names)}" for path, names in damaged.items())
+        raise StorageError(f"{folder}: no checkpoint is whole ({told}): {advice}")
+    latest = folder / "latest"
+    if latest.is_symlink():
+        raise StorageError(f"{latest}: points to {latest.readlink()}, which is gone: {advice}")
+
+
+def _set_aside(damaged: dict[Path, list[str]], whole: Path) -> None:
+    """Hide damaged checkpoints, which are kept until their steps have been saved again, behind the `whole` one."""
+    try:
+        for folder, names in damaged.items():
+            link(whole, "latest")
+            aside = temporary(folder, "damaged")
+            folder.rename(aside)
+            fsync_path(folder.parent)
+            logger.warning(
+                "%s: DAMAGED (%s): set aside as %s; going back to %s", folder, _shown(names), aside.name, whole.name
+            )
+    except OSError as error:
+        raise StorageError(f"{error.filename}: cannot be set aside: {error.strerror or error}") from error
+
+
+def settle(run_dir: Path, state: TrainState, keep: int) -> None:
+    """Let `latest` and `best` point where `state`, that of the newest whole checkpoint, says; delete what is old.
+
+    What stays are the `keep` newest checkpoints and the best one. A kill at any point of this is made good by the
+    next call. Raises OSError where a link cannot be made; what cannot be deleted stays.
+    """
+    link(step_folder(run_dir, state.step), "latest")
+    if state.best_step is not None and step_folder(run_dir, state.best_step).is_dir():
+        link(step_folder(run_dir, state.best_step), "best")
+    _prune(run_dir, state, keep)
+
+
+def _prune(run_dir: Path, state: TrainState, keep: int) -> None:
+    folders = _step_folders(run_dir)
+    kept = {step_folder(run_dir, s) for s in (state.step, state.best_step) if s is not None}
+    for path in set(folders[: -max(keep, 1)]) - kept:
+        _delete(path)
+    folder = run_dir / FOLDER
+    again = [path for done in folders for path in folder.glob(f".{done.name}.damaged-*")]
+    for leftover in (*folder.glob(".*.tmp-*"), *again):
+        _remove(leftover)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a half deleted one is never taken for one."""
+    gone = temporary(folder)
+    try:
+        folder.rename(gone)
+    except OSError as error:
+        logger.warning("%s: cannot be deleted: %s", folder, error.strerror or error)
+        return
+    _remove(gone)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def manifest_text(files: dict[str, dict[str, Any]]) -> str:
+    """Return the content of `checkpoint.json`: size and SHA-256 of every file, sealed by a hash of their own."""
+    return json.dumps({"files": files, "sha256": text_sha256(canonical_json(files))}, indent=1) + "\n"
+
+
+def entry(path: Path) -> dict[str, Any]:
+    """Return what `checkpoint.json` says of a file. Raises OSError or StorageError."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def damage(folder: Path, ranks: Ranks) -> list[str]:
+    """Return the names of files of a checkpoint that are missing or not as they were written, on all ranks alike."""
+    expected = ranks.broadcast(_recorded(folder) if ranks.is_main else None)
+    if expected is None:
+        return [FILES_NAME]
+    own = [n for n in sorted(expected)[ranks.rank :: ranks.world_size] if not _matches(folder / n, expected[n])]
+    return sorted({n for part in ranks.gather(own) for n in part})
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """Return what `checkpoint.json` says of each file, or None where it is missing or damaged itself."""
+    try:
+        recorded = json.loads((folder / FILES_NAME).read_bytes())
+        files: dict[str, Any] = recorded["files"]
+        # Earlier checkpoints have no seal.
+        seal = text_sha256(canonical_json(files))
+        whole = recorded.get("sha256", seal) == seal and STATE_NAME in files
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    whole = [p for p in folder.iterdir() if _STEP_NAME.fullmatch(p.name) and (p / FILES_NAME).is_file()]
-    return max(whole, default=None, key=lambda p: p.name)
+    return files if whole else None
 
 
-def prune(run_dir: Path, keep: int, protected: set[int | None]) -> None:
-    """Delete all but the `keep` newest checkpoints and the protected steps, and leftovers of broken saves."""
-    folder = run_dir / FOLDER
-    steps = sorted((p for p in folder.iterdir() if _STEP_NAME.fullmatch(p.name)), key=lambda p: p.name)
-    spared = {step_folder(run_dir, s).name for s in protected if s is not None}
-    for path in steps[: -max(keep, 1)]:
-        if path.name not in spared:
-            shutil.rmtree(path, ignore_errors=True)
-    for leftover in folder.glob(".step_*.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _matches(path: Path, expected: dict[str, Any]) -> bool:
+    try:
+        return entry(path) == expected
+    except (OSError, StorageError):
+        return False
 
 
 def verify(folder: Path, ranks: Ranks) -> None:
     """Check every file of a checkpoint against its hash; raises StorageError on all ranks alike."""
-    try:
-        expected: dict[str, dict[str, Any]] = json.loads((folder / FILES_NAME).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise StorageError(f"{folder / FILES_NAME}: not readable ({error}); the checkpoint is not whole") from error
-    names = sorted(expected)[ranks.rank :: ranks.world_size]
-    own = [n for n in names if not _matches(folder / n, expected[n])]
-    damaged = sorted({n for part in ranks.gather(own) for n in part})
-    if damaged:
-        raise StorageError(f"{folder}: damaged or missing: {', '.join(damaged[:5])}; take an earlier checkpoint")
+    names = damage(folder, ranks)
+    if names:
+        raise refusal(f"{folder}: damaged or missing: {_shown(names)}; take an earlier checkpoint", ranks)
 
 
-def _matches(path: Path, expected: dict[str, Any]) -> bool:
-    return path.is_file() and _entry(path) == expected
+def refusal(message: str, ranks: Ranks) -> StorageError | FailedOnMainRank:
+    """Return the error that all ranks end with, and that one of them says."""
+    return StorageError(message) if ranks.is_main else FailedOnMainRank(StorageError.exit_code)
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def digest(folder: Path) -> str:
@@ -195,21 +245,25 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**json.loads((folder / STATE_NAME).read_text()))
 
 
+def sharded_weights(model: Any) -> dict[str, Any]:
+    """Return megatron's description of the weights of a model."""
+    return dict(model.sharded_state_dict())
+
+
 def load_weights(model: nn.Module, folder: Path, ranks: Ranks, fresh_prefixes: tuple[str, ...] = ()) -> None:
     """Load weights saved at any layout into `model`; parameters under `fresh_prefixes` keep their initial values.
 
     Raises StorageError on all ranks where a file is damaged.
     """
     verify(folder, ranks)
-    wanted = {k: v for k, v in _shards(model).items() if not k.startswith(fresh_prefixes or ("\0",))}
+    wanted = {k: v for k, v in sharded_weights(model).items() if not k.startswith(fresh_prefixes or ("\0",))}
     _load_into(model, reading.load(wanted, folder))
 
 
-def load(model: nn.Module, optimizer: MegatronOptimizer, folder: Path, ranks: Ranks) -> TrainState:
-    """Load weights, moments and state of a checkpoint saved at any layout; raises StorageError as `load_weights`."""
-    verify(folder, ranks)
-    shards = _shards(model)
-    shards["optimizer"] = optimizer.sharded_state_dict(dict(shards), is_loading=True, metadata=dict(_OPTIMIZER_FORM))
+def load(model: nn.Module, optimizer: MegatronOptimizer, folder: Path) -> TrainState:
+    """Load weights, moments and state of a checkpoint saved at any layout, which `newest_whole` has verified."""
+    shards = sharded_weights(model)
+    shards["optimizer"] = optimizer.sharded_state_dict(dict(shards), is_loading=True, metadata=dict(OPTIMIZER_FORM))
     loaded = reading.load(shards, folder)
     optimizer.load_state_dict(loaded.pop("optimizer"))
     _load_into(model, loaded)

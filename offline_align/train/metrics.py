@@ -2,24 +2,31 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from offline_align.lineage.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and `tensorboard/` of a run folder; does nothing where `enabled` is False."""
+    """Appends to `metrics.jsonl` and `tensorboard/` of a run folder; does nothing where `enabled` is False.
 
-    def __init__(self, run_dir: Path, enabled: bool, first_step: int) -> None:
+    `first_step` is the first that will be written. Where the validation after the step before is done again too
+    (`validation_due`), its line is forgotten.
+    """
+
+    def __init__(self, run_dir: Path, enabled: bool, first_step: int, validation_due: bool = False) -> None:
         self._file = None
         if not enabled:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         path = run_dir / FILE_NAME
-        _drop_steps_from(path, first_step)
+        _drop_steps_from(path, first_step, validation_due)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
@@ -43,23 +50,27 @@ class MetricsWriter:
             if isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
 
+    def sync(self) -> None:
+        """Bring all lines to disk, so that no checkpoint is ahead of them."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _drop_steps_from(path: Path, first_step: int) -> None:
+def _drop_steps_from(path: Path, first_step: int, validation_due: bool) -> None:
     """Forget lines of steps that are about to be done again: a run killed after its last checkpoint wrote them."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] < first_step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            # The kill tore the last line.
-            continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    kept = [line for line in path.read_bytes().splitlines() if _stays(line, first_step, validation_due)]
+    write_atomically(path, b"".join(line + b"\n" for line in kept))
+
+
+def _stays(line: bytes, first_step: int, validation_due: bool) -> bool:
+    try:
+        row = json.loads(line)
+        return bool(row["step"] < first_step - (validation_due and "valid_count" in row))
+    except (ValueError, LookupError, TypeError):
+        return False  # a kill tore the last line

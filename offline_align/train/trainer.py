@@ -26,6 +26,7 @@ from offline_align.train.checkpoint import TrainState
 from offline_align.train.metrics import MetricsWriter
 from offline_align.train.optim import learning_rate
 from offline_align.train.profiling import StepProfiler
+from offline_align.train.saving import Saver
 from offline_align.train.speed import SpeedMeter
 from offline_align.train.step import StepResult, TrainStep, evaluate, weights_in_place
 
@@ -57,23 +58,41 @@ class Trainer:
     settings: str
     """Key of all that the steps depend on; a checkpoint of another key is refused."""
     state: TrainState = field(default_factory=TrainState)
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Build the saver, over the same model and optimizer."""
+        self.saver = Saver(
+            self.run_dir,
+            self.module,
+            self.optimizer,
+            self.description,
+            self.tokenizer,
+            self.ranks,
+            self.trainer.keep_checkpoints,
+            self.trainer.async_save,
+        )
 
     def fit(self, stop: StopRequest) -> TrainState:
         """Train until the last step and return the state; raises StoppedEarly, with a checkpoint saved, on request.
 
-        Continues from the newest checkpoint of the run folder. Raises ConfigError where that belongs to other
-        settings, AlignError where three steps in a row are not finite.
+        Continues from the newest whole checkpoint of the run folder. Raises ConfigError where that belongs to other
+        settings, StorageError where none is whole or the disk has no room for those to come, and AlignError where
+        three steps in a row are not finite.
         """
         self._continue()
         train_step = TrainStep(self.model, self.optimizer, self.objective, self.optim.clip_grad)
         total = self.data.total_steps
         main = self.ranks.is_main
+        self.saver.check_space(total - self.state.step, self.trainer.save_interval, self.validation is not None)
         with (
-            MetricsWriter(self.run_dir, main, self.state.step + 1) as writer,
+            MetricsWriter(self.run_dir, main, self.state.step + 1, self.state.validation_due) as writer,
             Meter("training", total, "steps", self.state.step, main) as meter,
             StepProfiler(self.trainer.profile_steps, self.run_dir, self.ranks.rank) as profiler,
         ):
-            skipped_in_a_row = 0
+            if self.state.validation_due:
+                self._validate(writer, None)
+                self.saver.settle(self.state)
             upcoming = self.data.steps(self.state.step, pinned=self.ranks.device.type == "cuda")
             while self.state.step < total:
                 started = time.monotonic()
@@ -84,27 +103,35 @@ class Trainer:
                 result = train_step(data.micro_batches, rate, stop.reason is not None)
                 profiler.after(self.state.step + 1)
                 seconds = time.monotonic() - started
-                skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
                 self._advance(data, result, seconds)
                 speed = self.speed.step(data, result.count, seconds, data_seconds)
                 if self._is_due(self.trainer.log_interval):
                     writer.write(self.state.step, self._report(result, rate) | speed)
                 meter.advance(note=f"loss {result.metrics['loss']:.4f}")
-                self._check_finite(skipped_in_a_row, data, result)
-                if self.validation is not None and self._is_due(self.trainer.eval_interval):
-                    self._validate(writer)
-                stop.expect(2 * seconds)
-                if result.stop or self._is_due(self.trainer.save_interval):
-                    self._save()
-                if result.stop and self.state.step < total:
-                    reason = stop.reason or "a request to another rank"
-                    raise StoppedEarly(
-                        f"stopped by {reason} after step {self.state.step} of {total}, saved: run it again"
-                    )
+                self._check_finite(data, result)
+                self.state.validation_due = self.validation is not None and self._is_due(self.trainer.eval_interval)
+                if self.state.validation_due and not result.stop:
+                    self._validate(writer, stop)
+                stop.expect(2 * seconds + self.saver.seconds)
+                is_best = self.state.best_step == self.state.step
+                if result.stop or is_best or self._is_due(self.trainer.save_interval):
+                    self._save(writer)
+                if result.stop and (self.state.step < total or self.state.validation_due):
+                    raise self._stopped(stop)
+                self.saver.poll()
+            self.saver.finish()
         return self.state
 
+    def _stopped(self, stop: StopRequest) -> StoppedEarly:
+        """Return the end of a run that was asked to stop and has saved, once the save is whole."""
+        self.saver.finish()
+        reason = stop.reason or "a request to another rank"
+        return StoppedEarly(
+            f"stopped by {reason} after step {self.state.step} of {self.data.total_steps}, saved: run it again"
+        )
+
     def _continue(self) -> None:
-        newest = self.ranks.broadcast(checkpoint.newest(self.run_dir))
+        newest = checkpoint.newest_whole(self.run_dir, self.ranks)
         if newest is None:
             return
         saved = checkpoint.read_state(newest)
@@ -113,7 +140,9 @@ class Trainer:
                 f"run.dir={self.run_dir}: holds a run with other settings, weights or data; "
                 "repeat its command to continue it, or give another folder"
             )
-        self.state = checkpoint.load(self.module, self.optimizer, newest, self.ranks)
+        self.state = checkpoint.load(self.module, self.optimizer, newest)
+        # A kill may have come between a checkpoint and its links.
+        self.saver.settle(self.state)
         logger.info("continuing after step %d of %d", self.state.step, self.data.total_steps)
 
     def _is_due(self, interval: int | None) -> bool:
@@ -125,6 +154,7 @@ class Trainer:
         self.state.step += 1
         self.state.consumed_samples += data.num_rows
         self.state.skipped_steps += not result.applied
+        self.state.skipped_in_a_row = 0 if result.applied else self.state.skipped_in_a_row + 1
         self.state.seconds += seconds
 
     def _report(self, result: StepResult, rate: float) -> dict[str, Any]:
@@ -138,7 +168,7 @@ class Trainer:
             "skipped_steps": self.state.skipped_steps,
         }
 
-    def _check_finite(self, in_a_row: int, data: StepData, result: StepResult) -> None:
+    def _check_finite(self, data: StepData, result: StepResult) -> None:
         if result.applied:
             return
         own = sorted({i for b in data.micro_batches for i in b.row_ids})
@@ -150,44 +180,48 @@ class Trainer:
             result.grad_norm,
             ", ".join(rows[:8]) + (" ..." if len(rows) > 8 else ""),
         )
-        if in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+        if self.state.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+            self.saver.finish()
             raise AlignError(
-                f"{in_a_row} steps in a row were not finite, the last one at step {self.state.step}: "
+                f"{self.state.skipped_in_a_row} steps in a row were not finite, up to step {self.state.step}: "
                 "lower optim.lr or look at the rows named above; checkpoints before them are kept"
             )
 
-    def _validate(self, writer: MetricsWriter) -> None:
-        assert self.validation is not None
-        metrics, count = evaluate(self.model, self.objective, self._validation_batches(), self.ranks.device)
+    def _validate(self, writer: MetricsWriter, stop: StopRequest | None) -> None:
+        """Measure the validation set; raises StoppedEarly on request, with a checkpoint that has it still to do.
+
+        One that was put off so listens to nobody (`stop` is None), or short attempts would never get past it.
+        """
+        try:
+            batches = self._validation_batches(stop)
+            metrics, count = evaluate(self.model, self.objective, batches, self.ranks.device)
+        except StoppedEarly:
+            self._save(writer)
+            self.saver.finish()
+            raise
         writer.write(self.state.step, {f"valid_{n}": v for n, v in metrics.items()} | {"valid_count": count})
         shown = ", ".join(f"{n} {v:.4f}" for n, v in metrics.items())
         logger.info("validation after step %d: %s", self.state.step, shown)
+        self.state.validation_due = False
         if self.state.best_value is None or metrics["loss"] < self.state.best_value:
             self.state.best_value, self.state.best_step = metrics["loss"], self.state.step
-            self._save()
 
-    def _validation_batches(self) -> Iterator[list[PackedBatch]]:
+    def _validation_batches(self, stop: StopRequest | None) -> Iterator[list[PackedBatch]]:
         assert self.validation is not None
         for data in self.validation.in_order(_VALIDATION_ROWS * self.ranks.dp_size):
+            started = time.monotonic()
+            if stop is not None and any(self.ranks.gather(stop.reason is not None)):
+                raise self._stopped(stop)
             yield data.micro_batches
+            if stop is not None:
+                stop.expect(2 * (time.monotonic() - started) + self.saver.seconds)
 
-    def _save(self) -> None:
-        folder = checkpoint.step_folder(self.run_dir, self.state.step)
-        if self.ranks.broadcast((folder / checkpoint.FILES_NAME).is_file()):
-            return
+    def _save(self, writer: MetricsWriter) -> None:
+        writer.sync()
+        self.saver.finish()
         self.state.settings = self.settings
+        if self.ranks.broadcast(checkpoint.step_folder(self.run_dir, self.state.step).is_dir()):
+            self.saver.settle(self.state)
+            return
         with weights_in_place(self.model):
-            checkpoint.save(
-                self.run_dir,
-                self.module,
-                self.optimizer,
-                self.description,
-                self.tokenizer,
-                self.state,
-                self.ranks,
-            )
-        if self.ranks.is_main:
-            if self.state.best_step == self.state.step:
-                checkpoint.link(folder, "best")
-            checkpoint.prune(self.run_dir, self.trainer.keep_checkpoints, {self.state.best_step})
-        self.ranks.barrier()
+            self.saver.save(self.state)
