@@ -1,15 +1,22 @@
 """Metrics of a run: one JSON object a logged step, and TensorBoard beside it. Written by one rank."""
 
+import contextlib
 import json
+import logging
 import math
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from offline_align.errors import StorageError
 from offline_align.lineage.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -21,39 +28,77 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, enabled: bool, first_step: int, validation_due: bool = False) -> None:
         self._file = None
+        self._board: Any = None
+        self._path = run_dir / FILE_NAME
         if not enabled:
             return
+        _drop_steps_from(self._path, first_step, validation_due)
+        with self._storage_errors():
+            self._file = self._path.open("a", encoding="utf-8")
+        self._open_board(run_dir / "tensorboard", first_step)
+
+    def _open_board(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        path = run_dir / FILE_NAME
-        _drop_steps_from(path, first_step, validation_due)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        # It writes in a thread of its own; what goes wrong there is raised again by the next call.
+        self._hook = threading.excepthook
+        threading.excepthook = self._in_thread
+        with self._without_board():
+            self._board = SummaryWriter(str(folder), purge_step=first_step)
+
+    def _in_thread(self, failure: threading.ExceptHookArgs) -> None:
+        if not isinstance(failure.exc_value, OSError):
+            self._hook(failure)
+
+    @contextlib.contextmanager
+    def _without_board(self) -> Iterator[None]:
+        """Go on without TensorBoard where its file cannot be written: it shows what `metrics.jsonl` has."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            logger.warning("tensorboard: cannot be written, and is left off: %s", error.strerror or error)
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self._path}: cannot be written: {error.strerror or error}") from error
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        threading.excepthook = self._hook
+        if self._board is not None:
+            with self._without_board():
+                self._board.close()
+        # What a failed write has left in the buffer would fail again, over the error that is on its way.
+        with contextlib.suppress(OSError) if error is not None else self._storage_errors():
             self._file.close()
-            self._board.close()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Write the values of `step` (optimizer steps done)."""
+        """Write the values of `step` (optimizer steps done). Raises StorageError."""
         if self._file is None:
             return
         # JSON has no NaN: null keeps the line readable by anything.
         row = {"step": step, **{k: _finite(v) for k, v in values.items()}}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+        with self._storage_errors():
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        with self._without_board():
+            for name, value in values.items():
+                if self._board is not None and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Bring all lines to disk, so that no checkpoint is ahead of them."""
+        """Bring all lines to disk, so that no checkpoint is ahead of them. Raises StorageError."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with self._storage_errors():
+                os.fsync(self._file.fileno())
 
 
 def _finite(value: Any) -> Any:

@@ -69,6 +69,9 @@ class _Save:
         """Write one file in megatron's form, synced; megatron's own loop over the files would lose the error."""
         transforms = self.request.async_fn.args[0]
         _, written = FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, None, None, use_fsync=True)
+        if isinstance(written, RuntimeError):
+            # How torch's archive writer takes a write that failed.
+            raise StorageError(f"{bucket[0]}: cannot be written: {str(written).splitlines()[0]}") from written
         if isinstance(written, Exception):
             raise written
         return written

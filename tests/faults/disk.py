@@ -2,6 +2,7 @@
 
 import subprocess
 from pathlib import Path
+from typing import Self
 
 from tests.faults.forks import NEVER, Ended, Forks
 
@@ -17,6 +18,9 @@ class FailingDisk(Forks):
         command = ["cc", "-shared", "-fPIC", "-O1", "-w", "-o", str(library), str(SOURCE), "-ldl"]
         subprocess.run(command, check=True, capture_output=True)
         super().__init__(folder, {"LD_PRELOAD": str(library), "FAILING_DISK": str(library)})
+
+    def __enter__(self) -> Self:
+        return self
 
     def on_disk(self, words: list[str], failing: int = NEVER, error: int = 0, times: int = NEVER) -> Ended:
         """Run a command; changes number `failing` (from 0) and the `times - 1` after it fail with `error`."""

@@ -37,6 +37,8 @@ class Request:
     """Ranks that get the signal; None: all."""
     disk: tuple[str, int, int, int] | None = None
     """Folder, number of the first change that fails, error, and how many fail."""
+    sabotage: tuple[str, list[Any]] | None = None
+    """A function of `tests.faults.sabotage` that every rank calls first, and its arguments."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,11 @@ def _command(request: Request, rank: int, writing: int) -> int:
     if library is not None and request.disk is not None:
         folder, first, error, times = request.disk
         library.fail_from(folder.encode(), ctypes.c_long(first), error, ctypes.c_long(times))
+    if request.sabotage is not None:
+        from tests.faults import sabotage
+
+        name, arguments = request.sabotage
+        getattr(sabotage, name)(*arguments)
     code = run(request.words)
     if library is not None and rank == 0:
         library.changes.restype = ctypes.c_long
@@ -180,7 +187,7 @@ def _import_everything() -> None:
     import offline_align.stages.generate
     import offline_align.stages.label
     import offline_align.stages.prepare
-    import offline_align.train.checkpoint
+    import offline_align.train.saving
     import offline_align.train.trainer  # noqa: F401
 
     del datasets, matplotlib, pyarrow, sentencepiece

@@ -1,0 +1,192 @@
+"""What can be done to a training run from inside, at a place that a clock would rarely hit."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch import Tensor
+
+from offline_align.train import checkpoint, saving, trainer
+from offline_align.train.step import TrainStep
+
+
+def at(place: str, number: int, signals: list[int], rank: int | None = None) -> None:
+    """Send this process `signals` when it comes to `place` for the `number`-th time (from 1)."""
+    if rank is not None and int(os.environ.get("RANK", "0")) != rank:
+        return
+    left = [number]
+
+    def strike() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            for each in signals:
+                os.kill(os.getpid(), each)
+
+    _PATCHES[place](strike)
+
+
+def _before(owner: Any, name: str) -> Callable[[Callable[[], None]], None]:
+    def patch(strike: Callable[[], None]) -> None:
+        original = getattr(owner, name)
+
+        def struck(*arguments: Any, **more: Any) -> Any:
+            strike()
+            return original(*arguments, **more)
+
+        setattr(owner, name, struck)
+
+    return patch
+
+
+def _mid_shard(strike: Callable[[], None]) -> None:
+    """Strike when some tensors of a shard are in its file, and others are not."""
+    original, written = filesystem_async._write_item, [0]
+
+    @functools.wraps(original)
+    def item(transforms: Any, stream: Any, *arguments: Any, **more: Any) -> Any:
+        if stream.tell() == 0:
+            written[0] = 0
+        written[0] += 1
+        if written[0] == 5:
+            stream.flush()
+            strike()
+        return original(transforms, stream, *arguments, **more)
+
+    filesystem_async._write_item = item
+
+
+def _before_latest(strike: Callable[[], None]) -> None:
+    original = checkpoint.link
+
+    def link(folder: Path, name: str) -> None:
+        if name == "latest":
+            strike()
+        original(folder, name)
+
+    checkpoint.link = link
+
+
+def _during_delete(strike: Callable[[], None]) -> None:
+    """Strike when half of the files of an old checkpoint are gone."""
+    original = shutil.rmtree
+
+    def rmtree(path: Any, *arguments: Any, **more: Any) -> Any:
+        if Path(path).name.startswith(".step_") and Path(path).exists():
+            for file in sorted(p for p in Path(path).rglob("*") if p.is_file())[::2]:
+                file.unlink()
+            strike()
+        return original(path, *arguments, **more)
+
+    shutil.rmtree = rmtree  # type: ignore[assignment]
+
+
+_PATCHES: dict[str, Callable[[Callable[[], None]], None]] = {
+    "before write": _before(saving._Save, "write"),
+    "mid-shard": _mid_shard,
+    "before manifest": _before(checkpoint, "manifest_text"),
+    "before rename": _before(saving, "_rename"),
+    "before latest": _before_latest,
+    "during delete": _during_delete,
+    "step": _before(TrainStep, "_update"),
+    "validation": _before(trainer, "evaluate"),
+}
+
+
+def not_finite(what: str, value: float, rank: int, first: int, steps: int) -> None:
+    """Let one rank meet `value` in its loss or in its gradient, in `steps` optimizer steps from `first` (from 1)."""
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+    original, call, now = TrainStep._forward_step, TrainStep.__call__, [0]
+
+    def counted(self: TrainStep, *arguments: Any, **more: Any) -> Any:
+        now[0] += 1
+        return call(self, *arguments, **more)
+
+    def forward_step(self: TrainStep, batches: Any, model: Any) -> tuple[Tensor, Any]:
+        output, loss_func = original(self, batches, model)
+        if not first <= now[0] < first + steps:
+            return output, loss_func
+        if what == "gradient":
+            hook: Any = output.register_hook
+            hook(lambda gradient: gradient * value)
+            return output, loss_func
+
+        def poisoned(output: Tensor) -> Any:
+            total, count, report = loss_func(output)
+            return total * value, count, report | {"loss": report["loss"] * value}
+
+        return output, poisoned
+
+    TrainStep.__call__ = counted  # type: ignore[method-assign]
+    TrainStep._forward_step = forward_step  # type: ignore[method-assign]
+
+
+def slow_shards(steps: int) -> None:
+    """Let a save in the background write nothing before so many more steps are done, or somebody waits for it."""
+    original, finish, update, done = saving._Save.write, saving.Saver.finish, TrainStep._update, threading.Semaphore(0)
+
+    def write(self: Any) -> None:
+        for _ in range(steps):
+            done.acquire()
+        original(self)
+
+    def waited(self: Any) -> None:
+        done.release(steps)
+        finish(self)
+        while done.acquire(blocking=False):
+            pass
+
+    def updated(self: Any, *arguments: Any) -> Any:
+        result = update(self, *arguments)
+        done.release()
+        return result
+
+    saving._Save.write = write  # type: ignore[method-assign]
+    saving.Saver.finish = waited  # type: ignore[method-assign]
+    TrainStep._update = updated  # type: ignore[method-assign, assignment]
+
+
+def weights_at_end(folder: str) -> None:
+    """Let each rank leave the hash of its own weights in `folder` when its training ends, however it does."""
+    original, rank = trainer.Trainer.fit, os.environ.get("RANK", "0")
+
+    def fit(self: trainer.Trainer, *arguments: Any) -> Any:
+        try:
+            return original(self, *arguments)
+        finally:
+            seen = hashlib.sha256()
+            for parameter in self.module.parameters():
+                seen.update(parameter.detach().float().numpy().tobytes())
+            (Path(folder) / f"weights_{rank}").write_text(seen.hexdigest())
+
+    trainer.Trainer.fit = fit  # type: ignore[method-assign, assignment]
+
+
+def not_finite_and_weights(folder: str, *poison: Any) -> None:
+    """Do both of the above."""
+    weights_at_end(folder)
+    not_finite(*poison)
+
+
+def saved_again(run_dir: str) -> None:
+    """Save what has been loaded at once, into another run folder."""
+    original = trainer.Trainer._continue
+
+    def loaded(self: trainer.Trainer) -> None:
+        original(self)
+        copy = dataclasses.replace(self.saver, run_dir=Path(run_dir), in_background=False)
+        copy.save(self.state)
+
+    trainer.Trainer._continue = loaded  # type: ignore[method-assign]
+
+
+def little_space(free_bytes: int) -> None:
+    """Let the disk say that it has so many bytes left."""
+    saving.shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10**12, 10**12 - free_bytes, free_bytes)  # type: ignore[attr-defined]
