@@ -13,12 +13,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from offline_align.config.compose import STAGES, compose, require, world_size
 from offline_align.config.runs import GenerateRun, LabelRun, Run, TrainRun
 from offline_align.distributed.stopping import interruptible
-from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError
+from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError, leave_for_launcher
 
 _SUMMARIES = {
     "prepare": "raw data sets to rows: SFT and preference files, splits, a report",
@@ -35,6 +36,7 @@ _SUMMARIES = {
     "verify": "whether a run folder is whole and where it came from",
 }
 _INTERNAL = 70
+_LOG_FORM, _LOG_TIME = "%(asctime)s %(message)s", "%H:%M:%S"
 # Their loops look at the limit themselves, once a step or batch is saved: each attempt gets on, however short it is.
 _LISTENERS = (TrainRun, LabelRun, GenerateRun)
 
@@ -53,6 +55,7 @@ def run(arguments: list[str]) -> int:
     except AlignError as error:
         if debug:
             traceback.print_exc()
+        leave_for_launcher(error.exit_code, str(error))
         # All ranks stop together, so one of them says it.
         if not isinstance(error, StoppedEarly) or os.environ.get("RANK", "0") == "0":
             for line in str(error).splitlines():
@@ -65,7 +68,9 @@ def run(arguments: list[str]) -> int:
     except OSError as error:
         if debug:
             traceback.print_exc()
-        _say(f"{error.filename or 'storage'}: {error.strerror or error}")
+        message = f"{error.filename or 'storage'}: {error.strerror or error}"
+        leave_for_launcher(StorageError.exit_code, message)
+        _say(message)
         return StorageError.exit_code
     except (SystemExit, KeyboardInterrupt):
         raise
@@ -73,7 +78,9 @@ def run(arguments: list[str]) -> int:
         if debug:
             traceback.print_exc()
         first_line = str(error).partition("\n")[0]
-        _say(f"internal error: {type(error).__name__}: {first_line}; debug=true shows where")
+        message = f"internal error: {type(error).__name__}: {first_line}; debug=true shows where"
+        leave_for_launcher(_INTERNAL, message)
+        _say(message)
         return _INTERNAL
 
 
@@ -99,11 +106,14 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
     _set_up_logging()
     module = importlib.import_module(f"offline_align.stages.{stage}")
     config = require(composed, _problems(stage, composed.config, composed.explicit))
+    if _becomes_a_job(config):
+        return _submit(stage, config, words)
     if not config.dry_run and _launch(stage, config):
         from offline_align.launch import run_ranks
 
         launcher: Any = getattr(config, "launcher", None)
         return run_ranks(launcher, stage, words)
+    _keep_output(config)
     if not isinstance(config, _LISTENERS):
         limit(getattr(getattr(config, "trainer", None), "max_time", None))
     code: int = module.run(config, composed.explicit)
@@ -132,16 +142,61 @@ def _launch(stage: str, config: Run) -> bool:
     return not common.is_finished(stage, config, common.key_of(stage, config))
 
 
+def _becomes_a_job(config: Run) -> bool:
+    """Whether the stage is for Slurm, and this is not one of its ranks."""
+    from offline_align.config.sections import LauncherKind
+    from offline_align.launch import under_torchrun
+
+    launcher: Any = getattr(config, "launcher", None)
+    return launcher is not None and launcher.kind is LauncherKind.slurm and not under_torchrun()
+
+
+def _submit(stage: str, config: Run, words: list[str]) -> int:
+    """Print the text of the job with `dry_run=true`, else submit it, unless the run is complete, and print its id."""
+    from offline_align import launch_slurm
+    from offline_align.stages import common
+
+    launcher: Any = getattr(config, "launcher", None)
+    text = launch_slurm.job_text(config, stage, words)
+    if config.dry_run:
+        print(text)
+    elif launcher.dependency or not common.is_finished(stage, config, common.key_of(stage, config)):
+        print(launch_slurm.submit(text, config.run.dir))
+    return 0
+
+
 def _overview() -> str:
     lines = [f"  {name:<9} {text}" for name, text in _SUMMARIES.items()]
     head = "offline-align <stage> [key=value ...]      offline-align <stage> --help shows its keys\n"
     return "\n".join([head, *lines])
 
 
+def _keep_output(config: Run) -> None:
+    """Under torchrun, let every rank write into its own file of the run folder; rank 0 is heard on the console too.
+
+    In a Slurm job srun does it. Raises OSError.
+    """
+    if config.dry_run or "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        return
+    rank = int(os.environ["RANK"])
+    path = Path(config.run.dir) / "logs" / f"rank_{rank:03d}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        handler = logging.FileHandler(path)
+        handler.setFormatter(logging.Formatter(_LOG_FORM, _LOG_TIME))
+        logging.getLogger().addHandler(handler)
+        return
+    with path.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+    logging.getLogger("offline_align").setLevel(logging.INFO)
+
+
 def _set_up_logging() -> None:
     rank = os.environ.get("RANK", "0")
     level = logging.INFO if rank == "0" else logging.ERROR
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(level=logging.WARNING, format=_LOG_FORM, datefmt=_LOG_TIME)
     logging.getLogger("offline_align").setLevel(level)
     # Missing optional packages are said once by us, not at every import by others.
     warnings.filterwarnings("ignore", module=r"megatron\..*|torch\..*|transformers\..*")

@@ -3,6 +3,12 @@
 Codes 65, 70, 74, 75 and 78 are those of BSD's sysexits; 75 asks a scheduler to run the job again.
 """
 
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
 
 class AlignError(Exception):
     """Base of all errors that are reported as one plain line instead of a traceback."""
@@ -47,3 +53,17 @@ class FailedOnMainRank(AlignError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("")
         self.exit_code = exit_code
+
+
+def leave_for_launcher(exit_code: int, message: str) -> None:
+    """Write why this rank ends where its launcher asks for it, in torchrun's form: the first error is the cause.
+
+    Does nothing where no launcher asks, or where the file cannot be written: the exit code says it too.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path or not message:
+        return
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    record = {"message": {"message": message, "extraInfo": extra, "errorCode": exit_code}}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps(record), encoding="utf-8")

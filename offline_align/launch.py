@@ -1,11 +1,15 @@
 """Starting ranks: the launcher section as torchrun arguments, and torchrun's own launcher on this machine."""
 
+import logging
 import os
 import signal
 import sys
+from typing import Any
 
 from offline_align.config.sections import LauncherSection
 from offline_align.errors import AlignError, StoppedEarly
+
+logger = logging.getLogger(__name__)
 
 
 def under_torchrun() -> bool:
@@ -54,6 +58,7 @@ def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "offline_align", stage, *words)
     except ChildFailedError as error:
+        _say_first_error(*error.get_first_failure())
         return _outcome({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException:
         # The ranks were sent the signal too, have saved what they had, and are gone.
@@ -77,3 +82,14 @@ def _outcome(codes: dict[int, int]) -> int:
             "again to continue"
         )
     return AlignError.exit_code
+
+
+def _say_first_error(rank: int, failure: Any) -> None:
+    """Say what ended the ranks, where it was not rank 0, which has said it itself: the others write into files.
+
+    A rank that was killed has said nothing; `_outcome` names it.
+    """
+    if failure.exitcode == StoppedEarly.exit_code or failure.exitcode < 0 or rank == 0:
+        return
+    said = failure.message
+    logger.error("first error, rank %d: %s", rank, said["message"] if isinstance(said, dict) else said)

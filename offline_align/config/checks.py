@@ -4,12 +4,15 @@ Each function returns problems as lines that name key, value and fix; an empty l
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from offline_align.config import sections as s
 from offline_align.config.runs import Run
 from offline_align.distributed.sizes import pad_vocabulary
+
+_SLURM_TIME = re.compile(r"(\d+-)?\d{1,3}:\d{2}:\d{2}|(\d+[dhm])+")
 
 
 def problems(config: Run, model: s.ModelSection | None, world: int) -> list[str]:
@@ -171,13 +174,35 @@ def _label(label: s.LabelSection) -> list[str]:
 
 
 def _launcher(launcher: s.LauncherSection) -> list[str]:
-    found = _positive(launcher, "launcher", "nproc_per_node", "nodes")
-    if launcher.kind is s.LauncherKind.slurm:
-        found.append(
-            "launcher=slurm: jobs are not submitted in this version; call scripts/torchrun/multi_node.sh in your own"
-            " batch script, or use launcher=local"
-        )
-    return found
+    found = _positive(launcher, "launcher", "nproc_per_node", "nodes", "cpus_per_task", "attempts")
+    for name in ("gpus_per_node", "signal_margin_seconds"):
+        if (value := getattr(launcher, name)) is not None and value < 0:
+            found.append(f"launcher.{name}={value}: must be 0 or more")
+    if launcher.time is not None and not _SLURM_TIME.fullmatch(launcher.time):
+        found.append(f"launcher.time={launcher.time}: write 3h50m, 03:50:00 or 1-00:00:00")
+    if launcher.dependency is not None and not re.fullmatch(r"\d+(,\d+)*", launcher.dependency):
+        found.append(f"launcher.dependency={launcher.dependency}: write job ids as 12,13")
+    found += [
+        f"launcher.sbatch.{name}: no name of an option; write launcher.sbatch.qos=high"
+        for name in launcher.sbatch
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", str(name))
+    ]
+    found += [
+        f"launcher.environment.{name}: no name of an environment variable"
+        for name in launcher.environment
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(name))
+    ]
+    return found + _one_line_each(launcher)
+
+
+def _one_line_each(launcher: s.LauncherSection) -> list[str]:
+    """Return the values that would not stay on their line of the batch script."""
+    return [
+        f"launcher.{name}: must not contain line breaks or other control characters"
+        for name, value in vars(launcher).items()
+        for text in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value])
+        if isinstance(text, str) and not text.isprintable()
+    ]
 
 
 def _tokenizer(tokenizer: s.TokenizerSection) -> list[str]:

@@ -44,7 +44,7 @@ STAGES: dict[str, type[Run]] = {
 
 # `from` is a keyword of Python, so the field behind the key `init.from` has a trailing underscore.
 _ALIASES = {"init.from": "init.from_"}
-_OPEN_MAPPINGS = ("model.overrides.", "model.rope_scaling.")
+_OPEN_MAPPINGS = ("model.overrides.", "model.rope_scaling.", "launcher.environment.", "launcher.sbatch.")
 # Stages that may run without a folder of their own.
 _RUN_DIR_OPTIONAL = {"plan"}
 MISSING = "???"

@@ -24,6 +24,7 @@ class PrepareRun(Run):
     prepare: s.PrepareSection = field(default_factory=s.PrepareSection)
     tokenizer: s.TokenizerSection = field(default_factory=s.TokenizerSection)
     trainer: s.LimitSection = field(default_factory=s.LimitSection)
+    launcher: s.LauncherSection = field(default_factory=s.LauncherSection)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from offline_align.config.runs import EvaluateRun, ModelRun, Run, TrainRun
-from offline_align.config.sections import ConditionalMethodSection, JudgeKind, ModelSection
+from offline_align.config.runs import EvaluateRun, ModelRun, PrepareRun, Run, TrainRun
+from offline_align.config.sections import ConditionalMethodSection, JudgeKind, LauncherKind, ModelSection
 from offline_align.data.template import Renderer
 from offline_align.errors import AlignError, ConfigError
 from offline_align.launch import under_torchrun
@@ -21,7 +21,10 @@ _NEEDS_INPUT = {"prepare", "label", "generate", "evaluate", "plan"}
 
 def problems(stage: str, config: Run, explicit: frozenset[str]) -> tuple[list[str], ModelSection | None]:
     """Return what `stage` misses, and the architecture that will run where it is known."""
-    found = _files(stage, config) + _condition(config) + _nodes(config) + _overrides(config)
+    found = _condition(config) + _nodes(config) + _overrides(config)
+    if _awaits_jobs(config):
+        return found, None  # their files are not there yet; the job looks again when it starts
+    found += _files(stage, config)
     if not isinstance(config, ModelRun):
         return found + _judge(config), None
     if stage in _NEEDS_WEIGHTS and config.init.from_ is None:
@@ -59,12 +62,22 @@ def _only_checks_judge(config: Run) -> bool:
 
 def _nodes(config: Run) -> list[str]:
     launcher: Any = getattr(config, "launcher", None)
-    if launcher is None or launcher.nodes == 1 or config.dry_run or under_torchrun():
+    if launcher is None or under_torchrun():
+        return []
+    if isinstance(config, PrepareRun) and launcher.nodes * launcher.nproc_per_node > 1:
+        return ["launcher.nproc_per_node, launcher.nodes: `prepare` is one process; leave both at 1"]
+    if launcher.nodes == 1 or launcher.kind is LauncherKind.slurm or config.dry_run:
         return []
     return [
-        f"launcher.nodes={launcher.nodes}: this command starts the ranks of one machine; run torchrun on every node "
-        "(dry_run=true prints the line)"
+        f"launcher.nodes={launcher.nodes}: this command starts the ranks of one machine; use launcher=slurm, "
+        "or run torchrun on every node (dry_run=true prints the line)"
     ]
+
+
+def _awaits_jobs(config: Run) -> bool:
+    """Whether the run is submitted behind jobs that write what it reads."""
+    launcher: Any = getattr(config, "launcher", None)
+    return launcher is not None and launcher.dependency is not None and not under_torchrun()
 
 
 def _overrides(config: Run) -> list[str]:

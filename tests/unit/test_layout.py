@@ -18,7 +18,7 @@ LINES = [
     {"data"},
     {"methods"},
     {"objectives", "model"},
-    {"train", "label", "generate", "evaluate", "convert", "launch"},
+    {"train", "label", "generate", "evaluate", "convert", "launch", "launch_slurm"},
     {"stages"},
 ]
 SERVE_ALL = {"distributed", "errors", "lineage", "progress"}

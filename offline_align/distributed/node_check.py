@@ -1,0 +1,243 @@
+"""Whether the nodes of a job can do it, before it starts: `python -m offline_align.distributed.node_check RUN_DIR`.
+
+Started as all ranks, by the Slurm job or by torchrun. Every rank reports through a store; rank 0 compares, then all
+reduce one tensor together. Each wait has an end, and what is wrong is said once, with the name of the node.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from offline_align.distributed.node_report import Report, judge, node_name
+from offline_align.errors import AlignError, StorageError, leave_for_launcher
+from offline_align.lineage.manifest import versions
+
+logger = logging.getLogger(__name__)
+_POLL_SECONDS = 0.05
+# Large enough to pass through every link of a ring, small enough to take no time.
+_REDUCED_ELEMENTS = 4 * 2**20
+
+
+def main(words: list[str]) -> int:
+    """Check as one rank of all; returns the exit code, and rank 0 says what is wrong."""
+    parser = argparse.ArgumentParser(prog="node_check", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder that all nodes write into")
+    parser.add_argument("--limit", type=float, default=180.0, help="longest wait for all ranks, in seconds")
+    parser.add_argument("--free-gib", type=float, default=5.0, help="least free space of the folder")
+    arguments = parser.parse_args(words)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    logging.basicConfig(level=logging.INFO, format=f"offline-align[rank {rank}]: %(message)s")
+    try:
+        summary = check(arguments.run_dir, arguments.limit, arguments.free_gib, rank, world)
+    except AlignError as error:
+        leave_for_launcher(error.exit_code, str(error))
+        for line in str(error).splitlines():
+            logger.error("error: %s", line)
+        # A thread may still wait in a collective that will never end.
+        os._exit(error.exit_code)
+    if rank == 0:
+        logger.info("nodes: %s", summary)
+    return 0
+
+
+def check(run_dir: Path, limit: float, free_gib: float, rank: int, world: int) -> str:
+    """Compare all nodes and reduce a tensor over all ranks; returns a summary.
+
+    Raises ConfigError (versions, clocks, storage that is not shared), StorageError (space) or AlignError (a rank, a
+    GPU or the network), on rank 0 with the names of the nodes, on the others without a message.
+    """
+    store = _store(rank, world, limit)
+    found: list[Report] = []
+    _agree(store, "report", rank, limit, lambda: _compare(store, run_dir, world, limit, free_gib, found), run_dir)
+    reduced = threading.Thread(target=_reduce, args=(store, rank, world, limit), daemon=True)
+    reduced.start()
+    _agree(store, "reduced", rank, limit, lambda: _await_reduction(store, world, limit))
+    reduced.join(limit)
+    _leave_together(store, rank, world)
+    gpus = sum(Counter({r.host: r.gpus for r in found}).values())
+    return f"{len({r.host for r in found})} hosts, {world} ranks, {gpus} GPUs, one all-reduce: well"
+
+
+def _store(rank: int, world: int, limit: float) -> Any:
+    """Return the store that all ranks see; rank 0 holds it unless torchrun does."""
+    import torch.distributed as dist
+
+    held = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        tcp_store: Any = dist.TCPStore  # type: ignore[attr-defined]
+        store = tcp_store(address, port, world, held, timedelta(seconds=limit), wait_for_workers=False)
+    except (RuntimeError, ValueError) as error:  # DistStoreError and DistNetworkError are RuntimeErrors
+        why = str(error).partition("\n")[0]
+        raise AlignError(f"{node_name(rank)}: no way to rank 0 at {address}:{port} in {limit:.0f} s: {why}") from error
+    return dist.PrefixStore("node_check", store)  # type: ignore[attr-defined]
+
+
+def _agree(
+    store: Any, what: str, rank: int, limit: float, judge: Callable[[], None], run_dir: Path | None = None
+) -> None:
+    """Let rank 0 judge and all ranks end as it does; with `run_dir`, every rank reports on it first."""
+    if rank:
+        if run_dir is not None:
+            _report(store, rank, run_dir, limit)
+        _wait_for(store, [f"{what}/verdict"], 2 * limit)
+        code = int(store.get(f"{what}/verdict")) if store.check([f"{what}/verdict"]) else AlignError.exit_code
+        if code:
+            error = AlignError("")
+            error.exit_code = code
+            raise error
+        return
+    try:
+        judge()
+    except AlignError as error:
+        store.set(f"{what}/verdict", str(error.exit_code))
+        raise
+    store.set(f"{what}/verdict", "0")
+
+
+def _compare(store: Any, run_dir: Path, world: int, limit: float, free_gib: float, found: list[Report]) -> None:
+    marker = run_dir / "logs" / f".check-{uuid.uuid4().hex[:8]}"
+    try:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        store.set("marker", marker.name)
+        _report(store, 0, run_dir, limit)
+        missing = _wait_for(store, [f"report/{r}" for r in range(world)], limit)
+    except OSError as error:
+        raise StorageError(f"{error.filename or run_dir}: {error.strerror or error}") from error
+    finally:
+        marker.unlink(missing_ok=True)
+    if missing:
+        ranks = [int(key.rpartition("/")[2]) for key in missing]
+        raise AlignError("\n".join(f"{node_name(r)}: did not come within {limit:.0f} s" for r in ranks))
+    found += [Report(**json.loads(store.get(f"report/{r}"))) for r in range(world)]
+    judge(found, free_gib)
+
+
+def _report(store: Any, rank: int, run_dir: Path, limit: float) -> None:
+    _wait_for(store, ["marker"], limit)
+    clock = time.time()
+    problem, gpus = _gpu_problem()
+    marker = store.get("marker").decode() if store.check(["marker"]) else ""
+    own = Report(
+        rank=rank,
+        host=socket.gethostname(),
+        versions=versions() | _cuda_versions(),
+        gpus=gpus,
+        clock=clock,
+        free_bytes=shutil.disk_usage(_existing(run_dir)).free,
+        shares_folder=_appears(run_dir / "logs" / marker),
+        problem=problem,
+    )
+    store.set(f"report/{rank}", json.dumps(asdict(own)))
+
+
+def _appears(path: Path, seconds: float = 10.0) -> bool:
+    """Whether a file is there, or comes while a network file system gets to know of it."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _existing(folder: Path) -> Path:
+    return next(p for p in (folder, *folder.resolve().parents) if p.exists())
+
+
+def _cuda_versions() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return {"CUDA of torch": str(torch.version.cuda), "NCCL": nccl}
+
+
+def _gpu_problem() -> tuple[str | None, int]:
+    """Return what this rank's own GPU does wrong, and how many are visible."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    local, wanted = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if gpus == 0:
+        return None, 0
+    if gpus < wanted:
+        return f"{gpus} GPUs visible for {wanted} ranks", gpus
+    try:
+        square = torch.ones(1024, 1024, device=f"cuda:{local}")
+        wrong = float((square @ square).sum()) != 2.0**30
+    except RuntimeError as error:
+        return f"GPU {local}: {str(error).partition(chr(10))[0]}", gpus
+    return (f"GPU {local} computes wrongly" if wrong else None), gpus
+
+
+def _reduce(store: Any, rank: int, world: int, limit: float) -> None:
+    """Reduce a tensor over all ranks and say so in the store; runs beside the wait, since it may never end."""
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    store.set(f"entered/{rank}", "")
+    try:
+        group = dist.PrefixStore("reduce", store)  # type: ignore[attr-defined]
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=timedelta(seconds=limit))
+        tensor = torch.full((_REDUCED_ELEMENTS,), float(rank + 1), device="cuda" if on_gpu else "cpu")
+        dist.all_reduce(tensor)
+        good = bool((tensor == world * (world + 1) / 2).all())
+        store.set(f"reduced/{rank}", "" if good else "the sum over all ranks is wrong")
+        dist.destroy_process_group()
+    except Exception as error:  # what a network does wrong comes as many types
+        store.set(f"reduced/{rank}", f"all-reduce: {str(error).partition(chr(10))[0]}")
+
+
+def _await_reduction(store: Any, world: int, limit: float) -> None:
+    """Raise AlignError naming the nodes that did not come to the all-reduce, else those that did not finish it."""
+    late = _wait_for(store, [f"reduced/{r}" for r in range(world)], limit)
+    absent = [r for r in range(world) if not store.check([f"entered/{r}"])]
+    unfinished = absent or [int(key.rpartition("/")[2]) for key in late]
+    lines = [f"{node_name(r)}: no all-reduce over {world} ranks within {limit:.0f} s" for r in unfinished]
+    if not lines:
+        said = {r: store.get(f"reduced/{r}").decode() for r in range(world)}
+        lines = [f"{node_name(r)}: {text}" for r, text in said.items() if text]
+    if lines:
+        raise AlignError("\n".join(lines))
+
+
+def _leave_together(store: Any, rank: int, world: int) -> None:
+    """Let rank 0 go last: the store goes with it."""
+    store.set(f"left/{rank}", "")
+    if rank == 0:
+        _wait_for(store, [f"left/{r}" for r in range(world)], 10.0)
+
+
+def _wait_for(store: Any, keys: list[str], seconds: float) -> list[str]:
+    """Return the keys that have not come within `seconds`."""
+    deadline = time.monotonic() + seconds
+    missing = keys
+    while missing := [key for key in missing if not store.check([key])]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_POLL_SECONDS)
+    return missing
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

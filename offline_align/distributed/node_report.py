@@ -1,0 +1,90 @@
+"""What the ranks say of their nodes before a job starts, and what is wrong with it."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from offline_align.errors import AlignError, ConfigError, StorageError
+
+LARGEST_SKEW_SECONDS = 10.0
+"""Clocks further apart than this make logs and file times of the nodes misleading."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank says of its node."""
+
+    rank: int
+    host: str
+    versions: dict[str, str]
+    gpus: int
+    clock: float
+    """Seconds since the epoch when rank 0 had asked."""
+    free_bytes: int
+    shares_folder: bool
+    """Whether the run folder is the one that rank 0 sees."""
+    problem: str | None = None
+    """What the rank's own GPU answered with."""
+
+
+def node_name(rank: int) -> str:
+    """Return the name of the node of a rank, which may never have come."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    names = os.environ.get("OFFLINE_ALIGN_NODES", "").split()
+    node = rank // per_node
+    return f"node {names[node] if node < len(names) else node}, rank {rank}"
+
+
+def judge(reports: list[Report], free_gib: float) -> None:
+    """Raise the first kind of problem that the reports show, with a line for every node that has it."""
+    for error, lines in (
+        (ConfigError, list(_different_versions(reports))),
+        (ConfigError, list(_different_clocks(reports))),
+        (ConfigError, list(_different_folders(reports))),
+        (StorageError, list(_full_disks(reports, free_gib))),
+        (AlignError, list(_bad_gpus(reports))),
+    ):
+        if lines:
+            raise error("\n".join(dict.fromkeys(lines)))
+
+
+def _different_versions(reports: list[Report]) -> Iterator[str]:
+    for name in dict.fromkeys(n for r in reports for n in r.versions):
+        seen = [r.versions.get(name, "not installed") for r in reports]
+        usual = Counter(seen).most_common(1)[0][0]
+        for r, version in zip(reports, seen, strict=True):
+            if version != usual:
+                yield f"{_of(r)}: {name} is {version}, elsewhere {usual}; install the same everywhere"
+
+
+def _different_clocks(reports: list[Report]) -> Iterator[str]:
+    middle = sorted(r.clock for r in reports)[len(reports) // 2]
+    for r in reports:
+        if abs(r.clock - middle) > LARGEST_SKEW_SECONDS:
+            yield f"{_of(r)}: the clock is {r.clock - middle:+.0f} s from that of the others; start its time service"
+
+
+def _different_folders(reports: list[Report]) -> Iterator[str]:
+    for r in reports:
+        if not r.shares_folder:
+            yield f"{_of(r)}: run.dir is not the folder that rank 0 sees; use storage that all nodes share"
+
+
+def _full_disks(reports: list[Report], free_gib: float) -> Iterator[str]:
+    for r in reports:
+        if r.free_bytes < free_gib * 2**30:
+            yield f"{_of(r)}: {r.free_bytes / 2**30:.1f} GiB free for run.dir; {free_gib:g} are wanted"
+
+
+def _bad_gpus(reports: list[Report]) -> Iterator[str]:
+    most = max(r.gpus for r in reports)
+    for r in reports:
+        if r.problem is not None:
+            yield f"{_of(r)}, rank {r.rank}: {r.problem}"
+        elif r.gpus < most:
+            yield f"{_of(r)}: {r.gpus} GPUs visible, elsewhere {most}"
+
+
+def _of(report: Report) -> str:
+    return f"{node_name(report.rank).partition(',')[0]} ({report.host})"

@@ -1,0 +1,165 @@
+"""A stage as one Slurm job: the launcher section as the head of `scripts/slurm/stage.sbatch`, and its submission.
+
+The text is a pure function of the configuration. What runs in the job, its signals and its requeue stand in that
+script, which can also be submitted by hand.
+"""
+
+import logging
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from offline_align.config.runs import PrepareRun, Run
+from offline_align.config.sections import Device, LauncherSection, ParallelSection
+from offline_align.distributed.stopping import parse_duration
+from offline_align.errors import ConfigError, StorageError
+
+logger = logging.getLogger(__name__)
+_SAME_FOR_ALL = "# ---- The same for every job"
+# Slurm reads options of a script in its own way: a backslash holds inside both kinds of quotes.
+_PLAIN = re.compile(r"[\w@%+=:,./\[\]-]+")
+# Said by the launcher section for the job, and no business of the ranks in it.
+_OWN_WORDS = ("launcher=", "launcher.", "dry_run=")
+
+
+def job_text(config: Run, stage: str, words: list[str]) -> str:
+    """Return the batch script that runs `stage`, whose command-line `words` gave `config`, which has a launcher."""
+    launcher: LauncherSection = getattr(config, "launcher")  # noqa: B009
+    parallel: ParallelSection = getattr(config, "parallel", ParallelSection())
+    run_dir = config.run.dir
+    gpus = launcher.gpus_per_node
+    if gpus is None:
+        gpus = 0 if isinstance(config, PrepareRun) or config.run.device is Device.cpu else launcher.nproc_per_node
+    head = ["#!/usr/bin/env bash", *(f"#SBATCH {quoted(o)}" for o in _options(launcher, stage, run_dir, gpus))]
+    environment = layout_environment(parallel) | {k: str(v) for k, v in launcher.environment.items()}
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    own = [word for word in words if not word.startswith(_OWN_WORDS)]
+    settings = [
+        "set -euo pipefail",
+        f"set -- {shlex.join([stage, *own])}",
+        f"run_dir={shlex.quote(run_dir)}",
+        f"python={shlex.quote(_python(launcher))}",
+        f"container=({shlex.join(_container(launcher))})",
+        f"check_nodes={str(launcher.check).lower()}",
+        f"attempts={launcher.attempts}",
+        f"margin_seconds={launcher.signal_margin_seconds}",
+        f"requeue={str(launcher.requeue).lower()}",
+    ]
+    return "\n".join([*head, "", *settings, *exports, "", _SAME_FOR_ALL + _body()])
+
+
+def layout_environment(parallel: ParallelSection) -> dict[str, str]:
+    """Return the environment that a layout wants of CUDA.
+
+    With one hardware queue kernels start in the order of their launches, so that the communication of tensor parallel
+    ranks starts before the matrix product that it is to overlap with.
+    """
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if parallel.tensor_model_parallel_size > 1 else {}
+
+
+def quoted(option: str) -> str:
+    """Return an option as Slurm reads it from a line of the script."""
+    name, equals, value = option.partition("=")
+    if not equals or _PLAIN.fullmatch(value):
+        return option
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}="{escaped}"'
+
+
+def log_folder(run_dir: str) -> Path:
+    """Return the folder of the job's console and of each rank's output; Slurm does not make it."""
+    return Path(run_dir) / "logs"
+
+
+def submit(text: str, run_dir: str) -> str:
+    """Submit the text of a job and return its id; one that is already there for the folder is not doubled.
+
+    Raises ConfigError where Slurm refuses it, StorageError where the log folder cannot be made.
+    """
+    record = log_folder(run_dir) / "job"
+    if there := _waiting_or_running(record):
+        logger.info("%s: job %s is there already", run_dir, there)
+        return there
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        if error.filename != "sbatch":
+            raise StorageError(f"{record.parent}: {error.strerror}") from error
+        raise ConfigError("launcher=slurm: sbatch is not on PATH; submit from a node of the cluster") from error
+    if done.returncode:
+        raise ConfigError(f"launcher=slurm: sbatch refuses the job: {' '.join(done.stderr.split())}")
+    job = done.stdout.strip().partition(";")[0]
+    record.write_text(job + "\n", encoding="utf-8")
+    return job
+
+
+def _waiting_or_running(record: Path) -> str | None:
+    """Return the job that was submitted before for the same folder, if Slurm still has it to do."""
+    if not record.is_file():
+        return None
+    job = record.read_text(encoding="utf-8").strip()
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%i"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return job if done.stdout.strip() else None
+
+
+def _options(launcher: LauncherSection, stage: str, run_dir: str, gpus: int) -> Iterator[str]:
+    """Yield the options of sbatch, the user's own last: of two the later holds."""
+    yield f"--job-name={launcher.job_name or f'offline-align-{stage}'}"
+    yield f"--nodes={launcher.nodes}"
+    yield f"--ntasks-per-node={launcher.nproc_per_node}"
+    if gpus:
+        yield f"--gpus-per-node={gpus}"
+    if launcher.cpus_per_task is not None:
+        yield f"--cpus-per-task={launcher.cpus_per_task}"
+    for name, value in (("partition", launcher.partition), ("account", launcher.account)):
+        if value is not None:
+            yield f"--{name}={value}"
+    if launcher.time is not None:
+        yield f"--time={_slurm_time(launcher.time)}"
+    if launcher.dependency is not None:
+        yield f"--dependency=afterok:{launcher.dependency.replace(',', ':')}"
+        yield "--kill-on-invalid-dep=yes"
+    # Slurm takes `%` in a file name for the start of a field.
+    yield f"--output={str(log_folder(run_dir)).replace('%', '%%')}/slurm-%j.out"
+    yield "--open-mode=append"
+    yield f"--signal=B:USR1@{launcher.signal_margin_seconds}"
+    yield "--requeue" if launcher.requeue else "--no-requeue"
+    for name, value in launcher.sbatch.items():
+        yield f"--{name}" if value is True else f"--{name}={value}"
+
+
+def _slurm_time(text: str) -> str:
+    """Return a duration as Slurm reads it, which knows no `3h50m`."""
+    if ":" in text:
+        return text
+    minutes = int(parse_duration(text, "launcher.time")) // 60
+    return f"{minutes // 60}:{minutes % 60:02d}:00"
+
+
+def _container(launcher: LauncherSection) -> list[str]:
+    """Return the words for srun of pyxis."""
+    if launcher.container_image is None:
+        return []
+    mounts = ",".join(launcher.container_mounts)
+    words = [f"--container-image={launcher.container_image}", f"--container-workdir={Path.cwd()}"]
+    return [*words, *([f"--container-mounts={mounts}"] if mounts else [])]
+
+
+def _python(launcher: LauncherSection) -> str:
+    """Return what runs the ranks: this very Python, or that of the image."""
+    return launcher.python or (sys.executable if launcher.container_image is None else "python")
+
+
+def _body() -> str:
+    package = Path(__file__).resolve().parent
+    carried = package / "scripts" / "slurm" / "stage.sbatch"
+    script = carried if carried.is_file() else package.parent / "scripts" / "slurm" / "stage.sbatch"
+    return script.read_text(encoding="utf-8").partition(_SAME_FOR_ALL)[2]
