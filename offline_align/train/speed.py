@@ -2,7 +2,9 @@
 
 import resource
 import sys
+import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +12,54 @@ import torch
 from offline_align.data.loader import StepData
 from offline_align.distributed.hardware import peak_flops
 from offline_align.distributed.sizes import ModelSizes
+
+
+class OwnTime:
+    """How long this rank itself works on a step: from its rows until it starts to wait for the others' gradients.
+
+    Ranks that share layers wait for each other all the time and show the same; what differs are their groups.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        event: Any = torch.cuda.Event
+        self._events = [event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._times = [0.0, 0.0]
+        self._waited = 0.0
+
+    def start(self, waited: float) -> None:
+        """Mark the start of a step, for whose rows this rank has `waited` seconds."""
+        self._waited = waited
+        self._mark(0)
+
+    def stop(self) -> None:
+        """Mark the end of its own part."""
+        self._mark(1)
+
+    def seconds(self) -> float:
+        """Return the seconds of a step whose results have been read, so that nothing is waited for; 0 before that."""
+        if not self._times[1]:
+            return 0.0
+        if self._events:
+            return self._waited + float(self._events[0].elapsed_time(self._events[1])) / 1000
+        return self._waited + self._times[1] - self._times[0]
+
+    def _mark(self, which: int) -> None:
+        self._times[which] = time.monotonic()
+        if self._events:
+            self._events[which].record()
+
+
+def stragglers(seconds: list[float], hosts: list[str]) -> dict[str, float | str]:
+    """Return how far the slowest rank is behind, and where it runs; empty where there is nothing to compare."""
+    if len(seconds) < 2 or min(seconds) <= 0:
+        return {}
+    median, slowest = float(np.median(seconds)), int(np.argmax(seconds))
+    return {
+        "rank_seconds_median": median,
+        "rank_seconds_max": seconds[slowest],
+        "slowest_rank": slowest,
+        "slowest_host": hosts[slowest],
+    }
 
 
 @dataclass

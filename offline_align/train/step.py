@@ -17,6 +17,7 @@ from torch import Tensor
 
 from offline_align.data.batch import PackedBatch
 from offline_align.objectives import LossSum, Objective
+from offline_align.train.speed import OwnTime
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class StepResult:
     """False where the loss or the norm was not finite: the weights are untouched."""
     stop: bool
     """Whether any rank was asked to stop."""
+    rank_seconds: list[float]
+    """Own time of each rank in the step before this one."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +47,28 @@ class GlobalSums:
     count: int
     stop: bool
     """Whether any rank was asked to stop."""
+    rank_seconds: list[float]
+    """What each rank gave as its own time."""
 
 
-def reduce_sums(sums: dict[str, Tensor], count: int, device: torch.device, stop: bool = False) -> GlobalSums:
-    """Add up sums and counts over the global batch, and stop requests over all ranks, in one collective."""
+def reduce_sums(
+    sums: dict[str, Tensor], count: int, device: torch.device, stop: bool = False, own_seconds: float = 0.0
+) -> GlobalSums:
+    """Add up sums and counts over the global batch, stop requests and times of all ranks, in one collective."""
     names = sorted(sums)
+    seconds = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
+    seconds[dist.get_rank()].fill_(own_seconds)
     # Filled on the device: a copy from the host would wait for everything before it.
     counted = [torch.full((), float(n), dtype=torch.float64, device=device) for n in (count, stop)]
-    vector = torch.stack([*(sums[n].double().to(device) for n in names), *counted])
+    vector = torch.cat([torch.stack([*(sums[n].double().to(device) for n in names), *counted]), seconds])
     dist.all_reduce(vector)
-    *totals, total, stops = vector.tolist()
+    values = vector.tolist()
+    *totals, total, stops = values[: len(names) + len(counted)]
     # Tensor parallel ranks hold equal sums, so each value is counted as often as there are of them.
     copies = parallel_state.get_tensor_model_parallel_world_size()
     divisor = max(total, 1.0)
-    return GlobalSums({n: t / divisor for n, t in zip(names, totals, strict=True)}, round(total / copies), stops > 0)
+    means = {n: t / divisor for n, t in zip(names, totals, strict=True)}
+    return GlobalSums(means, round(total / copies), stops > 0, values[len(names) + len(counted) :])
 
 
 class TrainStep:
@@ -74,18 +85,30 @@ class TrainStep:
         self.optimizer = optimizer
         self.objective = objective
         self.clip_grad = clip_grad
+        self._own_time = OwnTime(self.device)
         self._schedule = get_forward_backward_func()
         self._connect_schedule()
 
     def _connect_schedule(self) -> None:
         config = self.model.config
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = self._finish_gradients
         ddp = self.model.ddp_config
         if ddp.overlap_grad_reduce:
             config.no_sync_func = self.model.no_sync
 
-    def __call__(self, micro_batches: list[PackedBatch], learning_rate: float, stop: bool = False) -> StepResult:
-        """Train on this rank's share of a global batch; every data parallel rank has as many micro-batches."""
+    def _finish_gradients(self, *arguments: Any, **named: Any) -> None:
+        self._own_time.stop()
+        finalize_model_grads(*arguments, **named)
+
+    def __call__(
+        self, micro_batches: list[PackedBatch], learning_rate: float, stop: bool = False, waited: float = 0.0
+    ) -> StepResult:
+        """Train on this rank's share of a global batch; every data parallel rank has as many micro-batches.
+
+        `waited` are the seconds that the rank has waited for its rows.
+        """
+        own_seconds = self._own_time.seconds()
+        self._own_time.start(waited)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.model.train()
@@ -100,9 +123,9 @@ class TrainStep:
             micro_batch_size=1,
             forward_only=False,
         )
-        sums = reduce_sums(*_add_up(stored), self.device, stop)
+        sums = reduce_sums(*_add_up(stored), self.device, stop, own_seconds)
         grad_norm, applied = self._update(math.isfinite(sums.means["loss"]))
-        return StepResult(sums.means, sums.count, grad_norm, applied, sums.stop)
+        return StepResult(sums.means, sums.count, grad_norm, applied, sums.stop, sums.rank_seconds)
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,8 @@
 """The loop: steps, validation, checkpoints, early stops and continuation, the same for every objective."""
 
 import logging
+import os
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ from offline_align.train.metrics import MetricsWriter
 from offline_align.train.optim import learning_rate
 from offline_align.train.profiling import StepProfiler
 from offline_align.train.saving import Saver
-from offline_align.train.speed import SpeedMeter
+from offline_align.train.speed import SpeedMeter, stragglers
 from offline_align.train.step import StepResult, TrainStep, evaluate, weights_in_place
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,8 @@ class Trainer:
         total = self.data.total_steps
         main = self.ranks.is_main
         self.saver.check_space(total - self.state.step, self.trainer.save_interval, self.validation is not None)
+        # A node of Slurm is known by its name there.
+        hosts = self.ranks.gather(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
         with (
             MetricsWriter(self.run_dir, main, self.state.step + 1, self.state.validation_due) as writer,
             Meter("training", total, "steps", self.state.step, main) as meter,
@@ -100,13 +104,14 @@ class Trainer:
                 data_seconds = time.monotonic() - started
                 rate = learning_rate(self.state.step, self.optim, total)
                 profiler.before(self.state.step + 1)
-                result = train_step(data.micro_batches, rate, stop.reason is not None)
+                result = train_step(data.micro_batches, rate, stop.reason is not None, data_seconds)
                 profiler.after(self.state.step + 1)
                 seconds = time.monotonic() - started
                 self._advance(data, result, seconds)
                 speed = self.speed.step(data, result.count, seconds, data_seconds)
                 if self._is_due(self.trainer.log_interval):
-                    writer.write(self.state.step, self._report(result, rate) | speed)
+                    slow = stragglers(result.rank_seconds, hosts)
+                    writer.write(self.state.step, self._report(result, rate) | speed | slow)
                 meter.advance(note=f"loss {result.metrics['loss']:.4f}")
                 self._check_finite(data, result)
                 self.state.validation_due = self.validation is not None and self._is_due(self.trainer.eval_interval)

@@ -102,10 +102,10 @@ class Cluster:
         for process in leftover:
             _signal(process, signal.SIGKILL)
 
-    def run(self, *words: str, check: bool = True, **more: str) -> str:
-        """Return what a command prints in the environment of the cluster."""
+    def run(self, *words: str, check: bool = True, more: dict[str, str] | None = None) -> str:
+        """Return what a command prints in the environment of the cluster, with `more` variables."""
         done = subprocess.run(
-            words, env=self.environment | more, capture_output=True, text=True, timeout=120, check=False
+            words, env=self.environment | (more or {}), capture_output=True, text=True, timeout=600, check=False
         )
         if check and done.returncode:
             raise AssertionError(f"{' '.join(words)}: {done.returncode}\n{done.stdout}\n{done.stderr}")

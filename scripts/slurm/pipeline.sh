@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# The chain of scripts/pipeline.sh as Slurm jobs: each starts when the jobs have ended well whose folders it reads, so
+# that FA, RWR and CA run side by side. Every stage has its own nodes and layout:
+#
+#   RUNS=/data/runs DATA=/data/raw/rows.jsonl PROMPTS=/data/raw/prompts.jsonl MODEL=llama3_8b INIT=/models/llama3_8b \
+#     SLURM_OPTIONS='launcher.partition=dgx launcher.account=me launcher.time=4h' \
+#     TRAIN_OPTIONS='parallel=tp4 launcher.nodes=4 launcher.nproc_per_node=8' \
+#     LABEL_OPTIONS='launcher.nodes=4 launcher.nproc_per_node=8' GENERATE_OPTIONS='launcher.nproc_per_node=8' \
+#     scripts/slurm/pipeline.sh [--dry-run | --wait]
+#
+# --dry-run checks all settings and prints the graph; --wait stays until the last job and prints the table. The same
+# line again submits what is not complete and not in the queue.
+set -euo pipefail
+
+mode=${1:-}
+[[ "$mode" =~ ^(--dry-run|--wait|)$ ]] || { echo "pipeline.sh: $mode: only --dry-run or --wait" >&2 && exit 78; }
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+read -ra slurm <<<"${SLURM_OPTIONS:-}"         # for every job; the options of a stage win over them
+
+folders=()                                     # in the order of the chain
+declare -A job=()                              # run folder: the job that fills it
+
+# Stands in for the command in scripts/pipeline.sh: submits the stage instead of running it.
+offline-align() {
+    local stage=$1 run_dir='' word folder after=() names=()
+    shift
+    for word in "$@"; do [[ "$word" != run.dir=* ]] || run_dir=${word#run.dir=}; done
+    for folder in "${folders[@]}"; do
+        for word in "$@"; do
+            [[ "$word," == *[=,[]"$folder"[],/]* && "$word" != run.dir=* ]] || continue
+            names+=("${folder##*/}")
+            [[ -z "${job[$folder]}" ]] || after+=("${job[$folder]}")
+            break
+        done
+    done
+    folders+=("$run_dir")
+    local words=(launcher=slurm "${slurm[@]}" "$@")
+    if [[ "$mode" == --dry-run ]]; then
+        command offline-align "$stage" "${words[@]}" dry_run=true launcher.dependency=1 >/dev/null
+        job[$run_dir]=
+        draw "$stage" "$run_dir" "${names[*]}" "${words[@]}"
+        return
+    fi
+    [[ ${#after[@]} -eq 0 ]] || words+=("launcher.dependency=$(IFS=, && echo "${after[*]}")")
+    job[$run_dir]=$(command offline-align "$stage" "${words[@]}")
+    printf '%-9s %-24s %s\n' "$stage" "$run_dir" "${job[$run_dir]:+job ${job[$run_dir]}${after[*]:+, after ${after[*]}}}"
+}
+
+# One line of the graph: the stage, its ranks, what it waits for, and whether there is anything left to do.
+draw() {
+    local stage=$1 run_dir=$2 behind=$3 nodes=1 ranks=1 tensor=1 word
+    for word in "${@:4}"; do
+        case $word in
+        launcher.nodes=*) nodes=${word#*=} ;;
+        launcher.nproc_per_node=*) ranks=${word#*=} ;;
+        parallel=tp*) tensor=${word#*=tp} ;;
+        parallel.tensor_model_parallel_size=*) tensor=${word#*=} ;;
+        esac
+    done
+    local state=''
+    [[ ! -f "$run_dir/manifest.json" ]] || state='  (complete)'
+    printf '%-9s %-16s %2d x %d ranks, TP %d   %s%s\n' "$stage" "${run_dir##*/}" "$nodes" "$ranks" "$tensor" \
+        "${behind:+after ${behind// /, }}" "$state"
+}
+
+# shellcheck source=scripts/pipeline.sh
+source "$here/../pipeline.sh"
+[[ "$mode" != --dry-run ]] || exit 0
+
+report=${folders[-1]}
+if [[ "$mode" == --wait ]]; then
+    ids=$(IFS=, && echo "${job[*]}")
+    ids=$(tr -s ',' <<<"$ids")
+    while [[ -n "${ids//,/}" && -n "$(squeue --noheader --jobs="${ids#,}" 2>/dev/null)" ]]; do sleep "${POLL_SECONDS:-10}"; done
+    for folder in "${folders[@]}"; do
+        [[ -f "$folder/manifest.json" ]] || { echo "not complete: $folder (see $folder/logs)" >&2 && exit 70; }
+    done
+    cat "$report/report.md"
+else
+    echo "the table will be $report/report.md, and at the end of $report/logs/slurm-${job[$report]:-*}.out"
+fi
