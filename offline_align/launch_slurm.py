@@ -125,7 +125,7 @@ def _options(launcher: LauncherSection, stage: str, run_dir: str, gpus: int) -> 
     if launcher.time is not None:
         yield f"--time={_slurm_time(launcher.time)}"
     if launcher.dependency is not None:
-        yield f"--dependency=afterok:{launcher.dependency.replace(',', ':')}"
+        yield f"--dependency=afterok:{launcher.dependency}"
         yield "--kill-on-invalid-dep=yes"
     # Slurm takes `%` in a file name for the start of a field.
     yield f"--output={str(log_folder(run_dir)).replace('%', '%%')}/slurm-%j.out"

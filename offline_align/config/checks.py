@@ -180,8 +180,8 @@ def _launcher(launcher: s.LauncherSection) -> list[str]:
             found.append(f"launcher.{name}={value}: must be 0 or more")
     if launcher.time is not None and not _SLURM_TIME.fullmatch(launcher.time):
         found.append(f"launcher.time={launcher.time}: write 3h50m, 03:50:00 or 1-00:00:00")
-    if launcher.dependency is not None and not re.fullmatch(r"\d+(,\d+)*", launcher.dependency):
-        found.append(f"launcher.dependency={launcher.dependency}: write job ids as 12,13")
+    if launcher.dependency is not None and not re.fullmatch(r"\d+(:\d+)*", launcher.dependency):
+        found.append(f"launcher.dependency={launcher.dependency}: write job ids as 12:13")
     found += [
         f"launcher.sbatch.{name}: no name of an option; write launcher.sbatch.qos=high"
         for name in launcher.sbatch

@@ -392,7 +392,7 @@ class LauncherSection:
     sbatch: dict[str, Any] = field(default_factory=dict)
     """Further options of sbatch, as `launcher.sbatch.qos=high` or `launcher.sbatch.exclusive=true`; they come last."""
     dependency: str | None = None
-    """Jobs that must end well first, as `12,13`; files that they are to write need not be there yet."""
+    """Jobs that must end well first, as `12:13`; files that they are to write need not be there yet."""
     check: bool = True
     """Check the nodes before a stage of several ranks: GPUs, network, clocks, disk and versions."""
     requeue: bool = True

@@ -4,6 +4,7 @@ The order of rows is a pure function of (seed, epoch, index): nothing is consume
 at any step, at any number of ranks, with the same rows.
 """
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -68,6 +69,10 @@ class SampleSource:
         """Return the tokens of each row."""
         return self._lengths
 
+    def fingerprint(self) -> int:
+        """Return a checksum of the rows and their order."""
+        return _checksum(self.rows)
+
     def collate(self, rows: Sequence[int], pad_to_multiple: int) -> PackedBatch:
         """Return the bin that holds `rows`, with all their targets."""
         return _assemble([_Segments(self.rows, rows)], [self.rows.row_ids[r] for r in rows], None, pad_to_multiple)
@@ -87,11 +92,24 @@ class PairSource:
         """Return the tokens of both answers of each pair together."""
         return self._lengths
 
+    def fingerprint(self) -> int:
+        """Return a checksum of the pairs and their order."""
+        return _checksum(self.pairs.chosen, self.pairs.rejected)
+
     def collate(self, rows: Sequence[int], pad_to_multiple: int) -> PackedBatch:
         """Return the bin that holds both answers of each pair of `rows`."""
         parts = [_Segments(self.pairs.chosen, rows), _Segments(self.pairs.rejected, rows)]
         margins = np.nan_to_num(self.pairs.margin[list(rows)], nan=0.0)
         return _assemble(parts, [self.pairs.row_ids[r] for r in rows], margins, pad_to_multiple)
+
+
+def _checksum(*columns: TokenizedRows) -> int:
+    """Return the CRC-32 of all that decides a step."""
+    checksum = 0
+    for column in columns:
+        for array in (column.ids, column.offsets, column.target_start, column.weight):
+            checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+    return checksum
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_align.distributed.node_report import Report, judge, node_name
-from offline_align.errors import AlignError, StorageError, leave_for_launcher
+from offline_align.errors import AlignError, FailedOnMainRank, StorageError, leave_for_launcher
 from offline_align.lineage.manifest import versions
 
 logger = logging.getLogger(__name__)
@@ -61,10 +61,12 @@ def check(run_dir: Path, limit: float, free_gib: float, rank: int, world: int) -
     """
     store = _store(rank, world, limit)
     found: list[Report] = []
-    _agree(store, "report", rank, limit, lambda: _compare(store, run_dir, world, limit, free_gib, found), run_dir)
+    if rank:
+        _report(store, rank, run_dir, limit)
+    _agree(store, "report", rank, world, limit, lambda: _compare(store, run_dir, world, limit, free_gib, found))
     reduced = threading.Thread(target=_reduce, args=(store, rank, world, limit), daemon=True)
     reduced.start()
-    _agree(store, "reduced", rank, limit, lambda: _await_reduction(store, world, limit))
+    _agree(store, "reduced", rank, world, limit, lambda: _await_reduction(store, world, limit))
     reduced.join(limit)
     _leave_together(store, rank, world)
     gpus = sum(Counter({r.host: r.gpus for r in found}).values())
@@ -86,26 +88,22 @@ def _store(rank: int, world: int, limit: float) -> Any:
     return dist.PrefixStore("node_check", store)  # type: ignore[attr-defined]
 
 
-def _agree(
-    store: Any, what: str, rank: int, limit: float, judge: Callable[[], None], run_dir: Path | None = None
-) -> None:
-    """Let rank 0 judge and all ranks end as it does; with `run_dir`, every rank reports on it first."""
-    if rank:
-        if run_dir is not None:
-            _report(store, rank, run_dir, limit)
-        _wait_for(store, [f"{what}/verdict"], 2 * limit)
-        code = int(store.get(f"{what}/verdict")) if store.check([f"{what}/verdict"]) else AlignError.exit_code
-        if code:
-            error = AlignError("")
-            error.exit_code = code
-            raise error
-        return
-    try:
-        judge()
-    except AlignError as error:
-        store.set(f"{what}/verdict", str(error.exit_code))
-        raise
-    store.set(f"{what}/verdict", "0")
+def _agree(store: Any, what: str, rank: int, world: int, limit: float, judge: Callable[[], None]) -> None:
+    """Let rank 0 judge and all ranks end as it does."""
+    verdict = f"{what}/verdict"
+    if rank == 0:
+        try:
+            judge()
+        except AlignError as error:
+            store.set(verdict, str(error.exit_code))
+            _leave_together(store, rank, world, 3.0)
+            raise
+        store.set(verdict, "0")
+    elif _wait_for(store, [verdict], 2 * limit):
+        raise AlignError(f"{node_name(rank)}: no answer from rank 0 in {2 * limit:.0f} s")
+    elif code := int(store.get(verdict)):
+        _leave_together(store, rank, world)
+        raise FailedOnMainRank(code)
 
 
 def _compare(store: Any, run_dir: Path, world: int, limit: float, free_gib: float, found: list[Report]) -> None:
@@ -221,11 +219,11 @@ def _await_reduction(store: Any, world: int, limit: float) -> None:
         raise AlignError("\n".join(lines))
 
 
-def _leave_together(store: Any, rank: int, world: int) -> None:
+def _leave_together(store: Any, rank: int, world: int, seconds: float = 10.0) -> None:
     """Let rank 0 go last: the store goes with it."""
     store.set(f"left/{rank}", "")
     if rank == 0:
-        _wait_for(store, [f"left/{r}" for r in range(world)], 10.0)
+        _wait_for(store, [f"left/{r}" for r in range(world)], seconds)
 
 
 def _wait_for(store: Any, keys: list[str], seconds: float) -> list[str]:

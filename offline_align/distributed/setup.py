@@ -9,7 +9,8 @@ import datetime
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from offline_align.config.sections import Device, ParallelSection, RunSection
 from offline_align.distributed.heartbeat import heartbeat
-from offline_align.errors import AlignError, ConfigError, FailedOnMainRank
+from offline_align.errors import AlignError, ConfigError, DataError, FailedOnMainRank
 
 logger = logging.getLogger(__name__)
 # Long enough for a rank that writes or hashes a large checkpoint while the others wait; `heartbeat` ends them sooner
@@ -63,6 +64,19 @@ class Ranks:
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def require_same(self, value: Hashable, what: str) -> None:
+        """Raise DataError on all ranks where one has another `value` than rank 0: they would wait for each other."""
+        found = self.gather((socket.gethostname(), value))
+        others = [f"rank {r} on {host}" for r, (host, seen) in enumerate(found) if seen != found[0][1]]
+        if not others:
+            return
+        if not self.is_main:
+            raise FailedOnMainRank(DataError.exit_code)
+        raise DataError(
+            f"{what}: {', '.join(others)} read other rows than rank 0 on {found[0][0]}; "
+            "give one file on storage that all nodes share"
+        )
 
     def from_main[T](self, work: Callable[[], T]) -> T:
         """Return on all ranks what `work` gives on rank 0; an error there ends all ranks with its exit code."""

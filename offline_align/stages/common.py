@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from offline_align import lineage
 from offline_align.config.compose import to_mapping
-from offline_align.config.runs import ConvertRun, EvaluateRun, ModelRun, Run
+from offline_align.config.runs import ConvertRun, EvaluateRun, ModelRun, PrepareRun, Run
 from offline_align.config.sections import JudgeKind, ModelSection
 from offline_align.data.records import BadRows, input_paths
+from offline_align.data.sources import input_sources
 from offline_align.distributed.run_lock import run_lock
 from offline_align.errors import StorageError
 from offline_align.launch import under_torchrun
@@ -28,6 +29,8 @@ _DATA_KEYS = ("train", "valid", "input")
 
 def input_files(config: Run) -> list[Path]:
     """Return the data files that `config` names; raises ConfigError for those that are not there."""
+    if isinstance(config, PrepareRun):  # whose inputs may also be names of data sets
+        return [source.path for source in input_sources(config.data.input, "data.input") if source.path]
     data = getattr(config, "data", None)
     named = {k: getattr(data, k, None) for k in _DATA_KEYS}
     named = {f"data.{k}": value for k, value in named.items()}

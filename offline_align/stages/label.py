@@ -78,6 +78,7 @@ def _score_missing(config: LabelRun, samples: list[Sample], journal: Journal, ra
     model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
     renderer = reward_renderer(checkpoint)
     source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, common.cache_dir(config)))
+    ranks.require_same(source.fingerprint(), "data.input")
     bins = plan_bins(source.lengths(), config.trainer.micro_batch_size * config.data.max_length)
     left = [b for b in bins if any(row not in done for row in b)]
     writes = ranks.tp_rank == 0 and ranks.cp_rank == 0

@@ -109,6 +109,7 @@ def _source(
         return None, {}
     paths = input_paths(named, f"data.{which}")
     found: tuple[Any, dict[str, Any]] = ranks.main_first(lambda: _tokenized(config, paths, read, renderer, bad_rows))
+    ranks.require_same(found[0].fingerprint(), f"data.{which}")
     return found
 
 

@@ -41,7 +41,7 @@ offline-align() {
         draw "$stage" "$run_dir" "${names[*]}" "${words[@]}"
         return
     fi
-    [[ ${#after[@]} -eq 0 ]] || words+=("launcher.dependency=$(IFS=, && echo "${after[*]}")")
+    [[ ${#after[@]} -eq 0 ]] || words+=("launcher.dependency=$(IFS=: && echo "${after[*]}")")
     job[$run_dir]=$(command offline-align "$stage" "${words[@]}")
     printf '%-9s %-24s %s\n' "$stage" "$run_dir" "${job[$run_dir]:+job ${job[$run_dir]}${after[*]:+, after ${after[*]}}}"
 }

@@ -199,6 +199,19 @@ def test_a_crash_without_progress_is_given_up_after_three_attempts(cluster: Clus
     assert "given up: 3 attempts in a row saved nothing new" in console(run)
 
 
+def test_ranks_that_hang_are_ended_in_time_for_another_attempt(cluster: Cluster, rows: Path) -> None:
+    run = cluster.folder / "hang"
+    hanging = cluster.folder / "hanging_python"
+    hanging.write_text("#!/bin/bash\ntrap '' USR1 TERM\necho hangs\nwhile :; do sleep 1; done\n")
+    hanging.chmod(0o755)
+    job = submit(cluster, run, rows, f"launcher.python={hanging}", "launcher.signal_margin_seconds=45")
+    until(lambda: "hangs" in console(run), cluster, job)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    until(lambda: ": requeued" in console(run), cluster, job)
+    assert "failed with exit code 137" in console(run)
+    cluster.run("scancel", job)
+
+
 def test_names_that_a_shell_would_take_apart(cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "a b" / "50% of 'it' $HOME"
     name = "one \\\\ \"two\" 'three' #4"

@@ -98,7 +98,7 @@ CLASHES = [
     ("model.backend=transformer_engine", "not available"),
     ("launcher=slurm launcher.attempts=0", "1 or more"),
     ("launcher=slurm launcher.time=4", "write 3h50m"),
-    ("launcher=slurm launcher.dependency=first", "12,13"),
+    ("launcher=slurm launcher.dependency=first", "12:13"),
     ("launcher=slurm launcher.signal_margin_seconds=-1", "0 or more"),
     ("launcher=slurm launcher.environment.a-b=1", "environment variable"),
     ("launcher=slurm launcher.sbatch.Q=1", "option"),

@@ -7,7 +7,7 @@ from offline_align.config.sections import ModelSection
 from offline_align.data.loader import StepData
 from offline_align.distributed.sizes import model_sizes
 from offline_align.train import speed
-from offline_align.train.speed import SpeedMeter, peak_memory_bytes
+from offline_align.train.speed import OwnTime, SpeedMeter, peak_memory_bytes, stragglers
 
 SIZES = model_sizes(
     ModelSection(
@@ -59,3 +59,28 @@ def test_memory_on_the_cpu_is_what_the_process_held() -> None:
     before = peak_memory_bytes(torch.device("cpu"))
     block = torch.ones(64 * 2**20, dtype=torch.uint8)
     assert peak_memory_bytes(torch.device("cpu")) >= max(before, block.numel())
+
+
+def test_the_slowest_rank_is_named_with_its_host() -> None:
+    found = stragglers([1.0, 1.5, 1.0, 1.25], ["n1", "n1", "n2", "n2"])
+    assert found == {
+        "rank_seconds_median": 1.125,
+        "rank_seconds_max": 1.5,
+        "slowest_rank": 1,
+        "slowest_host": "n1",
+    }
+
+
+@pytest.mark.parametrize("seconds", [[1.0], [0.0, 0.0], []])
+def test_nothing_is_compared_before_the_second_step_or_alone(seconds: list[float]) -> None:
+    assert stragglers(seconds, ["n1"] * len(seconds)) == {}
+
+
+def test_own_time_is_that_between_the_marks_and_the_wait_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 12.5])
+    monkeypatch.setattr("offline_align.train.speed.time.monotonic", lambda: next(times))
+    own = OwnTime(torch.device("cpu"))
+    assert own.seconds() == 0.0
+    own.start(0.25)
+    own.stop()
+    assert own.seconds() == 2.75

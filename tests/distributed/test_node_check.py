@@ -1,0 +1,91 @@
+"""The check of the nodes before a job, by real ranks over gloo, one of which has something wrong with it."""
+
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+CHECK = """
+import sys
+from offline_align.distributed import node_check as check
+{damage}
+sys.exit(check.main(sys.argv[1:]))
+"""
+OTHER_VERSION = "versions = check.versions; check.versions = lambda: versions() | {'torch': '1.0'}"
+LATE_CLOCK = "import time; now = time.time; time.time = lambda: now() - 3600"
+STOPS_LATER = "import os; check._reduce = lambda *_: os._exit(9)"
+
+
+def ranks(folder: Path, damage: list[str | None], *options: str) -> list[tuple[int, str]]:
+    """Run the check as so many ranks, each on a node of its own; None: it never comes. Returns codes and messages."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank, what in enumerate(damage):
+        if what is None:
+            continue
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(damage)),
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OFFLINE_ALIGN_NODES": " ".join(f"dgx{n}" for n in range(len(damage))),
+        }
+        words = [sys.executable, "-c", CHECK.format(damage=what), str(folder), *options]
+        processes.append(subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True))
+    return [(process.wait(120), process.communicate()[1]) for process in processes]
+
+
+def test_good_nodes_pass(tmp_path: Path) -> None:
+    done = ranks(tmp_path, ["", ""])
+    assert [code for code, _ in done] == [0, 0], done
+    assert "2 ranks, 0 GPUs, one all-reduce: well" in done[0][1]
+    assert list((tmp_path / "logs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (OTHER_VERSION, r"node dgx1 \({host}\): torch is 1.0, elsewhere 2.*; install the same everywhere"),
+        (
+            LATE_CLOCK,
+            r"node dgx1 \({host}\): the clock is -3[56]\d\d s from that of the others; start its time service",
+        ),
+    ],
+)
+def test_the_node_with_something_wrong_is_named(tmp_path: Path, damage: str, said: str) -> None:
+    done = ranks(tmp_path, ["", damage, ""])
+    assert [code for code, _ in done] == [78, 78, 78], done
+    line = f"offline-align\\[rank 0\\]: error: {said.format(host=re.escape(socket.gethostname()))}\n"
+    assert re.fullmatch(line, done[0][1]), done[0][1]
+    assert [text for _, text in done[1:]] == ["", ""]
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    started = time.monotonic()
+    ((code, said),) = ranks(tmp_path, ["", None], "--limit=3")
+    assert (code, said) == (70, "offline-align[rank 0]: error: node dgx1, rank 1: did not come within 3 s\n")
+    assert time.monotonic() - started < 60
+
+
+def test_a_rank_that_leaves_before_the_all_reduce_is_named(tmp_path: Path) -> None:
+    (code, said), _ = ranks(tmp_path, ["", STOPS_LATER], "--limit=5")
+    assert code == 70
+    assert "node dgx1, rank 1: no all-reduce over 2 ranks within 5 s" in said
+    assert "dgx0" not in said
+
+
+def test_an_address_that_nobody_listens_at_is_named(tmp_path: Path) -> None:
+    ((code, said),) = ranks(tmp_path, [None, ""], "--limit=3")
+    assert code == 70
+    assert "node dgx1, rank 1: no way to rank 0 at 127.0.0.1:" in said

@@ -1,0 +1,231 @@
+"""The shell scripts: clean for shellcheck, the chain as a graph, and what the batch script does with each exit code.
+
+The batch script runs here with stand-ins for Slurm's commands; against Slurm itself it runs in tests/slurm.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support import REPOSITORY
+
+SCRIPTS = REPOSITORY / "scripts"
+STAGE = SCRIPTS / "slurm" / "stage.sbatch"
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="no shellcheck here")
+def test_scripts_are_clean() -> None:
+    scripts = [*sorted(SCRIPTS.rglob("*.sh")), STAGE]
+    assert len(scripts) > 4
+    done = subprocess.run(
+        [str(SHELLCHECK), "--external-sources", *map(str, scripts)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == ""
+
+
+def test_the_chain_is_a_graph() -> None:
+    """Each stage waits for those whose folders it reads, has a layout of its own, and the methods wait for the same."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "RUNS": "/nowhere/runs",
+        "TRAIN_OPTIONS": "parallel=tp4 launcher.nodes=4 launcher.nproc_per_node=8",
+        "RWR_OPTIONS": "trainer.log_interval=2",
+        "LABEL_OPTIONS": "launcher.nodes=2 launcher.nproc_per_node=8",
+        "MODEL": "llama3_8b",
+        "DATA": "demo",
+    }
+    done = subprocess.run(
+        [str(SCRIPTS / "slurm" / "pipeline.sh"), "--dry-run"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    graph = {line.split()[1]: re.split(r"\s{2,}", line.strip()) for line in done.stdout.splitlines()}
+    after = {name: line[-1].removeprefix("after ").split(", ") for name, line in graph.items() if "after " in line[-1]}
+    assert after == {
+        "sft": ["prepare"],
+        "reward": ["prepare", "sft"],
+        "label": ["prepare", "reward"],
+        "fa": ["sft", "label"],
+        "rwr": ["sft", "label"],
+        "ca": ["sft", "label"],
+        "generate_sft": ["prepare", "sft"],
+        "generate_fa": ["prepare", "fa"],
+        "generate_rwr": ["prepare", "rwr"],
+        "generate_ca": ["prepare", "ca"],
+        "generate_ca_low": ["prepare", "ca"],
+        "evaluate": ["reward", "generate_sft", "generate_fa", "generate_rwr", "generate_ca", "generate_ca_low"],
+    }
+    assert "4 x 8 ranks, TP 4" in graph["rwr"]
+    assert "2 x 8 ranks, TP 1" in graph["label"]
+
+
+class Job:
+    """The batch script of one run folder, with stand-ins for Slurm; `stage` is what each rank runs."""
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        self.folder = folder
+        self.run = folder / "run"
+        self._command("srun", 'while [[ "$1" == --* ]]; do shift; done\nexec "$@"')
+        self._command("scontrol", f'[[ "$1" == show ]] && echo n1 || echo "$*" >> {folder}/requeued')
+        self._command("squeue", 'echo "${STATE:-RUNNING}"')
+        self._command("scancel", "exit 0")
+        self._command("python", f"{stage}")
+
+    def _command(self, name: str, script: str) -> None:
+        path = self.folder / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        path.chmod(0o755)
+
+    def start(self, restarts: int = 0, **more: str) -> "subprocess.Popen[str]":
+        environment = {
+            "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin",
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "n1",
+            "SLURM_NTASKS": "1",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
+            "SLURM_RESTART_COUNT": str(restarts),
+            **more,
+        }
+        words = ["bash", str(STAGE), "sft", f"run.dir={self.run}"]
+        return subprocess.Popen(
+            words,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def attempt(self, restarts: int = 0, **more: str) -> tuple[int, str]:
+        """Return exit code and console of an attempt."""
+        process = self.start(restarts, **more)
+        shown, _ = process.communicate(timeout=60)
+        return process.returncode, shown
+
+    @property
+    def requeues(self) -> int:
+        path = self.folder / "requeued"
+        return path.read_text().count("requeue 7") if path.is_file() else 0
+
+
+RECORD = """echo '{"message": {"message": "%s", "extraInfo": {}, "errorCode": %d}}' > "$TORCHELASTIC_ERROR_FILE" """
+
+
+def test_a_finished_stage_ends_the_job(tmp_path: Path) -> None:
+    job = Job(tmp_path, "echo working; echo $RANK of $WORLD_SIZE")
+    code, shown = job.attempt()
+    assert (code, job.requeues) == (0, 0)
+    assert "working\n0 of 1\n" in shown and "done" in shown
+    assert (job.run / "logs" / "rank_000.log").exists()
+
+
+@pytest.mark.parametrize(("code", "requeues"), [(75, 1), (70, 1), (74, 1), (137, 1), (1, 1), (65, 0), (78, 0)])
+def test_which_codes_are_tried_again(tmp_path: Path, code: int, requeues: int) -> None:
+    job = Job(tmp_path, f"exit {code}")
+    assert job.attempt()[0] == code
+    assert job.requeues == requeues
+
+
+def test_the_rank_that_failed_first_decides(tmp_path: Path) -> None:
+    """srun gives the highest code: that of ranks which were stopped because another had bad data."""
+    job = Job(tmp_path, RECORD % ("rows.jsonl:3: response: missing", 65) + "; exit 75")
+    code, shown = job.attempt()
+    assert (code, job.requeues) == (65, 0)
+    assert "first error, rank 0 on n1: rows.jsonl:3: response: missing" in shown
+
+
+def test_a_killed_rank_is_a_crash_whatever_the_others_say(tmp_path: Path) -> None:
+    job = Job(tmp_path, RECORD % ("stopped by SIGTERM", 75) + "; exit 137")
+    code, shown = job.attempt()
+    assert (code, job.requeues) == (137, 1)
+    assert "failed with exit code 137" in shown
+
+
+def test_three_crashes_without_progress_end_the_job(tmp_path: Path) -> None:
+    job = Job(tmp_path, "exit 70")
+    shown = [job.attempt(restarts) for restarts in range(3)]
+    assert [code for code, _ in shown] == [70, 70, 70]
+    assert job.requeues == 2
+    assert "given up: 3 attempts in a row saved nothing new" in shown[2][1]
+    # A job that is submitted anew counts anew.
+    job.attempt(0)
+    assert job.requeues == 3
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        'mkdir -p "$run/checkpoints/step_0000000$SLURM_RESTART_COUNT"',
+        'mkdir -p "$run/journal/abc" && echo line >> "$run/journal/abc/part_00000.jsonl"',
+        'echo verdict >> "$run/verdicts.jsonl"',
+    ],
+)
+def test_crashes_with_progress_go_on(tmp_path: Path, progress: str) -> None:
+    job = Job(tmp_path, f"run={tmp_path / 'run'}; {progress}; exit 70")
+    for restarts in range(5):
+        job.attempt(restarts)
+    assert job.requeues == 5
+
+
+def test_attempts_that_slurm_has_ended_count_too(tmp_path: Path) -> None:
+    """A node that dies takes the batch script with it: there is no last line of it."""
+    job = Job(tmp_path, "echo working; sleep 60")
+    for restarts in range(3):
+        process = job.start(restarts)
+        assert process.stdout is not None
+        while "working" not in process.stdout.readline():
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+    code, shown = job.attempt(3)
+    assert (code, job.requeues) == (70, 0)
+    assert "given up: 3 attempts in a row saved nothing new" in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_reaches_the_ranks_and_the_job_comes_again(tmp_path: Path, number: signal.Signals) -> None:
+    job = Job(tmp_path, "trap 'echo saved; exit 75' USR1; echo ready; for i in {1..300}; do sleep 0.1; done")
+    process = job.start()
+    assert process.stdout is not None
+    while "ready" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    shown, _ = process.communicate(timeout=60)
+    assert (process.returncode, job.requeues) == (75, 1), shown
+    assert f"{number.name}: the ranks save and stop" in shown and "saved" in shown
+
+
+def test_a_job_that_slurm_ends_does_not_come_again(tmp_path: Path) -> None:
+    job = Job(tmp_path, "exit 75")
+    code, shown = job.attempt(STATE="COMPLETING")
+    assert (code, job.requeues) == (75, 0)
+    assert "not requeued: Slurm ends this job (COMPLETING)" in shown
+
+
+def test_requeue_can_be_left_to_the_user(tmp_path: Path) -> None:
+    job = Job(tmp_path, "exit 75")
+    assert job.attempt(REQUEUE="false")[0] == 75
+    assert job.requeues == 0
+
+
+def test_without_a_run_folder_nothing_starts(tmp_path: Path) -> None:
+    done = subprocess.run(["bash", str(STAGE), "sft"], capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert "run.dir" in done.stderr
