@@ -1,4 +1,4 @@
-# make setup | check | test | test-fast | faults | demo | reference | clean
+# make setup | check | test | test-fast | test-slurm | test-container | faults | demo | reference | clean
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -9,10 +9,10 @@ SOURCES := offline_align tests
 # Options of pytest for this call, as in: make test PYTEST_ARGS="-k lineage"
 PYTEST_ARGS ?=
 
-.PHONY: help setup check test test-fast faults demo reference clean
+.PHONY: help setup check test test-fast test-slurm test-container faults demo reference clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 23
 
 setup: $(READY) ## create .venv with the locked versions (needs Python 3.12 only)
 
@@ -43,6 +43,16 @@ test: check ## check, then every test (those for a GPU skip themselves)
 
 test-fast: $(READY) ## the tests of one process, in seconds
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not distributed and not gpu" $(PYTEST_ARGS)
+
+# Debian's packages, where they are missing and this user may install them; the daemons are those of the tests alone.
+test-slurm: $(READY) ## jobs against a private Slurm of two nodes on this machine (half an hour)
+	@PATH="$$PATH:/usr/sbin"; command -v slurmctld slurmd munged >/dev/null \
+	    || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge; } >/dev/null \
+	    || { echo "make test-slurm: install Slurm and munge first (Debian: slurm-wlm, munge)" >&2; exit 1; }
+	TEST_SLURM=1 $(BIN)/pytest -q -s tests/slurm $(PYTEST_ARGS)
+
+test-container: $(READY) ## lint the Dockerfile and run its steps in new environments (downloads packages)
+	TEST_CONTAINER=1 $(BIN)/pytest -q tests/container $(PYTEST_ARGS)
 
 faults: $(READY) ## kill, stop and starve commands at random, hundreds of times (half an hour)
 	FAULTS=all $(BIN)/pytest -q -s tests/faults $(PYTEST_ARGS)
