@@ -143,9 +143,10 @@ def test_which_codes_are_tried_again(tmp_path: Path, code: int, requeues: int) -
     assert job.requeues == requeues
 
 
-def test_the_rank_that_failed_first_decides(tmp_path: Path) -> None:
+@pytest.mark.parametrize("highest", [75, 143, 137])
+def test_the_rank_that_failed_first_decides(tmp_path: Path, highest: int) -> None:
     """srun gives the highest code: that of ranks which were stopped because another had bad data."""
-    job = Job(tmp_path, RECORD % ("rows.jsonl:3: response: missing", 65) + "; exit 75")
+    job = Job(tmp_path, RECORD % ("rows.jsonl:3: response: missing", 65) + f"; exit {highest}")
     code, shown = job.attempt()
     assert (code, job.requeues) == (65, 0)
     assert "first error, rank 0 on n1: rows.jsonl:3: response: missing" in shown
