@@ -10,28 +10,49 @@ from benchmarks.harness import Contender
 
 SFT = [
     Contender("offline-align sft, packed", "ours", "sft", ours=True),
-    Contender("TRL SFTTrainer, its defaults", "peers", "trl_sft", arguments=("8", "random", "no", "checkpointing")),
-    Contender("TRL SFTTrainer, length-grouped", "peers", "trl_sft", arguments=("8", "group_by_length", "no", "plain")),
+    Contender(
+        "TRL SFTTrainer, its defaults", "peers", "trl_sft", arguments=("8", "random", "no", "checkpointing"), slow=True
+    ),
+    Contender(
+        "TRL SFTTrainer, length-grouped",
+        "peers",
+        "trl_sft",
+        arguments=("8", "group_by_length", "no", "plain"),
+        slow=True,
+    ),
     Contender("TRL SFTTrainer, one row at a time", "peers", "trl_sft", arguments=("1", "random", "no", "plain")),
-    Contender("TRL SFTTrainer, packing", "peers", "trl_sft", arguments=("1", "random", "packing", "plain")),
+    Contender("TRL SFTTrainer, packing", "peers", "trl_sft", arguments=("1", "random", "packing", "plain"), slow=True),
     Contender("transformers + DDP, sorted, 4 rows", "peers", "transformers_ddp", arguments=("4",)),
     Contender("transformers + DDP, one row at a time", "peers", "transformers_ddp", arguments=("1",)),
+    Contender("bare matrix products", "matrices", "training", limit=True),
 ]
 REWARD = [
     Contender("offline-align reward, packed", "ours", "reward", ours=True),
-    Contender("TRL RewardTrainer, its defaults", "peers", "trl_reward", arguments=("8", "checkpointing")),
+    Contender("TRL RewardTrainer, its defaults", "peers", "trl_reward", arguments=("8", "checkpointing"), slow=True),
     Contender("TRL RewardTrainer, no checkpointing", "peers", "trl_reward", arguments=("8", "plain")),
     Contender("TRL RewardTrainer, one pair at a time", "peers", "trl_reward", arguments=("1", "plain")),
+    Contender("bare matrix products", "matrices", "pairs", limit=True),
 ]
 LABEL = [
     Contender("offline-align label, packed", "ours", "label", ours=True),
-    Contender("transformers, batches of 16 in order", "peers", "batched_scoring", arguments=("16", "in_order")),
+    Contender(
+        "transformers, batches of 16 in order", "peers", "batched_scoring", arguments=("16", "in_order"), slow=True
+    ),
     Contender("transformers, batches of 16, sorted by length", "peers", "batched_scoring", arguments=("16", "sorted")),
     Contender("transformers, batches of 4, sorted by length", "peers", "batched_scoring", arguments=("4", "sorted")),
     Contender("transformers, one row at a time", "peers", "batched_scoring", arguments=("1", "sorted")),
-    Contender("transformers pipeline, batches of 16", "peers", "pipeline_scoring", arguments=("16",)),
+    Contender("transformers pipeline, batches of 16", "peers", "pipeline_scoring", arguments=("16",), slow=True),
+    Contender("bare matrix products", "matrices", "scoring", limit=True),
+]
+# The same rows with a reward each: `ca` sees some tokens more in every prompt, so that rates are of all tokens.
+METHODS = [
+    Contender("sft", "ours", "method", arguments=("sft",), ours=True),
+    Contender("fa", "ours", "method", arguments=("fa", "method.threshold=-100")),
+    Contender("rwr", "ours", "method", arguments=("rwr",)),
+    Contender("ca", "ours", "method", arguments=("ca",)),
 ]
 TASKS = {
+    "methods": (METHODS, "tokens_per_second", "tokens/s"),
     "sft": (SFT, "targets_per_second", "target tokens/s"),
     "reward": (REWARD, "pairs_per_second", "pairs/s"),
     "label": (LABEL, "tokens_per_second", "tokens/s"),
@@ -47,6 +68,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--slow", action="store_true", help="also peers in settings that are far from their best")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -71,13 +93,15 @@ def _reward_models(folder: Path) -> None:
 
 
 def measure(task: str, options: argparse.Namespace, folder: Path, scratch: Path) -> None:
-    """Run all contenders of a task, print the table and write the results."""
-    contenders, rate, unit = TASKS[task]
+    """Run all contenders of a task, print the table and write it with all results."""
+    everyone, rate, unit = TASKS[task]
+    contenders = [c for c in everyone if options.slow or not c.slow]
+    options.results.mkdir(parents=True, exist_ok=True)
     found = harness.rounds(contenders, options.rounds, folder, scratch)
     middle = harness.medians(found)
     text = harness.table(contenders, middle, rate, unit)
+    (options.results / f"{task}_{options.shape}.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{task}, {options.shape}\n{text}\n", flush=True)
-    options.results.mkdir(parents=True, exist_ok=True)
     settings = {"task": task, "shape": options.shape, "rows": options.rows, "rounds": options.rounds}
     record = {**settings, "machine": harness.machine(), "medians": middle, "rounds_of": found}
     name = f"{task}_{options.shape}"

@@ -22,6 +22,10 @@ class Contender:
     function: str
     ours: bool = False
     arguments: tuple[str, ...] = ()
+    slow: bool = False
+    """Far from the best setting: measured on request."""
+    limit: bool = False
+    """Not a way to do the work, but the least time that it can take."""
 
 
 def report(**values: float) -> None:
@@ -35,21 +39,24 @@ def peak_memory_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
-def run(contender: Contender, workload: Path, scratch: Path, log: Path) -> dict[str, float]:
-    """Run a contender once and return what it reported; its output goes to `log`."""
+def run(
+    contender: Contender, workload: Path, scratch: Path, log: Path, environment: dict[str, str] | None = None
+) -> dict[str, float]:
+    """Run a contender once and return what it reported; its output goes to `log`.
+
+    `environment` is added to this process's; without it GPUs are hidden. Raises SystemExit where it failed.
+    """
     code = f"import benchmarks.{contender.module} as m; m.{contender.function}(*{[str(workload), str(scratch)]!r}"
     code += "".join(f", {a!r}" for a in contender.arguments) + ")"
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(os.cpu_count()),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    added = {"OMP_NUM_THREADS": str(os.cpu_count()), "CUDA_VISIBLE_DEVICES": ""} if environment is None else environment
+    variables = os.environ | {"HF_HUB_OFFLINE": "1"} | added
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
     with log.open("a", encoding="utf-8") as file:
         file.write(f"== {contender.name}\n{done.stdout}\n{done.stderr}\n")
     found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if not found:
-        raise SystemExit(f"{contender.name} failed: see {log}")
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        raise SystemExit(f"{contender.name} failed: {' '.join(last) or done.returncode}; see {log}")
     result: dict[str, float] = json.loads(found[-1].removeprefix(MARK))
     return result
 
@@ -84,11 +91,18 @@ def table(contenders: list[Contender], middle: dict[str, dict[str, float]], rate
         values = middle[contender.name]
         ratio = "" if contender.ours else f"{own[rate] / values[rate]:.2f}x"
         padding = f"{values['padding']:.1%}" if "padding" in values else ""
-        memory = f"{values['peak_memory_bytes'] / 2**30:.2f} GiB"
+        memory = "" if contender.limit else f"{values['peak_memory_bytes'] / 2**30:.2f} GiB"
         lines.append(f"| {contender.name} | {values[rate]:,.1f} | {ratio} | {padding} | {memory} |")
-    best = max(v[rate] for c, v in ((c, middle[c.name]) for c in contenders) if not c.ours)
-    lines.append(f"\nAgainst the best peer setting: {own[rate] / best:.2f}x.")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_verdicts(contenders, middle, rate)])
+
+
+def _verdicts(contenders: list[Contender], middle: dict[str, dict[str, float]], rate: str) -> list[str]:
+    own = next(middle[c.name] for c in contenders if c.ours)
+    peers = {c.name: middle[c.name] for c in contenders if not (c.ours or c.limit)}
+    fastest = max(peers, key=lambda name: peers[name][rate])
+    lines = [f"Against the fastest peer ({fastest}): {own[rate] / peers[fastest][rate]:.2f}x."] if peers else []
+    limits = [middle[c.name] for c in contenders if c.limit]
+    return lines + [f"Share of the time that is bare matrix products: {own[rate] / v[rate]:.0%}." for v in limits]
 
 
 def machine() -> dict[str, Any]:

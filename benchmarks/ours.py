@@ -61,6 +61,11 @@ def reward(workload: str, scratch: str, *words: str) -> None:
     report(**_rates(_train("reward", workload, scratch, "pairs.jsonl", *words), "pairs_per_second"))
 
 
+def method(workload: str, scratch: str, stage: str, *words: str) -> None:
+    """Train on the same rows with a reward each, by the stage of a method."""
+    report(**_rates(_train(stage, workload, scratch, "labelled.jsonl", *words), "targets_per_second"))
+
+
 def label(workload: str, scratch: str) -> None:
     """Score every row with a reward model: packing and forward passes."""
     from offline_align.config.sections import DataSection, Device, OnBadRow, ParallelSection, RunSection

@@ -39,6 +39,7 @@ def prepare(folder: Path, data: Path, shape: Shape, rows: int, seed: int) -> Non
     assert run(["prepare", *words, "tokenizer.train=true", f"tokenizer.vocab_size={VOCABULARY}"]) == 0
     _write_model(folder / "model", prepared / "tokenizer.model", shape)
     _sample(prepared / "sft_train.jsonl", folder / "sft.jsonl", rows, seed)
+    _add_rewards(folder / "sft.jsonl", folder / "labelled.jsonl", seed)
     _sample(prepared / "preferences_train.jsonl", folder / "pairs.jsonl", rows // 2, seed)
     _write_tokens(folder)
 
@@ -70,6 +71,14 @@ def _sample(source: Path, target: Path, count: int, seed: int) -> None:
     lines = source.read_text(encoding="utf-8").splitlines()
     chosen = random.Random(seed).sample(lines, min(count, len(lines)))
     target.write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
+
+
+def _add_rewards(source: Path, target: Path, seed: int) -> None:
+    drawn = random.Random(seed)
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        row["reward"] = row["reward_raw"] = drawn.gauss(0.0, 1.0)
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _write_tokens(folder: Path) -> None:

@@ -3,6 +3,7 @@
 Each function returns problems as lines that name key, value and fix; an empty list means that all is well.
 """
 
+import importlib.util
 import math
 import re
 from pathlib import Path
@@ -26,6 +27,7 @@ def problems(config: Run, model: s.ModelSection | None, world: int) -> list[str]
     if parallel is not None:
         found += _layout(parallel, world)
         found += _batch(getattr(config, "trainer", None), parallel, world)
+    found += _engine(config)
     if model is not None:
         found += _model(model) or (_model_layout(model, parallel) if parallel else [])
         data = getattr(config, "data", None)
@@ -35,6 +37,27 @@ def problems(config: Run, model: s.ModelSection | None, world: int) -> list[str]
                 f"use data.max_length={model.max_position_embeddings} or less"
             )
     return found
+
+
+def _engine(config: Run) -> list[str]:
+    """Return what is asked of Transformer Engine where it cannot be; a plan may be for another machine."""
+    asked = {
+        "model.backend=transformer_engine": ("model", "backend", s.Backend.transformer_engine),
+        "trainer.precision=fp8": ("trainer", "precision", s.Precision.fp8),
+        "optim.use_precision_aware_optimizer=True": ("optim", "use_precision_aware_optimizer", True),
+    }
+    wanted = [
+        words for words, (part, key, value) in asked.items() if getattr(getattr(config, part, None), key, None) == value
+    ]
+    if getattr(config, "dry_run", False) or not wanted:
+        return []
+    if config.run.device is s.Device.cpu:
+        return [f"{words}: needs a CUDA device; leave it unset on the CPU" for words in wanted]
+    if importlib.util.find_spec("transformer_engine") is None:
+        return [f"{words}: Transformer Engine is not installed; install it, or leave this unset" for words in wanted]
+    if "trainer.precision=fp8" in wanted and not isinstance(getattr(config, "trainer", None), s.TrainerSection):
+        return ["trainer.precision=fp8: is for training; use bf16"]
+    return []
 
 
 def _positive(section: Any, prefix: str, *names: str) -> list[str]:
@@ -279,8 +302,6 @@ def _model(model: s.ModelSection) -> list[str]:
     found += _positive(model, "model", "make_vocab_size_divisible_by", "sliding_window")
     if found:
         return found
-    if model.backend is s.Backend.transformer_engine:
-        found.append("model.backend=transformer_engine: not available in this version; use torch or auto")
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
     if model.kv_channels is None and model.hidden_size % heads:
         found.append(f"model.hidden_size={model.hidden_size}: not a multiple of model.num_attention_heads={heads}")

@@ -20,15 +20,19 @@ class Device(StrEnum):
 
 
 class Precision(StrEnum):
-    """Numbers of the forward and backward pass; main weights and reductions are fp32 in all of them."""
+    """Numbers of the forward and backward pass; main weights and reductions are fp32 in all of them.
+
+    `fp8`, for training with Transformer Engine, has linear layers multiply in fp8 and everything else in bf16.
+    """
 
     auto = "auto"
     bf16 = "bf16"
     fp32 = "fp32"
+    fp8 = "fp8"
 
 
 class Backend(StrEnum):
-    """Layer implementation; `auto` is `torch`. Transformer Engine is refused in this version."""
+    """Layer implementation; `auto` is Transformer Engine where that is installed and CUDA is used, else `torch`."""
 
     auto = "auto"
     torch = "torch"
@@ -184,7 +188,7 @@ class ModelSection:
     tokenizer: str | None = None
     """SentencePiece `.model`, `tokenizer.json` or Hugging Face folder; unset: that of `init.from`."""
     backend: Backend = Backend.auto
-    """`auto` or `torch`; `transformer_engine` is refused in this version."""
+    """`auto` (Transformer Engine where it is installed and CUDA is used), `torch` or `transformer_engine`."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Further fields of megatron-core's TransformerConfig, checked against it."""
 
@@ -260,7 +264,7 @@ class ComputeSection(LimitSection):
     """What every stage that runs a model can set."""
 
     precision: Precision = Precision.auto
-    """`bf16` or `fp32`; `auto` is bf16 on CUDA (the paper's) and fp32 on CPU."""
+    """`bf16`, `fp32`, or `fp8` (training only); `auto` is bf16 on CUDA (the paper's) and fp32 on CPU."""
     micro_batch_size: int = 1
     """Rows of full length in one forward pass: a packed bin holds up to `micro_batch_size * data.max_length` tokens."""
 
@@ -315,6 +319,8 @@ class OptimSection:
     """Added to the denominator."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0: no clipping."""
+    use_precision_aware_optimizer: bool = False
+    """Moments in bf16, and main weights as the 16 bits that bf16 weights lack: half the memory (Transformer Engine)."""
 
 
 @dataclass(frozen=True)

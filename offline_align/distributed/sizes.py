@@ -25,9 +25,9 @@ class ParallelSizes:
         return self.world // (self.tensor * self.context)
 
 
-def padding_multiple(tensor: int, context: int, sequence_parallel: bool) -> int:
-    """Return what the tokens of a bin must be a multiple of, for ranks to hold equal parts of it."""
-    return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1)
+def padding_multiple(tensor: int, context: int, sequence_parallel: bool, fp8: bool = False) -> int:
+    """Return what the tokens of a bin must be a multiple of: ranks hold equal parts, fp8 products multiples of 16."""
+    return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1) * (16 if fp8 else 1)
 
 
 @dataclass(frozen=True)

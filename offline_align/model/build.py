@@ -15,11 +15,12 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from offline_align.config.sections import ModelSection, ParallelSection, Recompute
+from offline_align.config.sections import Backend, ModelSection, ParallelSection, Recompute
 from offline_align.distributed.sizes import pad_vocabulary
 from offline_align.errors import ConfigError
 from offline_align.model.activation import SwiGLU
 from offline_align.model.attention import PackedAttention, RMSNorm
+from offline_align.model.backend import choose_backend
 from offline_align.model.heads import Policy, RewardHead, RewardModel
 from offline_align.model.rotary import PackedRotaryEmbedding, inverse_frequencies
 
@@ -33,20 +34,25 @@ def build_model(
     device: torch.device,
     bf16: bool,
     recompute: Recompute = Recompute.none,
+    fp8: bool = False,
 ) -> Policy | RewardModel:
     """Return a randomly initialised policy or reward model of this rank on `device`.
 
-    `kind` is "policy" or "reward_model"; `model.vocab_size` must be known. Initial weights depend on the seed alone,
+    `kind` is "policy" or "reward_model"; `model.vocab_size` must be known. With `fp8` linear layers
+    multiply in fp8 (Transformer Engine). Initial weights depend on the seed alone,
     not on the layout, where the device is the CPU. Raises ConfigError for fields that TransformerConfig refuses.
     """
     # megatron warns of GPTModel's deprecation on every construction; the reason it is used stands above.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     assert model.vocab_size is not None
-    config = transformer_config(model, parallel, device, bf16, recompute)
+    backend = choose_backend(model.backend, device)
+    if fp8 and backend is not Backend.transformer_engine:
+        raise ConfigError("trainer.precision=fp8: needs Transformer Engine and a CUDA device; use bf16")
+    config = transformer_config(model, parallel, device, bf16, recompute, fp8)
     cls = Policy if kind == "policy" else RewardModel
     built = cls(
         config=config,
-        transformer_layer_spec=_block_spec(model, config),
+        transformer_layer_spec=_block_spec(model, config, backend),
         vocab_size=pad_vocabulary(model.vocab_size, model.make_vocab_size_divisible_by),
         max_sequence_length=model.max_position_embeddings,
         parallel_output=True,
@@ -73,13 +79,18 @@ def unknown_overrides(model: ModelSection) -> list[str]:
 
 
 def transformer_config(
-    model: ModelSection, parallel: ParallelSection, device: torch.device, bf16: bool, recompute: Recompute
+    model: ModelSection,
+    parallel: ParallelSection,
+    device: torch.device,
+    bf16: bool,
+    recompute: Recompute,
+    fp8: bool = False,
 ) -> TransformerConfig:
     """Return megatron's configuration; raises ConfigError naming the override that it refuses."""
     problems = unknown_overrides(model)
     if problems:
         raise ConfigError(problems)
-    values = _fields(model, parallel, device, bf16) | _recompute_fields(recompute) | model.overrides
+    values = _fields(model, parallel, device, bf16) | _recompute_fields(recompute) | _fp8_fields(fp8) | model.overrides
     try:
         return TransformerConfig(**values)
     except (ValueError, AssertionError, TypeError) as error:
@@ -133,8 +144,17 @@ def _recompute_fields(recompute: Recompute) -> dict[str, Any]:
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
-def _block_spec(model: ModelSection, config: TransformerConfig) -> TransformerBlockSubmodules:
-    """Return megatron's local layers with the attention and the norm of this project."""
+def _fp8_fields(fp8: bool) -> dict[str, Any]:
+    """Scales from the tensor at hand: no history that a checkpoint would have to carry."""
+    return {"fp8": "hybrid", "fp8_recipe": "tensorwise"} if fp8 else {}
+
+
+def _block_spec(model: ModelSection, config: TransformerConfig, backend: Backend) -> TransformerBlockSubmodules:
+    """Return megatron's local layers with the attention and the norm of this project, or Transformer Engine's."""
+    if backend is Backend.transformer_engine:
+        from offline_align.model.engine import engine_block_spec
+
+        return engine_block_spec(model, config)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_layernorm)
     attention = spec.submodules.self_attention
     qk_norm = RMSNorm if model.qk_layernorm else attention.submodules.q_layernorm

@@ -165,9 +165,10 @@ def _load_huggingface(
     import torch
 
     from offline_align.convert.load import load_huggingface
+    from offline_align.model.backend import torch_name
 
     assert origin.huggingface is not None
-    parameters = dict(module.named_parameters())
+    parameters = {torch_name(name): parameter for name, parameter in module.named_parameters()}
     missing = {n for n in parameters if not n.startswith(fresh_prefixes or ("\0",))}
     divisor = origin.model.make_vocab_size_divisible_by
     with torch.no_grad():

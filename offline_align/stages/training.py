@@ -149,7 +149,8 @@ def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid
     from offline_align.train.trainer import Trainer
 
     bf16 = uses_bf16(config.trainer.precision, ranks.device)
-    module = build_model(recipe.kind, origin.model, config.parallel, ranks.device, bf16, config.trainer.recompute)
+    fp8 = config.trainer.precision is Precision.fp8
+    module = build_model(recipe.kind, origin.model, config.parallel, ranks.device, bf16, config.trainer.recompute, fp8)
     if ranks.broadcast(checkpoint.newest(Path(config.run.dir)) is None):
         fresh = ("reward_head.",) if recipe.kind == "reward_model" and origin.kind == "policy" else ()
         load_origin(module, origin, ranks, fresh)
@@ -196,7 +197,9 @@ def _loader(config: TrainRun, source: Any, ranks: Any, max_steps: int | None) ->
         seed=config.run.seed,
         dp_rank=ranks.dp_rank,
         dp_size=ranks.dp_size,
-        pad_to_multiple=padding_multiple(ranks.tp_size, ranks.cp_size, config.parallel.sequence_parallel),
+        pad_to_multiple=padding_multiple(
+            ranks.tp_size, ranks.cp_size, config.parallel.sequence_parallel, config.trainer.precision is Precision.fp8
+        ),
         cp_rank=ranks.cp_rank,
         cp_size=ranks.cp_size,
     )
@@ -208,7 +211,7 @@ def uses_bf16(precision: Precision, device: Any) -> bool:
         return bool(device.type == "cuda")
     if precision is Precision.bf16 and device.type == "cpu":
         logger.warning("trainer.precision=bf16: CPUs without bf16 units emulate it, many times slower than fp32")
-    return precision is Precision.bf16
+    return precision in (Precision.bf16, Precision.fp8)
 
 
 def _extra(recipe: Recipe, facts: dict[str, Any], state: Any, ranks: Any) -> dict[str, Any]:

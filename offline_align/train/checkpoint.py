@@ -245,8 +245,9 @@ def read_state(folder: Path) -> TrainState:
 
 
 def sharded_weights(model: Any) -> dict[str, Any]:
-    """Return megatron's description of the weights of a model."""
-    return dict(model.sharded_state_dict())
+    """Return megatron's description of the weights of a model, the same for every backend."""
+    # Transformer Engine adds the history of delayed fp8 scales, which our recipe does not keep.
+    return {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}
 
 
 def load_weights(model: nn.Module, folder: Path, ranks: Ranks, fresh_prefixes: tuple[str, ...] = ()) -> None:

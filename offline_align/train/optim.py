@@ -72,11 +72,22 @@ def build_optimizer(
         bf16=bf16,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=_overlaps_param_gather(parallel, on_cuda),
+        **(_lean_state(parallel) if optim.use_precision_aware_optimizer else {}),
     )
     overrides = get_standard_config_overrides(config)
     if bf16:
         overrides[_FP32_PARAMETERS] = {"max_lr": optim.lr}
     return get_megatron_optimizer(config, [model], config_overrides=overrides)
+
+
+def _lean_state(parallel: ParallelSection) -> dict[str, Any]:
+    """Return megatron's fields for moments and gradients in bf16; main weights are stored as remainders of bf16."""
+    return {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16,
+        "main_grads_dtype": torch.float32 if parallel.grad_reduce_in_fp32 else torch.bfloat16,
+    }
 
 
 # megatron's distributed optimizer mixes up the states of a group that holds parameters of two dtypes, so the fp32

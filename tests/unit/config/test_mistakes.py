@@ -95,7 +95,7 @@ CLASHES = [
     ("model.hidden_size=100", "model.num_attention_heads"),
     ("model.num_query_groups=5", "model.num_query_groups=5"),
     ("model.vocab_size=10", "entries"),
-    ("model.backend=transformer_engine", "not available"),
+    ("model.backend=transformer_engine", "model.backend=transformer_engine: "),
     ("launcher=slurm launcher.attempts=0", "1 or more"),
     ("launcher=slurm launcher.time=4", "write 3h50m"),
     ("launcher=slurm launcher.dependency=first", "12:13"),

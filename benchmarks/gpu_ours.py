@@ -1,0 +1,171 @@
+"""This project's contenders on a GPU: its model, loader, step and scoring, without files and tokenizers."""
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu_workload import (
+    BINS_PER_STEP,
+    DEVICE,
+    FULL_LAYERS,
+    MAX_LENGTH,
+    SMOKE,
+    TRAINED_LAYERS,
+    WIDTHS,
+    memory_bytes,
+    result,
+    row_lengths,
+    timed,
+)
+from benchmarks.harness import report
+from offline_align.config.sections import (
+    Backend,
+    Device,
+    ModelSection,
+    OptimSection,
+    ParallelSection,
+    RunSection,
+)
+from offline_align.data.loader import Loader, PairSource, RowSource, SampleSource
+from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
+from offline_align.distributed.setup import session
+
+PARALLEL = ParallelSection(grad_reduce_in_fp32=False)
+
+
+def model_section(layers: int, backend: str) -> ModelSection:
+    """Return the 8 B shape with so many layers."""
+    return ModelSection(
+        num_layers=layers,
+        hidden_size=WIDTHS["hidden_size"],
+        ffn_hidden_size=WIDTHS["intermediate_size"],
+        num_attention_heads=WIDTHS["num_attention_heads"],
+        num_query_groups=WIDTHS["num_key_value_heads"],
+        vocab_size=WIDTHS["vocab_size"],
+        max_position_embeddings=MAX_LENGTH,
+        rotary_base=500000.0,
+        backend=Backend(backend),
+    )
+
+
+def random_rows(lengths: list[int], seed: int = 0) -> TokenizedRows:
+    """Return rows of random tokens, the second half of each a target."""
+    ids = np.random.Generator(np.random.PCG64(seed)).integers(0, WIDTHS["vocab_size"], sum(lengths)).astype(np.int32)
+    offsets = np.cumsum([0, *lengths]).astype(np.int64)
+    starts = np.maximum(np.array(lengths, dtype=np.int32) // 2, 1)
+    return TokenizedRows(
+        ids, offsets, starts, np.ones(len(lengths), np.float32), [str(i) for i in range(len(lengths))], {}, 0
+    )
+
+
+def sft(_: str, __: str, backend: str, rows: str) -> None:
+    """Optimizer steps of SFT on the 8 B shape with a quarter of its layers."""
+    lengths = row_lengths(rows == "full", BINS_PER_STEP * MAX_LENGTH)
+    source = SampleSource(random_rows(lengths))
+    targets = sum(n - max(n // 2, 1) for n in lengths)
+    _train("policy", source, backend, lengths, targets)
+
+
+def reward(_: str, __: str, backend: str, rows: str) -> None:
+    """Optimizer steps of a reward model on packed pairs."""
+    # Two answers of a pair share a bin, so that full rows are half as long.
+    halved = MAX_LENGTH // 2 if rows == "full" else MAX_LENGTH
+    lengths = [min(n, halved) for n in row_lengths(rows == "full", BINS_PER_STEP * MAX_LENGTH // 2)]
+    chosen, rejected = random_rows(lengths, 1), random_rows(lengths, 2)
+    pairs = TokenizedPairs(chosen, rejected, np.zeros(len(lengths), np.float32), chosen.row_ids, {})
+    _train("reward_model", PairSource(pairs), backend, [*lengths, *lengths], 0)
+
+
+def _train(kind: str, source: RowSource, backend: str, lengths: list[int], targets: int) -> None:
+    with session(PARALLEL, RunSection(dir="unused", device=Device(DEVICE.type))) as ranks:
+        from offline_align.model.build import build_model
+        from offline_align.objectives.next_token import next_token
+        from offline_align.objectives.pairwise import pairwise
+        from offline_align.train.optim import build_optimizer, wrap_model
+        from offline_align.train.step import TrainStep
+
+        bf16, on_cuda = not SMOKE, DEVICE.type == "cuda"
+        model = wrap_model(
+            build_model(kind, model_section(TRAINED_LAYERS, backend), PARALLEL, ranks.device, bf16), PARALLEL, on_cuda
+        )
+        optimizer = build_optimizer(model, OptimSection(), PARALLEL, bf16, on_cuda)
+        step = TrainStep(model, optimizer, next_token if kind == "policy" else pairwise(), 1.0)
+        count = len(source)
+        upcoming = Loader(source, count, count * 100, MAX_LENGTH, 0, 0, 1).steps(0, pinned=on_cuda)
+        timing = timed(lambda: step(next(upcoming).micro_batches, 1e-5))
+        upcoming.close()
+    report(**result(timing, lengths, targets, TRAINED_LAYERS, training=True))
+
+
+def label(_: str, __: str, backend: str, rows: str) -> None:
+    """Score rows with the whole 8 B shape on one GPU, in bins of four full rows."""
+    lengths = row_lengths(rows == "full", 2 * BINS_PER_STEP * MAX_LENGTH)
+    source = SampleSource(random_rows(lengths))
+    with session(PARALLEL, RunSection(dir="unused", device=Device(DEVICE.type))) as ranks:
+        from offline_align.label.scoring import plan_bins, score_bin
+        from offline_align.model.build import build_model
+
+        model: Any = build_model(
+            "reward_model", model_section(FULL_LAYERS, backend), PARALLEL, ranks.device, not SMOKE
+        ).eval()
+        bins = plan_bins(source.lengths(), 4 * MAX_LENGTH)
+        timing = timed(lambda: [score_bin(model, source, b, ranks) for b in bins])
+    report(**result(timing, lengths, 0, FULL_LAYERS, training=False))
+
+
+def correctness(_: str, __: str, backend: str) -> None:
+    """Compare likelihoods and gradients on the device in its precision with fp32 on the CPU, same weights."""
+    import torch
+
+    lengths = row_lengths(False, 2 * MAX_LENGTH, seed=3)
+    found = {}
+    for name, device, bf16 in (("fp32", Device.cpu, False), ("device", Device(DEVICE.type), not SMOKE)):
+        found[name] = _likelihoods(lengths, device, bf16, backend if name == "device" else "torch")
+    ours, exact = found["device"], found["fp32"]
+    nll_error = float((ours[0] - exact[0]).abs().mean() / exact[0].abs().mean())
+    cosine = float(torch.nn.functional.cosine_similarity(ours[1], exact[1], dim=0))
+    report(nll_relative_error=nll_error, gradient_cosine=cosine, gpu_memory_bytes=memory_bytes())
+
+
+def _likelihoods(lengths: list[int], device: Device, bf16: bool, backend: str) -> tuple[Any, Any]:
+    import torch
+
+    with session(PARALLEL, RunSection(dir="unused", device=device)) as ranks:
+        from offline_align.model.build import build_model
+
+        small = ModelSection(
+            num_layers=2,
+            hidden_size=256,
+            ffn_hidden_size=512,
+            num_attention_heads=4,
+            num_query_groups=2,
+            vocab_size=WIDTHS["vocab_size"],
+            backend=Backend(backend),
+        )
+        model: Any = build_model("policy", small, PARALLEL, ranks.device, bf16)
+        _fill(model)
+        batch = SampleSource(random_rows(lengths)).collate(range(len(lengths)), 16).to(ranks.device)
+        nll = model(batch)
+        nll.sum().backward()
+        gradient = torch.cat([p.grad.flatten().float().cpu() for _, p in sorted(_canonical(model).items())])
+        return nll.detach().float().cpu(), gradient
+
+
+def _canonical(model: Any) -> dict[str, Any]:
+    """Return parameters by one name, wherever a backend keeps its norms."""
+    from offline_align.model.backend import torch_name
+
+    return {torch_name(name): p for name, p in model.named_parameters()}
+
+
+def _fill(model: Any) -> None:
+    """Give every parameter values that depend on its name and shape alone."""
+    import zlib
+
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in _canonical(model).items():
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.1 * drawn if parameter.dim() == 1 else 0.05 * drawn)

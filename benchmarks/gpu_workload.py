@@ -1,0 +1,95 @@
+"""What the GPU benchmark computes: the 8 B shape, rows of random tokens in realistic lengths, and how long it takes.
+
+With SMOKE=1 everything is tiny and runs on the CPU: the numbers mean nothing then, the code is the same.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+SMOKE = os.environ.get("SMOKE") == "1"
+DEVICE = torch.device("cpu" if SMOKE else "cuda")
+DTYPE = torch.float32 if SMOKE else torch.bfloat16
+MAX_LENGTH = 64 if SMOKE else 4096
+BINS_PER_STEP = 2 if SMOKE else 8
+WARM_UP_STEPS, TIMED_STEPS = (1, 2) if SMOKE else (5, 20)
+FULL_LAYERS, TRAINED_LAYERS = (2, 1) if SMOKE else (32, 8)
+# Llama 3 8B, in the names of transformers.
+WIDTHS = {
+    "hidden_size": 32 if SMOKE else 4096,
+    "intermediate_size": 96 if SMOKE else 14336,
+    "num_attention_heads": 4 if SMOKE else 32,
+    "num_key_value_heads": 2 if SMOKE else 8,
+    "vocab_size": 256 if SMOKE else 128256,
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the timed steps."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        """Median step."""
+        return float(np.median(self.seconds))
+
+    @property
+    def p95_over_median(self) -> float:
+        """95th percentile over the median."""
+        return float(np.percentile(self.seconds, 95)) / self.median
+
+
+def row_lengths(full: bool, tokens: int, seed: int = 0) -> list[int]:
+    """Return row lengths of about `tokens` together: full rows, or a mixture with a mean of an eighth."""
+    if full:
+        return [MAX_LENGTH] * (tokens // MAX_LENGTH)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    lengths: list[int] = []
+    while sum(lengths) < tokens:
+        drawn = generator.lognormal(np.log(MAX_LENGTH / 8) - 0.32, 0.8)
+        lengths.append(int(np.clip(drawn, 8, MAX_LENGTH)))
+    return lengths
+
+
+def timed(step: Callable[[], Any]) -> Timing:
+    """Return the times of a step, after a warm-up, each waited for."""
+    seconds = []
+    for number in range(WARM_UP_STEPS + TIMED_STEPS):
+        started = time.perf_counter()
+        step()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= WARM_UP_STEPS:
+            seconds.append(time.perf_counter() - started)
+    return Timing(seconds)
+
+
+def memory_bytes() -> float:
+    """Return the most memory allocated on the GPU; 0 on the CPU."""
+    return float(torch.cuda.max_memory_allocated()) if DEVICE.type == "cuda" else 0.0
+
+
+def result(timing: Timing, lengths: list[int], targets: int, layers: int, training: bool) -> dict[str, float]:
+    """Return rates: real tokens a second, and the share of the bf16 peak with causal attention of true lengths."""
+    from offline_align.distributed.hardware import peak_flops
+    from offline_align.distributed.sizes import ModelSizes
+
+    heads, hidden = WIDTHS["num_attention_heads"], WIDTHS["hidden_size"]
+    width = hidden // heads
+    kv = width * WIDTHS["num_key_value_heads"]
+    sizes = ModelSizes(hidden, width, hidden, kv, WIDTHS["intermediate_size"], layers, WIDTHS["vocab_size"], tied=False)
+    flops = sizes.train_flops(sum(lengths), sum(n * n for n in lengths), targets) / (1 if training else 3)
+    found = {
+        "tokens_per_second": sum(lengths) / timing.median,
+        "p95_over_median": timing.p95_over_median,
+        "gpu_memory_bytes": memory_bytes(),
+    }
+    peak = peak_flops(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
+    return found | ({"mfu": flops / timing.median / peak} if peak else {})

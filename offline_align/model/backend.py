@@ -1,0 +1,54 @@
+"""Which layers a model is built from: megatron-core's own with our attention, or Transformer Engine's."""
+
+import importlib.util
+import logging
+from functools import cache
+from importlib import metadata
+
+import torch
+
+from offline_align.config.sections import Backend
+from offline_align.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Transformer Engine keeps a norm inside the projection that follows it.
+_ENGINE_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def engine_is_installed() -> bool:
+    """Whether Transformer Engine's torch part can be found, without importing it."""
+    found = importlib.util.find_spec("transformer_engine")
+    return found is not None and importlib.util.find_spec("transformer_engine_torch") is not None
+
+
+def choose_backend(asked: Backend, device: torch.device) -> Backend:
+    """Return the backend to build with: `auto` takes Transformer Engine on CUDA where it is installed.
+
+    Raises ConfigError where Transformer Engine was asked for and cannot be used.
+    """
+    usable = device.type == "cuda" and engine_is_installed()
+    if asked is Backend.transformer_engine and not usable:
+        reason = "is not installed" if device.type == "cuda" else "needs a CUDA device"
+        raise ConfigError(f"model.backend=transformer_engine: it {reason}; use model.backend=torch or auto")
+    chosen = Backend.transformer_engine if usable and asked is not Backend.torch else Backend.torch
+    _say(chosen)
+    return chosen
+
+
+@cache
+def _say(chosen: Backend) -> None:
+    """Log the choice, once a process."""
+    package = "transformer_engine" if chosen is Backend.transformer_engine else "torch"
+    logger.info("model.backend: %s %s", chosen, metadata.version(package))
+
+
+def torch_name(name: str) -> str:
+    """Return what the torch backend calls a parameter that Transformer Engine may call `name`."""
+    for engine, own in _ENGINE_NAMES.items():
+        if name.endswith(f".{engine}"):
+            return name.removesuffix(engine) + own
+    return name

@@ -1,0 +1,81 @@
+"""Layers of Transformer Engine: norms fused into projections, cuDNN or flash attention over packed rows.
+
+Imported only where Transformer Engine is installed. The heads and the checkpoints are those of the torch backend.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from offline_align.config.sections import ModelSection
+from offline_align.model.attention import PackedAttention, Segments
+from offline_align.model.rotary import rotate
+
+
+class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
+    """Rotary positions and Transformer Engine's attention inside each segment of a bin.
+
+    Shape legend: T tokens of the bin, H query heads, G key/value heads of this rank, D width of a head.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        num_splits: int | None = None,
+    ) -> Tensor:
+        """Return [T, 1, H * D] from query [T, 1, H, D] and key, value [T, 1, G, D]."""
+        assert isinstance(packed_seq_params, Segments), "every batch of this project is packed"
+        assert packed_seq_params.rotary is not None
+        cosine, sine = packed_seq_params.rotary
+        query, key = (rotate(t.squeeze(1), cosine, sine) for t in (query, key))
+        out: Tensor = super().forward(
+            query,
+            key,
+            value.squeeze(1),
+            None,
+            attn_mask_type,
+            packed_seq_params=_packed(packed_seq_params),
+            num_splits=num_splits,
+        )
+        return out.reshape(out.size(0), 1, -1)
+
+
+def _packed(segments: Segments) -> PackedSeqParams:
+    """Return the segments in Transformer Engine's form: tokens first, no batch dimension."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=segments.cu_seqlens_q,
+        cu_seqlens_kv=segments.cu_seqlens_kv,
+        max_seqlen_q=segments.max_seqlen_q,
+        max_seqlen_kv=segments.max_seqlen_kv,
+    )
+
+
+def engine_block_spec(model: ModelSection, config: TransformerConfig) -> TransformerBlockSubmodules:
+    """Return megatron's Transformer Engine layers with attention over the segments of a bin.
+
+    Under context parallelism the attention is that of the torch backend: Transformer Engine's would need every row
+    padded to a multiple of twice the group.
+    """
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+    attention = spec.submodules.self_attention
+    core = EngineAttention if config.context_parallel_size == 1 else PackedAttention
+    inner = replace(attention.submodules, core_attention=core)
+    layer = replace(
+        spec.submodules,
+        self_attention=ModuleSpec(module=attention.module, params=attention.params, submodules=inner),
+    )
+    layers = [ModuleSpec(module=spec.module, submodules=layer)] * config.num_layers
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
