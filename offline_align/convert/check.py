@@ -108,7 +108,7 @@ def _numbers_of_transformers(
 
 @torch.inference_mode()
 def _numbers_of_ours(found: Architecture, folder: Path, rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return the same of our model, all rows in one packed bin."""
+    """Return the same of our model, row by row as well: products of equal shapes round alike."""
     from offline_align.model.build import build_model
     from offline_align.model.heads import Policy
 
@@ -117,11 +117,10 @@ def _numbers_of_ours(found: Architecture, folder: Path, rows: Sequence[Sequence[
     for name, tensor in load_huggingface(folder):
         if name in parameters:
             parameters[name].copy_(tensor)
-    batch = packed(rows).to(device)
+    batches = [packed([row]).to(device) for row in rows]
     if isinstance(model, Policy):
-        return model.logits(batch)[:, : found.model.vocab_size]
-    scores: Tensor = model(batch)
-    return scores
+        return torch.cat([model.logits(batch)[:, : found.model.vocab_size] for batch in batches])
+    return torch.cat([model(batch) for batch in batches])
 
 
 def packed(rows: Sequence[Sequence[int]]) -> PackedBatch:

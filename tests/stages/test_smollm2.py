@@ -1,0 +1,91 @@
+"""A real model, SmolLM2-135M: the same bits, logits and losses as in transformers.
+
+Skipped where there is none: put its folder into `models/SmolLM2-135M`, or name it in OFFLINE_ALIGN_SMOLLM2.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from offline_align.__main__ import run
+from tests.distributed.test_logits import ours
+from tests.support import REPOSITORY
+from tests.training import metrics
+
+pytestmark = pytest.mark.slow
+DIALOGUES = [
+    ("Why is the sky blue?", "Air scatters blue light more than red."),
+    ("Name three primes.", "2, 3 and 5."),
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    folder = Path(os.environ.get("OFFLINE_ALIGN_SMOLLM2", REPOSITORY / "models" / "SmolLM2-135M"))
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no model at {folder}; set OFFLINE_ALIGN_SMOLLM2 to a Hugging Face folder of SmolLM2-135M")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(smollm2: Path) -> list[tuple[list[int], list[int]]]:
+    """Context and target of each dialogue, as transformers' own tokenizer and chat template give them."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    found = []
+    for question, answer in DIALOGUES:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        whole = tokenizer.apply_chat_template(turns, return_dict=False)
+        context = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+        assert whole[: len(context)] == context
+        # The template's last line break comes after end of sequence, and nobody asks a model for it.
+        end = len(whole) - whole[::-1].index(tokenizer.eos_token_id)
+        found.append((context, whole[len(context) : end]))
+    return found
+
+
+def test_in_and_out_are_the_same_bits(smollm2: Path, tmp_path: Path) -> None:
+    words = ["run.device=cpu", "convert.check=true"]
+    assert run(["convert", f"init.from={smollm2}", f"run.dir={tmp_path / 'in'}", "convert.to=megatron", *words]) == 0
+    assert run(["convert", f"init.from={tmp_path / 'in'}", f"run.dir={tmp_path / 'out'}", *words]) == 0
+    before, after = load_file(smollm2 / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_logits_of_one_and_of_three_ranks_are_those_of_transformers(
+    smollm2: Path, texts: list[tuple[list[int], list[int]]], tmp_path: Path
+) -> None:
+    """As near to transformers as fp32 allows: both are measured against fp64."""
+    rows = [context + target for context, target in texts]
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = torch.cat([model(torch.tensor([row])).logits[0] for row in rows])
+        exact = torch.cat([model.double()(torch.tensor([row])).logits[0] for row in rows])
+    scale, rounding = exact.abs().max(), (theirs - exact).abs().max()
+    for tp_size in (1, 3):
+        (found,) = ours([smollm2], rows, tp_size, tmp_path)
+        assert (found - theirs).abs().max() < 1e-5 * scale
+        assert (found - exact).abs().max() < 2 * rounding
+
+
+def test_the_first_loss_is_that_of_transformers(
+    smollm2: Path, texts: list[tuple[list[int], list[int]]], tmp_path: Path
+) -> None:
+    rows = [{"prompt": question, "response": answer} for question, answer in DIALOGUES]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data.template=chat", "data.max_length=256", "trainer.global_batch_size=2", "trainer.max_steps=1"]
+    source = [f"run.dir={tmp_path / 'sft'}", f"data.train={data}", f"init.from={smollm2}"]
+    assert run(["sft", *source, *words, "run.device=cpu"]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    total = 0.0
+    for context, target in texts:
+        labels = torch.tensor([[-100] * len(context) + target])
+        with torch.no_grad():
+            total += float(model(torch.tensor([context + target]), labels=labels).loss) * len(target)
+    assert metrics(tmp_path / "sft") == [pytest.approx(total / sum(len(t) for _, t in texts), abs=1e-5)]
