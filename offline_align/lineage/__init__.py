@@ -7,7 +7,7 @@ but the root of the file system: a whole tree of data and runs can be moved and 
 """
 
 from offline_align.lineage.files import FileRecord, file_sha256, folder_sha256, write_atomically
-from offline_align.lineage.key import completed, content_key
+from offline_align.lineage.key import CHANGES, RunSettings, completed, content_key, finished_key, flat, run_settings
 from offline_align.lineage.manifest import (
     CONFIG,
     MANIFEST,
@@ -21,6 +21,7 @@ from offline_align.lineage.manifest import (
 from offline_align.lineage.verification import FileCheck, Report, Status, verify
 
 __all__ = [
+    "CHANGES",
     "CONFIG",
     "MANIFEST",
     "FileCheck",
@@ -28,12 +29,16 @@ __all__ = [
     "Manifest",
     "ParentRecord",
     "Report",
+    "RunSettings",
     "Status",
     "completed",
     "content_key",
     "file_sha256",
+    "finished_key",
+    "flat",
     "folder_sha256",
     "read_manifest",
+    "run_settings",
     "verify",
     "versions",
     "write_atomically",

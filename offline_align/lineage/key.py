@@ -2,47 +2,60 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from offline_align.config.resume import Change, change_class
 from offline_align.errors import ConfigError
 from offline_align.lineage.files import canonical_json, file_size, real_path, record_files, text_sha256
 from offline_align.lineage.manifest import CONFIG, describe_parent, read_manifest
 
-# Settings that change where, when or how fast something is computed, but not what.
-NOT_IN_KEY = frozenset(
-    {
-        "run.dir",
-        "run.device",
-        "dry_run",
-        "debug",
-        "launcher",
-        "parallel",
-        "data.cache_dir",
-        "data.num_workers",
-        "trainer.max_time",
-        "trainer.micro_batch_size",
-        "trainer.recompute",
-        "trainer.log_interval",
-        "trainer.keep_checkpoints",
-        "trainer.async_save",
-        "trainer.profile_steps",
-        "label.flush_rows",
-        "generate.batch_size",
-        "judge.concurrent_requests",
-        "judge.retries",
-        "judge.timeout_seconds",
-        "convert.check",
-        # Its report is an input.
-        "convert.evaluation",
-    }
-)
+CHANGES = "changed_settings"
+"""What the manifest calls the changes of a run that was continued with other settings."""
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """All that determines what a run produces; names of files are replaced by their content."""
+
+    stage: str
+    config: dict[str, Any]
+    inputs: list[str]
+    parents: list[str]
+
+    @property
+    def key(self) -> str:
+        """The content key: equal keys mean equal results."""
+        return text_sha256(canonical_json(asdict(self)))
+
+    @property
+    def continuation(self) -> str:
+        """Key of what may not change while a run is unfinished: that of the steps, scores and answers done so far."""
+        fixed = {name: value for name, value in self.flat().items() if change_class(name) is Change.refuse}
+        return text_sha256(canonical_json([self.stage, fixed]))
+
+    def flat(self) -> dict[str, Any]:
+        """Return the values by dotted keys."""
+        return flat(self.config) | {"inputs": self.inputs, "parents": self.parents}
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by dotted keys."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for name, value in node.items() for k, v in flat(value, f"{prefix}.{name}".lstrip(".")).items()}
+
+
 def content_key(stage: str, config: dict[str, Any], inputs: Sequence[Path], parents: Sequence[Path]) -> str:
-    """Return the SHA-256 of everything that determines what a stage produces.
+    """Return the SHA-256 of everything that determines what a stage produces, see `run_settings`."""
+    return run_settings(stage, config, inputs, parents).key
+
+
+def run_settings(stage: str, config: dict[str, Any], inputs: Sequence[Path], parents: Sequence[Path]) -> RunSettings:
+    """Return everything that determines what a stage produces.
 
     That is the stage, the settings that change results, and the content of the inputs and of the parents. A
     setting that names one of these files is replaced by its content, so that data and runs may be moved or
@@ -54,13 +67,13 @@ def content_key(stage: str, config: dict[str, Any], inputs: Sequence[Path], pare
     built_on = [describe_parent(path) for path in parents]
     for path, parent in zip(parents, built_on, strict=True):
         digests |= {str(path.resolve()): parent.content_sha256, parent.path: parent.content_sha256}
-    content = {
-        "stage": stage,
-        "config": _relevant(config, digests),
-        "inputs": [record.sha256 for record in records],
-        "parents": [parent.content_sha256 for parent in built_on],
-    }
-    return text_sha256(canonical_json(content))
+    relevant = _relevant(config, digests)
+    return RunSettings(stage, relevant, [r.sha256 for r in records], [p.content_sha256 for p in built_on])
+
+
+def finished_key(key: str, changes: Sequence[Any]) -> str:
+    """Return the key of a finished run whose settings were changed on the way: it is not what either set gives."""
+    return text_sha256(canonical_json([key, list(changes)])) if changes else key
 
 
 def completed(run_dir: Path, stage: str, key: str) -> bool:
@@ -75,7 +88,7 @@ def completed(run_dir: Path, stage: str, key: str) -> bool:
         return False
     if manifest.stage != stage:
         raise ConfigError(f"run.dir={run_dir}: holds a finished run of `{manifest.stage}`; choose another folder")
-    if manifest.key != key:
+    if manifest.key != finished_key(key, manifest.extra.get(CHANGES, [])):
         raise ConfigError(
             f"run.dir={run_dir}: holds a finished `{stage}` run with other settings or inputs "
             f"(its own are in {CONFIG}); choose another folder, or remove this one"
@@ -90,7 +103,9 @@ def _relevant(node: Any, digests: dict[str, str], key: str = "") -> Any:
     """Return the settings that change results, with the content in place of the names of known files."""
     if isinstance(node, dict):
         dotted = {name: f"{key}.{name}".lstrip(".") for name in node}
-        values = {n: _relevant(node[n], digests, dotted[n]) for n in node if dotted[n] not in NOT_IN_KEY}
+        values = {
+            n: _relevant(node[n], digests, dotted[n]) for n in node if change_class(dotted[n]) is not Change.allow
+        }
         return {name: value for name, value in values.items() if value != {}}
     if isinstance(node, list | tuple):
         return [_relevant(value, digests, key) for value in node]

@@ -50,6 +50,11 @@ class ModelDescription:
     condition: Condition | None = None
     method: str = ""
 
+    @property
+    def text_form(self) -> dict[str, str]:
+        """How text becomes tokens: what must agree where one model's work is another's training data."""
+        return {"tokenizer_hash": self.tokenizer_hash, "template": self.template.value}
+
     def save(self, folder: Path) -> None:
         """Write `model.json` into `folder`."""
         values = asdict(self)

@@ -19,6 +19,7 @@ from offline_align.distributed.run_lock import run_lock
 from offline_align.errors import StorageError
 from offline_align.launch import under_torchrun
 from offline_align.model.description import find_checkpoint, is_huggingface
+from offline_align.stages.continuation import RunKey, begin_or_continue
 
 if TYPE_CHECKING:
     from offline_align.distributed.setup import Ranks
@@ -52,7 +53,12 @@ def parent_models(config: Run) -> list[Path]:
 
 def key_of(stage: str, config: Run) -> str:
     """Return the content key of a run: equal keys mean equal results."""
-    return lineage.content_key(stage, to_mapping(config), input_files(config), parent_models(config))
+    return settings_of(stage, config).key
+
+
+def settings_of(stage: str, config: Run) -> lineage.RunSettings:
+    """Return all that determines what a run produces."""
+    return lineage.run_settings(stage, to_mapping(config), input_files(config), parent_models(config))
 
 
 def is_finished(stage: str, config: Run, key: str) -> bool:
@@ -65,8 +71,8 @@ def is_finished(stage: str, config: Run, key: str) -> bool:
     return done
 
 
-def run_on_ranks(stage: str, config: ModelRun, body: "Callable[[Ranks, str], None]") -> int:
-    """Run `body(ranks, content key)` on all ranks unless the run is finished; returns the exit code 0.
+def run_on_ranks(stage: str, config: ModelRun, body: "Callable[[Ranks, RunKey], None]") -> int:
+    """Run `body(ranks, keys)` on all ranks unless the run is finished; returns the exit code 0.
 
     A process that torchrun did not start looks first, before it loads anything heavy.
     """
@@ -76,12 +82,16 @@ def run_on_ranks(stage: str, config: ModelRun, body: "Callable[[Ranks, str], Non
 
     with contextlib.ExitStack() as held, session(config.parallel, config.run) as ranks:
 
-        def look() -> tuple[str, bool]:
-            key = key_of(stage, config)
-            return key, is_finished(stage, config, key) or not held.enter_context(only_job(stage, config, key))
+        def look() -> RunKey | None:
+            settings = settings_of(stage, config)
+            if is_finished(stage, config, settings.key) or not held.enter_context(
+                only_job(stage, config, settings.key)
+            ):
+                return None
+            return begin_or_continue(Path(config.run.dir), settings, lineage.flat(to_mapping(config)))
 
-        key, finished = ranks.from_main(look)
-        if not finished:
+        key = ranks.from_main(look)
+        if key is not None:
             body(ranks, key)
     return 0
 

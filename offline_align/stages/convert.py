@@ -11,6 +11,7 @@ from offline_align.config.sections import ConvertTo
 from offline_align.convert.weights import parse_size
 from offline_align.errors import ConfigError
 from offline_align.stages import common
+from offline_align.stages.continuation import RunKey
 from offline_align.stages.origin import Origin, resolve
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def run(config: ConvertRun, explicit: frozenset[str]) -> int:
     return common.run_on_ranks("convert", config, lambda ranks, key: _convert(config, origin, ranks, key))
 
 
-def _convert(config: ConvertRun, origin: Origin, ranks: Any, key: str) -> None:
+def _convert(config: ConvertRun, origin: Origin, ranks: Any, key: RunKey) -> None:
     if ranks.is_main:
         common.start_folder(config, origin.model)
     ranks.barrier()
@@ -40,7 +41,7 @@ def _convert(config: ConvertRun, origin: Origin, ranks: Any, key: str) -> None:
     if ranks.is_main:
         extra = {"to": config.convert.to.value, "kind": origin.kind, "method": origin.method, **checked}
         inputs, parents = common.input_files(config), common.parent_models(config)
-        lineage.write_manifest(run_dir, "convert", key, inputs, parents, outputs, extra)
+        lineage.write_manifest(run_dir, "convert", key.finished, inputs, parents, outputs, extra)
         logger.info("convert: done: %s", run_dir)
     ranks.barrier()
 

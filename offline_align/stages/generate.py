@@ -18,6 +18,7 @@ from offline_align.generate.journal import Place, merge, missing, read_answers
 from offline_align.generate.requests import Completion, Engine, Workload, build_requests
 from offline_align.model.description import Condition
 from offline_align.stages import common
+from offline_align.stages.continuation import RunKey
 from offline_align.stages.origin import Origin, resolve
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def _generate(
     conditions: list[Condition | None],
     engine: EngineName,
     ranks: Any,
-    key: str,
+    key: RunKey,
 ) -> None:
     run_dir = Path(config.run.dir)
     if ranks.is_main:
@@ -116,7 +117,7 @@ def _generate(
     renderer = Renderer(origin.tokenizer, origin.template)
     work = build_requests(prompts, renderer, texts, config.data, config.generate, bad_rows)
     logger.info("first prompt, as the model sees it: %r", origin.tokenizer.decode(work.requests[0].context))
-    journal = Journal(run_dir, key, ranks.dp_rank)
+    journal = Journal(run_dir, key.continuation, ranks.dp_rank)
     _answer_missing(config, origin, engine, work, journal, ranks)
 
     def finish() -> None:
@@ -181,7 +182,7 @@ def _finish(
     conditions: list[Condition | None],
     work: Workload,
     bad_rows: dict[str, int],
-    key: str,
+    key: RunKey,
 ) -> None:
     from dataclasses import asdict
 
@@ -202,9 +203,9 @@ def _finish(
     lineage.write_manifest(
         run_dir,
         "generate",
-        key,
+        key.finished,
         common.input_files(config),
         common.parent_models(config),
         [path for path in outputs if path.exists()],
-        extra,
+        extra | key.facts,
     )

@@ -14,7 +14,9 @@ from offline_align.data.records import PreferencePair, Sample, read_samples_and_
 from offline_align.errors import DataError, StoppedEarly, StorageError
 from offline_align.label.journal import ScoreWriter, read_scores
 from offline_align.label.statistics import fit, normalise
+from offline_align.model.description import ModelDescription
 from offline_align.stages import common
+from offline_align.stages.continuation import RunKey
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ def run(config: LabelRun, explicit: frozenset[str]) -> int:
     return common.run_on_ranks("label", config, lambda ranks, key: _label(config, ranks, key))
 
 
-def _label(config: LabelRun, ranks: Any, key: str) -> None:
+def _label(config: LabelRun, ranks: Any, key: RunKey) -> None:
     if ranks.is_main:
         common.start_folder(config)
     ranks.barrier()
@@ -38,7 +40,7 @@ def _label(config: LabelRun, ranks: Any, key: str) -> None:
     rows = ranks.main_first(lambda: list(read_samples_and_pairs(files, bad_rows)))
     samples = list(single_answers(rows))
     # Named by content: scores of another model or other data are never taken for these.
-    journal = Journal(Path(config.run.dir), key, ranks.dp_rank)
+    journal = Journal(Path(config.run.dir), key.continuation, ranks.dp_rank)
     _score_missing(config, samples, journal, ranks)
     ranks.from_main(lambda: _write_results(config, rows, samples, journal, key, dict(bad_rows.counts)))
 
@@ -117,7 +119,7 @@ def _write_results(
     rows: list[Sample | PreferencePair],
     samples: list[Sample],
     journal: Journal,
-    key: str,
+    key: RunKey,
     bad: dict[str, int],
 ) -> None:
     from offline_align.label.figures import draw_reward_histogram
@@ -139,15 +141,17 @@ def _write_results(
     outputs = [run_dir / n for n in ("labelled.jsonl", "reward_stats.json", "reward_histogram.png")]
     quarantine = run_dir / "quarantine.jsonl"
     pairs = sum(isinstance(r, PreferencePair) for r in rows)
+    (checkpoint,) = common.parent_models(config)
     extra = {"rows": len(samples), "pairs": pairs, "bad_rows": bad, "statistics": stats.as_json()}
+    extra |= ModelDescription.load(checkpoint).text_form
     lineage.write_manifest(
         run_dir,
         "label",
-        key,
+        key.finished,
         common.input_files(config),
         common.parent_models(config),
         [*outputs, quarantine] if quarantine.exists() else outputs,
-        extra,
+        extra | key.facts,
     )
     journal.remove()
     logger.info("label: %d rows, rewards %.3f +- %.3f: %s", len(samples), stats.mean, stats.std, run_dir)

@@ -18,6 +18,7 @@ from offline_align.data.template import Renderer
 from offline_align.methods import TrainingRow
 from offline_align.model.description import Condition, ModelDescription
 from offline_align.stages import common
+from offline_align.stages.continuation import RunKey
 from offline_align.stages.origin import Origin, load_origin, resolve
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def run(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recipe) 
     return common.run_on_ranks(stage, config, lambda ranks, key: _train(stage, config, explicit, recipe, ranks, key))
 
 
-def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recipe, ranks: Any, key: str) -> None:
+def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recipe, ranks: Any, key: RunKey) -> None:
     from offline_align.distributed.stopping import stop_requests
 
     origin = resolve(config, explicit)
@@ -90,11 +91,11 @@ def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recip
         lineage.write_manifest(
             run_dir,
             stage,
-            key,
+            key.finished,
             common.input_files(config),
             common.parent_models(config),
             [p for p in [*common_outputs, run_dir / "quarantine.jsonl"] if p.exists()],
-            _extra(recipe, facts, state, ranks) | {"speed": trainer.speed.summary()},
+            _extra(recipe, facts, state, ranks) | key.facts | {"speed": trainer.speed.summary()},
         )
         logger.info("%s: done after %d steps, %.0f s: %s", stage, state.step, state.seconds, run_dir)
     ranks.barrier()
@@ -139,7 +140,7 @@ def _tokenized(
     return source, facts
 
 
-def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid: Any, ranks: Any, key: str) -> Any:
+def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid: Any, ranks: Any, key: RunKey) -> Any:
     """Build model, optimizer and loaders, and load the initial weights unless the run is continued."""
     from offline_align.distributed.sizes import model_sizes
     from offline_align.model.build import build_model
@@ -179,7 +180,7 @@ def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid
         ),
         tokenizer=origin.tokenizer,
         speed=SpeedMeter(sizes, recipe.kind == "policy", ranks.device, ranks.world_size),
-        settings=key,
+        settings=key.continuation,
     )
 
 

@@ -62,8 +62,8 @@ def build_optimizer(
     _offer_own_adam()
     config = OptimizerConfig(
         optimizer="adam",
-        lr=optim.lr,
-        min_lr=optim.min_lr,
+        lr=_MARK,
+        min_lr=0.0,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.adam_beta1,
         adam_beta2=optim.adam_beta2,
@@ -76,7 +76,7 @@ def build_optimizer(
     )
     overrides = get_standard_config_overrides(config)
     if bf16:
-        overrides[_FP32_PARAMETERS] = {"max_lr": optim.lr}
+        overrides[_FP32_PARAMETERS] = {"max_lr": _MARK}
     return get_megatron_optimizer(config, [model], config_overrides=overrides)
 
 
@@ -90,6 +90,9 @@ def _lean_state(parallel: ParallelSection) -> dict[str, Any]:
     }
 
 
+# Every step sets its own rate. megatron finds the groups of a checkpoint by the rate that they were made with, so that
+# one is the same for all runs: a run may be continued at another rate.
+_MARK = 1.0
 # megatron's distributed optimizer mixes up the states of a group that holds parameters of two dtypes, so the fp32
 # ones of a bf16 model get a group of their own; the rate that marks it is the one they have anyway.
 _FP32_PARAMETERS = ParamKey(

@@ -86,9 +86,67 @@ def test_stopped_and_continued_is_uninterrupted(tmp_path: Path, stage: str, monk
 def test_a_continuation_with_other_settings_is_refused(tmp_path: Path, rows: Path, capsys: Any) -> None:
     words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
     assert run([*words, "trainer.max_time=0.001"]) == 75
-    assert run([*words, "optim.lr=1e-4"]) == 78
-    assert "holds a run with other settings" in capsys.readouterr().err
+    assert run([*words, "optim.adam_beta1=0.5", "run.seed=7"]) == 78
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("; to")[0] for line in said if "error" in line][-2:] == [
+        "offline-align: error: optim.adam_beta1=0.5: this run began with 0.9",
+        "offline-align: error: run.seed=7: this run began with 1234",
+    ]
     assert run(words) == 0
+
+
+def test_a_continuation_with_other_data_is_refused(tmp_path: Path, rows: Path, capsys: Any) -> None:
+    words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
+    assert run([*words, "trainer.max_time=0.001"]) == 75
+    content = rows.read_text()
+    rows.write_text(content.replace("red", "rot"))
+    assert run(words) == 78
+    assert f"data.train={rows}: has other content than when this run began" in capsys.readouterr().err
+    # Another name for the same content is no change.
+    rows.rename(tmp_path / "moved.jsonl")
+    (tmp_path / "moved.jsonl").write_text(content)
+    assert run([*words, f"data.train={tmp_path / 'moved.jsonl'}"]) == 0
+
+
+def test_a_run_goes_on_longer_and_at_another_rate(tmp_path: Path, rows: Path, capsys: Any) -> None:
+    words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
+    words += ["optim.lr_decay_style=constant"]
+    assert run([*words, "trainer.max_time=0.001"]) == 75
+    longer = [*words, "trainer.max_steps=7", "optim.lr=1e-3"]
+    assert run(longer) == 0
+    assert metrics(tmp_path / "run", "lr") == [1e-2, *[1e-3] * 6]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    changes = {"after_step": 1, "optim.lr": [1e-2, 1e-3], "trainer.max_steps": [5, 7]}
+    assert manifest["extra"]["changed_settings"] == [changes]
+    before = (tmp_path / "run" / "manifest.json").stat().st_mtime_ns
+    assert run(longer) == 0, "the last command finds its run complete"
+    assert (tmp_path / "run" / "manifest.json").stat().st_mtime_ns == before
+    assert run(words) == 78
+    assert run([*longer, f"run.dir={tmp_path / 'straight'}"]) == 0
+    straight = json.loads((tmp_path / "straight" / "manifest.json").read_text())
+    assert straight["key"] != manifest["key"], "the same settings from the start give something else"
+    assert run(["verify", f"run.dir={tmp_path / 'run'}"]) == 0
+
+
+def test_a_run_cannot_become_shorter_than_it_is(tmp_path: Path, rows: Path, capsys: Any) -> None:
+    words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
+    words += ["optim.lr_decay_style=constant", "trainer.save_interval=1"]
+    from offline_align.train import trainer
+
+    original = trainer.Trainer._advance
+
+    def stop_after_three(self: trainer.Trainer, *arguments: Any) -> None:
+        original(self, *arguments)
+        if self.state.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_advance", stop_after_three)
+        with pytest.raises(KeyboardInterrupt):
+            run(words)
+    assert run([*words, "trainer.max_steps=1"]) == 78
+    assert "trainer.max_steps=1: this run has done 2 steps already; give 2 or more" in capsys.readouterr().err
+    assert run([*words, "trainer.max_steps=3"]) == 0
 
 
 def test_overlapped_communication_changes_nothing(tmp_path: Path, rows: Path, monkeypatch: Any) -> None:

@@ -1,0 +1,120 @@
+"""Going on with an unfinished run: which settings have changed since it began, and what becomes of that.
+
+`settings.jsonl` in the run folder has a line for the beginning and one for every attempt whose settings differed.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from offline_align.config.resume import refused
+from offline_align.errors import ConfigError, StorageError
+from offline_align.lineage import CHANGES, RunSettings, finished_key, write_atomically
+
+FILE_NAME = "settings.jsonl"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RunKey:
+    """The keys of a run that is under way."""
+
+    content: str
+    """Key of the settings that it goes on with."""
+    continuation: str
+    """Key of what may not change on the way."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """What has changed on the way, and after which step."""
+
+    @property
+    def finished(self) -> str:
+        """The key that the manifest gets."""
+        return finished_key(self.content, self.changes)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest says of changes."""
+        return {CHANGES: self.changes} if self.changes else {}
+
+
+def begin_or_continue(run_dir: Path, settings: RunSettings, given: dict[str, Any]) -> RunKey:
+    """Return the keys of a run that is begun, or continued with settings that allow it, and record them.
+
+    `given` are the settings as the user wrote them, by dotted keys. Raises ConfigError with a line for each changed
+    setting that cannot be continued with, StorageError.
+    """
+    step = _steps_done(run_dir)
+    lines = _read(run_dir / FILE_NAME) if step is not None else []
+    now = {"settings": _plain(settings.flat()), "given": _plain(given)}
+    if lines:
+        changes = _changes(lines[-1], now, run_dir, step)
+        if not changes:
+            return _key(settings, lines)
+        lines.append(now | {"after_step": step, "changes": changes})
+    else:
+        lines = [now]
+    content = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(run_dir / FILE_NAME, content.encode())
+    return _key(settings, lines)
+
+
+def _key(settings: RunSettings, lines: list[dict[str, Any]]) -> RunKey:
+    changes = [{"after_step": line["after_step"], **line["changes"]} for line in lines if "changes" in line]
+    return RunKey(settings.key, settings.continuation, changes)
+
+
+def _changes(last: dict[str, Any], now: dict[str, Any], run_dir: Path, step: int | None) -> dict[str, Any]:
+    """Return old and new value of each changed setting; ConfigError where one of them cannot be continued with."""
+    before, after = last["settings"], now["settings"]
+    wrong = refused(before, after)
+    problems = [_problem(key, last["given"], now["given"], why) for key, why in sorted(wrong.items())]
+    # Files have no key of their own where the one that names them says it already.
+    named = [line for key, line in zip(sorted(wrong), problems, strict=True) if key not in ("inputs", "parents")]
+    length = after.get("trainer.max_steps")
+    if step is not None and isinstance(length, int) and length < step:
+        named.append(f"trainer.max_steps={length}: this run has done {step} steps already; give {step} or more")
+    if problems and not named:
+        named = ["the files of data and models have other content than when this run began"]
+    if named:
+        raise ConfigError(
+            [f"{line}; to continue go back to it, or choose another folder than run.dir={run_dir}" for line in named]
+        )
+    found = {key: [before.get(key), after.get(key)] for key in sorted(before.keys() | after.keys())}
+    found = {key: pair for key, pair in found.items() if pair[0] != pair[1]}
+    for key, (old, new) in found.items():
+        logger.warning("%s=%s: was %s until now; the run goes on with it after step %s", key, new, old, step)
+    return found
+
+
+def _problem(key: str, before: dict[str, Any], after: dict[str, Any], why: str) -> str:
+    old, new = before.get(key), after.get(key)
+    if old == new:
+        return f"{key}={new}: has other content than when this run began"
+    return f"{key}={new}: this run began with {old}" + (f" ({why})" if why else "")
+
+
+def _steps_done(run_dir: Path) -> int | None:
+    """Return the step of the newest checkpoint, 0 where a journal has results, None where nothing is done yet."""
+    steps = [int(folder.name[5:]) for folder in run_dir.glob("checkpoints/step_*") if folder.name[5:].isdigit()]
+    results = any(part.stat().st_size for part in run_dir.glob("journal/*/part_*.jsonl"))
+    return max(steps, default=0 if results else None)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(line, dict) and {"settings", "given"} <= line.keys() for line in lines):
+            raise ValueError("not settings")
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path}: cannot be read ({error}); restore it, or choose another run.dir") from error
+    return lines
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values as they come back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
