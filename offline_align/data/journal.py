@@ -37,7 +37,7 @@ class Journal:
                 lines = path.read_bytes().split(b"\n")
             except OSError as error:
                 raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
-            whole = [entry for line in lines if (entry := self._entry(line)) is not None]
+            whole = [entry for line in lines if (entry := unsealed(line, self.folder.name)) is not None]
             # The last piece is empty, or the line that a kill has cut.
             if damaged := sum(map(bool, lines[:-1])) - len(whole):
                 logger.warning("%s: %d damaged lines are passed over and made again", path, damaged)
@@ -46,7 +46,7 @@ class Journal:
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
         """Add entries; they are on disk when this returns. Raises StorageError."""
-        content = "".join(map(self._line, entries)).encode()
+        content = "".join(sealed(entry, self.folder.name) for entry in entries).encode()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+", buffering=0) as file:
@@ -81,21 +81,26 @@ class Journal:
         """Delete the journals of the run, once the results stand in its output."""
         shutil.rmtree(self.folder.parent, ignore_errors=True)
 
-    def _line(self, entry: dict[str, Any]) -> str:
-        text = json.dumps(entry)
-        return f'{text[:-1]}, "{_CHECKSUM}": {self._checksum(text)}}}\n'
 
-    def _entry(self, line: bytes) -> dict[str, Any] | None:
-        try:
-            entry = json.loads(line)
-            checksum = entry.pop(_CHECKSUM)
-            same = checksum == self._checksum(json.dumps(entry))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return None
-        return entry if same else None
+def sealed(entry: dict[str, Any], name: str) -> str:
+    """Return an entry as a line with a checksum, which covers the `name` of the journal too."""
+    text = json.dumps(entry)
+    return f'{text[:-1]}, "{_CHECKSUM}": {_checksum(text, name)}}}\n'
 
-    def _checksum(self, text: str) -> int:
-        return zlib.crc32(text.encode(), zlib.crc32(self.folder.name.encode()))
+
+def unsealed(line: bytes, name: str) -> dict[str, Any] | None:
+    """Return the entry of a line, or None where it is torn, damaged or of another journal."""
+    try:
+        entry = json.loads(line)
+        checksum = entry.pop(_CHECKSUM)
+        same = checksum == _checksum(json.dumps(entry), name)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    return entry if same else None
+
+
+def _checksum(text: str, name: str) -> int:
+    return zlib.crc32(text.encode(), zlib.crc32(name.encode()))
 
 
 def _ends_whole(descriptor: int) -> bool:

@@ -2,12 +2,18 @@
 
 import hashlib
 import json
+import logging
 import os
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from offline_align.data.journal import sealed, unsealed
 from offline_align.errors import StorageError
+
+logger = logging.getLogger(__name__)
+# Part of every checksum; verdicts are known by what was asked, not by the run.
+_NAME = "verdicts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +33,17 @@ class VerdictCache:
     """Verdicts by the hash of model and request; every new one is on disk before it counts."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there; a line that a crash tore is dropped and its verdict asked for again."""
+        """Read what is there; a line that is torn or damaged is dropped and its verdict asked for again."""
         self.path = path
         self._lock = threading.Lock()
         self._found: dict[str, Verdict] = {}
-        for line in self._lines():
-            try:
-                verdict = Verdict(**json.loads(line))
-            except (ValueError, TypeError):
-                continue
+        lines = self._lines()
+        entries = [entry for line in lines if (entry := unsealed(line, _NAME)) is not None]
+        # The last piece is empty, or the line that a kill has cut.
+        if damaged := sum(map(bool, lines[:-1])) - len(entries):
+            logger.warning("%s: %d damaged verdicts are passed over and asked for again", path, damaged)
+        for entry in entries:
+            verdict = Verdict(**entry)
             self._found[verdict.key] = verdict
 
     def get(self, key: str) -> Verdict | None:
@@ -45,7 +53,7 @@ class VerdictCache:
 
     def add(self, verdict: Verdict) -> None:
         """Keep a verdict; raises StorageError where it cannot be written."""
-        line = json.dumps(asdict(verdict), ensure_ascii=False) + "\n"
+        line = sealed(asdict(verdict), _NAME)
         with self._lock:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,10 +66,8 @@ class VerdictCache:
                 raise StorageError(f"{self.path}: cannot write: {error.strerror}; free space") from error
             self._found[verdict.key] = verdict
 
-    def _lines(self) -> list[str]:
-        if not self.path.is_file():
-            return []
-        return self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+    def _lines(self) -> list[bytes]:
+        return self.path.read_bytes().split(b"\n") if self.path.is_file() else []
 
     def _ends_whole(self) -> bool:
         size = self.path.stat().st_size

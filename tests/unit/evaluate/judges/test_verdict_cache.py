@@ -45,6 +45,21 @@ def test_a_torn_last_line_costs_that_verdict_only(tmp_path: Path, torn: int) -> 
     assert last.get("c") is not None
 
 
+def test_a_flipped_bit_costs_that_verdict_only(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.jsonl"
+    VerdictCache(path).add(verdict("a", [1.0]))
+    first = path.read_bytes()
+    VerdictCache(path).add(verdict("b", [2.0]))
+    whole = path.read_bytes()
+    for bit in range(8 * (len(first) - 1)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bytes(damaged))
+        again = VerdictCache(path)
+        assert again.get("a") is None
+        assert again.get("b") == verdict("b", [2.0])
+
+
 def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
     cache = VerdictCache(tmp_path / "verdicts.jsonl")
     with ThreadPoolExecutor(8) as pool:
