@@ -203,7 +203,8 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
         files: dict[str, Any] = recorded["files"]
         # Earlier checkpoints have no seal.
         seal = text_sha256(canonical_json(files))
-        whole = recorded.get("sha256", seal) == seal and STATE_NAME in files
+        named = recorded.keys() <= {"files", "sha256"}
+        whole = named and recorded.get("sha256", seal) == seal and STATE_NAME in files
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return files if whole else None
