@@ -9,9 +9,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
+# What Slurm gives a requeued job to settle.
+_REQUEUE_SECONDS = 120
 # Debian keeps daemons where a plain user has no PATH to.
 SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
 
@@ -126,8 +129,15 @@ class Cluster:
         return self.job(job).get("JobState", "")
 
     def start_now(self, job: str) -> None:
-        """Let a requeued job start at once instead of after the two minutes that Slurm gives it to settle."""
-        if self.state(job) == "PENDING" and self.job(job).get("Reason") == "BeginTime":
+        """Let a requeued job start soon instead of after two minutes.
+
+        Not at once: a node refuses what was signed in the second in which the attempt before was revoked.
+        """
+        found = self.job(job)
+        if found.get("JobState") != "PENDING" or found.get("Reason") != "BeginTime":
+            return
+        left = datetime.fromisoformat(found["StartTime"]) - datetime.now()
+        if left.total_seconds() < _REQUEUE_SECONDS - 5:
             self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def wait(self, job: str, seconds: float = 600) -> dict[str, str]:

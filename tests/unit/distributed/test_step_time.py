@@ -12,7 +12,7 @@ from offline_align.config.runs import ModelRun
 from offline_align.config.sections import ParallelSection
 from offline_align.distributed.hardware import NODES
 from offline_align.distributed.sizes import ModelSizes, ParallelSizes, model_sizes
-from offline_align.distributed.step_time import Work, data_bytes, fastest_layout, layout, step_time
+from offline_align.distributed.step_time import Work, data_bytes, fastest_layout, label_seconds, layout, step_time
 
 H100, A100 = NODES["h100_80gb"], NODES["a100_80gb"]
 BF16_GRADIENTS = ParallelSection(grad_reduce_in_fp32=False)
@@ -100,3 +100,40 @@ def test_a_dry_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], w
     arguments = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", "model.vocab_size=256000", *words]
     assert run([*arguments, "dry_run=true", "debug=true"]) == 0
     assert said in capsys.readouterr().out
+
+
+COSTS = Path(__file__).resolve().parents[3] / "docs" / "cluster.md"
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "tokens", "segments"),
+    [
+        ("sft", 100_000, 500, 1),
+        ("reward", 40_000, 1000, 2),
+        ("fa", 90_000, 500, 1),
+        ("rwr", 180_000, 500, 1),
+        ("ca", 180_000, 500, 1),
+    ],
+)
+def test_the_costs_of_the_cluster_page(llama: ModelSizes, stage: str, rows: int, tokens: int, segments: int) -> None:
+    """Steps, seconds a step and GPU hours on four nodes at the paper's layout."""
+    tensor4 = ParallelSection(tensor_model_parallel_size=4, sequence_parallel=True)
+    work = Work(
+        tokens=128 * tokens,
+        squared_lengths=128 * segments * (tokens // segments) ** 2,
+        targets=0 if stage == "reward" else int(128 * tokens * 0.6),
+        micro_batch_tokens=4096,
+    )
+    cells = []
+    for node in (H100, A100):
+        seconds = step_time(llama, tensor4, ParallelSizes(32, 4, 1), work, node).total
+        cells.append(f"{seconds:.2f}, {rows / 128 * seconds * 32 / 3600:.1f}")
+    line = f"| {stage}, {round(rows / 128):,} steps, TP 4 | {cells[0]} | {cells[1]} |"
+    assert line in COSTS.read_text(encoding="utf-8")
+
+
+def test_the_cost_of_labelling_on_the_cluster_page(llama: ModelSizes) -> None:
+    answers = 180_000
+    seconds = [label_seconds(llama, answers * 500, answers * 500**2, 32, node) for node in (H100, A100)]
+    cells = " | ".join(f"{s:.0f} s in all, {s * 32 / 3600:.1f}" for s in seconds)
+    assert f"| label, TP 1 | {cells} |" in COSTS.read_text(encoding="utf-8")
