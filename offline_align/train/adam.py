@@ -44,8 +44,9 @@ class Adam(torch.optim.Optimizer):
             if "exp_avg" not in self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        # torch's kernel adds one itself; these counters live for this call only.
-        steps = [torch.tensor(group["step"] - 1, dtype=torch.float32, device=p.device) for p in params]
+        # torch's kernel adds one itself; these counters live for this call only, and are filled on the device.
+        counters = torch.full((len(params),), group["step"] - 1.0, dtype=torch.float32, device=params[0].device)
+        steps = list(counters.unbind())
         adamw(
             params,
             [p.grad for p in params],

@@ -11,11 +11,12 @@ from megatron.core.optimizer import (
     OptimizerConfig,
     ParamKey,
     ParamPredicate,
+    clip_grads,
     distrib_optimizer,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from offline_align.config.sections import DecayStyle, OptimSection, ParallelSection
 from offline_align.train.adam import Adam
@@ -100,6 +101,14 @@ _FP32_PARAMETERS = ParamKey(
 )
 
 
+def _l2_norm(_: int, __: Tensor, tensors: list[list[Tensor]], ___: bool) -> tuple[Tensor, None]:
+    """Return the norm of all tensors together, [1] in fp32, without waiting for any of them.
+
+    megatron's stand-in for apex's reads the norm of every parameter on the host.
+    """
+    return torch.stack(torch._foreach_norm(tensors[0], 2.0, torch.float32)).norm().view(1), None
+
+
 def _offer_own_adam() -> None:
     """Let megatron use our Adam as if it were a fused one, where neither Transformer Engine nor apex is installed."""
     core: Any = megatron_optimizer
@@ -107,6 +116,8 @@ def _offer_own_adam() -> None:
     if not core.USING_PYTORCH_OPTIMIZER:
         return
     core.USING_PYTORCH_OPTIMIZER = False
+    norms: Any = clip_grads
+    norms.l2_norm_impl = _l2_norm
     core.Adam = Adam
     sharded.HAVE_APEX_OR_TE = True
     sharded.USING_APEX_OPTIMIZER = True

@@ -51,3 +51,13 @@ def test_adam_counts_steps_of_groups_without_gradients() -> None:
     optimizer.step()
     assert optimizer.param_groups[0]["step"] == 1
     assert not optimizer.state
+
+
+def test_the_norm_of_many_gradients_is_that_of_all_numbers() -> None:
+    from offline_align.train.optim import _l2_norm
+
+    torch.manual_seed(0)
+    tensors = [torch.randn(4, 3), torch.randn(5), torch.randn(2, 2).to(torch.bfloat16)]
+    norm, _ = _l2_norm(0, torch.zeros(1), [tensors], False)
+    assert norm.dtype is torch.float32
+    assert float(norm) == pytest.approx(float(torch.cat([t.float().flatten() for t in tensors]).norm()))

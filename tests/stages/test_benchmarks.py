@@ -1,0 +1,54 @@
+"""The benchmarks run: tiny shapes, figures that mean nothing, every part of the script for one GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import Contender, medians, table
+from benchmarks.projection import PUBLISHED_A100_HOURS, hours, table_3_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_the_script_for_one_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+    environment = os.environ | {"SMOKE": "1", "PYTHON": sys.executable}
+    script = [str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (tmp_path / "gpu.md").read_text()
+    assert "correctness against fp32, offline-align, torch: passed" in text
+    found = {(task, name): values for task, _, name, values in json.loads((tmp_path / "gpu.json").read_text())}
+    for task in ("SFT, 8 layers", "reward model, 8 layers", "labelling, 8 B"):
+        for name in ("offline-align, torch", "transformers"):
+            assert found[task, name]["tokens_per_second"] > 0, (task, name)
+            assert f"| {task} | mixed | {name} |" in text
+
+
+def test_table_names_ratio_limit_and_fastest_peer() -> None:
+    contenders = [
+        Contender("own", "m", "f", ours=True),
+        Contender("a", "m", "f"),
+        Contender("b", "m", "f"),
+        Contender("bare matrix products", "m", "f", limit=True),
+    ]
+    rates = {"own": [30.0, 50.0, 40.0], "a": [20.0], "b": [10.0], "bare matrix products": [50.0]}
+    found = {n: [{"rate": r, "peak_memory_bytes": 2.0**30} for r in values] for n, values in rates.items()}
+    text = table(contenders, medians(found), "rate", "units/s")
+    assert "| a | 20.0 | 2.00x |" in text
+    assert "Against the fastest peer (a): 2.00x." in text
+    assert "bare matrix products: 80%" in text
+
+
+def test_table_3_by_hand() -> None:
+    # 8.03 B parameters: 6 * 7.5e9 FLOP a token and attention, of 312e12 * 0.5.
+    found = hours("a100_80gb", 500, 0.5, 0.5)
+    flops = 100_000 * 500 * 6 * 7.505e9
+    assert found["RWR"] == pytest.approx(flops * (1 + 0.31) / (156e12 * 3600), rel=0.02)
+    assert found["FA"] < found["RWR"] < PUBLISHED_A100_HOURS["RWR"] / 10
+    assert "no projection" in table_3_lines(None)[0]
+    assert len(table_3_lines((0.5, 0.5))) == 6

@@ -1,0 +1,81 @@
+"""The choice between the layers of megatron-core and those of Transformer Engine, as far as neither has to run."""
+
+import pytest
+import torch
+
+from offline_align.config.sections import Backend, ModelSection, OptimSection, ParallelSection, Recompute
+from offline_align.distributed.sizes import padding_multiple
+from offline_align.errors import ConfigError
+from offline_align.model import backend
+from offline_align.model.backend import choose_backend, torch_name
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "installed", "chosen"),
+    [
+        (Backend.auto, CPU, True, Backend.torch),
+        (Backend.auto, CUDA, False, Backend.torch),
+        (Backend.auto, CUDA, True, Backend.transformer_engine),
+        (Backend.torch, CUDA, True, Backend.torch),
+        (Backend.transformer_engine, CUDA, True, Backend.transformer_engine),
+    ],
+)
+def test_auto_takes_what_is_installed(
+    monkeypatch: pytest.MonkeyPatch, asked: Backend, device: torch.device, installed: bool, chosen: Backend
+) -> None:
+    monkeypatch.setattr(backend, "engine_is_installed", lambda: installed)
+    monkeypatch.setattr(backend, "_say", lambda _: None)
+    assert choose_backend(asked, device) is chosen
+
+
+@pytest.mark.parametrize(("device", "installed", "said"), [(CPU, True, "CUDA"), (CUDA, False, "not installed")])
+def test_what_cannot_be_used_is_refused(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, installed: bool, said: str
+) -> None:
+    monkeypatch.setattr(backend, "engine_is_installed", lambda: installed)
+    with pytest.raises(ConfigError, match=said):
+        choose_backend(Backend.transformer_engine, device)
+
+
+def test_the_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    backend._say.cache_clear()
+    for _ in range(3):
+        choose_backend(Backend.auto, CPU)
+    assert [r.message.split()[:2] for r in caplog.records] == [["model.backend:", "torch"]]
+
+
+def test_names_of_fused_norms() -> None:
+    assert torch_name("decoder.layers.3.self_attention.linear_qkv.layer_norm_weight") == (
+        "decoder.layers.3.input_layernorm.weight"
+    )
+    assert (
+        torch_name("decoder.layers.3.mlp.linear_fc1.layer_norm_weight") == "decoder.layers.3.pre_mlp_layernorm.weight"
+    )
+    for name in ("decoder.final_layernorm.weight", "decoder.layers.3.self_attention.linear_qkv.weight"):
+        assert torch_name(name) == name
+
+
+def test_fp8_is_for_linear_layers_of_the_engine() -> None:
+    from offline_align.model.build import build_model, transformer_config
+
+    model = ModelSection(num_layers=1, hidden_size=32, ffn_hidden_size=64, num_attention_heads=2, vocab_size=64)
+    config = transformer_config(model, ParallelSection(), CPU, True, Recompute.none, fp8=True)
+    assert (config.fp8, config.fp8_recipe) == ("hybrid", "tensorwise")
+    assert transformer_config(model, ParallelSection(), CPU, True, Recompute.none).fp8 is None
+    with pytest.raises(ConfigError, match="trainer.precision=fp8"):
+        build_model("policy", model, ParallelSection(), CPU, True, fp8=True)
+    assert padding_multiple(2, 2, True, fp8=True) % 16 == 0
+
+
+def test_lean_state_follows_the_gradients() -> None:
+    from megatron.core.optimizer import OptimizerConfig
+
+    from offline_align.train.optim import _lean_state
+
+    assert not OptimSection().use_precision_aware_optimizer
+    fields = _lean_state(ParallelSection(grad_reduce_in_fp32=False))
+    assert fields["main_grads_dtype"] is torch.bfloat16
+    assert _lean_state(ParallelSection())["main_grads_dtype"] is torch.float32
+    assert set(fields) <= set(OptimizerConfig.__dataclass_fields__)
