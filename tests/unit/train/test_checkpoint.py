@@ -11,7 +11,7 @@ from offline_align.errors import StorageError
 from offline_align.train import checkpoint
 from offline_align.train.checkpoint import TrainState
 
-ALONE = Ranks(0, 1, 0, 1, 0, 1, torch.device("cpu"))
+ALONE = Ranks(0, 1, 0, 1, 0, 1, 0, 1, torch.device("cpu"))
 
 
 def make(run_dir: Path, step: int) -> Path:
