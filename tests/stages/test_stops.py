@@ -10,7 +10,7 @@ import pytest
 from offline_align.__main__ import run
 from offline_align.data import tokenize
 from offline_align.data.preparation import write_rows
-from tests.training import TINY, samples, write_jsonl
+from tests.training import TINY, labelled, samples, write_jsonl
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
@@ -74,3 +74,39 @@ def test_reading_stops_at_once(tmp_path: Path, rows: Path, monkeypatch: Any) -> 
 
     monkeypatch.setattr(jsonl, "parse_object", interrupted)
     assert run(sft(tmp_path, rows)) == 75
+
+
+def other_commands(tmp_path: Path, rows: Path) -> dict[str, tuple[list[str], str]]:
+    """Return words of the commands that no loop of their own listens in, and the function that is interrupted."""
+    labels = write_jsonl(tmp_path / "labelled.jsonl", labelled([1.0, 2.0, 3.0]))
+    answer = {"id": "x", "prompt": "Hi", "response": "a", "finish_reason": "stop", "condition": None}
+    answers = write_jsonl(tmp_path / "answers.jsonl", [answer])
+    out = f"run.dir={tmp_path / 'out'}"
+    return {
+        "plan": (["plan", out, f"data.input={labels}"], "offline_align.stages.plan.plan"),
+        "evaluate": (
+            ["evaluate", out, "judge=ground_truth", f"data.input={answers}"],
+            "offline_align.stages.evaluate.load_comparison",
+        ),
+        "verify": (["verify", f"run.dir={tmp_path}"], "offline_align.stages.verify.verify"),
+    }
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("command", ["plan", "evaluate", "verify"])
+def test_other_commands_stop_at_once(
+    tmp_path: Path, rows: Path, command: str, number: signal.Signals, monkeypatch: Any, capsys: Any
+) -> None:
+    words, function = other_commands(tmp_path, rows)[command]
+
+    def interrupted(*_: Any) -> Any:
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(function, interrupted)
+        assert run(words) == 75
+    assert f"stopped by {number.name}" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out" / ".lock").exists()
+    assert command != "plan" or run(words) == 0
