@@ -71,6 +71,8 @@ def test_layouts_agree(folder: Path, alone: Path, layout: str) -> None:
     run = folder / layout
     done = command("sft", f"run.dir={run}", f"data.train={folder / 'rows.jsonl'}", *TINY, *STEPS, *LAYOUTS[layout])
     assert done.returncode == 0, done.stderr
+    ranks = int(LAYOUTS[layout][0].partition("=")[2])
+    assert sorted(p.name for p in (run / "logs").iterdir()) == [f"rank_{rank:03d}.log" for rank in range(ranks)]
     assert metrics(run) == pytest.approx(metrics(alone), abs=1e-5)
     assert metrics(run, "grad_norm") == pytest.approx(metrics(alone, "grad_norm"), rel=1e-4)
     assert metrics(run, "consumed_samples") == metrics(alone, "consumed_samples")

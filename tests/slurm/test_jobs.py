@@ -48,11 +48,12 @@ def console(run: Path) -> str:
     return "".join(path.read_text() for path in sorted((run / "logs").glob("slurm-*.out")))
 
 
-def until(what: Callable[[], bool], cluster: Cluster, job: str, seconds: float = 300) -> None:
+def until(what: Callable[[], bool], cluster: Cluster, job: str, seconds: float = 600) -> None:
     """Wait for something that a running or requeued job will do."""
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, cluster.job(job)
+        assert cluster.state(job) not in ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), cluster.job(job)
         cluster.start_now(job)
         time.sleep(0.5)
 

@@ -1,0 +1,52 @@
+"""What a rank leaves for its launcher, and what the launcher says of it."""
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from offline_align.errors import leave_for_launcher
+from offline_align.launch import _say_first_error
+
+
+def test_the_record_is_in_torchruns_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    path = tmp_path / "rank_3.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    leave_for_launcher(65, 'rows.jsonl:1: "x" is missing')
+    failure = ProcessFailure(local_rank=3, pid=1, exitcode=65, error_file=str(path))
+    assert failure.message["message"] == 'rows.jsonl:1: "x" is missing'  # type: ignore[index]
+    assert failure.timestamp > 1.7e9
+    assert json.loads(path.read_text())["message"]["errorCode"] == 65
+
+
+def test_nothing_is_left_where_nobody_asks_or_nothing_is_to_be_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    leave_for_launcher(65, "lost")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "record"))
+    leave_for_launcher(65, "")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none" / "record"))
+    leave_for_launcher(65, "cannot be written")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "code", "message", "said"),
+    [
+        (1, 70, {"message": "boom"}, "first error, rank 1: boom"),
+        (0, -9, "Signal 9 (SIGKILL) received by PID 7", "first error, rank 0: Signal 9 (SIGKILL) received by PID 7"),
+        (0, 70, {"message": "rank 0 has said it itself"}, None),
+        (1, 75, {"message": "stopped by SIGTERM"}, None),
+    ],
+)
+def test_the_first_error_of_another_rank_is_said(
+    rank: int, code: int, message: object, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        _say_first_error(rank, SimpleNamespace(exitcode=code, message=message))
+    assert [record.getMessage() for record in caplog.records] == ([said] if said else [])
