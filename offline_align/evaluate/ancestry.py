@@ -24,6 +24,7 @@ class Ancestor:
     method: str
     parents: tuple[Path, ...]
     depth: int
+    manifest: Manifest
 
     @property
     def title(self) -> str:
@@ -95,7 +96,7 @@ def _measure(run_dir: Path, manifests: dict[Path, Manifest], depths: dict[Path, 
 
 def _ancestor(run_dir: Path, manifest: Manifest, manifests: dict[Path, Manifest], depth: int) -> Ancestor:
     parents = tuple(dict.fromkeys(p for p in _parents(run_dir, manifest) if p in manifests))
-    return Ancestor(run_dir, manifest.stage, str(manifest.extra.get("method") or ""), parents, depth)
+    return Ancestor(run_dir, manifest.stage, str(manifest.extra.get("method") or ""), parents, depth, manifest)
 
 
 def _metrics(path: Path) -> Iterable[dict[str, object]]:

@@ -208,7 +208,7 @@ def name_columns(files: Sequence[Path]) -> tuple[Column, ...]:
 
 def _columns(path: Path) -> list[Column]:
     """Return a column for each condition of a file, named after its method alone, or not at all."""
-    manifest = _manifest(path)
+    manifest = generation_manifest(path)
     method = str(manifest.extra.get("method") or "") if manifest else ""
     targets = manifest.extra.get("targets") if manifest else None
     if isinstance(targets, dict) and len(targets) > 1:
@@ -220,7 +220,8 @@ def _with_target(name: str, column: Column) -> str:
     return f"{name}({column.target:.1f})"
 
 
-def _manifest(path: Path) -> Manifest | None:
+def generation_manifest(path: Path) -> Manifest | None:
+    """Return the manifest of the run that wrote a generation file, or None where there is none to be read."""
     try:
         return read_manifest(path.parent)
     except StorageError:

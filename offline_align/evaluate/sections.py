@@ -12,6 +12,8 @@ class Table:
     title: str
     header: list[str]
     rows: list[list[str]]
+    prose: bool = False
+    """Whether cells hold sentences, which are to be broken into lines."""
 
 
 @dataclass(frozen=True, slots=True)

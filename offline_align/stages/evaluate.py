@@ -24,11 +24,13 @@ from offline_align.evaluate.judges import Judge, build_judge
 from offline_align.evaluate.judges.ground_truth import GroundTruthJudge, is_demo_prompt
 from offline_align.evaluate.judges.reward_model import RewardModelJudge
 from offline_align.evaluate.judges.section import judge_section
+from offline_align.evaluate.parts.following import following_section
 from offline_align.evaluate.report import write_report
 from offline_align.evaluate.results import FORMAT, Compared, Judgement, build_results, choose_baseline
 from offline_align.evaluate.sections import Section, Table
 from offline_align.evaluate.statistics import Floats
 from offline_align.evaluate.tables import headline, overall_table
+from offline_align.lineage.manifest import describe_parent
 from offline_align.stages import common
 
 STAGE = "evaluate"
@@ -103,7 +105,7 @@ def _report(config: EvaluateRun, key: str, material: _Material, scored: _Scored,
     compared = _compared(config, material, scored)
     seed = config.run.seed
     results = build_results(compared, config.evaluate, seed) if compared else _bare_results(config, judge)
-    sections = _sections(config, scored, judge)
+    sections = _sections(config, compared, scored, judge)
     outputs = write_report(run_dir, compared, results, sections)
     records = [path for pattern in RECORDS for path in sorted(run_dir.glob(pattern))]
     parents = [judge.checkpoint] if isinstance(judge, RewardModelJudge) else []
@@ -131,12 +133,18 @@ def _bare_results(config: EvaluateRun, judge: Judge) -> dict[str, Any]:
     }
 
 
-def _sections(config: EvaluateRun, scored: _Scored, judge: Judge) -> list[Section]:
-    found = []
+def _sections(config: EvaluateRun, compared: Compared | None, scored: _Scored, judge: Judge) -> list[Section]:
+    found = _comparison_sections(config, compared, judge) if compared else []
     if scored.verdicts is not None:
         found.append(calibration_section(scored.verdicts, config.evaluate, config.run.seed))
     served = judge_section(judge.describe())
     return [*found, *([served] if served else [])]
+
+
+def _comparison_sections(config: EvaluateRun, compared: Compared, judge: Judge) -> list[Section]:
+    content = describe_parent(judge.checkpoint).content_sha256 if isinstance(judge, RewardModelJudge) else None
+    found = [following_section(compared, config.evaluate, config.run.seed, content)]
+    return [section for section in found if section is not None]
 
 
 def _true_quality(comparison: Comparison) -> Floats | None:

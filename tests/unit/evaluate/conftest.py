@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from offline_align.label.statistics import fit, normalise
 from offline_align.lineage import write_manifest
 
 PROMPTS: list[dict[str, Any]] = [
@@ -42,3 +43,55 @@ def write_run(tmp_path: Path) -> WriteRun:
         return path
 
     return write_run
+
+
+WriteChain = Callable[..., Path]
+
+
+@pytest.fixture
+def write_chain(tmp_path: Path) -> WriteChain:
+    """Return a function that writes the runs behind a conditional policy, and its answers at several targets."""
+
+    def write_chain(rewards: Sequence[float], answers: dict[float, Sequence[str]], stored: float = 1.0) -> Path:
+        """Label rows with raw `rewards` and answer PROMPTS at every target; return the generation file."""
+        label, policy, generated = (tmp_path / name for name in ("label", "ca", "generate_ca"))
+        for folder in (label, policy, generated):
+            folder.mkdir()
+        labelled = write_label_run(label, rewards)
+        (policy / "model.json").write_text("{}")
+        extra: dict[str, Any] = {"method": "ca", "condition": {"target_reward": stored}, "seconds": 3600.0, "ranks": 2}
+        write_manifest(policy, "ca", "ca", [labelled], [], [policy / "model.json"], extra)
+        path = generated / "generations.jsonl"
+        rows = [
+            {**prompt, "response": text, "finish_reason": "stop", "condition": f"<{target}>"}
+            for target, texts in answers.items()
+            for prompt, text in zip(PROMPTS, texts, strict=True)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        extra = {"method": "ca", "targets": {f"<{target}>": target for target in answers}}
+        write_manifest(generated, "generate", "g", [], [policy], [path], extra)
+        return path
+
+    return write_chain
+
+
+def write_label_run(folder: Path, rewards: Sequence[float]) -> Path:
+    """Write what a label run leaves: every third row is an SFT row, the others are answers of pairs."""
+    reward_model = folder.parent / "reward"
+    checkpoint = reward_model / "checkpoints" / "step_1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.json").write_text("{}")
+    write_manifest(reward_model, "reward", "reward", [], [], [checkpoint], {"method": "reward"})
+    stats = fit(rewards)
+    normal = normalise(rewards, stats).tolist()
+    places: tuple[dict[str, str], ...] = ({}, {"answer": "chosen"}, {"answer": "rejected"})
+    rows = [
+        {"id": f"r{k}", "reward_raw": raw, "reward": reward, **places[k % 3]}
+        for k, (raw, reward) in enumerate(zip(rewards, normal, strict=True))
+    ]
+    path = folder / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "reward_stats.json").write_text(json.dumps(stats.as_json()))
+    outputs = [path, folder / "reward_stats.json"]
+    write_manifest(folder, "label", "label", [], [checkpoint], outputs, {"rows": len(rows)})
+    return path

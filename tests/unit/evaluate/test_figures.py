@@ -9,17 +9,23 @@ import pytest
 
 from offline_align.evaluate import figures
 from offline_align.evaluate.ancestry import Ancestor, Curve
+from offline_align.lineage import Manifest
 
+MANIFEST = Manifest("", "", "", {}, [], [], [], {})
 NASTY = ["a$b_$", "<script>alert(1)</script>", 'q"&', "sft", *(f"m{k}" for k in range(8))]
+
+
+def ancestor(run_dir: Path, stage: str, method: str, parents: tuple[Path, ...], depth: int) -> Ancestor:
+    return Ancestor(run_dir, stage, method, parents, depth, MANIFEST)
 
 
 def draw_all(names: list[str]) -> dict[str, str]:
     estimates = [{"mean": k, "low": k - 0.5, "high": k + 0.5} for k in range(len(names))]
     scores = np.random.default_rng(0).normal(size=(20, len(names)))
-    root = Ancestor(Path("/r"), "sft", "", (), 0)
+    root = ancestor(Path("/r"), "sft", "", (), 0)
     runs = [
         root,
-        *(Ancestor(Path("/r", str(k)), name, "", (root.run_dir,), 1) for k, name in enumerate(names)),
+        *(ancestor(Path("/r", str(k)), name, "", (root.run_dir,), 1) for k, name in enumerate(names)),
     ]
     curves = [Curve(name, ((1, 2.0), (2, 1.0)), ((2, 1.5),)) for name in names]
     return {
@@ -66,7 +72,15 @@ def test_ids_differ_between_figures_and_drawing_is_repeatable() -> None:
 
 def test_lineage_draws_no_arrow_that_another_one_implies() -> None:
     a, b, c = (Path("/r", name) for name in "abc")
-    runs = [Ancestor(a, "x", "", (), 0), Ancestor(b, "y", "", (a,), 1), Ancestor(c, "z", "", (a, b), 2)]
+    runs = [ancestor(a, "x", "", (), 0), ancestor(b, "y", "", (a,), 1), ancestor(c, "z", "", (a, b), 2)]
     with_short_cut = figures.draw_lineage("Lineage", runs)
-    runs[2] = Ancestor(c, "z", "", (b,), 2)
+    runs[2] = ancestor(c, "z", "", (b,), 2)
     assert figures.draw_lineage("Lineage", runs) == with_short_cut
+
+
+@pytest.mark.parametrize("same_scale", [True, False])
+def test_the_following_curve_is_well_formed(same_scale: bool) -> None:
+    targets = [{"target": k, "achieved": {"mean": k, "low": k - 0.5, "high": k + 0.5}} for k in range(3)]
+    svg = figures.draw_following("Following", targets, same_scale, (-1.0, 1.0))
+    assert ElementTree.fromstring(svg).get("aria-label") == "Following"
+    assert ("normalised reward achieved" in svg) == same_scale

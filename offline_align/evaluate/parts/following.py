@@ -1,0 +1,241 @@
+"""Does a conditional policy follow its condition? Targets that were asked for against rewards that were achieved.
+
+Shapes: P judged prompts, T targets in ascending order. What is said of the curve is a mean over prompts of a number of
+each prompt, so that one paired bootstrap gives every interval.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from offline_align.config.sections import EvaluateSection
+from offline_align.evaluate.ancestry import find_ancestors
+from offline_align.evaluate.comparison import Comparison, generation_manifest, prompt_text
+from offline_align.evaluate.figures import draw_following
+from offline_align.evaluate.parts.label_set import LabelSet, find_label_set
+from offline_align.evaluate.results import Compared
+from offline_align.evaluate.sections import Drawing, Section, Table
+from offline_align.evaluate.statistics import Estimate, Floats, mean_estimates
+
+NOTE = (
+    "The same prompts, asked for different rewards. A policy that follows exactly has slope 1. Rank correlation and "
+    "order are taken on each prompt, then averaged; targets that no labelled row has must be extrapolated. The target "
+    "that generation asks for by default is `condition.target_reward` in the policy's model.json."
+)
+RARE = 0.01
+"""Share of the labelled rows beyond which a target counts as rare."""
+EXAMPLES = 2
+EXAMPLE_CHARACTERS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class _Policy:
+    """One policy at several targets: its columns of the comparison, by ascending target."""
+
+    name: str
+    columns: list[int]
+    targets: Floats
+    stored_target: float | None
+    label_set: LabelSet | None
+
+
+def following_section(
+    compared: Compared, settings: EvaluateSection, seed: int, judge_content: str | None
+) -> Section | None:
+    """Return the curve of every policy that was asked for several targets, or None where there is none.
+
+    `judge_content` is the content hash of the reward model that judges: where it also gave the labels, achieved
+    rewards are put on their scale.
+    """
+    comparison = compared.comparison
+    found = _policies(comparison)
+    if not found:
+        return None
+    scores = compared.judgement.scores.mean(axis=1)
+    judged = np.flatnonzero(np.isfinite(scores).all(axis=1))
+    section = Section("following", "Does the policy follow its target?", NOTE, [], {"policies": {}})
+    for number, policy in enumerate(found, start=1):
+        labels = policy.label_set
+        same_scale = labels is not None and labels.is_scored_by(judge_content)
+        own = scores[judged][:, policy.columns]
+        achieved = labels.normalised(own) if labels and same_scale else own
+        content = _curve(policy, achieved, same_scale, settings, seed)
+        section.content["policies"][policy.name] = content
+        section.findings.extend(_findings(policy.name, content))
+        section.tables.append(_table(policy.name, content))
+        section.tables.extend(_examples(comparison, policy, achieved, judged))
+        svg = draw_following(f"Following {number}", content["targets"], same_scale, _range(labels))
+        note = "shaded: 98 % of the labelled rewards" * (labels is not None)
+        section.drawings.append(Drawing(f"{policy.name}: target and achieved reward", note, svg))
+    return section
+
+
+def _policies(comparison: Comparison) -> list[_Policy]:
+    """Return the policies with two targets or more; a policy is known by the content of the run's parents."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for k, column in enumerate(comparison.columns):
+        if column.target is not None:
+            groups.setdefault(_identity(column.path), []).append(k)
+    return [_policy(comparison, columns) for columns in groups.values() if len(columns) > 1]
+
+
+def _identity(path: Path) -> tuple[str, ...]:
+    manifest = generation_manifest(path)
+    parents = tuple(parent.content_sha256 for parent in manifest.parents) if manifest else ()
+    return parents or (str(path),)
+
+
+def _policy(comparison: Comparison, columns: list[int]) -> _Policy:
+    ordered = sorted(columns, key=lambda k: comparison.columns[k].target or 0.0)
+    targets = np.array([comparison.columns[k].target for k in ordered], dtype=np.float64)
+    path = comparison.columns[ordered[0]].path
+    manifest = generation_manifest(path)
+    name = comparison.columns[ordered[0]].name.rsplit("(", 1)[0] if manifest else str(path)
+    return _Policy(name, ordered, targets, _stored_target(path), find_label_set([path]))
+
+
+def _stored_target(path: Path) -> float | None:
+    """Return the target that the policy's training run stored in its `model.json`."""
+    conditions = [run.manifest.extra.get("condition") for run in find_ancestors([path.parent]) if run.stage == "ca"]
+    known = [c["target_reward"] for c in conditions if isinstance(c, dict) and "target_reward" in c]
+    return float(known[-1]) if known else None
+
+
+def _curve(policy: _Policy, achieved: Floats, same_scale: bool, settings: EvaluateSection, seed: int) -> dict[str, Any]:
+    """Return the numbers of one policy; `achieved` [P, T]."""
+    targets, labels = policy.targets, policy.label_set
+    columns = [*achieved.T, slopes(achieved, targets), rank_correlations(achieved), orders(achieved)]
+    estimates = mean_estimates(np.stack(columns, axis=1), settings.bootstrap_samples, settings.confidence, seed)
+    *rewards, slope, correlation, order = estimates
+    means = achieved.mean(axis=0)
+    return {
+        "unit": "normalised reward" if same_scale else "judge's score",
+        "stored_target": policy.stored_target,
+        "label_set": str(labels.run_dir.name) if labels else None,
+        "labelled_rewards": {"lowest": labels.lowest, "highest": labels.highest} if labels else None,
+        "targets": [
+            {"target": float(t), "achieved": asdict(reward), **_support(float(t), labels)}
+            for t, reward in zip(targets, rewards, strict=True)
+        ],
+        "slope": asdict(slope),
+        "rank_correlation": asdict(correlation),
+        "order": asdict(order),
+        "falls": [[float(targets[k]), float(targets[k + 1])] for k in np.flatnonzero(np.diff(means) < 0)],
+    }
+
+
+def slopes(achieved: Floats, targets: Floats) -> Floats:
+    """Return the least-squares slope of every prompt [P]; their mean is the slope of the mean curve."""
+    centred = targets - targets.mean()
+    result: Floats = achieved @ centred / (centred @ centred)
+    return result
+
+
+def rank_correlations(achieved: Floats) -> Floats:
+    """Return Spearman's correlation with ascending targets for every prompt [P]; 0 where all answers tie."""
+    ranks = rankdata(achieved, axis=1)
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    targets = np.arange(achieved.shape[1]) - (achieved.shape[1] - 1) / 2
+    scale = np.sqrt((ranks**2).sum(axis=1) * (targets @ targets))
+    result: Floats = np.divide(ranks @ targets, scale, out=np.zeros(len(ranks)), where=scale > 0)
+    return result
+
+
+def orders(achieved: Floats) -> Floats:
+    """Return the share of pairs of targets whose answers score in the order of the targets [P]; a tie is half."""
+    low, high = np.triu_indices(achieved.shape[1], k=1)
+    result: Floats = ((1 + np.sign(achieved[:, high] - achieved[:, low])) / 2).mean(axis=1)
+    return result
+
+
+def _support(target: float, labels: LabelSet | None) -> dict[str, Any]:
+    """Return where a target lies among the labelled rewards."""
+    if labels is None:
+        return {"rows_below": None, "support": "unknown"}
+    below = labels.share_below(target)
+    if not labels.lowest <= target <= labels.highest:
+        return {"rows_below": below, "support": "outside"}
+    low, high = labels.reward_at(RARE), labels.reward_at(1 - RARE)
+    return {"rows_below": below, "support": "inside" if low <= target <= high else "rare"}
+
+
+def _range(labels: LabelSet | None) -> tuple[float, float] | None:
+    return None if labels is None else (labels.reward_at(RARE), labels.reward_at(1 - RARE))
+
+
+def _findings(name: str, found: Mapping[str, Any]) -> list[str]:
+    slope, order = found["slope"], found["order"]
+    does = "follows" if slope["low"] > 0 else "does not surely follow"
+    unit = "of reward" if found["unit"] == "normalised reward" else "of the judge's score"
+    lines = [
+        f"{name} {does} its target: one more asked for gives {_interval(slope)} {unit}; "
+        f"{order['mean']:.0%} of the pairs of targets come out in order."
+    ]
+    if found["falls"]:
+        falls = ", ".join(f"from {a:g} to {b:g}" for a, b in found["falls"])
+        lines.append(f"{name}: the curve falls {falls}.")
+    known = found["labelled_rewards"]
+    for one in found["targets"]:
+        if one["support"] == "outside":
+            lines.append(
+                f"{name}: target {one['target']:g} lies outside the labelled rewards, "
+                f"{known['lowest']:.2f} to {known['highest']:.2f}: the policy has to extrapolate."
+            )
+    best = max(found["targets"], key=lambda one: one["achieved"]["mean"])
+    stored = "" if found["stored_target"] is None else f"; the policy stores {found['stored_target']:g}"
+    return [
+        *lines,
+        f"{name}: target {best['target']:g} gives the highest reward, {_interval(best['achieved'])}{stored}.",
+    ]
+
+
+def _table(name: str, found: Mapping[str, Any]) -> Table:
+    rows = [
+        [f"{one['target']:g}", _interval(one["achieved"]), one["support"], _percent(one["rows_below"])]
+        for one in found["targets"]
+    ]
+    rows += [
+        ["slope", _interval(found["slope"]), "", ""],
+        ["rank correlation", _interval(found["rank_correlation"]), "", ""],
+        ["pairs in order", _interval(found["order"]), "", ""],
+    ]
+    return Table(f"{name}: targets", ["target", found["unit"], "labelled rewards", "rows below"], rows)
+
+
+def _examples(comparison: Comparison, policy: _Policy, achieved: Floats, judged: NDArray[np.intp]) -> list[Table]:
+    """Return prompts with their answers at every target side by side: the paper's Table 1.
+
+    The prompts are those in the middle of the order of slopes: neither the best nor the worst.
+    """
+    order = np.argsort(slopes(achieved, policy.targets), kind="stable")
+    middle = (len(order) - EXAMPLES) // 2 if len(order) > EXAMPLES else 0
+    tables = []
+    for row in order[middle : middle + EXAMPLES].tolist():
+        place = int(judged[row])
+        answers = [comparison.answers[place][0][k].response for k in policy.columns]
+        rows = [
+            [f"{target:g}", _clip(answer), f"{reward:.2f}"]
+            for target, answer, reward in zip(policy.targets, answers, achieved[row], strict=True)
+        ]
+        title = f"One prompt at several targets: {_clip(prompt_text(comparison.prompts[place].prompt))}"
+        tables.append(Table(title, ["target", "answer", "reward"], rows, prose=True))
+    return tables
+
+
+def _clip(text: str) -> str:
+    one_line = " ".join(text.split())
+    return one_line[:EXAMPLE_CHARACTERS] + "…" * (len(one_line) > EXAMPLE_CHARACTERS)
+
+
+def _interval(one: Mapping[str, float] | Estimate) -> str:
+    values = asdict(one) if isinstance(one, Estimate) else one
+    return f"{values['mean']:.2f} [{values['low']:.2f}, {values['high']:.2f}]"
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{share:.1%}"

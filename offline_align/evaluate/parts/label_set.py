@@ -1,0 +1,72 @@
+"""The labelled rows behind a policy: the scale of its rewards, and the range in which it has seen any."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from offline_align.evaluate.ancestry import Ancestor, find_ancestors
+from offline_align.evaluate.statistics import Floats
+from offline_align.label.statistics import RewardStats
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSet:
+    """A finished `label` run: its statistics, and the content hash of the reward model that gave the rewards."""
+
+    run_dir: Path
+    stats: RewardStats
+    scored_by: str | None
+
+    @property
+    def levels(self) -> list[tuple[float, float]]:
+        """Return (level, normalised reward), both ascending; the ends are the lowest and the highest reward."""
+        raw = sorted((float(level), value) for level, value in self.stats.quantiles.items())
+        return [(level, float(self.normalised(np.array(value)))) for level, value in raw]
+
+    @property
+    def lowest(self) -> float:
+        """The lowest normalised reward of a row."""
+        return self.levels[0][1]
+
+    @property
+    def highest(self) -> float:
+        """The highest normalised reward of a row."""
+        return self.levels[-1][1]
+
+    def is_scored_by(self, content: str | None) -> bool:
+        """Whether the reward model with this content hash gave the rewards."""
+        return content is not None and content == self.scored_by
+
+    def normalised(self, raw: Floats) -> Floats:
+        """Return raw rewards on the scale that methods are trained on; zeros where all rewards are equal."""
+        return (raw - self.stats.mean) / self.stats.std if self.stats.std else np.zeros_like(raw)
+
+    def reward_at(self, level: float) -> float:
+        """Return the normalised reward at a quantile, interpolated between the known ones."""
+        levels, rewards = zip(*self.levels, strict=True)
+        return float(np.interp(level, levels, rewards))
+
+    def share_below(self, reward: float) -> float:
+        """Return the share of rows with a lower normalised reward, interpolated between the known quantiles."""
+        levels, rewards = zip(*self.levels, strict=True)
+        return float(np.interp(reward, rewards, levels))
+
+
+def find_label_set(generation_files: Iterable[Path]) -> LabelSet | None:
+    """Return the newest label run behind these files, or None where there is none or it cannot be read."""
+    runs = find_ancestors(path.parent for path in generation_files)
+    found = [label for run in reversed(runs) if run.stage == "label" and (label := _read(run)) is not None]
+    return found[0] if found else None
+
+
+def _read(run: Ancestor) -> LabelSet | None:
+    try:
+        stats = RewardStats.from_json(json.loads((run.run_dir / "reward_stats.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        # The page shows what there is; `verify` tells what is damaged.
+        return None
+    scorers = [parent.content_sha256 for parent in run.manifest.parents if parent.part or parent.stage == "checkpoint"]
+    return LabelSet(run.run_dir, stats, scorers[0] if len(scorers) == 1 else None)
