@@ -483,6 +483,8 @@ class JudgeSection:
     """`reward_model`, `ground_truth`, `openai` or `human`; chosen by the group, `judge=openai`."""
     model: str | None = None
     """Reward-model run folder, or the served model's name."""
+    second_model: str | None = None
+    """Run folder of another reward model, best of other training pairs: does it see the same gains?"""
     base_url: str | None = None
     """OpenAI-compatible endpoint; the key comes from OPENAI_API_KEY."""
     form: JudgeForm = JudgeForm.set

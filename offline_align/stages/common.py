@@ -47,6 +47,8 @@ def parent_models(config: Run) -> list[Path]:
     named = {"init.from": getattr(getattr(config, "init", None), "from_", None)}
     if isinstance(config, EvaluateRun) and config.judge.kind is JudgeKind.reward_model:
         named["judge.model"] = config.judge.model
+    if isinstance(config, EvaluateRun):
+        named["judge.second_model"] = config.judge.second_model
     given = [(key, source) for key, source in named.items() if source is not None]
     return [Path(source) if is_huggingface(source) else find_checkpoint(source, key) for key, source in given]
 

@@ -1,7 +1,9 @@
 """`evaluate`: several generation files and a judge become tables, intervals and a page."""
 
 import contextlib
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,9 @@ from offline_align.evaluate.calibration.section import calibration_section
 from offline_align.evaluate.comparison import Comparison, load_comparison, name_columns
 from offline_align.evaluate.judges import Judge, build_judge
 from offline_align.evaluate.judges.ground_truth import GroundTruthJudge, is_demo_prompt
-from offline_align.evaluate.judges.reward_model import RewardModelJudge
+from offline_align.evaluate.judges.reward_model import RewardModelJudge, second_reward_model
 from offline_align.evaluate.judges.section import judge_section
-from offline_align.evaluate.parts.following import following_section
+from offline_align.evaluate.parts.comparison import Context, comparison_sections
 from offline_align.evaluate.report import write_report
 from offline_align.evaluate.results import FORMAT, Compared, Judgement, build_results, choose_baseline
 from offline_align.evaluate.sections import Section, Table
@@ -47,12 +49,12 @@ def run(config: EvaluateRun, explicit: frozenset[str]) -> int:
     files = input_paths(config.data.input, "data.input") if config.data.input is not None else []
     if files:
         choose_baseline([column.name for column in name_columns(files)], config.evaluate.baseline)
-    judge = build_judge(config)
+    judge, second = build_judge(config), second_reward_model(config)
     if config.dry_run:
         Console(soft_wrap=True).print(Text(_plan(config, files, judge)))
         return 0
     is_main = int(os.environ.get("RANK", "0")) == 0
-    if not is_main and config.judge.kind is not JudgeKind.reward_model:
+    if not is_main and config.judge.kind is not JudgeKind.reward_model and second is None:
         return 0
     key = common.key_of(STAGE, config)
     if common.is_finished(STAGE, config, key):
@@ -60,9 +62,9 @@ def run(config: EvaluateRun, explicit: frozenset[str]) -> int:
     # What another job has finished in this very moment is made again: the other ranks are at it already.
     with common.only_job(STAGE, config, key) if is_main else contextlib.nullcontext():
         material = _read(config, files, common.bad_rows(config, writes=is_main))
-        scored = _score(judge, material)
+        scored = _score(judge, second, material, is_main)
         if is_main:
-            _report(config, key, material, scored, judge)
+            _report(config, key, material, scored, judge, second)
     return 0
 
 
@@ -78,6 +80,8 @@ class _Material:
 class _Scored:
     judgement: Judgement | None
     verdicts: Verdicts | None
+    second: Floats | None
+    """Scores of the second reward model, in the shape of the judge's."""
 
 
 def _read(config: EvaluateRun, files: list[Path], bad_rows: BadRows) -> _Material:
@@ -87,20 +91,33 @@ def _read(config: EvaluateRun, files: list[Path], bad_rows: BadRows) -> _Materia
     return _Material(comparison, pairs)
 
 
-def _score(judge: Judge, material: _Material) -> _Scored:
-    """Score everything in one go, so that a model is loaded once."""
+def _score(judge: Judge, second: RewardModelJudge | None, material: _Material, is_main: bool) -> _Scored:
+    """Score everything in one go, so that a model is loaded once; only reward models need all ranks."""
     answers = material.comparison.samples() if material.comparison else []
-    scores = judge.score([*answers, *both_orders(material.pairs)], in_order_from=len(answers))
-    judgement = verdicts = None
+    asked = [*answers, *both_orders(material.pairs)]
+    takes_part = is_main or isinstance(judge, RewardModelJudge)
+    scores = judge.score(asked, in_order_from=len(answers)) if takes_part else [math.nan] * len(asked)
+    judgement = verdicts = others = None
     if material.comparison:
-        table = np.array(scores[: len(answers)], dtype=np.float64).reshape(material.comparison.shape)
-        judgement = Judgement(judge.name, table, judge.describe())
+        judgement = Judgement(judge.name, _table(scores[: len(answers)], material.comparison), judge.describe())
+        others = _table(second.score(answers), material.comparison) if second else None
     if material.pairs:
         verdicts = Verdicts.from_scores(material.pairs, scores[len(answers) :])
-    return _Scored(judgement, verdicts)
+    return _Scored(judgement, verdicts, others)
 
 
-def _report(config: EvaluateRun, key: str, material: _Material, scored: _Scored, judge: Judge) -> None:
+def _table(scores: Sequence[float], comparison: Comparison) -> Floats:
+    return np.array(scores, dtype=np.float64).reshape(comparison.shape)
+
+
+def _report(
+    config: EvaluateRun,
+    key: str,
+    material: _Material,
+    scored: _Scored,
+    judge: Judge,
+    second: RewardModelJudge | None,
+) -> None:
     run_dir = common.start_folder(config)
     compared = _compared(config, material, scored)
     seed = config.run.seed
@@ -108,7 +125,7 @@ def _report(config: EvaluateRun, key: str, material: _Material, scored: _Scored,
     sections = _sections(config, compared, scored, judge)
     outputs = write_report(run_dir, compared, results, sections)
     records = [path for pattern in RECORDS for path in sorted(run_dir.glob(pattern))]
-    parents = [judge.checkpoint] if isinstance(judge, RewardModelJudge) else []
+    parents = [model.checkpoint for model in (judge, second) if isinstance(model, RewardModelJudge)]
     extra = {"judge": results["judge"], "methods": results.get("methods", [])}
     lineage.write_manifest(run_dir, STAGE, key, common.input_files(config), parents, [*outputs, *records], extra)
     _print(results, sections, outputs[-1])
@@ -134,17 +151,18 @@ def _bare_results(config: EvaluateRun, judge: Judge) -> dict[str, Any]:
 
 
 def _sections(config: EvaluateRun, compared: Compared | None, scored: _Scored, judge: Judge) -> list[Section]:
-    found = _comparison_sections(config, compared, judge) if compared else []
+    found = _comparison_sections(config, compared, scored, judge) if compared else []
     if scored.verdicts is not None:
         found.append(calibration_section(scored.verdicts, config.evaluate, config.run.seed))
     served = judge_section(judge.describe())
     return [*found, *([served] if served else [])]
 
 
-def _comparison_sections(config: EvaluateRun, compared: Compared, judge: Judge) -> list[Section]:
+def _comparison_sections(config: EvaluateRun, compared: Compared, scored: _Scored, judge: Judge) -> list[Section]:
     content = describe_parent(judge.checkpoint).content_sha256 if isinstance(judge, RewardModelJudge) else None
-    found = [following_section(compared, config.evaluate, config.run.seed, content)]
-    return [section for section in found if section is not None]
+    settings, seed = config.evaluate, config.run.seed
+    context = Context(settings, seed, content, scored.second, config.judge.second_model)
+    return comparison_sections(compared, context)
 
 
 def _true_quality(comparison: Comparison) -> Floats | None:
@@ -152,7 +170,7 @@ def _true_quality(comparison: Comparison) -> Floats | None:
     if not all(is_demo_prompt(prompt.prompt) for prompt in comparison.prompts):
         return None
     scores = GroundTruthJudge().score(comparison.samples())
-    return np.array(scores, dtype=np.float64).reshape(comparison.shape)
+    return _table(scores, comparison)
 
 
 def _plan(config: EvaluateRun, files: list[Path], judge: Judge) -> str:

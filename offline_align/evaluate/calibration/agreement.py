@@ -97,6 +97,7 @@ def agreement(verdicts: Verdicts, settings: EvaluateSection, seed: int) -> dict[
     measure = Measure.over(verdicts.pairs, settings, seed)
     agree = (1 + judge * people) / 2
     longer = verdicts.longer
+    rule = (1 + longer * people) / 2
     differs = decided * (longer != 0)
     found = {
         "accuracy": measure.share(agree, decided),
@@ -104,9 +105,10 @@ def agreement(verdicts: Verdicts, settings: EvaluateSection, seed: int) -> dict[
         "kappa": measure.kappa(judge, people, decided),
         "kappa_with_ties": measure.kappa(judge, people, known.astype(np.float64)),
         "judge_ties": measure.share((judge == 0).astype(np.float64), known.astype(np.float64)),
-        "length_only_accuracy": measure.share((1 + longer * people) / 2, decided),
+        "length_only_accuracy": measure.share(rule, decided),
+        "gain_over_length": measure.share(agree - rule, decided),
         "judge_prefers_longer": measure.share((1 + longer * judge) / 2, differs),
-        "people_prefer_longer": measure.share((1 + longer * people) / 2, differs),
+        "people_prefer_longer": measure.share(rule, differs),
         **_place(verdicts, measure, known.astype(np.float64)),
     }
     return {
@@ -115,9 +117,10 @@ def agreement(verdicts: Verdicts, settings: EvaluateSection, seed: int) -> dict[
         "people_ties": int((people == 0).sum()),
         "decided_pairs": int(decided.sum()),
         **{name: as_numbers(value) for name, value in found.items()},
+        "largest_order_difference": _largest_difference(verdicts),
         "people_with_each_other": people_with_each_other(verdicts.pairs),
-        "by_source": _groups(verdicts, agree, decided, measure),
-        "by_length": _by_length(verdicts, agree, decided, measure),
+        "by_source": _groups(verdicts, agree, rule, decided, measure),
+        "by_length": _by_length(verdicts, agree, rule, decided, measure),
     }
 
 
@@ -131,6 +134,17 @@ def _place(verdicts: Verdicts, measure: Measure, known: Floats) -> dict[str, Est
     }
 
 
+def _largest_difference(verdicts: Verdicts) -> float | None:
+    """Return the largest change of a margin with the order of its answers; exactly 0 for a symmetric judge."""
+    changes = np.abs(verdicts.forward - verdicts.backward)
+    known = changes[np.isfinite(changes)]
+    return float(known.max()) if known.size else None
+
+
+def _plain_share(hits: Floats, among: Floats) -> float:
+    return float(hits[among > 0].mean())
+
+
 def people_with_each_other(pairs: Sequence[JudgedPair]) -> dict[str, float | int] | None:
     """Return how often two people who both prefer one answer of a pair prefer the same one: a judge's ceiling."""
     doubles = [(x, y) for pair in pairs for x, y in combinations(pair.verdicts, 2) if x and y]
@@ -139,17 +153,23 @@ def people_with_each_other(pairs: Sequence[JudgedPair]) -> dict[str, float | int
     return {"doubles": len(doubles), "agreement": sum(x == y for x, y in doubles) / len(doubles)}
 
 
-def _groups(verdicts: Verdicts, agree: Floats, decided: Floats, measure: Measure) -> dict[str, Any]:
+def _groups(verdicts: Verdicts, agree: Floats, rule: Floats, decided: Floats, measure: Measure) -> dict[str, Any]:
     sources = [pair.source for pair in verdicts.pairs]
     found = {}
     for source in dict.fromkeys(sources):
         chosen = decided * np.array([other == source for other in sources])
         if chosen.any():
-            found[source] = {"pairs": int(chosen.sum()), **as_numbers(measure.share(agree, chosen))}
+            found[source] = {
+                "pairs": int(chosen.sum()),
+                **as_numbers(measure.share(agree, chosen)),
+                "length_only": _plain_share(rule, chosen),
+            }
     return found
 
 
-def _by_length(verdicts: Verdicts, agree: Floats, decided: Floats, measure: Measure) -> list[dict[str, Any]]:
+def _by_length(
+    verdicts: Verdicts, agree: Floats, rule: Floats, decided: Floats, measure: Measure
+) -> list[dict[str, Any]]:
     """Return the accuracy by how much longer (in characters) the answer is that people prefer."""
     extra = verdicts.length_differences * verdicts.people
     if not decided.any():
@@ -167,6 +187,7 @@ def _by_length(verdicts: Verdicts, agree: Floats, decided: Floats, measure: Meas
                     "to_characters": int(values.max()),
                     "pairs": int(chosen.sum()),
                     **as_numbers(measure.share(agree, chosen)),
+                    "length_only": _plain_share(rule, chosen),
                 }
             )
     return rows

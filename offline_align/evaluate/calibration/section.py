@@ -21,6 +21,7 @@ _ROWS = {
     "kappa": "Cohen's kappa, pairs that people decided",
     "kappa_with_ties": "Cohen's kappa, ties as a third verdict",
     "length_only_accuracy": "accuracy of 'the longer answer is better'",
+    "gain_over_length": "accuracy above that rule's",
     "judge_prefers_longer": "judge prefers the longer answer",
     "people_prefer_longer": "people prefer the longer answer",
     "judge_ties": "judge ties",
@@ -56,7 +57,7 @@ def _findings(found: Mapping[str, Any], sure: Mapping[str, Any] | None) -> list[
     accuracy, length = found["accuracy"], found["length_only_accuracy"]
     lines = [
         f"Agrees with people on {_percent(accuracy)} of {found['decided_pairs']} pairs; "
-        f"preferring the longer answer would be right on {length['mean']:.1%}{_against(accuracy, length['mean'])}."
+        f"preferring the longer answer would be right on {length['mean']:.1%}{_against(found['gain_over_length'])}."
     ]
     people = found["people_with_each_other"]
     if people:
@@ -70,10 +71,11 @@ def _findings(found: Mapping[str, Any], sure: Mapping[str, Any] | None) -> list[
     return [*lines, _calibration(sure)]
 
 
-def _against(accuracy: Mapping[str, Any], rule: float) -> str:
-    if accuracy["low"] > rule:
+def _against(gain: Mapping[str, Any]) -> str:
+    """Say whether the judge beats the rule of length, by the paired difference of the two."""
+    if gain["low"] > 0:
         return ""
-    return ", which is better than this judge" if accuracy["high"] < rule else ", which it does not surely beat"
+    return ", which is better than this judge" if gain["high"] < 0 else ", which it does not surely beat"
 
 
 def _calibration(sure: Mapping[str, Any]) -> str:
@@ -91,17 +93,24 @@ def _tables(found: Mapping[str, Any], sure: Mapping[str, Any] | None) -> list[Ta
     title += f", {found['without_verdict']} without a score" * bool(found["without_verdict"])
     kappas = ("kappa", "kappa_with_ties")
     rows = [[text, _number(found[name]) if name in kappas else _percent(found[name])] for name, text in _ROWS.items()]
+    change = found["largest_order_difference"]
+    rows.append(["largest change of a margin with the order", "none" if change is None else f"{change:.3g}"])
     tables = [Table(title, ["measure", "value"], rows)]
     if len(found["by_source"]) > 1:
-        groups = [[name, str(one["pairs"]), _percent(one)] for name, one in found["by_source"].items()]
-        tables.append(Table("Accuracy by source", ["source", "pairs", "accuracy"], groups))
+        groups = [[name, *_beside_length(one)] for name, one in found["by_source"].items()]
+        tables.append(Table("Accuracy by source", ["source", "pairs", "accuracy", "longer answer"], groups))
     lengths = [
-        [f"{one['from_characters']:+,} to {one['to_characters']:+,}", str(one["pairs"]), _percent(one)]
+        [f"{one['from_characters']:+,} to {one['to_characters']:+,}", *_beside_length(one)]
         for one in found["by_length"]
     ]
-    header = ["characters that people's choice is longer", "pairs", "accuracy"]
+    header = ["characters that people's choice is longer", "pairs", "accuracy", "longer answer"]
     tables.append(Table("Accuracy by difference of length", header, lengths))
     return [*tables, *([_reliability_table(sure)] if sure else [])]
+
+
+def _beside_length(one: Mapping[str, Any]) -> list[str]:
+    """Return pairs, accuracy, and the accuracy of the rule that the longer answer is better."""
+    return [str(one["pairs"]), _percent(one), f"{one['length_only']:.1%}"]
 
 
 def _reliability_table(sure: Mapping[str, Any]) -> Table:

@@ -2,6 +2,7 @@
 
 from offline_align.evaluate.figures.calibration import draw_reliability
 from offline_align.evaluate.figures.canvas import PALETTE
+from offline_align.evaluate.figures.drift import draw_drift
 from offline_align.evaluate.figures.following import draw_following
 from offline_align.evaluate.figures.lineage import draw_lineage
 from offline_align.evaluate.figures.methods import draw_distributions, draw_estimates, draw_rank_scores
@@ -11,6 +12,7 @@ __all__ = [
     "PALETTE",
     "draw_curves",
     "draw_distributions",
+    "draw_drift",
     "draw_estimates",
     "draw_following",
     "draw_lineage",

@@ -59,8 +59,20 @@ def reward_model_judge(config: EvaluateRun) -> RewardModelJudge:
         raise ConfigError(
             "judge.model is not set: give the run folder of `reward`, or choose judge=openai or ground_truth"
         )
-    checkpoint = find_checkpoint(config.judge.model, "judge.model")
+    return RewardModelJudge(_reward_checkpoint(config.judge.model, "judge.model"), config)
+
+
+def second_reward_model(config: EvaluateRun) -> RewardModelJudge | None:
+    """Return the reward model of `judge.second_model`, if any; raises ConfigError where it is none."""
+    named = config.judge.second_model
+    if named is None:
+        return None
+    return RewardModelJudge(_reward_checkpoint(named, "judge.second_model"), config, "second reward model")
+
+
+def _reward_checkpoint(source: str, key: str) -> Path:
+    checkpoint = find_checkpoint(source, key)
     kind = ModelDescription.load(checkpoint).kind
     if kind != "reward_model":
-        raise ConfigError(f"judge.model={config.judge.model}: is a {kind}; give the run folder of a `reward` run")
-    return RewardModelJudge(checkpoint, config)
+        raise ConfigError(f"{key}={source}: is a {kind}; give the run folder of a `reward` run")
+    return checkpoint

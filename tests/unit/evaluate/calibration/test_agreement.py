@@ -53,6 +53,12 @@ def test_a_habit_of_place_shows_in_both_orders_and_cancels_in_the_verdict() -> N
     assert found["first_shown_wins"]["mean"] == 0.75
 
 
+def test_a_symmetric_judge_changes_no_margin_with_the_order() -> None:
+    assert agreement(judged([1, -1], [1.5, -2.0]), SETTINGS, 0)["largest_order_difference"] == 0.0
+    swayed = judged([1, -1], [1.5, float("nan")], [1.25, 1.0])
+    assert agreement(swayed, SETTINGS, 0)["largest_order_difference"] == 0.25
+
+
 def test_scores_of_both_orders_become_margins_of_the_first_answer() -> None:
     verdicts = Verdicts.from_scores([pair(1)], [7.0, 4.0, 5.0, 6.0])
     assert (verdicts.forward.tolist(), verdicts.backward.tolist(), verdicts.margins.tolist()) == ([3], [1], [2])
@@ -67,6 +73,11 @@ def test_length_is_a_baseline_and_a_bias() -> None:
     assert found["judge_prefers_longer"]["mean"] == 1.0
     assert found["people_prefer_longer"]["mean"] == pytest.approx(2 / 3)
     assert sum(one["pairs"] for one in found["by_length"]) == 4
+    assert found["gain_over_length"]["mean"] == pytest.approx((2 - 2.5) / 4)
+    # The rule is wrong where people prefer the shorter answer, and a coin at equal length.
+    rule = {one["from_characters"]: one["length_only"] for one in found["by_length"]}
+    assert rule[-7] == 0.0
+    assert rule[7] == 1.0
 
 
 def test_verdicts_that_could_not_be_had_are_left_out() -> None:
