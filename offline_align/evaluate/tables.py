@@ -140,6 +140,9 @@ def conditions(results: Mapping[str, Any]) -> str:
         )
     if "raters" in judge:
         text += f" {judge['raters']} raters; {judge['rated_sets']} sets of answers rated in full."
+        alpha = judge["krippendorff_alpha"]
+        if alpha is not None:
+            text += f" Agreement of raters: Krippendorff's alpha {alpha:.2f} (1: the same ratings, 0: chance)."
     return text
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from offline_align.data.records import Sample
 from offline_align.errors import DataError, StoppedEarly
 from offline_align.evaluate.comparison import prompt_text
+from offline_align.evaluate.judges.rater_agreement import krippendorff_alpha
 from offline_align.evaluate.judges.verdict_text import HIGHEST, LOWEST, shuffled
 from offline_align.evaluate.page import render_page
 from offline_align.lineage import write_atomically
@@ -30,6 +31,7 @@ class HumanJudge:
     name: str = "human rating"
     _raters: int = 0
     _rated_sets: int = 0
+    _alpha: float | None = None
 
     def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
         """Return mean ratings over the raters; NaN for the answers of a set that nobody rated in full.
@@ -46,11 +48,19 @@ class HumanJudge:
                 "command again"
             )
         self._raters = len(files)
-        return self._means(samples, _read(files))
+        ratings = _read(files)
+        known = {answer_key(sample, self.seed) for sample in samples}
+        self._alpha = krippendorff_alpha([given for key, given in ratings.items() if key in known])
+        return self._means(samples, ratings)
 
     def describe(self) -> dict[str, Any]:
-        """Return the numbers of raters and of sets rated in full."""
-        return {"kind": "human", "raters": self._raters, "rated_sets": self._rated_sets}
+        """Return the numbers of raters and of sets rated in full, and how far raters agree (None for one rater)."""
+        return {
+            "kind": "human",
+            "raters": self._raters,
+            "rated_sets": self._rated_sets,
+            "krippendorff_alpha": self._alpha,
+        }
 
     def _means(self, samples: Sequence[Sample], ratings: dict[str, list[float]]) -> list[float]:
         scores: list[float] = []

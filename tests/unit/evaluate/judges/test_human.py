@@ -10,6 +10,7 @@ import pytest
 from offline_align.data.records import Message, Sample
 from offline_align.errors import DataError, StoppedEarly
 from offline_align.evaluate.judges.human import HumanJudge, answer_key
+from offline_align.evaluate.judges.rater_agreement import krippendorff_alpha
 
 ANSWERS = ["good", "bad", "good"]
 
@@ -47,7 +48,10 @@ def test_ratings_are_averaged_over_raters(tmp_path: Path) -> None:
     rate(tmp_path, "ratings_b.jsonl", samples, [9, 4, 9] * 3)
     judge = HumanJudge(tmp_path, 0)
     assert judge.score(samples) == [8.5, 3.0, 8.5] * 3
-    assert judge.describe() == {"kind": "human", "raters": 2, "rated_sets": 3}
+    described = judge.describe()
+    # An answer with two equal texts is rated once, but counts once for each rater.
+    assert described.pop("krippendorff_alpha") == pytest.approx(krippendorff_alpha([[8, 9], [2, 4]] * 3))
+    assert described == {"kind": "human", "raters": 2, "rated_sets": 3}
 
 
 def test_sets_that_are_not_rated_in_full_have_no_score(tmp_path: Path) -> None:
