@@ -171,6 +171,8 @@ def _evaluate(evaluate: s.EvaluateSection) -> list[str]:
     found = _positive(evaluate, "evaluate", "bootstrap_samples")
     if not 0 < evaluate.confidence < 1:
         found.append(f"evaluate.confidence={evaluate.confidence}: must be between 0 and 1, such as 0.95")
+    if evaluate.ppo_hours is not None and not (math.isfinite(evaluate.ppo_hours) and evaluate.ppo_hours > 0):
+        found.append(f"evaluate.ppo_hours={evaluate.ppo_hours}: must be a finite number above 0")
     return found
 
 
@@ -193,7 +195,10 @@ def _prepare(prepare: s.PrepareSection) -> list[str]:
 
 
 def _label(label: s.LabelSection) -> list[str]:
-    return _positive(label, "label", "flush_rows", "histogram_bins")
+    found = _positive(label, "label", "flush_rows", "histogram_bins")
+    if not 0 <= label.certificate_fraction <= 1:
+        found.append(f"label.certificate_fraction={label.certificate_fraction}: must be from 0 to 1")
+    return found
 
 
 def _launcher(launcher: s.LauncherSection) -> list[str]:

@@ -445,6 +445,8 @@ class LabelSection:
     """Scored rows between two writes of a rank's journal: the most that a crash can cost it."""
     histogram_bins: int = 60
     """Bars of the reward histogram (Figure 3)."""
+    certificate_fraction: float = 0.005
+    """Share of the rows scored a second time, alone and with the model loaded afresh (`certificate.json`); 0: none."""
 
 
 @dataclass(frozen=True)
@@ -483,8 +485,6 @@ class JudgeSection:
     """`reward_model`, `ground_truth`, `openai` or `human`; chosen by the group, `judge=openai`."""
     model: str | None = None
     """Reward-model run folder, or the served model's name."""
-    second_model: str | None = None
-    """Run folder of another reward model, best of other training pairs: does it see the same gains?"""
     base_url: str | None = None
     """OpenAI-compatible endpoint; the key comes from OPENAI_API_KEY."""
     form: JudgeForm = JudgeForm.set
@@ -501,6 +501,8 @@ class JudgeSection:
     """Price of a million tokens received."""
     calibration: Any = None
     """Pairs that people have judged (verdict rows or preference rows), path or list: how far to trust the judge."""
+    second_model: str | None = None
+    """Run folder of another reward model, best of other training pairs: does it see the same gains?"""
 
 
 @dataclass(frozen=True)
@@ -515,6 +517,8 @@ class EvaluateSection:
     """Name of the method that win rates are counted against; unset: `sft` where present, else the first."""
     group_by: str = "benchmark"
     """Column that splits the tables (the paper's vicuna and mt_bench), where rows have it."""
+    ppo_hours: float | None = None
+    """GPU hours of a PPO run that the cost of each method is compared with (the paper's Table 3)."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from offline_align.data.jsonl import BadRows, Line, RowError, read_objects
 from offline_align.data.records import Message, Prompt, Sample, parse_row
 from offline_align.errors import DataError, StorageError
+from offline_align.evaluate.seed_pools import several_seeds, training_of
 from offline_align.lineage import Manifest, read_manifest
 
 ANSWER_COLUMNS = ("response", "finish_reason", "condition", "sample_index")
@@ -32,6 +33,10 @@ class Column:
     condition: str | None
     """The rows of the file that are this method's; None: all of them."""
     target: float | None
+    seed: int | None = None
+    """That of the policy's training, where others differ from it in the seed alone."""
+    pool: str | None = None
+    """The name that it shares with these others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +187,7 @@ def name_columns(files: Sequence[Path]) -> tuple[Column, ...]:
     A name is the method; its target reward, or else its folder, is added where two share one. A file of a policy
     that was asked for several rewards is a method for each of them.
     """
-    columns = [column for path in files for column in _columns(path)]
+    columns = _with_seeds([column for path in files for column in _columns(path)])
     several = Counter(column.path for column in columns)
 
     def apart(name: str, column: Column) -> str:
@@ -191,11 +196,18 @@ def name_columns(files: Sequence[Path]) -> tuple[Column, ...]:
     def folder(column: Column, depth: int) -> str:
         return apart("/".join(column.path.resolve().parent.parts[-depth:]), column)
 
+    def shared(column: Column) -> str:
+        """The name of a method without its seed."""
+        return _with_target(column.name, column) if column.target is not None else column.name
+
     naming: list[Callable[[Column], str]] = [
         lambda column: column.name or folder(column, 1),
         lambda column: (
-            _with_target(column.name, column) if column.name and column.target is not None else folder(column, 1)
+            _with_target(column.name, column)
+            if column.name and column.target is not None
+            else _with_seed(shared(column), column) or folder(column, 1)
         ),
+        lambda column: _with_seed(shared(column), column) or folder(column, 1),
         *(lambda column, depth=depth: folder(column, depth) for depth in (1, 2, 3)),
         lambda column: apart(str(column.path.resolve()), column),
     ]
@@ -203,7 +215,18 @@ def name_columns(files: Sequence[Path]) -> tuple[Column, ...]:
     for name in naming[1:]:
         count = Counter(names)
         names = [name(c) if count[n] > 1 else n for c, n in zip(columns, names, strict=True)]
-    return tuple(replace(column, name=name) for column, name in zip(columns, names, strict=True))
+    pools = [shared(column) if column.seed is not None else None for column in columns]
+    return tuple(replace(c, name=n, pool=p) for c, n, p in zip(columns, names, pools, strict=True))
+
+
+def _with_seeds(columns: list[Column]) -> list[Column]:
+    trainings = [training_of(column.path, generation_manifest(column.path)) for column in columns]
+    repeated = several_seeds(trainings, [column.target for column in columns])
+    return [replace(c, seed=t.seed if t else None) for c, t in zip(columns, repeated, strict=True)]
+
+
+def _with_seed(name: str, column: Column) -> str | None:
+    return f"{name} seed {column.seed}" if column.name and column.seed is not None else None
 
 
 def _columns(path: Path) -> list[Column]:

@@ -86,6 +86,7 @@ def _compared_values(compared: Compared, results: Mapping[str, Any]) -> dict[str
         "figures": _figures(scores.mean(axis=1), results),
         "sets": sets,
         "colours": {m: k % figures.PALETTE for k, m in enumerate(comparison.methods)},
+        "targets": [column.name for column in comparison.columns if column.target is not None],
         "groups": list(dict.fromkeys(one["group"] for one in sets if one["group"] is not None)),
     }
 

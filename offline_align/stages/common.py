@@ -13,6 +13,7 @@ from offline_align import lineage
 from offline_align.config.compose import to_mapping
 from offline_align.config.runs import ConvertRun, EvaluateRun, ModelRun, PrepareRun, Run
 from offline_align.config.sections import JudgeKind, ModelSection
+from offline_align.data.journal import Journal
 from offline_align.data.records import BadRows, input_paths
 from offline_align.data.sources import input_sources
 from offline_align.distributed.run_lock import run_lock
@@ -135,6 +136,11 @@ def bad_rows(config: Any, writes: bool) -> BadRows:
         except OSError as error:
             raise StorageError(f"{quarantine}: cannot be removed: {error.strerror or error}") from error
     return BadRows(config.data.on_bad_row, quarantine if writes else None)
+
+
+def effort(journal: Journal, ranks: "Ranks") -> dict[str, Any]:
+    """Return what a run with a journal cost, for its manifest: seconds of all attempts, ranks and device."""
+    return {"seconds": journal.seconds(), "ranks": ranks.world_size, "device": ranks.device.type}
 
 
 def cache_dir(config: Any) -> Path:

@@ -118,12 +118,14 @@ def _generate(
     work = build_requests(prompts, renderer, texts, config.data, config.generate, bad_rows)
     logger.info("first prompt, as the model sees it: %r", origin.tokenizer.decode(work.requests[0].context))
     journal = Journal(run_dir, key.continuation, ranks.dp_rank)
-    _answer_missing(config, origin, engine, work, journal, ranks)
+    with journal.timed(ranks.is_main):
+        _answer_missing(config, origin, engine, work, journal, ranks)
 
     def finish() -> None:
         output = run_dir / "generations.jsonl"
         rows = merge(output, prompts, work.requests, read_answers(journal, work.requests), texts)
-        _finish(config, origin, conditions, work, dict(bad_rows.counts), key)
+        facts = {"bad_rows": dict(bad_rows.counts), **common.effort(journal, ranks)}
+        _finish(config, origin, conditions, work, facts, key)
         journal.remove()
         logger.info("generate: %d answers: %s", rows, output)
 
@@ -181,7 +183,7 @@ def _finish(
     origin: Origin,
     conditions: list[Condition | None],
     work: Workload,
-    bad_rows: dict[str, int],
+    facts: dict[str, Any],
     key: RunKey,
 ) -> None:
     from dataclasses import asdict
@@ -198,7 +200,7 @@ def _finish(
         "answers": len(work.requests),
         "truncated": work.truncated,
         "dropped": work.dropped,
-        "bad_rows": bad_rows,
+        **facts,
     }
     lineage.write_manifest(
         run_dir,

@@ -12,6 +12,7 @@ from offline_align.config.runs import LabelRun
 from offline_align.data.journal import Journal
 from offline_align.data.records import PreferencePair, Sample, read_samples_and_pairs, write_jsonl
 from offline_align.errors import DataError, StoppedEarly, StorageError
+from offline_align.label.certificate import FILE_NAME, certify, choose_rows, in_words
 from offline_align.label.journal import ScoreWriter, read_scores
 from offline_align.label.statistics import fit, normalise
 from offline_align.model.description import ModelDescription
@@ -41,8 +42,13 @@ def _label(config: LabelRun, ranks: Any, key: RunKey) -> None:
     samples = list(single_answers(rows))
     # Named by content: scores of another model or other data are never taken for these.
     journal = Journal(Path(config.run.dir), key.continuation, ranks.dp_rank)
-    _score_missing(config, samples, journal, ranks)
-    ranks.from_main(lambda: _write_results(config, rows, samples, journal, key, dict(bad_rows.counts)))
+    with journal.timed(ranks.is_main):
+        _score_missing(config, samples, journal, ranks)
+        again = _score_again(config, samples, ranks)
+    facts: dict[str, Any] = {"bad_rows": dict(bad_rows.counts)}
+    ranks.from_main(
+        lambda: _write_results(config, rows, samples, journal, again, key, facts | common.effort(journal, ranks))
+    )
 
 
 def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
@@ -103,6 +109,25 @@ def _score_missing(config: LabelRun, samples: list[Sample], journal: Journal, ra
     ranks.barrier()
 
 
+def _score_again(config: LabelRun, samples: list[Sample], ranks: Any) -> dict[int, float]:
+    """Return the scores of the certificate's rows, each alone in its bin and dealt to the ranks in another order."""
+    from offline_align.label.scoring import load_reward_model, reward_renderer, score_bins, tokenized
+    from offline_align.stages.training import uses_bf16
+
+    rows = choose_rows(len(samples), config.label.certificate_fraction, config.run.seed)
+    if not rows:
+        return {}
+    (checkpoint,) = common.parent_models(config)
+    model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
+    renderer = reward_renderer(checkpoint)
+    chosen = [samples[row] for row in rows]
+    source = ranks.main_first(lambda: tokenized(chosen, renderer, config.data, common.cache_dir(config)))
+    bins = [[place] for place in reversed(range(len(rows)))]
+    own = dict(score_bins(model, source, bins[ranks.dp_rank :: ranks.dp_size], ranks))
+    merged = {place: score for part in ranks.gather(own) for place, score in part.items()}
+    return {rows[place]: merged[place] for place in sorted(merged)}
+
+
 def _any_rank(flag: bool, ranks: Any) -> bool:
     if ranks.world_size == 1:
         return flag
@@ -119,8 +144,9 @@ def _write_results(
     rows: list[Sample | PreferencePair],
     samples: list[Sample],
     journal: Journal,
+    again: dict[int, float],
     key: RunKey,
-    bad: dict[str, int],
+    facts: dict[str, Any],
 ) -> None:
     from offline_align.label.figures import draw_reward_histogram
 
@@ -140,9 +166,15 @@ def _write_results(
     draw_reward_histogram(run_dir / "reward_histogram.png", raw, normalised, config.label.histogram_bins)
     outputs = [run_dir / n for n in ("labelled.jsonl", "reward_stats.json", "reward_histogram.png")]
     quarantine = run_dir / "quarantine.jsonl"
+    if again:
+        certificate = certify([raw[row] for row in again], list(again.values()), stats)
+        outputs.append(run_dir / FILE_NAME)
+        lineage.write_atomically(outputs[-1], (json.dumps(certificate, indent=2) + "\n").encode())
+        facts = facts | {"certificate": certificate}
+        logger.info("label: %s", in_words(certificate))
     pairs = sum(isinstance(r, PreferencePair) for r in rows)
     (checkpoint,) = common.parent_models(config)
-    extra = {"rows": len(samples), "pairs": pairs, "bad_rows": bad, "statistics": stats.as_json()}
+    extra = {"rows": len(samples), "pairs": pairs, **facts, "statistics": stats.as_json()}
     extra |= ModelDescription.load(checkpoint).text_form
     lineage.write_manifest(
         run_dir,

@@ -1,6 +1,7 @@
 """`prepare`: raw data sets, any JSONL or the demo corpus become the rows that the other stages read."""
 
 import json
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -45,9 +46,11 @@ def run(config: PrepareRun, explicit: frozenset[str]) -> int:
 def _write(config: PrepareRun, sources: list[Source], run_dir: Path, key: str) -> dict[str, int]:
     """Write the whole run folder, the manifest last, and return the rows of each file."""
     lineage.write_config(run_dir, to_mapping(config))
+    started = time.monotonic()
     summary, outputs = _prepare(config, sources, run_dir)
     inputs = [source.path for source in sources if source.path]
-    lineage.write_manifest(run_dir, STAGE, key, inputs, [], outputs, {"rows": summary})
+    effort = {"seconds": round(time.monotonic() - started, 3), "ranks": 1, "device": "cpu"}
+    lineage.write_manifest(run_dir, STAGE, key, inputs, [], outputs, {"rows": summary, **effort})
     return summary
 
 

@@ -227,3 +227,17 @@ def test_bad_rows_are_left_out_and_the_rest_is_as_without_them(folder: Path, rew
     assert [row["line"] for row in kept] == [1, 5, 8]
     manifest = json.loads((folder / "mixed-out" / "manifest.json").read_text())
     assert sum(manifest["extra"]["bad_rows"].values()) == 3
+
+
+def test_a_part_of_the_rows_is_scored_again_for_the_certificate(folder: Path, reward: Path) -> None:
+    assert label(folder, "certified", reward, "label.certificate_fraction=0.2") == 0
+    found = json.loads((folder / "certified" / "certificate.json").read_text())
+    assert found["rows"] == 13
+    assert 0 <= found["largest_difference"] < 1e-5
+    assert (found["rank_flips"], found["sign_flips"]) == (0, 0)
+    manifest = json.loads((folder / "certified" / "manifest.json").read_text())
+    assert manifest["extra"]["certificate"] == found
+    assert manifest["extra"]["seconds"] > 0
+    assert "certificate.json" in {record["path"] for record in manifest["outputs"]}
+    assert label(folder, "uncertified", reward, "label.certificate_fraction=0") == 0
+    assert not (folder / "uncertified" / "certificate.json").exists()

@@ -33,6 +33,15 @@
     event.currentTarget.textContent = open ? "Close all" : "Open all";
     prompts.forEach((prompt) => { prompt.open = open; });
   });
+  const targets = document.getElementById("targets");
+  if (targets) targets.addEventListener("click", () => {
+    const only = targets.getAttribute("aria-pressed") !== "true";
+    targets.setAttribute("aria-pressed", String(only));
+    document.querySelectorAll("input[name=method]").forEach((box) => {
+      box.checked = !only || "target" in box.dataset;
+      showMethod(box);
+    });
+  });
   document.addEventListener("keydown", (event) => {
     const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
     if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey) {

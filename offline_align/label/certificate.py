@@ -1,0 +1,49 @@
+"""Label certificate: a random part of the rows scored a second time, alone, on another rank, with the model loaded
+afresh. A reward that depends on its neighbours, or on the place where it was computed, shows here.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from offline_align.label.statistics import RewardStats, normalise
+
+FILE_NAME = "certificate.json"
+
+
+def choose_rows(count: int, fraction: float, seed: int) -> list[int]:
+    """Return a random `fraction` of `count` rows in ascending order: one at least, none for a fraction of 0."""
+    wanted = min(count, math.ceil(fraction * count))
+    return sorted(Random(seed).sample(range(count), wanted))
+
+
+def certify(first: Sequence[float], again: Sequence[float], stats: RewardStats) -> dict[str, Any]:
+    """Return how far raw rewards [N] moved, and which orders they changed, when they were computed again.
+
+    A rank flip is a pair of rows whose order is turned round; a sign flip is a row that the usual threshold of
+    filtering, a normalised reward of 0, would treat differently.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(again, dtype=np.float64)
+    above, again_above = normalise(a, stats) > 0, normalise(b, stats) > 0
+    difference = float(np.abs(a - b).max())
+    return {
+        "rows": int(a.size),
+        "largest_difference": difference,
+        "largest_normalised_difference": difference / stats.std if stats.std else 0.0,
+        "equal_rows": int((a == b).sum()),
+        "pairs": a.size * (a.size - 1) // 2,
+        "rank_flips": sum(int(((a[k] - a[:k]) * (b[k] - b[:k]) < 0).sum()) for k in range(a.size)),
+        "sign_flips": int((above != again_above).sum()),
+    }
+
+
+def in_words(found: Mapping[str, Any]) -> str:
+    """Return a certificate in one sentence."""
+    return (
+        f"{found['rows']} rows scored again, alone: largest difference {found['largest_difference']:.3g} "
+        f"({found['largest_normalised_difference']:.3g} standard deviations), {found['rank_flips']} of "
+        f"{found['pairs']} pairs change order, {found['sign_flips']} rows change sides of the threshold 0."
+    )

@@ -1,0 +1,81 @@
+"""A headless browser that has no network; tests skip where none is installed.
+
+SCREENSHOTS=folder keeps pictures of the pages, to be looked at.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: dev)")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=program, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Opened:
+    """A page of a file, with what it asked for and what went wrong in it."""
+
+    def __init__(self, page: Any) -> None:
+        self.page = page
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+
+    def shoot(self, name: str) -> None:
+        """Keep a picture of the whole page in the folder that SCREENSHOTS names, if any."""
+        folder = os.environ.get("SCREENSHOTS")
+        if folder:
+            self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+    def check(self, file: Path) -> None:
+        """The page fetched nothing but itself, and nothing failed in it."""
+        outside = [url for url in self.requests if not url.startswith(("data:", "blob:")) and url != file.as_uri()]
+        assert outside == []
+        assert self.errors == []
+
+
+@pytest.fixture
+def show(browser: Any) -> Iterator[Any]:
+    """Open a file in a context of its own: `show(file, width=..., dark=...)`."""
+    contexts = []
+
+    def show(file: Path, width: int = 1280, height: int = 900, dark: bool = False) -> Opened:
+        context = browser.new_context(
+            viewport={"width": width, "height": height},
+            color_scheme="dark" if dark else "light",
+            reduced_motion="reduce",
+            accept_downloads=True,
+            offline=True,
+        )
+        contexts.append(context)
+        opened = Opened(context.new_page())
+        opened.page.goto(file.as_uri())
+        return opened
+
+    yield show
+    for context in contexts:
+        context.close()

@@ -1,0 +1,37 @@
+"""Hours of every stage behind a method, from manifests that are written as the stages write them."""
+
+from pathlib import Path
+
+import pytest
+
+from offline_align.config.sections import EvaluateSection, OnBadRow
+from offline_align.data.jsonl import BadRows
+from offline_align.evaluate.comparison import load_comparison
+from offline_align.evaluate.parts.cost import cost_section, run_hours
+from tests.unit.evaluate.conftest import WriteChain, WriteRun, rows_for
+
+
+def test_hours_are_seconds_times_ranks() -> None:
+    assert run_hours({"seconds": 1800.0, "ranks": 4}) == 2.0
+    assert run_hours({"seconds": 3600.0}) == 1.0
+    assert run_hours({"rows": 3}) is None
+
+
+def test_every_stage_behind_a_method_counts_and_ppo_is_the_measure(write_chain: WriteChain) -> None:
+    path: Path = write_chain([8.0, 12.0], {0.0: ["a", "b", "c"], 1.0: ["d", "e", "f"]})
+    comparison = load_comparison([path], BadRows(OnBadRow.fail, None))
+    found = cost_section(comparison, EvaluateSection(ppo_hours=20.0))
+    assert found is not None
+    assert list(found.content["methods"]) == ["ca(0.0)", "ca(1.0)"]
+    one = found.content["methods"]["ca(1.0)"]
+    # The policy's training: 3600 s on two ranks; the others of this chain recorded nothing.
+    assert one["hours"] == {"ca": 2.0}
+    assert one["share_of_ppo"] == pytest.approx(0.1)
+    assert one["stages_without_time"] == ["reward", "label", "generate"]
+    assert found.tables[0].header == ["hours", "ca", "total", "of PPO"]
+    assert any("generate, label, reward" in line for line in found.findings)
+
+
+def test_answers_without_runs_have_no_cost(write_run: WriteRun) -> None:
+    comparison = load_comparison([write_run("a", rows_for(["x"] * 3))], BadRows(OnBadRow.fail, None))
+    assert cost_section(comparison, EvaluateSection()) is None
