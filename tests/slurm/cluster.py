@@ -83,7 +83,7 @@ class Cluster:
         self._start(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """Kill a node as a power cut would: its daemon and everything that it has started."""
+        """Kill the daemon of a node and the ranks on it; the step's own daemon lives on to report them."""
         for process in [*self._started_by(node), self._daemons[node].pid]:
             _signal(process, signal.SIGKILL)
         self._daemons.pop(node).wait()
@@ -93,7 +93,7 @@ class Cluster:
         self.run("scancel", "--user", getpass.getuser(), "--signal=KILL", "--full", check=False)
         self.run("scancel", "--user", getpass.getuser(), check=False)
         time.sleep(1)
-        leftover = [p for node in ("n1", "n2") for p in self._started_by(node)]
+        leftover = [p for p in self._started_by(None) if p not in {d.pid for d in self._daemons.values()}]
         for name in reversed(list(self._daemons)):
             self._daemons[name].terminate()
         for daemon in self._daemons.values():
@@ -181,16 +181,15 @@ class Cluster:
                 words, env=self.environment, stdout=console, stderr=console, stdin=subprocess.DEVNULL
             )
 
-    def _started_by(self, node: str) -> list[int]:
-        """Return the processes that a node has started: every step's daemon names its node, its children are below."""
+    def _started_by(self, node: str | None) -> list[int]:
+        """Return the processes that a node of this cluster has started, or with None all that belong to the cluster."""
         import psutil  # type: ignore[import-untyped]
 
         found: list[int] = []
-        for process in psutil.process_iter(["cmdline", "environ"]):
-            words = " ".join(process.info["cmdline"] or [])
+        for process in psutil.process_iter(["environ"]):
             environment = process.info["environ"] or {}
-            ours = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-            if ours and (environment.get("SLURMD_NODENAME") == node or f"slurmstepd [{node}" in words):
+            ours = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"] and process.pid != os.getpid()
+            if ours and node in (None, environment.get("SLURMD_NODENAME")):
                 found.append(process.pid)
         return found
 
