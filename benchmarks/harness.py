@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 MARK = "RESULT "
-# Set to 1, by `taskset` beside it, to measure on a machine that others use.
-SHARED_MACHINE = "SHARED_MACHINE"
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,9 @@ def run(
 
     `environment` is added to this process's; without it GPUs are hidden. Raises SystemExit where it failed.
     """
-    shared = os.environ.get(SHARED_MACHINE) == "1"
-    # One thread, and seconds of processor time: other programs on the machine then take turns, not time.
-    code = "import time; time.perf_counter = time.monotonic = time.process_time; " if shared else ""
-    code += f"import benchmarks.{contender.module} as m; m.{contender.function}(*{[str(workload), str(scratch)]!r}"
+    code = f"import benchmarks.{contender.module} as m; m.{contender.function}(*{[str(workload), str(scratch)]!r}"
     code += "".join(f", {a!r}" for a in contender.arguments) + ")"
-    threads = 1 if shared else os.cpu_count()
-    added = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""} if environment is None else environment
+    added = {"OMP_NUM_THREADS": str(os.cpu_count()), "CUDA_VISIBLE_DEVICES": ""} if environment is None else environment
     variables = os.environ | {"HF_HUB_OFFLINE": "1"} | added
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
     with log.open("a", encoding="utf-8") as file:
@@ -120,8 +114,7 @@ def machine() -> dict[str, Any]:
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {
         "processor": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "seconds": "processor time" if os.environ.get(SHARED_MACHINE) == "1" else "wall clock",
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
