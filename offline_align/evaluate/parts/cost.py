@@ -28,8 +28,9 @@ class _Cost:
     devices: frozenset[str]
 
     @property
-    def total(self) -> float:
-        return sum(self.hours.values())
+    def total(self) -> float | None:
+        """Hours of all stages; None where none recorded any, which is not the same as no cost."""
+        return sum(self.hours.values()) if self.hours else None
 
 
 def cost_section(comparison: Comparison, settings: EvaluateSection) -> Section | None:
@@ -45,7 +46,7 @@ def cost_section(comparison: Comparison, settings: EvaluateSection) -> Section |
                 "total_hours": cost.total,
                 "devices": sorted(cost.devices),
                 "stages_without_time": list(cost.unrecorded),
-                "share_of_ppo": cost.total / settings.ppo_hours if settings.ppo_hours else None,
+                "share_of_ppo": _share(cost.total, settings.ppo_hours),
             }
             for name, cost in costs.items()
         },
@@ -74,6 +75,10 @@ def run_hours(extra: Mapping[str, Any]) -> float | None:
     return seconds * ranks / 3600 if known else None
 
 
+def _share(hours: float | None, ppo_hours: float | None) -> float | None:
+    return None if hours is None or not ppo_hours else hours / ppo_hours
+
+
 def _place(stage: str) -> tuple[int, str]:
     return (ORDER.index(stage) if stage in ORDER else len(ORDER), stage)
 
@@ -84,6 +89,7 @@ def _findings(content: Mapping[str, Any], costs: Mapping[str, _Cost]) -> list[st
         lines += [
             f"{name}: {found['total_hours']:.3g} hours, {found['share_of_ppo']:.1%} of PPO's {content['ppo_hours']:g}."
             for name, found in content["methods"].items()
+            if found["total_hours"] is not None
         ]
     missing = sorted({stage for cost in costs.values() for stage in cost.unrecorded})
     if missing:
@@ -100,6 +106,7 @@ def _table(content: Mapping[str, Any]) -> Table:
     rows = []
     for name, found in methods.items():
         row = [name, *(f"{found['hours'][s]:.3g}" if s in found["hours"] else "" for s in stages)]
-        row.append(f"{found['total_hours']:.3g}")
-        rows.append(row + ([f"{found['share_of_ppo']:.1%}"] if content["ppo_hours"] else []))
+        total, share = found["total_hours"], found["share_of_ppo"]
+        row.append("unknown" if total is None else f"{total:.3g}")
+        rows.append(row + ["unknown" if share is None else f"{share:.1%}"] * bool(content["ppo_hours"]))
     return Table("Hours by stage", header, rows)

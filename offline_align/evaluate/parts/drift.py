@@ -58,13 +58,13 @@ def read_parts(labels: LabelSet) -> dict[str, Floats]:
 
     Pairs count as the reward model's training pairs where its training read the very file that was labelled.
     """
-    parts: dict[str, list[float]] = {"labelled rows": [], "pairs": []}
+    parts: dict[str, list[float]] = {"rows": [], "pairs": []}
     with (labels.run_dir / "labelled.jsonl").open(encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
-            parts["pairs" if "answer" in row else "labelled rows"].append(float(row["reward"]))
+            parts["pairs" if "answer" in row else "rows"].append(float(row["reward"]))
     name = "reward model's training pairs" if _trained_on_labelled_file(labels.run_dir) else "labelled pairs"
-    named = {"labelled rows": parts["labelled rows"], name: parts["pairs"]}
+    named = {"labelled SFT rows": parts["rows"], name: parts["pairs"]}
     return {key: np.array(values) for key, values in named.items() if values}
 
 

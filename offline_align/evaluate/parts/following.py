@@ -25,7 +25,7 @@ from offline_align.evaluate.statistics import Estimate, Floats, mean_estimates
 NOTE = (
     "The same prompts, asked for different rewards. A policy that follows exactly has slope 1. Rank correlation and "
     "order are taken on each prompt, then averaged; targets that no labelled row has must be extrapolated. The target "
-    "that generation asks for by default is `condition.target_reward` in the policy's model.json."
+    "that generation asks for by default is condition.target_reward in the policy's model.json."
 )
 RARE = 0.01
 """Share of the labelled rows beyond which a target counts as rare."""

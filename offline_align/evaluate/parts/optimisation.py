@@ -18,7 +18,7 @@ from offline_align.evaluate.statistics import Floats, mean_estimates
 
 NOTE = (
     "A policy that has found the blind spot of a reward model gains by it and not by another. Gains are over the "
-    "baseline on the same prompts; those of scores in standard deviations of the baseline's scores. `at equal length` "
+    "baseline on the same prompts; those of scores in standard deviations of the baseline's scores. At equal length "
     "is what remains of the gain where answers are as long as the baseline's, by a straight line through all methods' "
     "differences of score and length."
 )

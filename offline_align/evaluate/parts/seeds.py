@@ -17,7 +17,7 @@ from offline_align.evaluate.sections import Drawing, Section, Table
 from offline_align.evaluate.statistics import Floats
 
 NOTE = (
-    "Policies whose settings differ in `run.seed` alone are one method. The interval is Student's over the means of "
+    "Policies whose settings differ in run.seed alone are one method. The interval is Student's over the means of "
     "its seeds, so that it is wide for few seeds; the difference to the baseline is taken seed by seed where both have "
     "the same seeds."
 )

@@ -35,3 +35,15 @@ def test_every_stage_behind_a_method_counts_and_ppo_is_the_measure(write_chain: 
 def test_answers_without_runs_have_no_cost(write_run: WriteRun) -> None:
     comparison = load_comparison([write_run("a", rows_for(["x"] * 3))], BadRows(OnBadRow.fail, None))
     assert cost_section(comparison, EvaluateSection()) is None
+
+
+def test_a_method_whose_runs_recorded_no_time_did_not_cost_nothing(
+    write_chain: WriteChain, write_run: WriteRun
+) -> None:
+    asked = write_chain([8.0, 12.0], {0.0: ["a", "b", "c"], 1.0: ["d", "e", "f"]})
+    files = [write_run("sft", rows_for(["x"] * 3), "sft"), asked]
+    found = cost_section(load_comparison(files, BadRows(OnBadRow.fail, None)), EvaluateSection(ppo_hours=20.0))
+    assert found is not None
+    assert found.content["methods"]["sft"]["total_hours"] is None
+    assert found.tables[0].rows[0] == ["sft", "", "unknown", "unknown"]
+    assert not any(line.startswith("sft:") for line in found.findings)

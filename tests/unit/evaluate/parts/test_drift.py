@@ -52,7 +52,7 @@ def section(write_chain: WriteChain, own: bool = True) -> Section | None:
 def test_answers_beyond_the_labels_are_reported(write_chain: WriteChain) -> None:
     found = section(write_chain)
     assert found is not None
-    assert list(found.content["groups"]) == ["labelled rows", "labelled pairs", "ca(0.0)", "ca(1.0)"]
+    assert list(found.content["groups"]) == ["labelled SFT rows", "labelled pairs", "ca(0.0)", "ca(1.0)"]
     assert found.content["groups"]["labelled pairs"]["answers"] == 40
     assert found.content["groups"]["ca(1.0)"]["beyond"] == 1.0
     assert found.content["groups"]["ca(0.0)"]["beyond"] == 0.0
