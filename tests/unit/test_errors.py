@@ -39,7 +39,8 @@ def test_nothing_is_left_where_nobody_asks_or_nothing_is_to_be_said(
     ("rank", "code", "message", "said"),
     [
         (1, 70, {"message": "boom"}, "first error, rank 1: boom"),
-        (0, -9, "Signal 9 (SIGKILL) received by PID 7", "first error, rank 0: Signal 9 (SIGKILL) received by PID 7"),
+        # `_outcome` names a rank that was killed.
+        (1, -9, "Signal 9 (SIGKILL) received by PID 7", None),
         (0, 70, {"message": "rank 0 has said it itself"}, None),
         (1, 75, {"message": "stopped by SIGTERM"}, None),
     ],
