@@ -55,7 +55,7 @@ test-container: $(READY) ## lint the Dockerfile and run its steps in new environ
 	TEST_CONTAINER=1 $(BIN)/pytest -q tests/container $(PYTEST_ARGS)
 
 faults: $(READY) ## kill, stop and starve commands at random, hundreds of times (half an hour)
-	FAULTS=all $(BIN)/pytest -q -s tests/faults $(PYTEST_ARGS)
+	FAULTS=all $(BIN)/pytest -q -s tests/faults tests/distributed/test_resharding.py $(PYTEST_ARGS)
 
 demo: $(READY) ## the whole pipeline on a small made-up corpus, on CPU or GPU
 	scripts/pipeline.sh
