@@ -39,6 +39,7 @@ _WHY: dict[Change, dict[str, str]] = {
         "trainer.keep_checkpoints": "how many are kept",
         "trainer.async_save": "whether training waits for a save",
         "trainer.profile_steps": "what is traced",
+        "trainer.wandb_project": "who else gets the metrics",
         "label.flush_rows": "how often the journal is written",
         "generate.batch_size": "how many prompts go together",
         "judge.concurrent_requests": "how many at a time",

@@ -291,6 +291,8 @@ class TrainerSection(ComputeSection):
     """Write checkpoints in a thread while the training goes on; takes CPU memory for a copy of each rank's shards."""
     recompute: Recompute = Recompute.none
     """`none`, `selective` (attention) or `full` (whole layers)."""
+    wandb_project: str | None = None
+    """Weights & Biases project that gets the metrics too; the key comes from WANDB_API_KEY. Unset: none."""
     profile_steps: list[int] = field(default_factory=list)
     """First and last optimizer step of a profile, as `[5,7]`: a trace in `profile/`, or a range for `nsys`."""
 

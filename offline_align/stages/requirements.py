@@ -1,5 +1,6 @@
 """What each stage needs to be given, checked before a process group exists."""
 
+import importlib.util
 from typing import Any
 
 from offline_align.config.runs import EvaluateRun, ModelRun, PrepareRun, Run, TrainRun
@@ -37,7 +38,7 @@ def problems(stage: str, config: Run, explicit: frozenset[str]) -> tuple[list[st
     except ConfigError as error:
         # The architecture as given can still be checked beside what is wrong with the rest.
         return found + error.problems, None if config.init.from_ else config.model
-    return found + _kind(stage, config, origin.kind), origin.model
+    return found + _kind(stage, config, origin.kind) + _wandb(config), origin.model
 
 
 def _files(stage: str, config: Run) -> list[str]:
@@ -110,6 +111,13 @@ def _kind(stage: str, config: ModelRun, kind: str) -> list[str]:
     if stage not in ("label", "reward", "convert") and kind == "reward_model":
         return [f"init.from={source}: is a reward model; `{stage}` needs a policy"]
     return []
+
+
+def _wandb(config: ModelRun) -> list[str]:
+    project = config.trainer.wandb_project if isinstance(config, TrainRun) else None
+    if project is None or importlib.util.find_spec("wandb") is not None:
+        return []
+    return [f"trainer.wandb_project={project}: wandb is missing; pip install 'offline-align[wandb]', or leave it unset"]
 
 
 def _judge(config: Run) -> list[str]:

@@ -1,6 +1,7 @@
-"""Metrics of a run: one JSON object a logged step, and TensorBoard beside it. Written by one rank."""
+"""Metrics of a run: a JSON object a logged step, TensorBoard beside it, Weights & Biases on request. By one rank."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -23,12 +24,20 @@ class MetricsWriter:
     """Appends to `metrics.jsonl` and `tensorboard/` of a run folder; does nothing where `enabled` is False.
 
     `first_step` is the first that will be written. Where the validation after the step before is done again too
-    (`validation_due`), its line is forgotten.
+    (`validation_due`), its line is forgotten. `wandb_project` gets the same numbers.
     """
 
-    def __init__(self, run_dir: Path, enabled: bool, first_step: int, validation_due: bool = False) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        enabled: bool,
+        first_step: int,
+        validation_due: bool = False,
+        wandb_project: str | None = None,
+    ) -> None:
         self._file = None
         self._board: Any = None
+        self._wandb: Any = None
         self._path = run_dir / FILE_NAME
         if not enabled:
             return
@@ -36,6 +45,14 @@ class MetricsWriter:
         with self._storage_errors():
             self._file = self._path.open("a", encoding="utf-8")
         self._open_board(run_dir / "tensorboard", first_step)
+        if wandb_project is not None:
+            import wandb
+
+            # The client reads the key from the environment, and it is written nowhere; a run that goes on keeps its id.
+            run_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+            self._wandb = wandb.init(
+                project=wandb_project, name=run_dir.name, dir=str(run_dir), id=run_id, resume="allow"
+            )
 
     def _open_board(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -73,6 +90,8 @@ class MetricsWriter:
         if self._file is None:
             return
         threading.excepthook = self._hook
+        if self._wandb is not None:
+            self._wandb.finish()
         if self._board is not None:
             with self._without_board():
                 self._board.close()
@@ -89,6 +108,8 @@ class MetricsWriter:
         with self._storage_errors():
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in row.items() if v is not None}, step=step)
         with self._without_board():
             for name, value in values.items():
                 if self._board is not None and isinstance(value, int | float):

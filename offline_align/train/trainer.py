@@ -90,7 +90,9 @@ class Trainer:
         # A node of Slurm is known by its name there.
         hosts = self.ranks.gather(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
         with (
-            MetricsWriter(self.run_dir, main, self.state.step + 1, self.state.validation_due) as writer,
+            MetricsWriter(
+                self.run_dir, main, self.state.step + 1, self.state.validation_due, self.trainer.wandb_project
+            ) as writer,
             Meter("training", total, "steps", self.state.step, main) as meter,
             StepProfiler(self.trainer.profile_steps, self.run_dir, self.ranks.rank) as profiler,
         ):

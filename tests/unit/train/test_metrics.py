@@ -1,7 +1,12 @@
 """metrics.jsonl stays readable through kills and NaN."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from offline_align.train.metrics import FILE_NAME, MetricsWriter
 
@@ -28,3 +33,22 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, False, 1) as writer:
         writer.write(1, {"loss": 1.0})
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_and_biases_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    started: dict[str, Any] = {}
+    client = SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish")
+    )
+
+    def init(**words: Any) -> SimpleNamespace:
+        started.update(words)
+        return client
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with MetricsWriter(tmp_path, True, 1, wandb_project="alignment") as writer:
+        writer.write(1, {"loss": 2.0, "mfu": float("nan")})
+    assert calls == [(1, {"step": 1, "loss": 2.0}), "finish"]
+    assert (started["project"], started["resume"], started["dir"]) == ("alignment", "allow", str(tmp_path))
+    assert not any("key" in word for word in started)
