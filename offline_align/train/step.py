@@ -1,5 +1,6 @@
 """One optimizer step: the only file that calls megatron's schedule, and the only one that divides a loss."""
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,11 @@ def reduce_sums(
     return GlobalSums(means, round(total / copies), stops > 0, values[len(names) + len(counted) :])
 
 
+def _finish_gradients(own_time: OwnTime, *arguments: Any, **named: Any) -> None:
+    own_time.stop()
+    finalize_model_grads(*arguments, **named)
+
+
 class TrainStep:
     """Forward, backward and update of one global batch."""
 
@@ -91,14 +97,11 @@ class TrainStep:
 
     def _connect_schedule(self) -> None:
         config = self.model.config
-        config.finalize_model_grads_func = self._finish_gradients
+        # No method of ours: by way of gradient hooks, which Python cannot look into, the model would hold itself alive.
+        config.finalize_model_grads_func = functools.partial(_finish_gradients, self._own_time)
         ddp = self.model.ddp_config
         if ddp.overlap_grad_reduce:
             config.no_sync_func = self.model.no_sync
-
-    def _finish_gradients(self, *arguments: Any, **named: Any) -> None:
-        self._own_time.stop()
-        finalize_model_grads(*arguments, **named)
 
     def __call__(
         self, micro_batches: list[PackedBatch], learning_rate: float, stop: bool = False, waited: float = 0.0

@@ -38,6 +38,17 @@ def test_a_run_leaves_what_the_next_one_needs(tmp_path: Path, rows: Path) -> Non
     assert run(["verify", f"run.dir={folder}"]) == 0
 
 
+def test_a_run_leaves_no_model_and_no_process_group_behind(tmp_path: Path, rows: Path) -> None:
+    """Hooks of gradients hold what Python's collector cannot see: a second run in this process would pay for it."""
+    import gc
+
+    from megatron.core.distributed import DistributedDataParallel
+
+    train("sft", tmp_path / "run", rows)
+    gc.collect()
+    assert [one for one in gc.get_objects() if type(one) is DistributedDataParallel] == []
+
+
 def test_a_finished_run_says_so_and_does_nothing(tmp_path: Path, rows: Path) -> None:
     folder = train("sft", tmp_path / "run", rows)
     before = (folder / "manifest.json").stat().st_mtime_ns
