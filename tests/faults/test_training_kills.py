@@ -41,7 +41,7 @@ _straight: dict[tuple[str, int], tuple[dict[str, Any], float]] = {}
 def straight(forks: Forks, given: Path, stage: str, world: int = 1) -> tuple[dict[str, Any], float]:
     """Return what the uninterrupted run leaves, and its seconds; it runs once."""
     if (stage, world) not in _straight:
-        run_dir = given / f"{stage} whole {world}"
+        run_dir = given / f"{stage}_whole_{world}"
         ended = forks.run(trainings.words(stage, given, run_dir), world=world)
         assert not any(ended.codes), ended.said
         _straight[stage, world] = trainings.result(run_dir), ended.seconds
@@ -57,7 +57,7 @@ def test_killed_in_a_save_the_old_or_the_new_checkpoint_is_there(
     if not ALL and PLACES.index(place) % 5 != trainings.TRAINERS.index(stage):
         pytest.skip("FAULTS=all kills every trainer in every phase")
     expected, _ = straight(forks, given, stage)
-    run_dir = given / f"{stage} {place} {more}"
+    run_dir = given / f"{stage}_{place}_{len(more)}".replace(" ", "_")
     words = trainings.words(stage, given, run_dir, *more)
     for number in (2, 1):
         # The second time in the run, then the first time in the continuation.
