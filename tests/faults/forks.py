@@ -189,6 +189,10 @@ def _import_everything() -> None:
     import offline_align.stages.prepare
     import offline_align.train.saving
     import offline_align.train.trainer  # noqa: F401
+    from offline_align.distributed import setup
+
+    # One thread a rank, however many there are: with other threads the last bit of a sum may be another.
+    setup._cores = lambda: 1
 
     del datasets, matplotlib, pyarrow, sentencepiece
     transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM  # noqa: B018

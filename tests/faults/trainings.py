@@ -12,7 +12,7 @@ _WORDS = [word for word in TINY if word != "debug=true"]
 _WORDS += ["trainer.global_batch_size=4", "trainer.max_epochs=3", "optim.lr=1e-2", "trainer.save_interval=2"]
 _WORDS += ["trainer.eval_interval=3"]
 # What a step took, and where, differs from run to run.
-_VARYING = ("seconds", "per_second", "memory", "mfu")
+_VARYING = ("seconds", "per_second", "memory", "mfu", "slowest")
 
 
 def write_rows(folder: Path) -> None:
