@@ -25,8 +25,7 @@ def write_rows(folder: Path) -> None:
 def words(stage: str, folder: Path, run_dir: Path, *more: str) -> list[str]:
     """Return the command of a trainer in `run_dir`, on the rows in `folder`."""
     rows = folder / ({"sft": "samples", "reward": "pairs"}.get(stage, "labelled") + ".jsonl")
-    valid = folder / ("pairs.jsonl" if stage == "reward" else "samples.jsonl")
-    return [stage, f"run.dir={run_dir}", f"data.train={rows}", f"data.valid={valid}", *_WORDS, *more]
+    return [stage, f"run.dir={run_dir}", f"data.train={rows}", f"data.valid={rows}", *_WORDS, *more]
 
 
 def result(run_dir: Path) -> dict[str, Any]:
