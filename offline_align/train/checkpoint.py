@@ -24,6 +24,7 @@ from offline_align.distributed.setup import Ranks
 from offline_align.errors import FailedOnMainRank, StorageError
 from offline_align.lineage import file_sha256
 from offline_align.lineage.files import canonical_json, fsync_path, text_sha256
+from offline_align.lineage.manifest import LONGEST_PATH
 from offline_align.train import reading
 
 FOLDER = "checkpoints"
@@ -205,9 +206,16 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
         seal = text_sha256(canonical_json(files))
         named = recorded.keys() <= {"files", "sha256"}
         whole = named and recorded.get("sha256", seal) == seal and STATE_NAME in files
+        whole = whole and all(_is_inside(name) and isinstance(files[name], dict) for name in files)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return files if whole else None
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name of the manifest, which may be anybody's, can be that of a file in its folder."""
+    path = Path(name)
+    return "\0" not in name and len(name) <= LONGEST_PATH and not path.is_absolute() and ".." not in path.parts
 
 
 def _matches(path: Path, expected: dict[str, Any]) -> bool:
@@ -234,15 +242,23 @@ def _shown(names: list[str]) -> str:
 
 
 def digest(folder: Path) -> str:
-    """Return a hash of what a checkpoint is: weights, description and tokenizer, by the hashes of its files."""
-    files = json.loads((folder / FILES_NAME).read_text())["files"]
+    """Return a hash of what a checkpoint is: weights, description and tokenizer, by the hashes of its files.
+
+    Raises StorageError where its manifest is damaged.
+    """
+    files = _recorded(folder)
+    if files is None:
+        raise StorageError(f"{folder / FILES_NAME}: is not as it was written: take an earlier checkpoint")
     content = {n: e["sha256"] for n, e in files.items() if n != STATE_NAME}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_state(folder: Path) -> TrainState:
-    """Return the state of a checkpoint."""
-    return TrainState(**json.loads((folder / STATE_NAME).read_text()))
+    """Return the state of a checkpoint. Raises StorageError where it is another program's, or a stranger's."""
+    try:
+        return TrainState(**json.loads((folder / STATE_NAME).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise StorageError(f"{folder / STATE_NAME}: is not the state of a run: take an earlier checkpoint") from error
 
 
 def sharded_weights(model: Any) -> dict[str, Any]:

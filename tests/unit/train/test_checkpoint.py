@@ -63,6 +63,25 @@ def test_every_length_of_the_manifest_but_its_own_is_damage(tmp_path: Path) -> N
         assert checkpoint.damage(folder, ALONE), other
 
 
+@pytest.mark.parametrize("name", ["../../x", "/etc/hostname", "a\0b", "x" * 5000, "tokenizer/../../../x"])
+def test_a_sealed_manifest_that_names_files_elsewhere_is_damage(tmp_path: Path, name: str) -> None:
+    folder = make(tmp_path, 1)
+    (tmp_path / "x").write_bytes(b"secret")
+    files = json.loads((folder / checkpoint.FILES_NAME).read_text())["files"]
+    files[name] = checkpoint.entry(tmp_path / "x")
+    (folder / checkpoint.FILES_NAME).write_text(checkpoint.manifest_text(files))
+    assert checkpoint.damage(folder, ALONE) == [checkpoint.FILES_NAME]
+    with pytest.raises(StorageError, match="is not as it was written"):
+        checkpoint.digest(folder)
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"step": 1, "more": 2}', b"[" * 100_000, b"\xff"])
+def test_a_strange_state_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / checkpoint.STATE_NAME).write_bytes(content)
+    with pytest.raises(StorageError, match="is not the state of a run"):
+        checkpoint.read_state(tmp_path)
+
+
 def test_damaged_ones_are_set_aside_until_they_are_made_again(tmp_path: Path) -> None:
     make(tmp_path, 2)
     for step in (4, 6):
