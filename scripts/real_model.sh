@@ -25,7 +25,7 @@ small)
     SFT="${SFT:-$rows trainer.global_batch_size=4 trainer.max_steps=20 optim.lr=1e-5}"
     REWARD="${REWARD:-$rows trainer.global_batch_size=4 trainer.max_steps=10 optim.lr=1e-5}"
     ALIGN="${ALIGN:-$rows trainer.global_batch_size=4 trainer.max_steps=5 optim.lr=1e-5}"
-    LABEL="${LABEL:-data.max_length=1024 trainer.micro_batch_size=1}"
+    LABEL="${LABEL:-data.max_length=2048 trainer.micro_batch_size=1}"
     LABEL_PAIRS=${LABEL_PAIRS:-100}
     GENERATE="${GENERATE:-generate.max_new_tokens=32 generate.batch_size=8 data.max_length=1024}"
     LABEL_PROMPTS=${LABEL_PROMPTS:-8}

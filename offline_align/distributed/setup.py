@@ -6,6 +6,7 @@ of torchrun, or a world of one.
 
 import contextlib
 import datetime
+import itertools
 import logging
 import os
 import random
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 # Long enough for a rank that writes or hashes a large checkpoint while the others wait; `heartbeat` ends them sooner
 # where a rank is silent.
 _TIMEOUT = datetime.timedelta(minutes=30)
+_SESSIONS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,11 @@ def _cores() -> int:
 def _init_process_group(device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        torch_distributed: Any = dist
+        shared, rank, world_size = next(torch_distributed.rendezvous("env://", timeout=_TIMEOUT))
+        # A later session of this process has the same store, where it would find the addresses of an earlier one.
+        own: Any = torch_distributed.PrefixStore(f"session_{next(_SESSIONS)}", shared)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=_TIMEOUT)
         return
     # A world of one needs no port: the store lives in this process.
     store: Any = dist.HashStore()  # type: ignore[attr-defined]
