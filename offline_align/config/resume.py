@@ -45,6 +45,7 @@ _WHY: dict[Change, dict[str, str]] = {
         "judge.concurrent_requests": "how many at a time",
         "judge.retries": "how patient the client is",
         "judge.timeout_seconds": "how patient the client is",
+        "evaluate.runs": "the runs are parents",
         "convert.check": "compares, and writes nothing",
         "convert.evaluation": "its report is an input",
     },

@@ -521,6 +521,10 @@ class EvaluateSection:
     """Column that splits the tables (the paper's vicuna and mt_bench), where rows have it."""
     ppo_hours: float | None = None
     """GPU hours of a PPO run that the cost of each method is compared with (the paper's Table 3)."""
+    divergence: bool = True
+    """Measure how far policies are from the baseline's (each is loaded once); only where a reward model is run too."""
+    runs: Any = None
+    """Run folders, or folders of them, that the page is to show; alone they need neither answers nor a judge."""
 
 
 @dataclass(frozen=True)

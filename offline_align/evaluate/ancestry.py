@@ -11,6 +11,7 @@ from offline_align.lineage import Manifest, read_manifest
 
 METRICS = "metrics.jsonl"
 HISTOGRAM = "reward_histogram.png"
+QUANTITIES = ("loss", "accuracy")
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +35,17 @@ class Ancestor:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A training run's loss by optimizer step, and its validation loss where it was measured."""
+    """A quantity of a training run by optimizer step, and the same on its validation rows where it was measured."""
 
-    name: str
-    loss: tuple[tuple[int, float], ...]
-    valid_loss: tuple[tuple[int, float], ...]
+    run: str
+    quantity: str
+    training: tuple[tuple[int, float], ...]
+    validation: tuple[tuple[int, float], ...]
+
+    @property
+    def name(self) -> str:
+        """What the figure calls it."""
+        return f"{self.run}: {self.quantity}"
 
 
 def find_ancestors(run_dirs: Iterable[Path]) -> list[Ancestor]:
@@ -62,11 +69,11 @@ def find_ancestors(run_dirs: Iterable[Path]) -> list[Ancestor]:
     return sorted(found, key=lambda run: (run.depth, run.stage, run.title))
 
 
-def read_curve(run: Ancestor) -> Curve | None:
-    """Return the loss curve of a run, or None where it did not train."""
+def read_curves(run: Ancestor) -> list[Curve]:
+    """Return the curves of a run, as far as it trained and measured them."""
     rows = list(_metrics(run.run_dir / METRICS))
-    loss, valid = _series(rows, "loss"), _series(rows, "valid_loss")
-    return Curve(run.title, loss, valid) if loss else None
+    curves = [Curve(run.title, name, _series(rows, name), _series(rows, f"valid_{name}")) for name in QUANTITIES]
+    return [curve for curve in curves if curve.training]
 
 
 def find_histograms(runs: Sequence[Ancestor]) -> list[Path]:

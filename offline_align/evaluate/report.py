@@ -4,6 +4,7 @@ import base64
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from offline_align.evaluate import figures
-from offline_align.evaluate.ancestry import Ancestor, find_ancestors, find_histograms, read_curve
+from offline_align.evaluate.ancestry import Ancestor, find_ancestors, find_histograms, read_curves
 from offline_align.evaluate.comparison import Comparison, prompt_text
 from offline_align.evaluate.page import render_page
 from offline_align.evaluate.results import Compared, group_of
@@ -24,19 +25,47 @@ SHOWN_PROMPTS = 200
 PREVIEW_CHARACTERS = 160
 
 
-def write_report(
-    run_dir: Path, compared: Compared | None, results: Mapping[str, Any], sections: Sequence[Section] = ()
-) -> list[Path]:
-    """Write the three files and return their paths, the page last. Raises StorageError."""
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that a report is written from."""
+
+    results: Mapping[str, Any]
+    compared: Compared | None = None
+    sections: Sequence[Section] = ()
+    runs: Sequence[Ancestor] = ()
+    """The runs that the page shows, roots first."""
+    samples: Comparison | None = None
+    """Answers to be shown where none are judged."""
+
+    def pictures(self) -> dict[str, figures.Picture]:
+        """Return the figures beside those of the sections, by name."""
+        drawn: dict[str, figures.Picture] = {}
+        if self.compared is not None:
+            drawn |= _compared_figures(self.compared.judgement.scores.mean(axis=1), self.results)
+        if self.runs:
+            drawn["lineage"] = figures.draw_lineage("Lineage", self.runs)
+        if curves := [curve for run in self.runs for curve in read_curves(run)]:
+            drawn["training"] = figures.draw_curves("Training", curves)
+        return drawn
+
+
+def runs_behind(compared: Compared | None, named: Sequence[Path] = ()) -> list[Ancestor]:
+    """Return the runs behind the compared answers and behind the `named` run folders, roots first."""
     files = compared.comparison.files if compared else ()
-    runs = find_ancestors(path.parent for path in files)
-    described = {**results, **contents(sections)}
-    if compared:
-        described |= {"files": _files(compared.comparison, run_dir), "lineage": _lineage(runs, run_dir)}
-    page = render_page("report.html.j2", _page_values(compared, described, sections, runs))
+    return find_ancestors([*(path.parent for path in files), *named])
+
+
+def write_report(run_dir: Path, report: Report, pictures: Mapping[str, figures.Picture]) -> list[Path]:
+    """Write the three files and return their paths, the page last. Raises StorageError."""
+    described = {**report.results, **contents(report.sections)}
+    if report.compared:
+        described["files"] = _files(report.compared.comparison, run_dir)
+    if report.compared or report.runs:
+        described["lineage"] = _lineage(report.runs, run_dir)
+    page = render_page("report.html.j2", _page_values(report, described, pictures))
     written = {
         "report.json": json.dumps(described, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.md": markdown_report(described, sections),
+        "report.md": markdown_report(described, report.sections),
         "report.html": page,
     }
     for name, content in written.items():
@@ -64,34 +93,44 @@ def _relative(path: Path, run_dir: Path) -> str:
     return os.path.relpath(path.resolve(), run_dir.resolve())
 
 
-def _page_values(
-    compared: Compared | None, results: Mapping[str, Any], sections: Sequence[Section], runs: Sequence[Ancestor]
-) -> dict[str, Any]:
+def _page_values(report: Report, results: Mapping[str, Any], pictures: Mapping[str, figures.Picture]) -> dict[str, Any]:
+    compared = report.compared
+    shown = compared.comparison if compared else report.samples
     values = {
         "results": results,
-        "sections": sections,
-        "headline": headline(results, sections),
+        "sections": report.sections,
+        "headline": headline(results, report.sections),
         "conditions": conditions(results),
-        "curves": _curves(runs),
-        "graph": Markup(figures.draw_lineage("Lineage", runs)) if runs else None,
-        "histograms": [_data_uri(path) for path in find_histograms(runs)],
+        # Drawn by ourselves: names are escaped by the SVG writer.
+        "figures": {name: Markup(picture.svg()) for name, picture in pictures.items()},
+        "histograms": [_data_uri(path) for path in find_histograms(report.runs)],
+        "browser": None,
     }
-    return values | (_compared_values(compared, results) if compared else {})
+    if shown is None:
+        return values
+    scores, quality = (compared.judgement.scores, compared.quality) if compared else (None, None)
+    return values | {
+        "browser": _browser(shown, scores, quality, results["group_by"]),
+        "colours": {m: k % figures.PALETTE for k, m in enumerate(shown.methods)},
+    }
 
 
-def _compared_values(compared: Compared, results: Mapping[str, Any]) -> dict[str, Any]:
-    comparison, scores = compared.comparison, compared.judgement.scores
-    sets = _shown_prompts(comparison, scores, compared.quality, results["group_by"])
+def _browser(comparison: Comparison, scores: Floats | None, quality: Floats | None, group_by: str) -> dict[str, Any]:
+    """Return what the sample browser shows; without scores, the answers alone."""
+    prompts, samples, _ = comparison.shape
+    sets = _shown_prompts(comparison, scores, quality, group_by)
     return {
-        "figures": _figures(scores.mean(axis=1), results),
+        "methods": comparison.methods,
+        "prompts": prompts,
+        "samples_per_prompt": samples,
+        "group_by": group_by,
         "sets": sets,
-        "colours": {m: k % figures.PALETTE for k, m in enumerate(comparison.methods)},
         "targets": [column.name for column in comparison.columns if column.target is not None],
         "groups": list(dict.fromkeys(one["group"] for one in sets if one["group"] is not None)),
     }
 
 
-def _figures(scores: Floats, results: Mapping[str, Any]) -> dict[str, Markup]:
+def _compared_figures(scores: Floats, results: Mapping[str, Any]) -> dict[str, figures.Picture]:
     methods, overall = results["methods"], results["overall"]
     judged = scores[np.isfinite(scores).all(axis=1)]
     means = [overall[method]["score"] for method in methods]
@@ -107,13 +146,7 @@ def _figures(scores: Floats, results: Mapping[str, Any]) -> dict[str, Markup]:
         truth = [overall[method]["true_quality"] for method in methods]
         reference = overall[results["baseline"]]["true_quality"]["mean"]
         drawn["quality"] = figures.draw_estimates("True quality", methods, truth, reference)
-    # Drawn by ourselves: names are escaped by the SVG writer.
-    return {name: Markup(svg) for name, svg in drawn.items()}
-
-
-def _curves(runs: Sequence[Ancestor]) -> Markup | None:
-    curves = [curve for run in runs if (curve := read_curve(run)) is not None]
-    return Markup(figures.draw_curves("Training loss", curves)) if curves else None
+    return drawn
 
 
 def _data_uri(path: Path) -> str:
@@ -121,7 +154,7 @@ def _data_uri(path: Path) -> str:
 
 
 def _shown_prompts(
-    comparison: Comparison, scores: Floats, quality: Floats | None, group_by: str
+    comparison: Comparison, scores: Floats | None, quality: Floats | None, group_by: str
 ) -> list[dict[str, Any]]:
     """Return the prompts of the browser with all their answers, spread evenly where there are too many."""
     count = len(comparison.prompts)
@@ -145,12 +178,15 @@ def _shown_prompts(
     return shown
 
 
-def _shown_answers(comparison: Comparison, scores: Floats, quality: Floats | None, p: int) -> list[dict[str, Any]]:
+def _shown_answers(
+    comparison: Comparison, scores: Floats | None, quality: Floats | None, p: int
+) -> list[dict[str, Any]]:
     result = []
     for s, answers in enumerate(comparison.answers[p]):
-        best = np.max(scores[p, s]) if np.isfinite(scores[p, s]).all() else None
+        given = None if scores is None else scores[p, s]
+        best = None if given is None or not np.isfinite(given).all() else given.max()
         for m, answer in enumerate(answers):
-            score = scores[p, s, m]
+            score = None if given is None else given[m]
             result.append(
                 {
                     "method": comparison.methods[m],
@@ -158,7 +194,7 @@ def _shown_answers(comparison: Comparison, scores: Floats, quality: Floats | Non
                     "response": answer.response,
                     "finish_reason": answer.finish_reason,
                     "condition": answer.condition,
-                    "score": f"{score:.2f}" if np.isfinite(score) else "no score",
+                    "score": None if score is None else f"{score:.2f}" if np.isfinite(score) else "no score",
                     "quality": None if quality is None else f"{quality[p, s, m]:.1f}",
                     "best": best is not None and bool(score == best),
                 }

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offline_align.evaluate.figures.canvas import Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +21,11 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """An `<svg>` element of our own making, with its caption."""
+    """A figure with its caption."""
 
     caption: str
     note: str
-    svg: str
+    picture: "Picture"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """The report's numbers as tables of text: `report.md`, and the table that ends the command."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ def headline(results: Mapping[str, Any], sections: Sequence[Section] = ()) -> st
     Without a comparison it is the first finding of the sections.
     """
     if "methods" not in results:
-        return sections[0].findings[0]
+        return sections[0].findings[0] if results["judge"] else runs_headline(results["lineage"])
     overall, baseline = results["overall"], results["baseline"]
     best = max(results["methods"], key=lambda method: overall[method]["score"]["mean"])
     if best == baseline:
@@ -94,6 +95,13 @@ def headline(results: Mapping[str, Any], sections: Sequence[Section] = ()) -> st
     text = f"{best} scores highest and wins against {baseline} on {100 * rate['mean']:.0f} % of the prompts"
     # A win rate is beyond chance where its interval leaves out one half.
     return f"{text}." if rate["low"] > 0.5 else f"{text}, which chance could explain."
+
+
+def runs_headline(lineage: Sequence[Mapping[str, Any]]) -> str:
+    """Return which runs there are in one sentence."""
+    stages = Counter(run["stage"] for run in lineage)
+    named = [stage if number == 1 else f"{number} {stage}" for stage, number in stages.items()]
+    return f"{len(lineage)} runs: {', '.join(named)}." if len(lineage) > 1 else f"One run: {named[0]}."
 
 
 def markdown_report(results: Mapping[str, Any], sections: Sequence[Section] = ()) -> str:
@@ -120,6 +128,8 @@ def _markdown_section(section: Section) -> list[str]:
 def conditions(results: Mapping[str, Any]) -> str:
     """Return what the numbers rest on: judge, prompts, intervals, and what is missing."""
     judge = results["judge"]
+    if judge is None:
+        return "No answers were given to judge."
     text = f"Judge: {judge['name']}. "
     if "methods" not in results:
         return f"{text}Intervals: {results['confidence']:.0%}, {results['bootstrap_samples']} resamples."

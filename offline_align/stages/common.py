@@ -17,7 +17,7 @@ from offline_align.data.journal import Journal
 from offline_align.data.records import BadRows, input_paths
 from offline_align.data.sources import input_sources
 from offline_align.distributed.run_lock import run_lock
-from offline_align.errors import StorageError
+from offline_align.errors import ConfigError, StorageError
 from offline_align.launch import under_torchrun
 from offline_align.model.description import find_checkpoint, is_huggingface
 from offline_align.stages.continuation import RunKey, begin_or_continue
@@ -46,12 +46,37 @@ def input_files(config: Run) -> list[Path]:
 def parent_models(config: Run) -> list[Path]:
     """Return the models that `config` builds on, as checkpoint or Hugging Face folders."""
     named = {"init.from": getattr(getattr(config, "init", None), "from_", None)}
-    if isinstance(config, EvaluateRun) and config.judge.kind is JudgeKind.reward_model:
-        named["judge.model"] = config.judge.model
-    if isinstance(config, EvaluateRun):
+    if isinstance(config, EvaluateRun) and needs_judge(config):
+        if config.judge.kind is JudgeKind.reward_model:
+            named["judge.model"] = config.judge.model
         named["judge.second_model"] = config.judge.second_model
     given = [(key, source) for key, source in named.items() if source is not None]
     return [Path(source) if is_huggingface(source) else find_checkpoint(source, key) for key, source in given]
+
+
+def needs_judge(config: EvaluateRun) -> bool:
+    """Whether there is anything to judge: answers, or pairs that people have judged."""
+    return config.data.input is not None or config.judge.calibration is not None
+
+
+def named_runs(config: Run) -> list[Path]:
+    """Return the finished runs that `evaluate.runs` names, but for the run that shows them.
+
+    Raises ConfigError for a name that stands for none.
+    """
+    if not isinstance(config, EvaluateRun) or config.evaluate.runs is None:
+        return []
+    given = config.evaluate.runs
+    found: list[Path] = []
+    for name in given if isinstance(given, list | tuple) else [given]:
+        folder = Path(str(name))
+        is_run = (folder / lineage.MANIFEST).is_file()
+        runs = [folder] if is_run else sorted(path.parent for path in folder.glob(f"*/{lineage.MANIFEST}"))
+        if not runs:
+            raise ConfigError(f"evaluate.runs={name}: holds no finished run; give run folders, or a folder of them")
+        found += runs
+    own = Path(config.run.dir).resolve()
+    return [path for path in dict.fromkeys(run.resolve() for run in found) if path != own]
 
 
 def key_of(stage: str, config: Run) -> str:
@@ -61,7 +86,8 @@ def key_of(stage: str, config: Run) -> str:
 
 def settings_of(stage: str, config: Run) -> lineage.RunSettings:
     """Return all that determines what a run produces."""
-    return lineage.run_settings(stage, to_mapping(config), input_files(config), parent_models(config))
+    parents = [*parent_models(config), *named_runs(config)]
+    return lineage.run_settings(stage, to_mapping(config), input_files(config), parents)
 
 
 def is_finished(stage: str, config: Run, key: str) -> bool:

@@ -18,17 +18,21 @@ from offline_align import lineage
 from offline_align.config.runs import EvaluateRun
 from offline_align.config.sections import JudgeKind
 from offline_align.data.records import BadRows, input_paths
+from offline_align.evaluate.board import write_board
 from offline_align.evaluate.calibration.agreement import Verdicts
 from offline_align.evaluate.calibration.pairs import JudgedPair, both_orders, read_judged_pairs
 from offline_align.evaluate.calibration.section import calibration_section
 from offline_align.evaluate.comparison import Comparison, load_comparison, name_columns
+from offline_align.evaluate.divergence import Divergence, measure_divergence
 from offline_align.evaluate.judges import Judge, build_judge
 from offline_align.evaluate.judges.ground_truth import GroundTruthJudge, is_demo_prompt
 from offline_align.evaluate.judges.reward_model import RewardModelJudge, second_reward_model
 from offline_align.evaluate.judges.section import judge_section
 from offline_align.evaluate.parts.comparison import Context, comparison_sections
-from offline_align.evaluate.report import write_report
+from offline_align.evaluate.parts.runs import runs_section
+from offline_align.evaluate.report import Report, runs_behind, write_report
 from offline_align.evaluate.results import FORMAT, Compared, Judgement, build_results, choose_baseline
+from offline_align.evaluate.samples import samples_of_runs
 from offline_align.evaluate.sections import Section, Table
 from offline_align.evaluate.statistics import Floats
 from offline_align.evaluate.tables import headline, overall_table
@@ -43,18 +47,19 @@ RECORDS = ("quarantine.jsonl", "verdicts.jsonl", "rating.html", "ratings*.jsonl"
 def run(config: EvaluateRun, explicit: frozenset[str]) -> int:
     """Write report.json, report.md and report.html into `run.dir`, print the result and return 0.
 
-    All ranks score with a reward model; one rank does everything else. Raises ConfigError, DataError,
+    All ranks run reward models and policies; one rank does everything else. Raises ConfigError, DataError,
     StorageError, and StoppedEarly where the judge is not done yet.
     """
     files = input_paths(config.data.input, "data.input") if config.data.input is not None else []
     if files:
         choose_baseline([column.name for column in name_columns(files)], config.evaluate.baseline)
-    judge, second = build_judge(config), second_reward_model(config)
+    judge = build_judge(config) if common.needs_judge(config) else None
+    second = second_reward_model(config) if judge else None
     if config.dry_run:
         Console(soft_wrap=True).print(Text(_plan(config, files, judge)))
         return 0
     is_main = int(os.environ.get("RANK", "0")) == 0
-    if not is_main and config.judge.kind is not JudgeKind.reward_model and second is None:
+    if not is_main and not isinstance(judge, RewardModelJudge) and second is None:
         return 0
     key = common.key_of(STAGE, config)
     if common.is_finished(STAGE, config, key):
@@ -62,7 +67,7 @@ def run(config: EvaluateRun, explicit: frozenset[str]) -> int:
     # What another job has finished in this very moment is made again: the other ranks are at it already.
     with common.only_job(STAGE, config, key) if is_main else contextlib.nullcontext():
         material = _read(config, files, common.bad_rows(config, writes=is_main))
-        scored = _score(judge, second, material, is_main)
+        scored = _score(config, judge, second, material, is_main) if judge else _Scored()
         if is_main:
             _report(config, key, material, scored, judge, second)
     return 0
@@ -78,10 +83,11 @@ class _Material:
 
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    judgement: Judgement | None
-    verdicts: Verdicts | None
-    second: Floats | None
+    judgement: Judgement | None = None
+    verdicts: Verdicts | None = None
+    second: Floats | None = None
     """Scores of the second reward model, in the shape of the judge's."""
+    divergence: Divergence | None = None
 
 
 def _read(config: EvaluateRun, files: list[Path], bad_rows: BadRows) -> _Material:
@@ -91,19 +97,24 @@ def _read(config: EvaluateRun, files: list[Path], bad_rows: BadRows) -> _Materia
     return _Material(comparison, pairs)
 
 
-def _score(judge: Judge, second: RewardModelJudge | None, material: _Material, is_main: bool) -> _Scored:
-    """Score everything in one go, so that a model is loaded once; only reward models need all ranks."""
+def _score(
+    config: EvaluateRun, judge: Judge, second: RewardModelJudge | None, material: _Material, is_main: bool
+) -> _Scored:
+    """Score everything in one go, so that a model is loaded once; only models of ours need all ranks."""
     answers = material.comparison.samples() if material.comparison else []
     asked = [*answers, *both_orders(material.pairs)]
     takes_part = is_main or isinstance(judge, RewardModelJudge)
     scores = judge.score(asked, in_order_from=len(answers)) if takes_part else [math.nan] * len(asked)
-    judgement = verdicts = others = None
-    if material.comparison:
-        judgement = Judgement(judge.name, _table(scores[: len(answers)], material.comparison), judge.describe())
-        others = _table(second.score(answers), material.comparison) if second else None
+    judgement = verdicts = others = divergence = None
+    if comparison := material.comparison:
+        judgement = Judgement(judge.name, _table(scores[: len(answers)], comparison), judge.describe())
+        others = _table(second.score(answers), comparison) if second else None
+        # The ranks are there where a reward model was run; other judges need none, and policies are large.
+        on_ranks = isinstance(judge, RewardModelJudge) or second is not None
+        divergence = measure_divergence(comparison, config) if on_ranks and config.evaluate.divergence else None
     if material.pairs:
         verdicts = Verdicts.from_scores(material.pairs, scores[len(answers) :])
-    return _Scored(judgement, verdicts, others)
+    return _Scored(judgement, verdicts, others, divergence)
 
 
 def _table(scores: Sequence[float], comparison: Comparison) -> Floats:
@@ -115,20 +126,31 @@ def _report(
     key: str,
     material: _Material,
     scored: _Scored,
-    judge: Judge,
+    judge: Judge | None,
     second: RewardModelJudge | None,
 ) -> None:
     run_dir = common.start_folder(config)
-    compared = _compared(config, material, scored)
-    seed = config.run.seed
-    results = build_results(compared, config.evaluate, seed) if compared else _bare_results(config, judge)
-    sections = _sections(config, compared, scored, judge)
-    outputs = write_report(run_dir, compared, results, sections)
+    report = _assemble(config, material, scored, judge)
+    pictures = report.pictures()
+    outputs = write_report(run_dir, report, pictures)
+    write_board(run_dir, report, pictures, (run_dir / "report.md").read_text(encoding="utf-8"))
     records = [path for pattern in RECORDS for path in sorted(run_dir.glob(pattern))]
     parents = [model.checkpoint for model in (judge, second) if isinstance(model, RewardModelJudge)]
-    extra = {"judge": results["judge"], "methods": results.get("methods", [])}
+    parents += common.named_runs(config)
+    extra = {"judge": report.results["judge"], "methods": report.results.get("methods", [])}
     lineage.write_manifest(run_dir, STAGE, key, common.input_files(config), parents, [*outputs, *records], extra)
-    _print(results, sections, outputs[-1])
+    _print(report, outputs[-1])
+
+
+def _assemble(config: EvaluateRun, material: _Material, scored: _Scored, judge: Judge | None) -> Report:
+    compared = _compared(config, material, scored)
+    named = common.named_runs(config)
+    runs = runs_behind(compared, named)
+    results = build_results(compared, config.evaluate, config.run.seed) if compared else _bare_results(config, judge)
+    sections = _sections(config, compared, scored, judge)
+    if named:
+        sections.append(runs_section(runs, config.evaluate))
+    return Report(results, compared, sections, runs, None if compared else samples_of_runs(runs))
 
 
 def _compared(config: EvaluateRun, material: _Material, scored: _Scored) -> Compared | None:
@@ -139,29 +161,32 @@ def _compared(config: EvaluateRun, material: _Material, scored: _Scored) -> Comp
     return Compared(material.comparison, scored.judgement, quality)
 
 
-def _bare_results(config: EvaluateRun, judge: Judge) -> dict[str, Any]:
+def _bare_results(config: EvaluateRun, judge: Judge | None) -> dict[str, Any]:
     """Return what a report without a comparison says of itself."""
     return {
         "format": FORMAT,
-        "judge": {"name": judge.name, **judge.describe()},
+        "judge": {"name": judge.name, **judge.describe()} if judge else None,
+        "group_by": config.evaluate.group_by,
         "confidence": config.evaluate.confidence,
         "bootstrap_samples": config.evaluate.bootstrap_samples,
         "seed": config.run.seed,
     }
 
 
-def _sections(config: EvaluateRun, compared: Compared | None, scored: _Scored, judge: Judge) -> list[Section]:
+def _sections(config: EvaluateRun, compared: Compared | None, scored: _Scored, judge: Judge | None) -> list[Section]:
     found = _comparison_sections(config, compared, scored, judge) if compared else []
     if scored.verdicts is not None:
         found.append(calibration_section(scored.verdicts, config.evaluate, config.run.seed))
-    served = judge_section(judge.describe())
+    served = judge_section(judge.describe()) if judge else None
     return [*found, *([served] if served else [])]
 
 
-def _comparison_sections(config: EvaluateRun, compared: Compared, scored: _Scored, judge: Judge) -> list[Section]:
+def _comparison_sections(
+    config: EvaluateRun, compared: Compared, scored: _Scored, judge: Judge | None
+) -> list[Section]:
     content = describe_parent(judge.checkpoint).content_sha256 if isinstance(judge, RewardModelJudge) else None
     settings, seed = config.evaluate, config.run.seed
-    context = Context(settings, seed, content, scored.second, config.judge.second_model)
+    context = Context(settings, seed, content, scored.second, config.judge.second_model, scored.divergence)
     return comparison_sections(compared, context)
 
 
@@ -173,22 +198,23 @@ def _true_quality(comparison: Comparison) -> Floats | None:
     return _table(scores, comparison)
 
 
-def _plan(config: EvaluateRun, files: list[Path], judge: Judge) -> str:
-    lines = [f"evaluate with {judge.name}, into {config.run.dir}"]
+def _plan(config: EvaluateRun, files: list[Path], judge: Judge | None) -> str:
+    lines = [f"evaluate with {judge.name if judge else 'no judge'}, into {config.run.dir}"]
     lines += [f"  {column.name}: {column.path}" for column in name_columns(files)]
     if config.judge.calibration is not None:
         lines.append(f"  checked on the pairs of {config.judge.calibration}")
+    lines += [f"  shows {run_dir}" for run_dir in common.named_runs(config)]
     return "\n".join(lines)
 
 
-def _print(results: dict[str, Any], sections: list[Section], page: Path) -> None:
+def _print(report: Report, page: Path) -> None:
     terminal = Console()
     # A log has no width of its own: a table folded to 80 columns could not be read there.
     console = terminal if terminal.is_terminal else Console(width=160)
-    if "methods" in results:
-        console.print(_as_rich(overall_table(results)))
-        console.print(Text(headline(results)), soft_wrap=True)
-    for section in sections:
+    if report.compared:
+        console.print(_as_rich(overall_table(report.results)))
+        console.print(Text(headline(report.results)), soft_wrap=True)
+    for section in report.sections:
         for finding in section.findings:
             console.print(Text(f"{section.title} {finding}"), soft_wrap=True)
     console.print(Text(f"report: {page}"), soft_wrap=True)

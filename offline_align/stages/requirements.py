@@ -46,19 +46,21 @@ def _files(stage: str, config: Run) -> list[str]:
     missing = []
     if isinstance(config, TrainRun) and data.train is None and not config.dry_run:
         missing.append("data.train is not set: give the file or files of training rows")
-    if stage in _NEEDS_INPUT and data.input is None and not _only_checks_judge(config):
+    if stage in _NEEDS_INPUT and data.input is None and not _compares_nothing(config):
         missing.append("data.input is not set: give the file or files to read")
     if stage == "prepare":
         return missing
     try:
         common.input_files(config)
+        common.named_runs(config)
     except AlignError as error:
         missing += str(error).splitlines()
     return missing
 
 
-def _only_checks_judge(config: Run) -> bool:
-    return isinstance(config, EvaluateRun) and config.judge.calibration is not None
+def _compares_nothing(config: Run) -> bool:
+    """Whether `evaluate` has another task than to compare answers."""
+    return isinstance(config, EvaluateRun) and not (config.judge.calibration is None and config.evaluate.runs is None)
 
 
 def _nodes(config: Run) -> list[str]:
@@ -122,6 +124,8 @@ def _wandb(config: ModelRun) -> list[str]:
 
 def _judge(config: Run) -> list[str]:
     if not isinstance(config, EvaluateRun) or config.judge.kind is not JudgeKind.reward_model:
+        return []
+    if config.evaluate.runs is not None and not common.needs_judge(config):
         return []
     if config.judge.model is None:
         return ["judge.model is not set: give the run folder of a reward model"]

@@ -11,7 +11,7 @@ from offline_align.config.sections import EvaluateSection, OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.evaluate.comparison import load_comparison
 from offline_align.evaluate.parts.comparison import Context, comparison_sections
-from offline_align.evaluate.report import write_report
+from offline_align.evaluate.report import Report, runs_behind, write_report
 from offline_align.evaluate.results import Compared, Judgement, build_results
 from offline_align.lineage.manifest import describe_parent
 from tests.unit.evaluate.conftest import PROMPTS, WriteChain, WriteRun, rows_for
@@ -36,7 +36,8 @@ def report(write_run: WriteRun, write_chain: WriteChain, tmp_path: Path) -> Path
     content = describe_parent(tmp_path / "reward" / "checkpoints" / "step_1").content_sha256
     sections = comparison_sections(compared, Context(SETTINGS, 0, content, None, None))
     results = build_results(compared, SETTINGS, 0)
-    return write_report(tmp_path / "out", compared, results, sections)[-1]
+    made = Report(results, compared, sections, runs_behind(compared))
+    return write_report(tmp_path / "out", made, made.pictures())[-1]
 
 
 def test_the_page_works_without_any_network(report: Path, show: Any) -> None:

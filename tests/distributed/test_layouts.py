@@ -117,6 +117,29 @@ def test_reward_model_and_labels_agree_between_layouts(folder: Path, alone: Path
     assert scores["one"] == pytest.approx(scores["four"], abs=1e-5)
 
 
+def test_the_distance_between_policies_agrees_between_layouts(folder: Path, alone: Path) -> None:
+    rows, data = folder / "rows.jsonl", write_jsonl(folder / "preferences.jsonl", pairs())
+    reward = train("reward", folder / "judge", data, "optim.lr=1e-3", model=continued(alone))
+    moved = train("sft", folder / "moved", rows, "run.seed=7", "optim.lr=3e-3", model=continued(alone))
+    cpu = ["data.max_length=128", "run.device=cpu"]
+    for name, policy in (("sft", alone), ("moved", moved)):
+        words = [f"run.dir={folder / 'answers' / name}", f"init.from={policy}", f"data.input={rows}"]
+        done = command("generate", *words, "generate.max_new_tokens=12", *cpu)
+        assert done.returncode == 0, done.stderr
+    files = ",".join(str(folder / "answers" / name / "generations.jsonl") for name in ("sft", "moved"))
+    found = {}
+    for layout in ("one", "tp2_sequence", "cp2"):
+        run = folder / f"evaluate_{layout}"
+        words = [f"run.dir={run}", f"judge.model={reward}", f"data.input=[{files}]", "evaluate.bootstrap_samples=20"]
+        done = command("evaluate", *words, *cpu, *LAYOUTS.get(layout, []))
+        assert done.returncode == 0, done.stderr
+        (method,) = json.loads((run / "report.json").read_text())["optimisation"]["methods"].values()
+        found[layout] = [method["kl_per_token"], method["kl_prompts"], *method["kl"].values(), *method["gain"].values()]
+    assert abs(found["one"][0]) > 1e-3
+    for layout in ("tp2_sequence", "cp2"):
+        assert found[layout] == pytest.approx(found["one"], abs=1e-5), layout
+
+
 def test_an_error_of_rank_0_ends_all_ranks_with_its_code_and_one_line(folder: Path) -> None:
     bad = folder / "bad.jsonl"
     bad.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')

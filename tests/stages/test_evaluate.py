@@ -209,3 +209,79 @@ def test_people_are_not_checked_against_people(tmp_path: Path, judged_pairs: Pat
     words = [f"run.dir={tmp_path / 'r'}", "judge=human", f"judge.calibration={judged_pairs}"]
     composed = compose("evaluate", words)
     assert any("judge.calibration" in problem for problem in checks.problems(composed.config, None, 1))
+
+
+def test_runs_alone_need_neither_answers_nor_a_judge(
+    start: Start, files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start([], f"evaluate.runs={tmp_path}") == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["judge"] is None
+    assert [run["stage"] for run in report["lineage"]] == ["generate"] * 3
+    assert report["runs"]["runs"].keys() == {"sft", "ca_high", "ca_low"}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "3 runs: 3 generate." in page
+    assert page.count('<article class="answer"') == 3 * PROMPTS
+    assert "Nobody has judged these answers." in page
+    assert "no score" not in page
+    assert "No time is recorded for" in capsys.readouterr().out
+    manifest = read_manifest(tmp_path / "report")
+    assert manifest is not None
+    assert [parent.stage for parent in manifest.parents] == ["generate"] * 3
+    assert verify(tmp_path / "report").status is Status.whole
+
+
+def test_a_page_of_runs_is_made_again_only_where_one_has_changed(
+    start: Start, files: list[Path], tmp_path: Path
+) -> None:
+    words = f"evaluate.runs=[{tmp_path / 'sft'},{tmp_path / 'ca_low'}]"
+    assert start([], words) == 0
+    before = (tmp_path / "report" / "report.html").stat().st_mtime_ns
+    assert start([], words) == 0
+    assert (tmp_path / "report" / "report.html").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match="other settings or inputs"):
+        start([], f"evaluate.runs={tmp_path / 'sft'}")
+
+
+def test_answers_to_other_prompts_are_left_out_of_the_browser(start: Start, files: list[Path], tmp_path: Path) -> None:
+    other = tmp_path / "other" / "generations.jsonl"
+    other.parent.mkdir()
+    other.write_text('{"id": "x", "prompt": "Why?", "response": "So."}\n')
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": "x", "prompt": "Why?"}\n')
+    write_manifest(other.parent, "generate", "other", [prompts], [], [other], {"method": "fa"})
+    assert start([], f"evaluate.runs={tmp_path}") == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count('<article class="answer"') == 3 * PROMPTS
+    assert "4 runs" in page
+
+
+def test_a_name_that_stands_for_no_run_is_refused(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    from offline_align.__main__ import run as command
+
+    assert command(["evaluate", f"run.dir={tmp_path / 'report'}", f"evaluate.runs={tmp_path / 'empty'}"]) == 78
+    assert not (tmp_path / "report").exists()
+
+
+def test_tensorboard_has_the_numbers_and_the_figures(
+    start: Start, files: list[Path], judged_pairs: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert start(files, "judge=ground_truth", f"judge.calibration={judged_pairs}") == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    board = EventAccumulator(str(tmp_path / "report" / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    board.Reload()
+    tags = board.Tags()
+    for method in report["methods"]:
+        (event,) = board.Scalars(f"score/{method}")
+        assert event.value == pytest.approx(report["overall"][method]["score"]["mean"])
+        assert f"scores/{method}" in tags["histograms"]
+    (event,) = board.Scalars("calibration/agreement/accuracy")
+    assert event.value == report["calibration"]["agreement"]["accuracy"]["mean"]
+    assert {"report/score", "report/lineage", "report/optimisation/Gain by words"} <= set(tags["images"])
+    (image,) = board.Images("report/score")
+    assert image.encoded_image_string.startswith(b"\x89PNG")
+    assert (image.width, image.height) > (100, 100)
+    assert "report/text_summary" in tags["tensors"]

@@ -37,9 +37,9 @@ def calibration_section(verdicts: Verdicts, settings: EvaluateSection, seed: int
     sure = reliability((verdicts.margins * verdicts.people)[decided]) if decided.any() else None
     drawings = []
     if sure is not None:
-        svg = draw_reliability("Reliability", sure["bins"], sure["tempered_bins"])
+        picture = draw_reliability("Reliability", sure["bins"], sure["tempered_bins"])
         note = "ten bins of equal size; a calibrated judge lies on the dashed line"
-        drawings.append(Drawing("Reliability", note, svg))
+        drawings.append(Drawing("Reliability", note, picture))
     return Section(
         name="calibration",
         title="Can this judge be trusted?",

@@ -1,20 +1,23 @@
-"""The report's figures: each function returns an `<svg>` element for the page."""
+"""The report's figures: each function returns a picture, which the page shows as SVG and TensorBoard as a bitmap."""
 
 from offline_align.evaluate.figures.calibration import draw_reliability
-from offline_align.evaluate.figures.canvas import PALETTE
+from offline_align.evaluate.figures.canvas import PALETTE, Picture
 from offline_align.evaluate.figures.drift import draw_drift
 from offline_align.evaluate.figures.following import draw_following
 from offline_align.evaluate.figures.lineage import draw_lineage
 from offline_align.evaluate.figures.methods import draw_distributions, draw_estimates, draw_rank_scores
+from offline_align.evaluate.figures.optimisation import draw_gains
 from offline_align.evaluate.figures.training import draw_curves
 
 __all__ = [
     "PALETTE",
+    "Picture",
     "draw_curves",
     "draw_distributions",
     "draw_drift",
     "draw_estimates",
     "draw_following",
+    "draw_gains",
     "draw_lineage",
     "draw_rank_scores",
     "draw_reliability",

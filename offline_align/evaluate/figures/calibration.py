@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from offline_align.evaluate.figures.canvas import MUTED, as_svg, colour, new_figure, style
+from offline_align.evaluate.figures.canvas import MUTED, Picture, colour, new_figure, style
 
 
-def draw_reliability(title: str, raw: Sequence[dict[str, Any]], tempered: Sequence[dict[str, Any]]) -> str:
+def draw_reliability(title: str, raw: Sequence[dict[str, Any]], tempered: Sequence[dict[str, Any]]) -> Picture:
     """Return accuracy by confidence, before and after the temperature; on the diagonal a judge is calibrated."""
     with style():
         figure = new_figure(5.0, 3.9)
@@ -22,4 +22,4 @@ def draw_reliability(title: str, raw: Sequence[dict[str, Any]], tempered: Sequen
         axes.grid(linewidth=0.8)
         axes.tick_params(length=0, labelsize=9)
         axes.legend(frameon=False, fontsize=9, loc="lower right")
-        return as_svg(figure, title)
+        return Picture(figure, title)

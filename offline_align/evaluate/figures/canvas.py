@@ -1,19 +1,30 @@
-"""The canvas of all figures: SVG whose colours are CSS variables of the page, one drawing for light and dark."""
+"""The canvas of all figures: SVG whose colours are CSS variables of the page, one drawing for light and dark.
+
+Figures are drawn in the colours of the light page, which `templates/style.css` gives names. In SVG the names take their
+place; a bitmap keeps them.
+"""
 
 import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib needs real colours: these stand for CSS variables and are replaced in the text.
-INK, MUTED, GRID, SURFACE, LINE = "#010203", "#010204", "#010205", "#010206", "#010207"
-_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", SURFACE: "--surface", LINE: "--line"}
-PALETTE = 8
+INK, MUTED, GRID, SURFACE, LINE = "#1c2024", "#5c6670", "#e6e7e4", "#ffffff", "#c3c8cd"
+METHODS = ("#4a5a6b", "#0f8a74", "#c2562d", "#3f63c8", "#9a4fb0", "#a67c00", "#c23b6b", "#2b8cab")
+PALETTE = len(METHODS)
+VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", SURFACE: "--surface", LINE: "--line"} | {
+    one: f"--m{k}" for k, one in enumerate(METHODS)
+}
+BITMAP_DPI = 110
 _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "offline-align",
@@ -34,8 +45,31 @@ _SETTINGS = {
 
 
 def colour(index: int) -> str:
-    """Return the stand-in for the page's variable `--m<index>`; colours repeat after eight methods."""
-    return f"#0102{0x10 + index % PALETTE:02x}"
+    """Return the page's colour `--m<index>`; colours repeat after eight methods."""
+    return METHODS[index % PALETTE]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A drawn figure; `title` is plain words, unique on the page."""
+
+    figure: "Figure"
+    title: str
+
+    def svg(self) -> str:
+        """Return an `<svg>` element for the page."""
+        buffer = io.StringIO()
+        with style():
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return _for_page(buffer.getvalue(), self.title)
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """Return the figure on white as [height, width, 3]."""
+        buffer = io.BytesIO()
+        with style():
+            self.figure.savefig(buffer, format="rgba", dpi=BITMAP_DPI, facecolor=SURFACE)
+        width, height = (int(inches * BITMAP_DPI) for inches in self.figure.get_size_inches())
+        return np.frombuffer(buffer.getvalue(), np.uint8).reshape(height, width, 4)[:, :, :3]
 
 
 def name_rows(axes: "Axes", methods: Sequence[str]) -> None:
@@ -66,13 +100,6 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def as_svg(figure: "Figure", title: str) -> str:
-    """Return the figure as an `<svg>` element; `title` is plain words, unique on the page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return _for_page(buffer.getvalue(), title)
-
-
 def _for_page(svg: str, title: str) -> str:
     """Return the bare `<svg>`, labelled, without fixed size."""
     svg = svg[svg.index("<svg") :]
@@ -89,6 +116,5 @@ def _for_page(svg: str, title: str) -> str:
 
 
 def _with_variables(svg: str) -> str:
-    names = _VARIABLES | {colour(k): f"--m{k}" for k in range(PALETTE)}
-    svg = re.sub("|".join(names), lambda found: f"var({names[found.group()]})", svg)
+    svg = re.sub("|".join(VARIABLES), lambda found: f"var({VARIABLES[found.group()]})", svg)
     return svg.replace("'DejaVu Sans'", "var(--font)")

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from offline_align.evaluate.figures.canvas import GRID, SURFACE, as_svg, colour, name_rows, new_figure, style
+from offline_align.evaluate.figures.canvas import GRID, SURFACE, Picture, colour, name_rows, new_figure, style
 from offline_align.evaluate.statistics import Floats
 
 _LABELLED = 2.5
 """The paper's range of most normalised rewards, shaded."""
 
 
-def draw_drift(title: str, groups: Mapping[str, Floats]) -> str:
+def draw_drift(title: str, groups: Mapping[str, Floats]) -> Picture:
     """Return the spread of each group of rewards [N]: 5-95 % thin, 25-75 % thick, the median a dot."""
     with style():
         figure = new_figure(5.0, 0.8 + 0.42 * len(groups))
@@ -23,4 +23,4 @@ def draw_drift(title: str, groups: Mapping[str, Floats]) -> str:
             axes.plot([p25, p75], [k, k], color=colour(k), linewidth=9, alpha=0.5, solid_capstyle="butt")
             axes.plot(p50, k, "o", color=SURFACE, markeredgecolor=colour(k), markeredgewidth=2, markersize=7)
         name_rows(axes, list(groups))
-        return as_svg(figure, title)
+        return Picture(figure, title)

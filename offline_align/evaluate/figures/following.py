@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from offline_align.evaluate.figures.canvas import GRID, MUTED, as_svg, colour, new_figure, style
+from offline_align.evaluate.figures.canvas import GRID, MUTED, Picture, colour, new_figure, style
 
 
 def draw_following(
     title: str, targets: Sequence[Mapping[str, Any]], same_scale: bool, labelled: tuple[float, float] | None
-) -> str:
+) -> Picture:
     """Return achieved rewards by target with their intervals.
 
     On the dashed diagonal, drawn where both are on one scale, a policy gives what it is asked for. `labelled` is the
@@ -30,4 +30,4 @@ def draw_following(
         axes.grid(linewidth=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(length=0, labelsize=9)
-        return as_svg(figure, title)
+        return Picture(figure, title)

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offline_align.evaluate.ancestry import Ancestor
-from offline_align.evaluate.figures.canvas import LINE, MUTED, SURFACE, as_svg, new_figure, style
+from offline_align.evaluate.figures.canvas import LINE, MUTED, SURFACE, Picture, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw_lineage(title: str, runs: Sequence[Ancestor]) -> str:
+def draw_lineage(title: str, runs: Sequence[Ancestor]) -> Picture:
     """Return the runs as boxes in columns by depth, an arrow from each parent that no other one implies."""
     parents = _direct_parents(runs)
     place = _places(runs, parents)
@@ -28,7 +28,7 @@ def draw_lineage(title: str, runs: Sequence[Ancestor]) -> str:
             for parent in parents[run.run_dir]:
                 _arrow(axes, place[parent], place[run.run_dir])
             _box(axes, run, *place[run.run_dir])
-        return as_svg(figure, title)
+        return Picture(figure, title)
 
 
 def _direct_parents(runs: Sequence[Ancestor]) -> dict[Path, list[Path]]:

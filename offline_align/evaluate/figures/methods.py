@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from offline_align.evaluate.figures.canvas import INK, MUTED, SURFACE, as_svg, colour, name_rows, new_figure, style
+from offline_align.evaluate.figures.canvas import INK, MUTED, SURFACE, Picture, colour, name_rows, new_figure, style
 from offline_align.evaluate.statistics import Floats
 
 
 def draw_estimates(
     title: str, methods: Sequence[str], estimates: Sequence[dict[str, float]], reference: float | None
-) -> str:
+) -> Picture:
     """Return means with their intervals, a line each, and `reference` as a dashed line."""
     with style():
         figure = new_figure(5.0, 0.8 + 0.42 * len(methods))
@@ -21,10 +21,10 @@ def draw_estimates(
         if reference is not None:
             axes.axvline(reference, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         name_rows(axes, methods)
-        return as_svg(figure, title)
+        return Picture(figure, title)
 
 
-def draw_distributions(title: str, methods: Sequence[str], scores: Floats) -> str:
+def draw_distributions(title: str, methods: Sequence[str], scores: Floats) -> Picture:
     """Return the spread of scores [prompts, methods]: 5-95 % thin, 25-75 % thick, the median a dot."""
     with style():
         figure = new_figure(5.0, 0.8 + 0.42 * len(methods))
@@ -35,10 +35,10 @@ def draw_distributions(title: str, methods: Sequence[str], scores: Floats) -> st
             axes.plot([p25, p75], [k, k], color=colour(k), linewidth=9, alpha=0.5, solid_capstyle="butt")
             axes.plot(p50, k, "o", color=SURFACE, markeredgecolor=colour(k), markeredgewidth=2, markersize=7)
         name_rows(axes, methods)
-        return as_svg(figure, title)
+        return Picture(figure, title)
 
 
-def draw_rank_scores(title: str, methods: Sequence[str], means: Sequence[float]) -> str:
+def draw_rank_scores(title: str, methods: Sequence[str], means: Sequence[float]) -> Picture:
     """Return rank scores as bars, the paper's Figure 4."""
     with style():
         figure = new_figure(5.0, 0.8 + 0.42 * len(methods))
@@ -48,4 +48,4 @@ def draw_rank_scores(title: str, methods: Sequence[str], means: Sequence[float])
             axes.text(mean + 0.02 * len(methods), k, f"{mean:.2f}", va="center", fontsize=9, color=INK)
         axes.set_xlim(0, len(methods) * 1.12)
         name_rows(axes, methods)
-        return as_svg(figure, title)
+        return Picture(figure, title)

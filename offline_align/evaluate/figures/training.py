@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from offline_align.evaluate.ancestry import Curve
-from offline_align.evaluate.figures.canvas import MUTED, as_svg, colour, new_figure, style
+from offline_align.evaluate.figures.canvas import MUTED, Picture, colour, new_figure, style
 from offline_align.evaluate.statistics import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw_curves(title: str, curves: Sequence[Curve]) -> str:
-    """Return the training loss of each run in a panel of its own; dots are validation."""
+def draw_curves(title: str, curves: Sequence[Curve]) -> Picture:
+    """Return each curve in a panel of its own; dots are validation."""
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     with style():
@@ -24,15 +24,15 @@ def draw_curves(title: str, curves: Sequence[Curve]) -> str:
             _curve(axes, curve)
         for axes in panels[len(curves) :]:
             axes.set_axis_off()
-        return as_svg(figure, title)
+        return Picture(figure, title)
 
 
 def _curve(axes: "Axes", curve: Curve) -> None:
-    steps, values = zip(*curve.loss, strict=True)
+    steps, values = zip(*curve.training, strict=True)
     axes.plot(steps, values, color=colour(0), linewidth=1, alpha=0.35)
     axes.plot(steps, _smooth(values), color=colour(0), linewidth=1.8)
-    if curve.valid_loss:
-        axes.plot(*zip(*curve.valid_loss, strict=True), "o", color=colour(1), markersize=5)
+    if curve.validation:
+        axes.plot(*zip(*curve.validation, strict=True), "o", color=colour(1), markersize=5)
     axes.set_title(curve.name, loc="left", fontsize=10, fontweight="bold", parse_math=False)
     axes.tick_params(labelsize=8, length=0, labelcolor=MUTED)
     axes.grid(axis="y", linewidth=0.8)

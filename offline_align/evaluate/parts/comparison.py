@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from offline_align.config.sections import EvaluateSection
+from offline_align.evaluate.divergence import Divergence
 from offline_align.evaluate.parts.certificate import certificate_section
 from offline_align.evaluate.parts.cost import cost_section
 from offline_align.evaluate.parts.drift import drift_section
@@ -26,6 +27,8 @@ class Context:
     second_scores: Floats | None
     """Scores of `judge.second_model`, in the shape of the judge's."""
     second_model: str | None
+    divergence: Divergence | None = None
+    """Distance of the policies from the baseline's, where it was measured."""
 
 
 def comparison_sections(compared: Compared, context: Context) -> list[Section]:
@@ -35,7 +38,7 @@ def comparison_sections(compared: Compared, context: Context) -> list[Section]:
         seeds_section(compared, settings),
         significance_section(compared, settings),
         following_section(compared, settings, seed, context.judge_content),
-        optimisation_section(compared, settings, seed, context.second_scores, context.second_model),
+        optimisation_section(compared, settings, seed, context.second_scores, context.second_model, context.divergence),
         drift_section(compared, context.judge_content),
         certificate_section(compared.comparison),
         cost_section(compared.comparison, settings),

@@ -1,19 +1,24 @@
 """Over-optimisation: is a higher reward also better by other measures, or longer answers, or one model's blind spot?
 
+And what did it cost in distance from the baseline's policy?
+
 Every gain is against the baseline on the same prompts, so intervals are paired. Gains of reward models are in standard
 deviations of the baseline's own scores, which puts two models on one scale.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offline_align.config.sections import EvaluateSection
 from offline_align.evaluate.comparison import Comparison
+from offline_align.evaluate.divergence import Divergence
+from offline_align.evaluate.figures import draw_gains
 from offline_align.evaluate.results import Compared, choose_baseline
-from offline_align.evaluate.sections import Section, Table
+from offline_align.evaluate.sections import Drawing, Section, Table
 from offline_align.evaluate.statistics import Floats, mean_estimates
 
 NOTE = (
@@ -22,10 +27,19 @@ NOTE = (
     "is what remains of the gain where answers are as long as the baseline's, by a straight line through all methods' "
     "differences of score and length."
 )
+DIVERGENCE_NOTE = (
+    " KL is the mean log-likelihood of a method's own answers under its policy less that under the baseline's, in nats "
+    "an answer and a token."
+)
 
 
 def optimisation_section(
-    compared: Compared, settings: EvaluateSection, seed: int, second: Floats | None, second_name: str | None
+    compared: Compared,
+    settings: EvaluateSection,
+    seed: int,
+    second: Floats | None,
+    second_name: str | None,
+    divergence: Divergence | None = None,
 ) -> Section | None:
     """Return the guard, or None where only one method is compared; `second` [prompts, samples, methods]."""
     comparison = compared.comparison
@@ -52,9 +66,39 @@ def optimisation_section(
         for name, values in measures.items()
     }
     others = [k for k in range(len(comparison.methods)) if k != base]
-    methods = {comparison.methods[k]: {name: asdict(values[k]) for name, values in estimates.items()} for k in others}
-    content = {"baseline": baseline, "second_model": second_name, "methods": methods}
-    return Section("optimisation", "Is the gain real?", NOTE, _findings(methods), content, [_table(methods, baseline)])
+    methods: dict[str, dict[str, Any]] = {
+        comparison.methods[k]: {name: asdict(values[k]) for name, values in estimates.items()} for k in others
+    }
+    if divergence is not None:
+        for k in others:
+            methods[comparison.methods[k]] |= _divergence(divergence, k, judged, settings, seed)
+    return Section(
+        name="optimisation",
+        title="Is the gain real?",
+        note=NOTE + DIVERGENCE_NOTE * (divergence is not None),
+        findings=_findings(methods) + _distances(methods, baseline),
+        content={"baseline": baseline, "second_model": second_name, "methods": methods},
+        tables=[_table(methods, baseline)],
+        drawings=_drawings(methods, comparison.methods),
+    )
+
+
+def _divergence(
+    divergence: Divergence, method: int, judged: NDArray[np.bool_], settings: EvaluateSection, seed: int
+) -> dict[str, Any]:
+    """Return KL in nats an answer with its interval, and a token; nothing where no answer's is known."""
+    nats, tokens = divergence.nats[judged, :, method], divergence.tokens[judged, :, method]
+    known = np.isfinite(nats).all(axis=1)
+    if not known.any() or not tokens[known].sum():
+        return {}
+    means = nats[known].mean(axis=1)
+    (estimate,) = mean_estimates(means[:, None], settings.bootstrap_samples, settings.confidence, seed)
+    return {
+        "kl": asdict(estimate),
+        "kl_per_token": float(nats[known].sum() / tokens[known].sum()),
+        "kl_prompts": int(known.sum()),
+        "kl_is_unbiased": divergence.sampled[method],
+    }
 
 
 def answer_words(comparison: Comparison) -> Floats:
@@ -105,12 +149,49 @@ def _findings(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines or ["No gain rests on length alone or on one reward model alone, as far as is measured here."]
 
 
+def _distances(methods: Mapping[str, Mapping[str, Any]], baseline: str) -> list[str]:
+    """Return which policy has gone farthest, and what its number is where it is no estimate of KL."""
+    known = {name: found for name, found in methods.items() if "kl" in found}
+    if not known:
+        return []
+    farthest = max(known, key=lambda name: known[name]["kl"]["mean"])
+    one = known[farthest]
+    lines = [
+        f"{farthest} is farthest from {baseline}: {_interval(one['kl'])} nats an answer, "
+        f"{one['kl_per_token']:.2f} a token."
+    ]
+    if not all(found["kl_is_unbiased"] for found in known.values()):
+        lines.append(
+            "Answers were not all sampled at temperature 1: for the others KL is the log-ratio of just these answers."
+        )
+    return lines
+
+
+def _drawings(methods: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> list[Drawing]:
+    """Return the gain against what it took: distance where it is known, and length."""
+    prices = {"kl": "KL to the baseline's policy, nats an answer", "words": "more words than the baseline"}
+    drawings = []
+    for key, label in prices.items():
+        points = {name: (found[key]["mean"], found["gain"]) for name, found in methods.items() if key in found}
+        if points:
+            places = [order.index(name) for name in points]
+            picture = draw_gains(f"Gain by {key}", list(points), list(points.values()), places, label)
+            drawings.append(Drawing(f"Gain against {'distance' if key == 'kl' else 'length'}", label, picture))
+    return drawings
+
+
 def _table(methods: Mapping[str, Mapping[str, Any]], baseline: str) -> Table:
     names = {"gain": "gain", "at_equal_length": "at equal length", "second_gain": "second model", "words": "words"}
-    first = next(iter(methods.values()))
-    used = [key for key in names if key in first]
-    rows = [[method, *(_interval(found[key]) for key in used)] for method, found in methods.items()]
+    names |= {"kl": "KL", "kl_per_token": "KL a token"}
+    used = [key for key in names if any(key in found for found in methods.values())]
+    rows = [[method, *(_cell(found.get(key)) for key in used)] for method, found in methods.items()]
     return Table(f"Gain over {baseline}", ["method", *(names[key] for key in used)], rows)
+
+
+def _cell(value: Mapping[str, float] | float | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:+.2f}" if isinstance(value, float) else _interval(value)
 
 
 def _interval(one: Mapping[str, float]) -> str:

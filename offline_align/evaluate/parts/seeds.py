@@ -44,8 +44,8 @@ def seeds_section(compared: Compared, settings: EvaluateSection) -> Section | No
         }
     content = {"baseline": baseline, "methods": methods}
     estimates = [_drawable(one["score"]) for one in methods.values()]
-    svg = draw_estimates("Scores over seeds", list(methods), estimates, methods[baseline]["score"]["mean"])
-    drawing = Drawing("Mean score over seeds", f"interval over seeds as a bar; dashed: {baseline}", svg)
+    picture = draw_estimates("Scores over seeds", list(methods), estimates, methods[baseline]["score"]["mean"])
+    drawing = Drawing("Mean score over seeds", f"interval over seeds as a bar; dashed: {baseline}", picture)
     return Section("seeds", "Does it hold over seeds?", NOTE, _findings(content), content, [_table(content)], [drawing])
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from offline_align.evaluate.ancestry import find_ancestors, find_histograms, read_curve
+from offline_align.evaluate.ancestry import find_ancestors, find_histograms, read_curves
 from offline_align.lineage import write_manifest
 
 
@@ -48,15 +48,15 @@ def test_curves_survive_torn_and_foreign_lines(chain: Path) -> None:
         {"step": 1, "loss": 2.0},
         {"step": 2, "loss": None},
         {"step": 2, "valid_loss": 1.5},
-        {"step": 3, "loss": 1},
+        {"step": 3, "loss": 1, "accuracy": 0.75},
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows) + '[1]\n{"step": 4, "lo'
     (chain.parent / "ca" / "metrics.jsonl").write_text(text)
     run = find_ancestors([chain])[2]
-    curve = read_curve(run)
-    assert curve is not None
-    assert (curve.loss, curve.valid_loss) == (((1, 2.0), (3, 1.0)), ((2, 1.5),))
-    assert read_curve(find_ancestors([chain])[0]) is None
+    loss, accuracy = read_curves(run)
+    assert (loss.name, loss.training, loss.validation) == ("ca: loss", ((1, 2.0), (3, 1.0)), ((2, 1.5),))
+    assert (accuracy.name, accuracy.training, accuracy.validation) == ("ca: accuracy", ((3, 0.75),), ())
+    assert read_curves(find_ancestors([chain])[0]) == []
 
 
 def test_histograms_of_label_runs(chain: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from offline_align.evaluate import figures
 from offline_align.evaluate.ancestry import Ancestor, Curve
+from offline_align.evaluate.figures.canvas import VARIABLES
 from offline_align.lineage import Manifest
 
 MANIFEST = Manifest("", "", "", {}, [], [], [], {})
@@ -27,14 +28,17 @@ def draw_all(names: list[str]) -> dict[str, str]:
         root,
         *(ancestor(Path("/r", str(k)), name, "", (root.run_dir,), 1) for k, name in enumerate(names)),
     ]
-    curves = [Curve(name, ((1, 2.0), (2, 1.0)), ((2, 1.5),)) for name in names]
-    return {
+    curves = [Curve(name, "loss", ((1, 2.0), (2, 1.0)), ((2, 1.5),)) for name in names]
+    points = [(float(k), one) for k, one in enumerate(estimates)]
+    drawn = {
         "estimates": figures.draw_estimates("Mean score", names, estimates, 1.0),
         "spread": figures.draw_distributions("Spread", names, scores),
         "rank": figures.draw_rank_scores("Rank score", names, [2.0] * len(names)),
         "curves": figures.draw_curves("Training loss", curves),
         "lineage": figures.draw_lineage("Lineage", runs),
+        "gains": figures.draw_gains("Gain by kl", names, points, range(len(names)), "nats"),
     }
+    return {name: picture.svg() for name, picture in drawn.items()}
 
 
 @pytest.mark.parametrize("names", [["sft"], NASTY], ids=["one", "nasty"])
@@ -51,12 +55,23 @@ def test_every_figure_is_well_formed_and_escaped(names: list[str]) -> None:
 
 def test_colours_are_variables_of_the_page() -> None:
     for svg in draw_all(["sft", "fa"]).values():
-        assert "#0102" not in svg
         colours = set(re.findall(r"(?:fill|stroke): ?([^;\"]+)", svg))
         assert all(colour == "none" or colour.startswith("var(--") for colour in colours), colours
     style = (Path(figures.__file__).parents[1] / "templates" / "style.css").read_text()
     used = set(re.findall(r"var\((--[a-z0-9]+)\)", "".join(draw_all(NASTY).values())))
     assert used <= set(re.findall(r"(--[a-z0-9]+):", style))
+    light = dict(re.findall(r"(--[a-z0-9]+): (#[0-9a-f]{6})", style.partition("@media (prefers-color-scheme")[0]))
+    assert {name: light[name] for name in VARIABLES.values()} == {name: tone for tone, name in VARIABLES.items()}
+
+
+def test_a_bitmap_has_the_light_colours_of_the_page() -> None:
+    estimate = {"mean": 1.0, "low": 0.5, "high": 1.5}
+    pixels = figures.draw_estimates("Mean score", ["sft", "fa"], [estimate] * 2, None).pixels()
+    height, width, channels = pixels.shape
+    assert (channels, width > height > 50) == (3, True)
+    assert pixels[0, 0].tolist() == [255, 255, 255]
+    found = {"#" + bytes(pixel).hex() for pixel in pixels.reshape(-1, 3)}
+    assert {tone for tone, name in VARIABLES.items() if name in ("--m0", "--m1")} <= found
 
 
 def test_ids_differ_between_figures_and_drawing_is_repeatable() -> None:
@@ -73,14 +88,14 @@ def test_ids_differ_between_figures_and_drawing_is_repeatable() -> None:
 def test_lineage_draws_no_arrow_that_another_one_implies() -> None:
     a, b, c = (Path("/r", name) for name in "abc")
     runs = [ancestor(a, "x", "", (), 0), ancestor(b, "y", "", (a,), 1), ancestor(c, "z", "", (a, b), 2)]
-    with_short_cut = figures.draw_lineage("Lineage", runs)
+    with_short_cut = figures.draw_lineage("Lineage", runs).svg()
     runs[2] = ancestor(c, "z", "", (b,), 2)
-    assert figures.draw_lineage("Lineage", runs) == with_short_cut
+    assert figures.draw_lineage("Lineage", runs).svg() == with_short_cut
 
 
 @pytest.mark.parametrize("same_scale", [True, False])
 def test_the_following_curve_is_well_formed(same_scale: bool) -> None:
     targets = [{"target": k, "achieved": {"mean": k, "low": k - 0.5, "high": k + 0.5}} for k in range(3)]
-    svg = figures.draw_following("Following", targets, same_scale, (-1.0, 1.0))
+    svg = figures.draw_following("Following", targets, same_scale, (-1.0, 1.0)).svg()
     assert ElementTree.fromstring(svg).get("aria-label") == "Following"
     assert ("normalised reward achieved" in svg) == same_scale

@@ -14,7 +14,7 @@ from offline_align.data.jsonl import BadRows
 from offline_align.errors import StorageError
 from offline_align.evaluate import report
 from offline_align.evaluate.comparison import load_comparison
-from offline_align.evaluate.report import write_report
+from offline_align.evaluate.report import Report, runs_behind, write_report
 from offline_align.evaluate.results import Compared, Judgement, build_results
 from tests.unit.evaluate.conftest import PROMPTS, WriteRun, rows_for
 
@@ -54,7 +54,8 @@ def write(write_run: WriteRun, tmp_path: Path, answers: list[str], quality: bool
     truth = np.ones((3, 1, 2)) if quality else None
     compared = Compared(comparison, judgement, truth)
     results = build_results(compared, EvaluateSection(bootstrap_samples=50), seed=0)
-    paths = write_report(tmp_path / "out", compared, results)
+    made = Report(results, compared, runs=runs_behind(compared))
+    paths = write_report(tmp_path / "out", made, made.pictures())
     assert [path.name for path in paths] == ["report.json", "report.md", "report.html"]
     return tmp_path / "out"
 
@@ -154,10 +155,11 @@ def test_curves_and_histogram_of_the_parents_are_embedded(write_run: WriteRun, t
     judgement = Judgement("j", np.ones((3, 1, 2)), {})
     compared = Compared(comparison, judgement)
     results = build_results(compared, EvaluateSection(bootstrap_samples=10), 0)
-    page = outline(write_report(tmp_path / "out", compared, results)[-1])
+    made = Report(results, compared, runs=runs_behind(compared))
+    page = outline(write_report(tmp_path / "out", made, made.pictures())[-1])
     pictures = [a["src"] for tag, a in page.tags if tag == "img"]
     assert pictures == ["data:image/png;base64,iVBORw=="]
-    assert "Training loss" in [a.get("aria-label") for tag, a in page.tags if tag == "svg"]
+    assert "Training" in [a.get("aria-label") for tag, a in page.tags if tag == "svg"]
 
 
 def test_a_folder_that_cannot_be_written_is_a_storage_error(write_run: WriteRun, tmp_path: Path) -> None:

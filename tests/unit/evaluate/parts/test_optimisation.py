@@ -6,6 +6,7 @@ import pytest
 from offline_align.config.sections import EvaluateSection, OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.evaluate.comparison import load_comparison
+from offline_align.evaluate.divergence import Divergence
 from offline_align.evaluate.parts.optimisation import at_equal_length, optimisation_section, standardised_gains
 from offline_align.evaluate.results import Compared, Judgement
 from offline_align.evaluate.sections import Section
@@ -16,13 +17,15 @@ PROMPTS = 40
 SETTINGS = EvaluateSection(bootstrap_samples=200)
 
 
-def section(write_run: WriteRun, scores: Floats, second: Floats | None = None) -> Section | None:
+def section(
+    write_run: WriteRun, scores: Floats, second: Floats | None = None, divergence: Divergence | None = None
+) -> Section | None:
     rows = [{"id": str(k), "prompt": f"p{k}", "response": "x " * (1 + k % 5)} for k in range(PROMPTS)]
     files = [write_run(name, rows, name) for name in ("sft", "fa")]
     comparison = load_comparison(files, BadRows(OnBadRow.fail, None))
     judgement = Judgement("rm", scores[:, None, :], {})
     others = None if second is None else second[:, None, :]
-    return optimisation_section(Compared(comparison, judgement), SETTINGS, 0, others, "runs/other")
+    return optimisation_section(Compared(comparison, judgement), SETTINGS, 0, others, "runs/other", divergence)
 
 
 def noise(seed: int) -> Floats:
@@ -48,6 +51,40 @@ def test_without_a_second_model_length_alone_is_looked_at(write_run: WriteRun) -
     found = section(write_run, noise(0) + np.array([0.0, 3.0]))
     assert found is not None
     assert "second_gain" not in found.content["methods"]["fa"]
+
+
+def distance(nats: Floats, sampled: bool) -> Divergence:
+    """Return log-ratios [prompts, methods] of answers of ten tokens."""
+    return Divergence(nats[:, None, :], np.where(np.isfinite(nats), 10.0, 0.0)[:, None, :], (True, sampled))
+
+
+def test_the_distance_stands_beside_the_gain(write_run: WriteRun) -> None:
+    nats = np.column_stack([np.zeros(PROMPTS), np.linspace(10, 30, PROMPTS)])
+    nats[:5, 1] = np.nan
+    found = section(write_run, noise(0) + np.array([0.0, 3.0]), divergence=distance(nats, sampled=True))
+    assert found is not None
+    fa = found.content["methods"]["fa"]
+    assert fa["kl"]["mean"] == pytest.approx(nats[5:, 1].mean())
+    assert fa["kl_per_token"] == pytest.approx(nats[5:, 1].mean() / 10)
+    assert (fa["kl_prompts"], fa["kl_is_unbiased"]) == (PROMPTS - 5, True)
+    assert fa["kl"]["low"] < fa["kl"]["mean"] < fa["kl"]["high"]
+    assert found.findings[-1].startswith("fa is farthest from sft: +21.28")
+    assert found.tables[0].header[-2:] == ["KL", "KL a token"]
+    assert [drawing.picture.title for drawing in found.drawings] == ["Gain by kl", "Gain by words"]
+
+
+def test_a_log_ratio_of_greedy_answers_is_said_to_be_one(write_run: WriteRun) -> None:
+    found = section(write_run, noise(0), divergence=distance(np.ones((PROMPTS, 2)), sampled=False))
+    assert found is not None
+    assert "log-ratio of just these answers" in found.findings[-1]
+
+
+def test_an_unknown_distance_is_not_zero(write_run: WriteRun) -> None:
+    nats = np.full((PROMPTS, 2), np.nan)
+    found = section(write_run, noise(0), divergence=distance(nats, sampled=True))
+    assert found is not None
+    assert "kl" not in found.content["methods"]["fa"]
+    assert "KL" not in found.tables[0].header
 
 
 def test_gains_are_in_deviations_of_the_baseline() -> None:

@@ -1,0 +1,121 @@
+"""How far each method's policy has moved from the baseline's: the KL divergence, by likelihoods of its own answers.
+
+The mean over answers y that a policy p gave of log p(y) - log q(y) estimates KL(p || q) in nats an answer. It is
+unbiased for answers sampled at temperature 1 and top_p 1; for others it is the log-ratio of just those answers.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from offline_align.config.runs import EvaluateRun
+from offline_align.data.records import Sample
+from offline_align.errors import AlignError
+from offline_align.evaluate.comparison import Answer, Column, Comparison, generation_manifest
+from offline_align.evaluate.results import choose_baseline
+from offline_align.evaluate.statistics import Floats
+from offline_align.lineage import CONFIG
+from offline_align.lineage.manifest import describe_parent
+from offline_align.model.description import ModelDescription
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Log-ratios of the answers of each method to the baseline's policy."""
+
+    nats: Floats
+    """[prompts, samples, methods]; NaN where it is not known."""
+    tokens: Floats
+    """[prompts, samples, methods]; tokens of the answers, 0 where the log-ratio is not known."""
+    sampled: tuple[bool, ...]
+    """Whether the answers of each method were sampled from its policy as it is, so that their mean estimates KL."""
+
+
+def measure_divergence(comparison: Comparison, config: EvaluateRun) -> Divergence | None:
+    """Return log-ratios, or None where no policy but the baseline's is there. All ranks call it together."""
+    base = comparison.methods.index(choose_baseline(comparison.methods, config.evaluate.baseline))
+    checkpoints = [policy_checkpoint(column) for column in comparison.columns]
+    reference = checkpoints[base]
+    if reference is None:
+        log.warning("the policy of %s is not there: no divergence from it", comparison.methods[base])
+        return None
+    known = [k for k, one in enumerate(checkpoints) if one is not None and _reads_alike(one, reference)]
+    absent = [comparison.methods[k] for k in range(len(checkpoints)) if k not in known]
+    if absent:
+        log.warning("no divergence of %s: another form of text, or no policy there", ", ".join(absent))
+    if known == [base]:
+        return None
+    nats, tokens = _log_ratios(comparison, {k: one for k in known if (one := checkpoints[k])}, base, config)
+    return Divergence(nats, tokens, tuple(_sampled(column.path) for column in comparison.columns))
+
+
+def policy_checkpoint(column: Column) -> Path | None:
+    """Return the checkpoint that gave the answers, or None where it is not there any more or has changed."""
+    manifest = generation_manifest(column.path)
+    parents = manifest.parents if manifest else []
+    models = [parent for parent in parents if parent.part or parent.stage == "checkpoint"]
+    if len(models) != 1:
+        return None
+    folder = (column.path.parent / models[0].path / (models[0].part or "")).resolve()
+    try:
+        content = describe_parent(folder).content_sha256
+        is_policy = ModelDescription.load(folder).kind == "policy"
+    except (AlignError, OSError):
+        return None
+    return folder if is_policy and content == models[0].content_sha256 else None
+
+
+def _reads_alike(policy: Path, reference: Path) -> bool:
+    """Whether text becomes the same tokens for both, so that their likelihoods can be compared."""
+    return ModelDescription.load(policy).text_form == ModelDescription.load(reference).text_form
+
+
+def _sampled(generation_file: Path) -> bool:
+    """Whether answers were sampled at temperature 1 from the whole vocabulary."""
+    try:
+        config: Any = yaml.safe_load((generation_file.parent / CONFIG).read_text(encoding="utf-8"))
+        return bool(config["generate"]["temperature"] == 1 and config["generate"]["top_p"] == 1)
+    except (OSError, LookupError, TypeError, yaml.YAMLError):
+        return False
+
+
+def _log_ratios(
+    comparison: Comparison, checkpoints: dict[int, Path], base: int, config: EvaluateRun
+) -> tuple[Floats, Floats]:
+    """Return log-ratios and tokens [prompts, samples, methods], every policy loaded once."""
+    from offline_align.evaluate.likelihood import Given, log_likelihoods
+
+    samples = comparison.samples()
+    methods, shape = len(comparison.methods), comparison.shape
+
+    def given(k: int, asked: Sequence[Answer]) -> list[Given]:
+        """Return the answers of column k, under the conditions of `asked`."""
+        rows: list[Sample] = samples[k::methods]
+        return [
+            Given(sample, one.condition or "", answer.finish_reason != "length")
+            for sample, answer, one in zip(rows, comparison.of_method(k), asked, strict=True)
+        ]
+
+    def score(checkpoint: Path, columns: Sequence[int], asked: dict[int, list[Answer]]) -> dict[int, Any]:
+        found = log_likelihoods(checkpoint, [one for k in columns for one in given(k, asked[k])], config)
+        parts = [np.split(values, len(columns)) for values in (found.nats, found.tokens)]
+        return {k: (parts[0][i], parts[1][i]) for i, k in enumerate(columns)}
+
+    log.info("likelihoods of the answers of %d methods", len(checkpoints))
+    plain = score(checkpoints[base], list(checkpoints), dict.fromkeys(checkpoints, comparison.of_method(base)))
+    own = {base: plain[base]}
+    for policy in dict.fromkeys(checkpoints.values()):
+        columns = [k for k, one in checkpoints.items() if one == policy and k != base]
+        own |= score(policy, columns, {k: comparison.of_method(k) for k in columns}) if columns else {}
+    nats, tokens = np.full(shape, np.nan), np.zeros(shape)
+    for k in checkpoints:
+        nats[:, :, k] = (own[k][0] - plain[k][0]).reshape(shape[:2])
+        tokens[:, :, k] = np.where(np.isfinite(nats[:, :, k]), own[k][1].reshape(shape[:2]), 0)
+    return nats, tokens

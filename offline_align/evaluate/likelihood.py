@@ -1,0 +1,133 @@
+"""Log-likelihoods of answers under a policy, packed, on all ranks, independent of both.
+
+Shape legend: N target tokens of this rank, S rows of a bin.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_align.config.runs import EvaluateRun
+from offline_align.config.sections import Precision
+from offline_align.data.batch import PackedBatch
+from offline_align.data.context import share_of_context, slices_of_rank
+from offline_align.data.loader import SampleSource
+from offline_align.data.records import Sample
+from offline_align.data.template import Renderer
+from offline_align.data.tokenize import TokenizedRows, tokenize_samples
+from offline_align.distributed.setup import Ranks, session
+from offline_align.distributed.sizes import padding_multiple
+from offline_align.evaluate.statistics import Floats
+from offline_align.label.scoring import plan_bins
+from offline_align.methods import TrainingRow
+from offline_align.model.description import ModelDescription
+
+if TYPE_CHECKING:
+    from offline_align.model.heads import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An answer as it was given: under which condition, and whether it came to its end."""
+
+    sample: Sample
+    condition: str = ""
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihoods:
+    """Log-likelihood of each answer in nats, and its number of tokens [answers]; NaN and 0 where it does not fit."""
+
+    nats: Floats
+    tokens: Floats
+
+
+def log_likelihoods(checkpoint: Path, answers: Sequence[Given], config: EvaluateRun) -> Likelihoods:
+    """Return `log p(answer | prompt)` of every answer under a policy checkpoint, in a session of its own.
+
+    All ranks call it together. End of sequence is a token of an answer that came to its end, and of no other.
+    """
+    with session(config.parallel, config.run) as ranks:
+        rows = _tokens(checkpoint, answers, config)
+        source = SampleSource(rows)
+        model = _load(checkpoint, config, ranks)
+        places = [int(row_id) for row_id in rows.row_ids]
+        bins = plan_bins(source.lengths(), config.trainer.micro_batch_size * config.data.max_length)
+        own: dict[int, tuple[float, float]] = {}
+        for chosen in bins[ranks.dp_rank :: ranks.dp_size]:
+            finished = torch.tensor([answers[places[row]].finished for row in chosen])
+            sums = _score(model, source, chosen, finished, ranks).tolist()
+            own |= {places[row]: (nats, count) for row, nats, count in zip(chosen, *sums, strict=True)}
+        nats, tokens = np.full(len(answers), np.nan), np.zeros(len(answers))
+        for part in ranks.gather(own):
+            for place, (value, count) in part.items():
+                nats[place], tokens[place] = value, count
+        return Likelihoods(nats, tokens)
+
+
+def _tokens(checkpoint: Path, answers: Sequence[Given], config: EvaluateRun) -> TokenizedRows:
+    description = ModelDescription.load(checkpoint)
+    renderer = Renderer(description.load_tokenizer(checkpoint), description.template)
+    cache = Path(config.data.cache_dir) if config.data.cache_dir else Path(config.run.dir) / "cache"
+    # Ids of samples need not differ; places do, and tell which rows were left out.
+    rows = [TrainingRow(replace(given.sample, id=str(k)), condition=given.condition) for k, given in enumerate(answers)]
+    return tokenize_samples(rows, renderer, config.data, cache, empty_answers=True)
+
+
+def _load(checkpoint: Path, config: EvaluateRun, ranks: Ranks) -> "Policy":
+    # megatron-core is imported once the session has prepared this process for it.
+    from offline_align.model.build import build_model
+    from offline_align.model.heads import Policy
+    from offline_align.train.checkpoint import load_weights
+
+    precision = config.trainer.precision
+    bf16 = ranks.device.type == "cuda" if precision is Precision.auto else precision is Precision.bf16
+    model = build_model("policy", ModelDescription.load(checkpoint).model, config.parallel, ranks.device, bf16)
+    assert isinstance(model, Policy)
+    load_weights(model, checkpoint, ranks)
+    model.eval()
+    return model
+
+
+@torch.inference_mode()
+def _score(model: "Policy", source: SampleSource, rows: list[int], finished: Tensor, ranks: Ranks) -> Tensor:
+    """Return log-likelihood and number of tokens of the rows of one bin: [2, S] in fp64.
+
+    `finished` is [S]. All ranks that share the bin must call it together.
+    """
+    multiple = padding_multiple(ranks.tp_size, ranks.cp_size, model.config.sequence_parallel)
+    whole = source.collate(rows, multiple)
+    batch = share_of_context(whole, ranks.cp_rank, ranks.cp_size)
+    row, is_last = _targets(whole, batch, ranks)
+    counted = finished[row] | ~is_last
+    likelihood = -model(batch.to(ranks.device)).double().cpu()
+    sums = torch.zeros(2, len(rows), dtype=torch.float64)
+    sums.index_add_(1, row[counted], torch.stack((likelihood, torch.ones_like(likelihood)))[:, counted])
+    return _over_context(sums, ranks)
+
+
+def _targets(whole: PackedBatch, batch: PackedBatch, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Return the row of each target of this rank's share of a bin, and whether it is that row's last: [N] each."""
+    bounds = slices_of_rank(whole.tokens.size(1), ranks.cp_rank, ranks.cp_size) if ranks.cp_size > 1 else []
+    slices = [torch.arange(*bound) for bound in bounds] or [torch.arange(whole.tokens.size(1))]
+    # A target is the token after its place.
+    target = torch.cat(slices)[batch.target_index] + 1
+    row = torch.bucketize(target, whole.cu_seqlens[1:].long(), right=True)
+    return row, target == whole.last_index[row]
+
+
+def _over_context(sums: Tensor, ranks: Ranks) -> Tensor:
+    """Return the sums of all ranks that share a bin's context."""
+    if ranks.cp_size == 1:
+        return sums
+    from megatron.core import parallel_state
+
+    total = sums.to(ranks.device)
+    torch.distributed.all_reduce(total, group=parallel_state.get_context_parallel_group())
+    return total.cpu()
