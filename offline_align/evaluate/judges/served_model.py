@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +48,15 @@ class ServedModelJudge:
 
     def _answers(self) -> list[Verdict]:
         verdicts = []
+        requests = [verdict_text.request([q.samples[index] for index in q.shown]) for q in self._questions]
+        keys = [verdict_key(self.model, messages) for messages in requests]
         with ThreadPoolExecutor(self.settings.concurrent_requests) as pool:
-            futures = [pool.submit(self._judge, question) for question in self._questions]
+            # Equal questions, as a single answer in both orders of a pair, are asked once.
+            asked: dict[str, Future[Verdict]] = {}
+            for key, messages, question in zip(keys, requests, self._questions, strict=True):
+                if key not in asked:
+                    asked[key] = pool.submit(self._judge, key, messages, question)
+            futures = [asked[key] for key in keys]
             try:
                 with Meter("judging", len(futures), "verdicts") as meter:
                     for future in futures:
@@ -62,30 +69,28 @@ class ServedModelJudge:
 
     def describe(self) -> dict[str, Any]:
         """Return model and form, verdicts that could not be read, places, tokens and cost, earlier runs' included."""
-        prompt_tokens = sum(verdict.prompt_tokens for verdict in self._verdicts)
-        completion_tokens = sum(verdict.completion_tokens for verdict in self._verdicts)
+        given = list({verdict.key: verdict for verdict in self._verdicts}.values())
+        prompt_tokens = sum(verdict.prompt_tokens for verdict in given)
+        completion_tokens = sum(verdict.completion_tokens for verdict in given)
         prices = self.settings.prompt_token_price, self.settings.completion_token_price
         return {
             "kind": "openai",
             "model": self.model,
             "form": self.settings.form.value,
-            "verdicts": len(self._verdicts),
-            "unreadable_verdicts": sum(verdict.scores is None for verdict in self._verdicts),
-            "asked_again": sum(verdict.attempts > 1 for verdict in self._verdicts),
+            "verdicts": len(given),
+            "unreadable_verdicts": sum(verdict.scores is None for verdict in given),
+            "asked_again": sum(verdict.attempts > 1 for verdict in given),
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "cost": (prompt_tokens * prices[0] + completion_tokens * prices[1]) / 1e6 if any(prices) else None,
             "places": place_bias(self._verdicts),
         }
 
-    def _judge(self, question: Question) -> Verdict:
-        answers = [question.samples[index] for index in question.shown]
-        messages = verdict_text.request(answers)
-        key = verdict_key(self.model, messages)
+    def _judge(self, key: str, messages: list[dict[str, str]], question: Question) -> Verdict:
         known = self.cache.get(key)
         if known is not None:
             return known
-        verdict = self._ask(key, answers[0].id, messages, len(answers))
+        verdict = self._ask(key, question.samples[0].id, messages, len(question.shown))
         self.cache.add(verdict)
         return verdict
 

@@ -150,6 +150,19 @@ def test_pairs_and_single_answers_are_other_forms(
     assert shown == {2 if form == "pair" else 1}
 
 
+def test_equal_questions_are_asked_once(endpoint: Endpoint, tmp_path: Path) -> None:
+    twice = [
+        Sample(f"{answer}/{order}", (Message("user", "Why?"),), answer, {})
+        for order in ("ab", "ba")
+        for answer in ("a", "bbb")
+    ]
+    judge = make_judge(endpoint, tmp_path, form=JudgeForm.single)
+    assert judge.score(twice) == [1.0, 3.0, 1.0, 3.0]
+    assert len(endpoint.bodies) == 2
+    described = judge.describe()
+    assert (described["verdicts"], described["prompt_tokens"]) == (2, 200)
+
+
 def test_a_habit_of_place_is_found(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.reply = lambda body: (200, "Assistant A: 9\nAssistant B: 5\nAssistant C: 4")
     judge = make_judge(endpoint, tmp_path)
