@@ -11,8 +11,10 @@ from offline_align.config.sections import EvaluateSection, OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.evaluate.comparison import load_comparison
 from offline_align.evaluate.parts.comparison import Context, comparison_sections
+from offline_align.evaluate.parts.runs import runs_section
 from offline_align.evaluate.report import Report, runs_behind, write_report
 from offline_align.evaluate.results import Compared, Judgement, build_results
+from offline_align.evaluate.samples import samples_of_runs
 from offline_align.lineage.manifest import describe_parent
 from tests.unit.evaluate.conftest import PROMPTS, WriteChain, WriteRun, rows_for
 
@@ -120,3 +122,39 @@ def test_everything_can_be_reached_by_keys(report: Path, show: Any) -> None:
     opened.page.locator("details.set summary").nth(1).focus()
     opened.page.keyboard.press("Enter")
     assert opened.page.locator("details.set").nth(1).get_attribute("open") is not None
+
+
+@pytest.fixture
+def runs_page(write_run: WriteRun, write_chain: WriteChain, tmp_path: Path) -> Path:
+    """Return the page of runs that nobody judged: their lineage, curves and answers."""
+    asked = write_chain([8.0, 12.0, 10.0, 11.0] * 25, {t: ["river " * 30, "Danube", "three"] for t in TARGETS})
+    write_run("sft", rows_for(["blue sky", "Rhine", "three"]), "sft")
+    lines = [f'{{"step": {k}, "loss": {5 / k}, "accuracy": {1 - 1 / k}}}\n' for k in range(1, 30)]
+    (tmp_path / "reward" / "metrics.jsonl").write_text("".join(lines))
+    runs = runs_behind(None, [asked.parent, tmp_path / "sft"])
+    results = {"format": 1, "judge": None, "group_by": "benchmark"}
+    made = Report(results, None, [runs_section(runs, SETTINGS)], runs, samples_of_runs(runs))
+    return write_report(tmp_path / "out", made, made.pictures())[-1]
+
+
+def test_runs_alone_have_a_page(runs_page: Path, show: Any) -> None:
+    opened = show(runs_page)
+    opened.shoot("runs")
+    for name in ("runs", "origin", "samples"):
+        assert opened.page.locator(f"#{name}").is_visible(), name
+    assert opened.page.locator("#origin svg").count() == 2
+    assert "reward: accuracy" in opened.page.locator("#origin").inner_text()
+    opened.page.keyboard.press("/")
+    opened.page.keyboard.type("rhine")
+    assert opened.page.locator("#status").inner_text() == "1 of 3 prompts"
+    answers = opened.page.locator("details.set:visible .answer")
+    assert answers.count() == COLUMNS
+    assert "no score" not in opened.page.locator("#samples").inner_text()
+    opened.check(runs_page)
+
+
+def test_runs_alone_fit_a_phone(runs_page: Path, show: Any) -> None:
+    opened = show(runs_page, width=360, height=740, dark=True)
+    opened.shoot("runs_phone_dark")
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= 360
+    opened.check(runs_page)

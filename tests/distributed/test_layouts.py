@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from offline_align.__main__ import run
 from offline_align.train.checkpoint import newest
 from tests.training import STEPS, TINY, continued, labelled, metrics, pairs, samples, train, write_jsonl
 
@@ -123,17 +124,19 @@ def test_the_distance_between_policies_agrees_between_layouts(folder: Path, alon
     moved = train("sft", folder / "moved", rows, "run.seed=7", "optim.lr=3e-3", model=continued(alone))
     cpu = ["data.max_length=128", "run.device=cpu"]
     for name, policy in (("sft", alone), ("moved", moved)):
-        words = [f"run.dir={folder / 'answers' / name}", f"init.from={policy}", f"data.input={rows}"]
-        done = command("generate", *words, "generate.max_new_tokens=12", *cpu)
-        assert done.returncode == 0, done.stderr
+        words = [f"run.dir={folder / 'answers' / name}", f"init.from={policy}", f"data.input={rows}", *cpu]
+        assert run(["generate", *words, "generate.max_new_tokens=12"]) == 0
     files = ",".join(str(folder / "answers" / name / "generations.jsonl") for name in ("sft", "moved"))
     found = {}
     for layout in ("one", "tp2_sequence", "cp2"):
-        run = folder / f"evaluate_{layout}"
-        words = [f"run.dir={run}", f"judge.model={reward}", f"data.input=[{files}]", "evaluate.bootstrap_samples=20"]
-        done = command("evaluate", *words, *cpu, *LAYOUTS.get(layout, []))
-        assert done.returncode == 0, done.stderr
-        (method,) = json.loads((run / "report.json").read_text())["optimisation"]["methods"].values()
+        target = folder / f"evaluate_{layout}"
+        words = [f"run.dir={target}", f"judge.model={reward}", f"data.input=[{files}]", "evaluate.bootstrap_samples=20"]
+        if layout == "one":
+            assert run(["evaluate", *words, *cpu]) == 0
+        else:
+            done = command("evaluate", *words, *cpu, *LAYOUTS[layout])
+            assert done.returncode == 0, done.stderr
+        (method,) = json.loads((target / "report.json").read_text())["optimisation"]["methods"].values()
         found[layout] = [method["kl_per_token"], method["kl_prompts"], *method["kl"].values(), *method["gain"].values()]
     assert abs(found["one"][0]) > 1e-3
     for layout in ("tp2_sequence", "cp2"):
