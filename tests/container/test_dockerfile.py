@@ -18,6 +18,8 @@ DOCKERFILE = REPOSITORY / "Dockerfile"
 HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 # What the final image brings, and pip must leave as it is.
 BROUGHT = ("torch", "numpy", "triton")
+# What torch alone needs, and so comes with it.
+WITH_TORCH = ("sympy", "mpmath", "networkx")
 
 
 def steps(text: str) -> list[str]:
@@ -66,7 +68,7 @@ def shell(command: str, folder: Path, variables: dict[str, str]) -> str:
 def bring(site: Path) -> None:
     """Put what the image has into an environment, as links to what stands here."""
     ours = Path(sysconfig.get_paths()["purelib"])
-    for name in BROUGHT:
+    for name in (*BROUGHT, *WITH_TORCH):
         for file in metadata.files(name) or []:
             top = file.parts[0]
             if top not in ("..", ".") and not (site / top).exists():
