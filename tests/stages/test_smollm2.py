@@ -88,4 +88,5 @@ def test_the_first_loss_is_that_of_transformers(
         labels = torch.tensor([[-100] * len(context) + target])
         with torch.no_grad():
             total += float(model(torch.tensor([context + target]), labels=labels).loss) * len(target)
-    assert metrics(tmp_path / "sft") == [pytest.approx(total / sum(len(t) for _, t in texts), abs=1e-5)]
+    # Relative, as the logits are: those of this model go up to 43, and fp32 rounds them at 4e-6.
+    assert metrics(tmp_path / "sft") == [pytest.approx(total / sum(len(t) for _, t in texts), rel=1e-5)]
