@@ -1,0 +1,95 @@
+"""The sections of the configuration: one default, one docstring and one unit for every key.
+
+A default lives here and nowhere else; the YAML files under `configs/` hold named differences only.
+`None` means "not set" and each docstring says what then happens. The paper is arXiv 2308.12050.
+"""
+
+from offline_align.config.sections.answers import (
+    Engine,
+    EvaluateSection,
+    GenerateMethodSection,
+    GenerateSection,
+    JudgeForm,
+    JudgeKind,
+    JudgeSection,
+    LabelSection,
+)
+from offline_align.config.sections.data import (
+    DataSection,
+    InputDataSection,
+    OnBadRow,
+    PrepareSection,
+    Template,
+    TokenizerSection,
+    TooLong,
+    TrainDataSection,
+)
+from offline_align.config.sections.execution import (
+    Device,
+    GpuKind,
+    LauncherKind,
+    LauncherSection,
+    LimitSection,
+    ParallelSection,
+    RunSection,
+)
+from offline_align.config.sections.model import (
+    Backend,
+    ConvertSection,
+    ConvertTo,
+    InitSection,
+    ModelSection,
+)
+from offline_align.config.sections.training import (
+    ComputeSection,
+    ConditionalMethodSection,
+    DecayStyle,
+    FilteringMethodSection,
+    OptimSection,
+    Precision,
+    Recompute,
+    RewardMethodSection,
+    RewardWeightedMethodSection,
+    TrainerSection,
+)
+
+__all__ = [
+    "Backend",
+    "ComputeSection",
+    "ConditionalMethodSection",
+    "ConvertSection",
+    "ConvertTo",
+    "DataSection",
+    "DecayStyle",
+    "Device",
+    "Engine",
+    "EvaluateSection",
+    "FilteringMethodSection",
+    "GenerateMethodSection",
+    "GenerateSection",
+    "GpuKind",
+    "InitSection",
+    "InputDataSection",
+    "JudgeForm",
+    "JudgeKind",
+    "JudgeSection",
+    "LabelSection",
+    "LauncherKind",
+    "LauncherSection",
+    "LimitSection",
+    "ModelSection",
+    "OnBadRow",
+    "OptimSection",
+    "ParallelSection",
+    "Precision",
+    "PrepareSection",
+    "Recompute",
+    "RewardMethodSection",
+    "RewardWeightedMethodSection",
+    "RunSection",
+    "Template",
+    "TokenizerSection",
+    "TooLong",
+    "TrainDataSection",
+    "TrainerSection",
+]
