@@ -68,12 +68,12 @@ def words(command: str, given: Path) -> list[str]:
 
 
 def lasting(folder: Path) -> dict[str, bytes]:
-    """Return the files of a run whose bytes are the same in every attempt: no time stamps, no caches."""
+    """Return the files of a run that are the same in every attempt: no time stamps, in or as names, no caches."""
     files = (path for path in folder.rglob("*") if path.is_file())
     named = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
     varying = ("manifest.json", "config.yaml", "quarantine.jsonl")
-    caches = ("cache", "journal", "hugging")
-    return {n: content for n, content in named.items() if not n.startswith(caches) and n not in varying}
+    folders = ("cache", "journal", "hugging", "tensorboard")
+    return {n: content for n, content in named.items() if not n.startswith(folders) and n not in varying}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
