@@ -71,7 +71,7 @@ def label(workload: str, scratch: str) -> None:
     from offline_align.config.sections import DataSection, Device, OnBadRow, ParallelSection, RunSection
     from offline_align.data.records import BadRows, Sample, read_rows
     from offline_align.distributed.setup import session
-    from offline_align.label.scoring import load_reward_model, plan_bins, reward_renderer, score_bin, tokenized
+    from offline_align.label.scoring import load_reward_model, plan_bins, renderer_of, score_bin, tokenized
     from offline_align.model.description import find_checkpoint
 
     folder = Path(workload)
@@ -79,7 +79,7 @@ def label(workload: str, scratch: str) -> None:
     samples = list(read_rows([folder / "sft.jsonl"], Sample, BadRows(OnBadRow.fail, None)))
     with session(ParallelSection(), RunSection(dir=scratch, device=Device.cpu)) as ranks:
         model = load_reward_model(checkpoint, ParallelSection(), ranks, False)
-        renderer = reward_renderer(checkpoint)
+        renderer = renderer_of(checkpoint)
         data = DataSection(max_length=MAX_LENGTH)
 
         source = tokenized(samples, renderer, data, Path(scratch))

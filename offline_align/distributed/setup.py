@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from offline_align.config.sections import Device, ParallelSection, RunSection
+from offline_align.config.sections import Device, ParallelSection, Precision, RunSection
 from offline_align.distributed.heartbeat import heartbeat
 from offline_align.errors import AlignError, ConfigError, DataError, FailedOnMainRank
 
@@ -116,6 +116,15 @@ def choose_device(device: Device) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def uses_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether the forward pass runs in bf16: asked for, or by default on CUDA."""
+    if precision is Precision.auto:
+        return device.type == "cuda"
+    if precision is Precision.bf16 and device.type == "cpu":
+        logger.warning("trainer.precision=bf16: CPUs without bf16 units emulate it, many times slower than fp32")
+    return precision in (Precision.bf16, Precision.fp8)
+
+
 @contextlib.contextmanager
 def session(parallel: ParallelSection, run: RunSection) -> Iterator[Ranks]:
     """Start this rank (device, process groups, megatron's parallel state, seeds) and end it whatever happens."""
@@ -150,10 +159,9 @@ def _cores() -> int:
 def _init_process_group(device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
-        torch_distributed: Any = dist
-        shared, rank, world_size = next(torch_distributed.rendezvous("env://", timeout=_TIMEOUT))
+        shared, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))  # type: ignore[attr-defined]
         # A later session of this process has the same store, where it would find the addresses of an earlier one.
-        own: Any = torch_distributed.PrefixStore(f"session_{next(_SESSIONS)}", shared)
+        own: Any = dist.PrefixStore(f"session_{next(_SESSIONS)}", shared)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=_TIMEOUT)
         return
     # A world of one needs no port: the store lives in this process.

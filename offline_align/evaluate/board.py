@@ -1,21 +1,18 @@
 """The report in TensorBoard, beside the curves of the runs: its numbers as scalars, its figures as images."""
 
-import contextlib
 import logging
 import shutil
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from offline_align.board import FOLDER, silent_writer_thread
 from offline_align.evaluate.ancestry import find_histograms
 from offline_align.evaluate.figures import Picture
 from offline_align.evaluate.report import Report
 from offline_align.evaluate.sections import contents
-
-FOLDER = "tensorboard"
 
 log = logging.getLogger(__name__)
 
@@ -27,26 +24,10 @@ def write_board(run_dir: Path, report: Report, pictures: Mapping[str, Picture], 
     """
     try:
         shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
-        with _storage_errors_of_threads_unsaid():
+        with silent_writer_thread():
             _write(run_dir / FOLDER, report, pictures, words)
     except OSError as error:
         log.warning("tensorboard: cannot be written, and is left off: %s", error.strerror or error)
-
-
-@contextlib.contextmanager
-def _storage_errors_of_threads_unsaid() -> Iterator[None]:
-    """TensorBoard writes in a thread of its own; what goes wrong there is raised again by the next call."""
-    before = threading.excepthook
-
-    def hook(failure: threading.ExceptHookArgs) -> None:
-        if not isinstance(failure.exc_value, OSError):
-            before(failure)
-
-    threading.excepthook = hook
-    try:
-        yield
-    finally:
-        threading.excepthook = before
 
 
 def _write(folder: Path, report: Report, pictures: Mapping[str, Picture], words: str) -> None:

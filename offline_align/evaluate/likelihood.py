@@ -4,7 +4,7 @@ Shape legend: N target tokens of this rank, S rows of a bin.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,19 +13,15 @@ import torch
 from torch import Tensor
 
 from offline_align.config.runs import EvaluateRun
-from offline_align.config.sections import Precision
 from offline_align.data.batch import PackedBatch
 from offline_align.data.context import share_of_context, slices_of_rank
 from offline_align.data.loader import SampleSource
 from offline_align.data.records import Sample
-from offline_align.data.template import Renderer
-from offline_align.data.tokenize import TokenizedRows, tokenize_samples
-from offline_align.distributed.setup import Ranks, session
+from offline_align.distributed.setup import Ranks, session, uses_bf16
 from offline_align.distributed.sizes import padding_multiple
 from offline_align.evaluate.statistics import Floats
-from offline_align.label.scoring import plan_bins
+from offline_align.label.scoring import load_model, plan_bins, tokens_by_place
 from offline_align.methods import TrainingRow
-from offline_align.model.description import ModelDescription
 
 if TYPE_CHECKING:
     from offline_align.model.heads import Policy
@@ -54,7 +50,8 @@ def log_likelihoods(checkpoint: Path, answers: Sequence[Given], config: Evaluate
     All ranks call it together. End of sequence is a token of an answer that came to its end, and of no other.
     """
     with session(config.parallel, config.run) as ranks:
-        rows = _tokens(checkpoint, answers, config)
+        given = [TrainingRow(answer.sample, condition=answer.condition) for answer in answers]
+        rows = tokens_by_place(given, checkpoint, config.data, config.run)
         source = SampleSource(rows)
         model = _load(checkpoint, config, ranks)
         places = [int(row_id) for row_id in rows.row_ids]
@@ -71,27 +68,12 @@ def log_likelihoods(checkpoint: Path, answers: Sequence[Given], config: Evaluate
         return Likelihoods(nats, tokens)
 
 
-def _tokens(checkpoint: Path, answers: Sequence[Given], config: EvaluateRun) -> TokenizedRows:
-    description = ModelDescription.load(checkpoint)
-    renderer = Renderer(description.load_tokenizer(checkpoint), description.template)
-    cache = Path(config.data.cache_dir) if config.data.cache_dir else Path(config.run.dir) / "cache"
-    # Ids of samples need not differ; places do, and tell which rows were left out.
-    rows = [TrainingRow(replace(given.sample, id=str(k)), condition=given.condition) for k, given in enumerate(answers)]
-    return tokenize_samples(rows, renderer, config.data, cache, empty_answers=True)
-
-
 def _load(checkpoint: Path, config: EvaluateRun, ranks: Ranks) -> "Policy":
-    # megatron-core is imported once the session has prepared this process for it.
-    from offline_align.model.build import build_model
     from offline_align.model.heads import Policy
-    from offline_align.train.checkpoint import load_weights
 
-    precision = config.trainer.precision
-    bf16 = ranks.device.type == "cuda" if precision is Precision.auto else precision is Precision.bf16
-    model = build_model("policy", ModelDescription.load(checkpoint).model, config.parallel, ranks.device, bf16)
+    bf16 = uses_bf16(config.trainer.precision, ranks.device)
+    model = load_model("policy", checkpoint, config.parallel, ranks, bf16)
     assert isinstance(model, Policy)
-    load_weights(model, checkpoint, ranks)
-    model.eval()
     return model
 
 

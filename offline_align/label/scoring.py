@@ -21,15 +21,15 @@ from offline_align.data.loader import SampleSource
 from offline_align.data.pack import pack
 from offline_align.data.records import Sample
 from offline_align.data.template import Renderer
-from offline_align.data.tokenize import tokenize_samples
-from offline_align.distributed.setup import Ranks, session
+from offline_align.data.tokenize import TokenizedRows, tokenize_samples
+from offline_align.distributed.setup import Ranks, session, uses_bf16
 from offline_align.distributed.sizes import padding_multiple
 from offline_align.errors import DataError
 from offline_align.methods import TrainingRow
 from offline_align.model.description import ModelDescription
 
 if TYPE_CHECKING:
-    from offline_align.model.heads import RewardModel
+    from offline_align.model.heads import Policy, RewardModel
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +44,14 @@ def score_samples(
     data: DataSection,
     parallel: ParallelSection,
     trainer: ComputeSection,
-    bf16: bool | None = None,
 ) -> list[float]:
     """Return the raw reward of every sample, in order, in a session of its own (evaluation).
 
     NaN, with a warning, for a row whose response alone is longer than `data.max_length`.
     """
     with session(parallel, run) as ranks:
-        use_bf16 = ranks.device.type == "cuda" if bf16 is None else bf16
-        model = load_reward_model(checkpoint, parallel, ranks, use_bf16)
-        renderer = reward_renderer(checkpoint)
-        cache = Path(data.cache_dir) if data.cache_dir else Path(run.dir) / "cache"
-        # Ids of samples need not differ; places do, and tell which rows were left out.
-        rows = [TrainingRow(replace(s, id=str(k))) for k, s in enumerate(samples)]
-        tokens = tokenize_samples(rows, renderer, data, cache, empty_answers=True)
+        model = load_reward_model(checkpoint, parallel, ranks, uses_bf16(trainer.precision, ranks.device))
+        tokens = tokens_by_place([TrainingRow(s) for s in samples], checkpoint, data, run)
         source = SampleSource(tokens)
         bins = plan_bins(source.lengths(), trainer.micro_batch_size * data.max_length)
         own = dict(score_bins(model, source, bins[ranks.dp_rank :: ranks.dp_size], ranks))
@@ -69,22 +63,40 @@ def score_samples(
         return [merged.get(i, math.nan) for i in range(len(samples))]
 
 
-def reward_renderer(checkpoint: Path) -> Renderer:
-    """Return the renderer that a reward model was trained with."""
+def tokens_by_place(rows: Sequence[TrainingRow], checkpoint: Path, data: DataSection, run: RunSection) -> TokenizedRows:
+    """Return the tokens of rows as a checkpoint reads them, with places in `rows` as their ids.
+
+    Ids of samples need not differ; places do, and tell which rows were left out.
+    """
+    cache = Path(data.cache_dir) if data.cache_dir else Path(run.dir) / "cache"
+    placed = [replace(row, sample=replace(row.sample, id=str(k))) for k, row in enumerate(rows)]
+    return tokenize_samples(placed, renderer_of(checkpoint), data, cache, empty_answers=True)
+
+
+def renderer_of(checkpoint: Path) -> Renderer:
+    """Return the renderer that the model of a checkpoint was trained with."""
     description = ModelDescription.load(checkpoint)
     return Renderer(description.load_tokenizer(checkpoint), description.template)
 
 
 def load_reward_model(checkpoint: Path, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> "RewardModel":
     """Return the reward model of a checkpoint folder, ready to score, at any layout."""
+    from offline_align.model.heads import RewardModel
+
+    model = load_model("reward_model", checkpoint, parallel, ranks, bf16)
+    assert isinstance(model, RewardModel)
+    return model
+
+
+def load_model(
+    kind: str, checkpoint: Path, parallel: ParallelSection, ranks: Ranks, bf16: bool
+) -> "Policy | RewardModel":
+    """Return the "policy" or "reward_model" of a checkpoint folder, for forward passes alone, at any layout."""
     # megatron-core is imported once the session has prepared this process for it.
     from offline_align.model.build import build_model
-    from offline_align.model.heads import RewardModel
     from offline_align.train.checkpoint import load_weights
 
-    description = ModelDescription.load(checkpoint)
-    model = build_model("reward_model", description.model, parallel, ranks.device, bf16)
-    assert isinstance(model, RewardModel)
+    model = build_model(kind, ModelDescription.load(checkpoint).model, parallel, ranks.device, bf16)
     load_weights(model, checkpoint, ranks)
     model.eval()
     return model

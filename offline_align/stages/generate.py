@@ -161,9 +161,9 @@ def _answer_missing(
 
 
 def _load_engine(config: GenerateRun, origin: Origin, engine: EngineName, ranks: Any) -> Engine:
+    from offline_align.distributed.setup import uses_bf16
     from offline_align.generate.engines import load_engine
     from offline_align.stages.huggingface_form import cached
-    from offline_align.stages.training import uses_bf16
 
     folder = cached(origin, Path(config.run.dir) / "huggingface", ranks)
     return load_engine(

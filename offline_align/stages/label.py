@@ -68,23 +68,23 @@ def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
 
 def _score_missing(config: LabelRun, samples: list[Sample], journal: Journal, ranks: Any) -> None:
     """Score the rows that the journal lacks; raises StoppedEarly, with all scores on disk, on request."""
+    from offline_align.distributed.setup import uses_bf16
     from offline_align.distributed.stopping import stop_requests
     from offline_align.label.scoring import (
         load_reward_model,
         plan_bins,
-        reward_renderer,
+        renderer_of,
         score_bin,
         tokenized,
     )
     from offline_align.progress import Meter
-    from offline_align.stages.training import uses_bf16
 
     done = ranks.from_main(lambda: read_scores(journal, len(samples)))
     if len(done) == len(samples):
         return
     (checkpoint,) = common.parent_models(config)
     model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
-    renderer = reward_renderer(checkpoint)
+    renderer = renderer_of(checkpoint)
     source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, common.cache_dir(config)))
     ranks.require_same(source.fingerprint(), "data.input")
     bins = plan_bins(source.lengths(), config.trainer.micro_batch_size * config.data.max_length)
@@ -111,15 +111,15 @@ def _score_missing(config: LabelRun, samples: list[Sample], journal: Journal, ra
 
 def _score_again(config: LabelRun, samples: list[Sample], ranks: Any) -> dict[int, float]:
     """Return the scores of the certificate's rows, each alone in its bin and dealt to the ranks in another order."""
-    from offline_align.label.scoring import load_reward_model, reward_renderer, score_bins, tokenized
-    from offline_align.stages.training import uses_bf16
+    from offline_align.distributed.setup import uses_bf16
+    from offline_align.label.scoring import load_reward_model, renderer_of, score_bins, tokenized
 
     rows = choose_rows(len(samples), config.label.certificate_fraction, config.run.seed)
     if not rows:
         return {}
     (checkpoint,) = common.parent_models(config)
     model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
-    renderer = reward_renderer(checkpoint)
+    renderer = renderer_of(checkpoint)
     chosen = [samples[row] for row in rows]
     source = ranks.main_first(lambda: tokenized(chosen, renderer, config.data, common.cache_dir(config)))
     bins = [[place] for place in reversed(range(len(rows)))]

@@ -142,6 +142,7 @@ def _tokenized(
 
 def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid: Any, ranks: Any, key: RunKey) -> Any:
     """Build model, optimizer and loaders, and load the initial weights unless the run is continued."""
+    from offline_align.distributed.setup import uses_bf16
     from offline_align.distributed.sizes import model_sizes
     from offline_align.model.build import build_model
     from offline_align.train import checkpoint
@@ -204,15 +205,6 @@ def _loader(config: TrainRun, source: Any, ranks: Any, max_steps: int | None) ->
         cp_rank=ranks.cp_rank,
         cp_size=ranks.cp_size,
     )
-
-
-def uses_bf16(precision: Precision, device: Any) -> bool:
-    """Whether the forward pass runs in bf16: asked for, or by default on CUDA."""
-    if precision is Precision.auto:
-        return bool(device.type == "cuda")
-    if precision is Precision.bf16 and device.type == "cpu":
-        logger.warning("trainer.precision=bf16: CPUs without bf16 units emulate it, many times slower than fp32")
-    return precision in (Precision.bf16, Precision.fp8)
 
 
 def _extra(recipe: Recipe, facts: dict[str, Any], state: Any, ranks: Any) -> dict[str, Any]:

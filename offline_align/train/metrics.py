@@ -6,12 +6,12 @@ import json
 import logging
 import math
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from offline_align import board
 from offline_align.errors import StorageError
 from offline_align.lineage.files import write_atomically
 
@@ -37,6 +37,7 @@ class MetricsWriter:
     ) -> None:
         self._file = None
         self._board: Any = None
+        self._thread = contextlib.ExitStack()
         self._wandb: Any = None
         self._path = run_dir / FILE_NAME
         if not enabled:
@@ -44,7 +45,7 @@ class MetricsWriter:
         _drop_steps_from(self._path, first_step, validation_due)
         with self._storage_errors():
             self._file = self._path.open("a", encoding="utf-8")
-        self._open_board(run_dir / "tensorboard", first_step)
+        self._open_board(run_dir / board.FOLDER, first_step)
         if wandb_project is not None:
             import wandb
 
@@ -57,15 +58,9 @@ class MetricsWriter:
     def _open_board(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # It writes in a thread of its own; what goes wrong there is raised again by the next call.
-        self._hook = threading.excepthook
-        threading.excepthook = self._in_thread
+        self._thread.enter_context(board.silent_writer_thread())
         with self._without_board():
             self._board = SummaryWriter(str(folder), purge_step=first_step)
-
-    def _in_thread(self, failure: threading.ExceptHookArgs) -> None:
-        if not isinstance(failure.exc_value, OSError):
-            self._hook(failure)
 
     @contextlib.contextmanager
     def _without_board(self) -> Iterator[None]:
@@ -89,12 +84,12 @@ class MetricsWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._file is None:
             return
-        threading.excepthook = self._hook
         if self._wandb is not None:
             self._wandb.finish()
         if self._board is not None:
             with self._without_board():
                 self._board.close()
+        self._thread.close()
         # What a failed write has left in the buffer would fail again, over the error that is on its way.
         with contextlib.suppress(OSError) if error is not None else self._storage_errors():
             self._file.close()

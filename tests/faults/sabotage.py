@@ -5,7 +5,9 @@ import functools
 import hashlib
 import os
 import shutil
+import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
+from offline_align.distributed.stopping import StopRequest
 from offline_align.train import checkpoint, saving, trainer
 from offline_align.train.step import TrainStep
 
@@ -28,8 +31,17 @@ def at(place: str, number: int, signals: list[int], rank: int | None = None) -> 
         if left[0] == 0:
             for each in signals:
                 os.kill(os.getpid(), each)
+                _until_heard(each)
 
     _PATCHES[place](strike)
+
+
+def _until_heard(number: int) -> None:
+    """Wait until the main thread has taken a signal: of two that wait together, it takes the lower number first."""
+    request = getattr(signal.getsignal(number), "__self__", None)
+    deadline = time.monotonic() + 20
+    while isinstance(request, StopRequest) and request.reason is None and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def _before(owner: Any, name: str) -> Callable[[Callable[[], None]], None]:

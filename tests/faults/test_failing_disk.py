@@ -101,6 +101,8 @@ def test_a_disk_that_fails_costs_nothing(command: str, given: Path, disk: Failin
             assert all(content == expected[name] for name, content in found.items() if name in expected), place
             assert disk.on_disk(words(command, given)).code == 0, place
             assert lasting(run_dir) == expected, place
+            # Attempts that failed leave no curves behind that a board would show too.
+            assert len(list(run_dir.glob("tensorboard/*"))) <= 1, place
             shutil.rmtree(run_dir)
 
 

@@ -108,6 +108,20 @@ def test_no_whole_checkpoint_is_an_error_and_no_new_start(
     assert ended.codes == [74] * world and "points to step_00000006, which is gone" in ended.said
 
 
+def stopped_in_the_last_validation(expected: dict[str, Any]) -> dict[str, Any]:
+    """Return what the run leaves then: all the same, but the last checkpoint is from before that validation.
+
+    The continuation validates, moves the link to the best checkpoint, and saves nothing more.
+    """
+    step = expected["state"]["step"]
+    losses = {
+        row["step"]: row["valid_loss"] for row in expected["metrics"] if "valid_loss" in row and row["step"] < step
+    }
+    best = min(losses, key=lambda at: losses[at])
+    state = {"validation_due": True, "best_step": best, "best_value": losses[best]}
+    return expected | {"state": expected["state"] | state}
+
+
 CALLS = [
     ("step", 4, [signal.SIGTERM], 1),
     ("validation", 2, [signal.SIGUSR1], 2),
@@ -140,14 +154,14 @@ def test_a_signal_saves_and_a_second_one_leaves_at_once(
         assert ended.codes == [75] * world, ended
         assert ended.said.count("stopped by") == 1
     else:
-        # Of two that wait together, Python takes the one of the lower number first.
-        assert -ended.codes[victim] in signals, ended
+        assert ended.codes[victim] == -signals[1], ended
     assert "Traceback" not in ended.said
     ended = forks.run(words, world=world)
     assert not any(ended.codes), ended.said
     found = trainings.result(run_dir)
     if world == 1:
-        assert found == expected
+        last = place == "validation" and number == 4
+        assert found == (stopped_in_the_last_validation(expected) if last else expected)
     assert len(found["metrics"]) == len(expected["metrics"])
 
 
@@ -160,7 +174,7 @@ def test_many_short_attempts_make_the_same_run(given: Path, forks: Forks, expect
         codes.append(forks.run(words).code)
     # A step each, and one for the validation after the last, which the last checkpoint was saved without.
     assert codes == [75] * 11 + [0]
-    assert trainings.result(given / "chain") == expected
+    assert trainings.result(given / "chain") == stopped_in_the_last_validation(expected)
 
 
 @pytest.mark.skipif(not ALL, reason="FAULTS=all tries it")

@@ -41,16 +41,13 @@ def result(run_dir: Path) -> dict[str, Any]:
     assert best.is_dir()
     assert last == max((run_dir / "checkpoints").glob("step_*"))
     files = json.loads((last / "checkpoint.json").read_text())["files"]
-    state = json.loads((last / "state.json").read_text())
+    state = json.loads((last / "state.json").read_text()) | {"seconds": 0}
     return {
         "metrics": [{k: v for k, v in row.items() if not any(name in k for name in _VARYING)} for row in rows],
         # Weights and moments; the record beside them lists the same tensors.
         "shards": {name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")},
         "best": best.name,
-        # A stop in the last validation leaves it to a continuation, which moves the link and saves nothing more.
-        "state": {
-            name: state[name] for name in state.keys() - {"seconds", "validation_due", "best_step", "best_value"}
-        },
+        "state": state,
         "checkpoints": sorted(path.name for path in (run_dir / "checkpoints").glob("step_*")),
         "leftovers": sorted(path.name for path in (run_dir / "checkpoints").glob(".*")),
     }

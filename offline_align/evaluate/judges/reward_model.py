@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from offline_align.config.runs import EvaluateRun
-from offline_align.config.sections import Precision
 from offline_align.data.records import Message, Sample
 from offline_align.errors import ConfigError
 from offline_align.model.description import ModelDescription, find_checkpoint
@@ -38,7 +37,6 @@ class RewardModelJudge:
             config.data,
             config.parallel,
             config.trainer,
-            _bf16(config.trainer.precision),
         )
         found = dict(zip(unique, scores, strict=True))
         return [found[sample.prompt, sample.response] for sample in samples]
@@ -46,11 +44,6 @@ class RewardModelJudge:
     def describe(self) -> dict[str, Any]:
         """Return kind and checkpoint."""
         return {"kind": "reward_model", "model": str(self.checkpoint)}
-
-
-def _bf16(precision: Precision) -> bool | None:
-    """Return whether numbers are bf16; None leaves it to the device."""
-    return None if precision is Precision.auto else precision is Precision.bf16
 
 
 def reward_model_judge(config: EvaluateRun) -> RewardModelJudge:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from offline_align.evaluate.board import FOLDER, scalars, write_board
+from offline_align.board import FOLDER
+from offline_align.evaluate.board import scalars, write_board
 from offline_align.evaluate.report import Report
 from offline_align.evaluate.sections import Section
 
