@@ -32,7 +32,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     asked: list[list[str]] = []
 
     def score(checkpoint: Path, samples: Sequence[Sample], *sections: Any) -> list[float]:
-        asked.append([*(sample.response for sample in samples), str(sections[-1])])
+        asked.append([*(sample.response for sample in samples), sections[-1].precision])
         return [float(len(sample.response)) + len(asked) for sample in samples]
 
     monkeypatch.setattr(scoring, "score_samples", score)
@@ -47,14 +47,14 @@ def test_equal_answers_are_scored_once(tmp_path: Path, asked: list[list[str]]) -
     judge = reward_model_judge(make_config(str(save_description(tmp_path / "rm", "reward_model"))))
     scores = judge.score([*make_samples("no", "", "no", "", "yes"), *make_samples("no", question="How?")])
     assert scores == [3.0, 1.0, 3.0, 1.0, 4.0, 3.0]
-    assert asked == [["no", "", "yes", "no", "None"]]
+    assert asked == [["no", "", "yes", "no", "auto"]]
 
 
-@pytest.mark.parametrize(("precision", "bf16"), [("auto", "None"), ("bf16", "True"), ("fp32", "False")])
-def test_the_precision_asked_for_is_used(tmp_path: Path, asked: list[list[str]], precision: str, bf16: str) -> None:
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
+def test_the_precision_asked_for_is_used(tmp_path: Path, asked: list[list[str]], precision: str) -> None:
     folder = save_description(tmp_path / "rm", "reward_model")
     reward_model_judge(make_config(str(folder), Precision(precision))).score(make_samples("no"))
-    assert asked[0][-1] == bf16
+    assert asked[0][-1] == precision
 
 
 def test_a_policy_is_no_judge(tmp_path: Path) -> None:
