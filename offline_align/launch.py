@@ -69,19 +69,23 @@ def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
 def _outcome(codes: dict[int, int]) -> int:
     """Return the exit code that failed ranks have in common, a signal being minus its number.
 
-    Most of them have lost another rank (70), or were ended by the launcher after it: the others know why.
+    Most of them have lost another rank (70), or were ended by the launcher after it, which stops them as a scheduler
+    would (75): the others know why.
     """
-    killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
-    known = [code for code in codes.values() if code > 0 and code != AlignError.exit_code]
+    ended_after_others = (AlignError.exit_code, StoppedEarly.exit_code)
+    known = [code for code in codes.values() if code > 0 and code not in ended_after_others]
     if known:
         return known[0]
+    killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
     if killed:
         rank, number = next(iter(killed.items()))
         raise AlignError(
             f"rank {rank} was ended by {signal.Signals(number).name}, and with it all others; run the same command "
             "again to continue"
         )
-    return AlignError.exit_code
+    # Ranks stop early together: one that failed has not stopped, and a scheduler shall not take it for that.
+    stopped = StoppedEarly.exit_code in codes.values() and AlignError.exit_code not in codes.values()
+    return StoppedEarly.exit_code if stopped else AlignError.exit_code
 
 
 def _say_first_error(rank: int, failure: Any) -> None:

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from offline_align.errors import leave_for_launcher
-from offline_align.launch import _say_first_error
+from offline_align.errors import AlignError, leave_for_launcher
+from offline_align.launch import _outcome, _say_first_error
 
 
 def test_the_record_is_in_torchruns_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +51,27 @@ def test_the_first_error_of_another_rank_is_said(
     with caplog.at_level(logging.ERROR):
         _say_first_error(rank, SimpleNamespace(exitcode=code, message=message))
     assert [record.getMessage() for record in caplog.records] == ([said] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("codes", "outcome"),
+    [
+        ({0: 70, 1: 78}, 78),
+        ({0: 75, 1: 65}, 65),
+        ({0: 75, 1: 75}, 75),
+        ({0: -15, 1: 75}, 75),
+        # The launcher has stopped rank 0 after rank 1 failed: a scheduler that reads 75 would start them again.
+        ({0: 75, 1: 70}, 70),
+        ({0: -15, 1: 70}, 70),
+        ({0: -9, 1: 74}, 74),
+    ],
+)
+def test_ranks_that_end_for_different_reasons_have_one_exit_code(codes: dict[int, int], outcome: int) -> None:
+    assert _outcome(codes) == outcome
+
+
+@pytest.mark.parametrize("other", [70, 75, -15])
+def test_a_rank_that_was_killed_is_named_whatever_became_of_the_others(other: int) -> None:
+    with pytest.raises(AlignError, match="rank 1 was ended by SIGKILL") as error:
+        _outcome({0: other, 1: -9})
+    assert error.value.exit_code == 70
