@@ -16,6 +16,8 @@ help: ## list the targets
 
 setup: $(READY) ## create .venv with the locked versions (needs Python 3.12 only)
 
+# Compiled once here: where Python may not write its cache (PYTHONDONTWRITEBYTECODE), each process of each stage would
+# compile torch and megatron again, for seconds.
 # A `python3.12` of pyenv may exist and yet refuse to run, so each candidate is tried.
 $(READY): pyproject.toml uv.lock
 	@set -euo pipefail; \
@@ -29,7 +31,7 @@ $(READY): pyproject.toml uv.lock
 	    $(BIN)/python -m ensurepip --upgrade >/dev/null; \
 	    $(BIN)/python -m pip install --quiet "uv==$(UV_VERSION)"; \
 	fi; \
-	VIRTUAL_ENV= UV_PROJECT_ENVIRONMENT=.venv $(BIN)/uv sync --frozen --inexact --extra dev --python $(BIN)/python; \
+	VIRTUAL_ENV= UV_PROJECT_ENVIRONMENT=.venv $(BIN)/uv sync --frozen --inexact --compile-bytecode --extra dev --python $(BIN)/python; \
 	touch $@
 
 check: $(READY) ## style, format and types
