@@ -99,10 +99,14 @@ def test_the_second_signal_ends_the_process() -> None:
 @pytest.mark.parametrize("listening", [False, True])
 def test_a_worker_forked_from_a_command_dies_of_the_signal(listening: bool) -> None:
     """It has nothing to save, and whoever waits for it would wait for ever."""
+    ready, tell = os.pipe()
     with interruptible(), stop_requests() if listening else interruptible():
         child = os.fork()
         if child == 0:
+            os.write(tell, b"!")
             time.sleep(20)
             os._exit(0)
+        # Python forgets signals that come before its own work after a fork is done.
+        os.read(ready, 1)
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
