@@ -19,6 +19,7 @@ from offline_align.config.sections import Template
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import load_tokenizer
+from tests.random_llama import save_random_llama
 from tests.small_tokenizers import write_sentencepiece
 
 CONDITION = {"reward_format": "<rm_score>{reward:.1f}", "reward_limit": 9.9, "target_reward": 5.0}
@@ -28,29 +29,12 @@ NEW_TOKENS = 10
 @pytest.fixture(scope="module")
 def save(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Save a random policy in Hugging Face form, as our exporter describes it."""
-    import transformers
 
     def save(method: str, condition: dict[str, Any] | None) -> Path:
         folder = tmp_path_factory.mktemp(method)
         tokenizer = load_tokenizer(write_sentencepiece(folder))
-        torch.manual_seed(3)
-        config = transformers.LlamaConfig(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_id,
-            offline_align={"method": method, "template": "paper", "condition": condition},
-        )
-        model = transformers.LlamaForCausalLM(config)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, 0.0, 0.4)
-        model.save_pretrained(folder)
-        return folder
+        described = {"method": method, "template": "paper", "condition": condition}
+        return save_random_llama(folder, tokenizer, offline_align=described)
 
     return save
 

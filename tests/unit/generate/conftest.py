@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
+from tests.random_llama import save_random_llama
 from tests.small_tokenizers import write_sentencepiece
 
 
@@ -23,22 +23,4 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_id,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            # Wide enough for answers that differ from prompt to prompt.
-            torch.nn.init.normal_(parameter, 0.0, 0.4)
-    folder = tmp_path_factory.mktemp("policy")
-    model.save_pretrained(folder)
-    return folder
+    return save_random_llama(tmp_path_factory.mktemp("policy"), tokenizer)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from offline_align.config.sections import Engine, GenerateSection
 from offline_align.convert.tokenizer_files import write_tokenizer
@@ -20,6 +19,7 @@ from offline_align.generate import engines
 from offline_align.generate.journal import read_answers
 from offline_align.generate.requests import Completion, Request
 from offline_align.generate.runner import answer_all
+from tests.random_llama import save_random_llama
 
 NUMBER = 9
 
@@ -45,23 +45,8 @@ def device() -> torch.device:
 @pytest.fixture(scope="module")
 def wide_policy(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """A random policy with heads as wide as vLLM's kernels ask for."""
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_id,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, 0.0, 0.2)
-    folder = tmp_path_factory.mktemp("wide")
-    model.save_pretrained(folder)
+    width = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
+    folder = save_random_llama(tmp_path_factory.mktemp("wide"), tokenizer, 0.2, **width)
     assert write_tokenizer(tokenizer, folder, "{{ messages[0]['content'] }}", 128)
     # Defaults that must not be used.
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_id, "temperature": 9.0}))
