@@ -101,8 +101,8 @@ def _verdicts(contenders: list[Contender], middle: dict[str, dict[str, float]], 
     peers = {c.name: middle[c.name] for c in contenders if not (c.ours or c.limit)}
     fastest = max(peers, key=lambda name: peers[name][rate])
     lines = [f"Against the fastest peer ({fastest}): {own[rate] / peers[fastest][rate]:.2f}x."] if peers else []
-    limits = [middle[c.name] for c in contenders if c.limit]
-    return lines + [f"Share of the time that is bare matrix products: {own[rate] / v[rate]:.0%}." for v in limits]
+    limits = {c.name: middle[c.name] for c in contenders if c.limit}
+    return lines + [f"Share of the time that is {name}: {own[rate] / v[rate]:.0%}." for name, v in limits.items()]
 
 
 def machine() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 
 from benchmarks.harness import Contender, medians, table
 from benchmarks.projection import PUBLISHED_A100_HOURS, hours, table_3_lines
+from benchmarks.tokenisation import CONTENDERS
+from tests.small_tokenizers import write_hugging_face
+from tests.training import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +46,23 @@ def test_table_names_ratio_limit_and_fastest_peer() -> None:
     assert "| a | 20.0 | 2.00x |" in text
     assert "Against the fastest peer (a): 2.00x." in text
     assert "bare matrix products: 80%" in text
+
+
+@pytest.mark.slow
+def test_tokenisation_contenders_make_the_same_number_of_tokens(tmp_path: Path) -> None:
+    """All but end of sequence, which ours adds, and what the peer merges where it joins prompt and answer."""
+    write_hugging_face(tmp_path / "tokenizer")
+    rows = [{"id": str(i), "prompt": f"Hello {i}", "response": "Fine, thank you!"} for i in range(40)]
+    write_jsonl(tmp_path / "sft_train.jsonl", rows)
+    options = ["--data", str(tmp_path), "--tokenizer", str(tmp_path / "tokenizer"), "--rounds", "1"]
+    command = [sys.executable, "-m", "benchmarks.tokenisation", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = [int(float(n)) for n in re.findall(r", tokens ([\d.e+]+)", done.stdout)]
+    assert len(counts) == len(CONTENDERS)
+    assert counts[0] == counts[-1] + len(rows)
+    assert len(set(counts[1:-1])) == 1
+    assert counts[-1] - 2 * len(rows) <= counts[1] <= counts[-1], counts
 
 
 def test_table_3_by_hand() -> None:
