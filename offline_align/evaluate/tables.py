@@ -75,9 +75,9 @@ def interval(estimate: Mapping[str, float]) -> str:
 
 
 def percent_interval(estimate: Mapping[str, float]) -> str:
-    """Return `mean % [low, high]` of a share, in whole percent."""
+    """Return `mean% [low, high]` of a share, in whole percent."""
     mean, low, high = (100 * estimate[name] for name in ("mean", "low", "high"))
-    return f"{mean:.0f} % [{low:.0f}, {high:.0f}]"
+    return f"{mean:.0f}% [{low:.0f}, {high:.0f}]"
 
 
 def headline(results: Mapping[str, Any], sections: Sequence[Section] = ()) -> str:
@@ -87,14 +87,27 @@ def headline(results: Mapping[str, Any], sections: Sequence[Section] = ()) -> st
     """
     if "methods" not in results:
         return sections[0].findings[0] if results["judge"] else runs_headline(results["lineage"])
+    over_seeds = next((section.content for section in sections if section.name == "seeds"), None)
+    if over_seeds is not None:
+        return _headline_over_seeds(over_seeds["methods"], over_seeds["baseline"])
     overall, baseline = results["overall"], results["baseline"]
     best = max(results["methods"], key=lambda method: overall[method]["score"]["mean"])
     if best == baseline:
         return f"No method scores above the baseline, {baseline}."
     rate = overall[best]["win_rate"]
-    text = f"{best} scores highest and wins against {baseline} on {100 * rate['mean']:.0f} % of the prompts"
+    text = f"{best} scores highest and wins against {baseline} on {rate['mean']:.0%} of the prompts"
     # A win rate is beyond chance where its interval leaves out one half.
     return f"{text}." if rate["low"] > 0.5 else f"{text}, which chance could explain."
+
+
+def _headline_over_seeds(methods: Mapping[str, Any], baseline: str) -> str:
+    best = max(methods, key=lambda name: methods[name]["score"]["mean"])
+    if best == baseline:
+        return f"No method scores above the baseline, {baseline}, over seeds."
+    difference = methods[best]["difference"]
+    text = f"{best} scores highest over seeds, {difference['mean']:.2f} above {baseline}"
+    # Without an interval, for one seed, nothing is known of chance.
+    return f"{text}." if (difference["low"] or 0) > 0 else f"{text}, which the choice of seed could explain."
 
 
 def runs_headline(lineage: Sequence[Mapping[str, Any]]) -> str:

@@ -213,7 +213,7 @@ def _print(report: Report, page: Path) -> None:
     console = terminal if terminal.is_terminal else Console(width=160)
     if report.compared:
         console.print(_as_rich(overall_table(report.results)))
-        console.print(Text(headline(report.results)), soft_wrap=True)
+        console.print(Text(headline(report.results, report.sections)), soft_wrap=True)
     for section in report.sections:
         for finding in section.findings:
             console.print(Text(f"{section.title} {finding}"), soft_wrap=True)

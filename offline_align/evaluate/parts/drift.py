@@ -22,7 +22,7 @@ from offline_align.evaluate.statistics import Floats
 NOTE = (
     "KS is the largest distance between two distribution functions, 0 for equal ones and 1 for ranges that do not "
     "touch. PSI (population stability index) compares shares in ten bins that each hold a tenth of the labelled rows: "
-    "below 0.1 little has moved, above 0.25 much. Tails are the shares of answers below the 1 % and above the 99 % "
+    "below 0.1 little has moved, above 0.25 much. Tails are the shares of answers below the 1% and above the 99% "
     "quantile of the labelled rows; beyond are those that no labelled row reaches."
 )
 BINS = 10
@@ -48,7 +48,7 @@ def drift_section(compared: Compared, judge_content: str | None) -> Section | No
     groups = parts | {name: values for name, values in scored.items() if values.size}
     found = {name: drift(reference, values) for name, values in groups.items()}
     content = {"label_set": labels.run_dir.name, "rows": int(reference.size), "groups": found}
-    drawing = Drawing("Normalised rewards", "median, middle half and middle 90 %", draw_drift("Drift", groups))
+    drawing = Drawing("Normalised rewards", "median, middle half and middle 90%", draw_drift("Drift", groups))
     findings = _findings(found, list(policies))
     return Section("drift", "Have rewards drifted?", NOTE, findings, content, [_table(found)], [drawing])
 

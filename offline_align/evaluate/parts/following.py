@@ -70,7 +70,7 @@ def following_section(
         section.tables.append(_table(policy.name, content))
         section.tables.extend(_examples(comparison, policy, achieved, judged))
         picture = draw_following(f"Following {number}", content["targets"], same_scale, _range(labels))
-        note = "shaded: 98 % of the labelled rewards" * (labels is not None)
+        note = "shaded: 98% of the labelled rewards" * (labels is not None)
         section.drawings.append(Drawing(f"{policy.name}: target and achieved reward", note, picture))
     return section
 

@@ -81,8 +81,9 @@ def _difference(
 
 
 def _drawable(one: Mapping[str, float | None]) -> dict[str, float]:
-    mean = one["mean"] or 0.0
-    return {"mean": mean, "low": mean if one["low"] is None else one["low"], "high": one["high"] or mean}
+    mean, low, high = (one[name] for name in ("mean", "low", "high"))
+    assert mean is not None
+    return {"mean": mean, "low": mean if low is None else low, "high": mean if high is None else high}
 
 
 def _findings(content: Mapping[str, Any]) -> list[str]:

@@ -121,7 +121,7 @@ def test_the_same_seed_gives_the_same_report(comparison: Comparison) -> None:
 def test_headline_says_what_chance_could_explain(comparison: Comparison) -> None:
     assert headline(build(comparison)).endswith(", which chance could explain.")
     clear = np.array([[[1.0, 2.0]]] * 3)
-    assert headline(build(comparison, clear)) == "ca scores highest and wins against sft on 100 % of the prompts."
+    assert headline(build(comparison, clear)) == "ca scores highest and wins against sft on 100% of the prompts."
     assert headline(build(comparison, clear[:, :, ::-1])) == "No method scores above the baseline, sft."
 
 

@@ -10,8 +10,9 @@ import pytest
 from offline_align.config.sections import EvaluateSection, OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.evaluate.comparison import load_comparison, name_columns
-from offline_align.evaluate.parts.seeds import over_seeds, seeds_section
+from offline_align.evaluate.parts.seeds import _drawable, over_seeds, seeds_section
 from offline_align.evaluate.results import Compared, Judgement
+from offline_align.evaluate.tables import headline
 from offline_align.lineage import write_config, write_manifest
 from tests.unit.evaluate.conftest import rows_for
 
@@ -56,6 +57,28 @@ def test_the_interval_is_over_seeds_and_differences_are_paired(tmp_path: Path) -
     assert fa["difference"]["low"] > 0.8
     assert fa["score"]["low"] < 0
     assert found.findings[0].startswith("fa against sft over 3 seeds: 1.03 [")
+    assert headline({"methods": []}, [found]) == "fa scores highest over seeds, 1.03 above sft."
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        # FA is better with one seed and worse with the other.
+        ([0.0, 2.0, 1.0, 1.5], "fa scores highest over seeds, 0.25 above sft, which the choice of seed could explain."),
+        ([1.0, 2.0, 0.0, 1.5], "No method scores above the baseline, sft, over seeds."),
+    ],
+)
+def test_the_headline_is_of_methods_where_seeds_are_known(tmp_path: Path, scores: list[float], said: str) -> None:
+    files = [answered(tmp_path, f"{m}{s}", m, s) for m in ("sft", "fa") for s in (1, 2)]
+    comparison = load_comparison(files, BadRows(OnBadRow.fail, None))
+    judged = Judgement("rm", np.broadcast_to(scores, (3, 1, 4)).astype(float), {})
+    found = seeds_section(Compared(comparison, judged), EvaluateSection())
+    assert found is not None
+    assert headline({"methods": []}, [found]) == said
+
+
+def test_an_interval_that_ends_at_zero_is_drawn_to_zero() -> None:
+    assert _drawable({"mean": -1.0, "low": -2.0, "high": 0.0}) == {"mean": -1.0, "low": -2.0, "high": 0.0}
 
 
 def test_interval_of_the_textbook() -> None:
