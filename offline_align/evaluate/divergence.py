@@ -40,7 +40,7 @@ class Divergence:
 
 def measure_divergence(comparison: Comparison, config: EvaluateRun) -> Divergence | None:
     """Return log-ratios, or None where no policy but the baseline's is there. All ranks call it together."""
-    base = comparison.methods.index(choose_baseline(comparison.methods, config.evaluate.baseline))
+    base = comparison.methods.index(choose_baseline(comparison.columns, config.evaluate.baseline))
     checkpoints = [policy_checkpoint(column) for column in comparison.columns]
     reference = checkpoints[base]
     if reference is None:

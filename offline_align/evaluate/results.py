@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from offline_align.config.sections import EvaluateSection
 from offline_align.errors import ConfigError, DataError
-from offline_align.evaluate.comparison import Answer, Comparison
+from offline_align.evaluate.comparison import Answer, Column, Comparison
 from offline_align.evaluate.statistics import (
     Estimate,
     Floats,
@@ -61,7 +61,7 @@ def build_results(compared: Compared, settings: EvaluateSection, seed: int) -> d
         raise DataError(f"judge {judgement.name}: no prompt has a score for every method; look at replies and answers")
     if not judged.all():
         log.warning("%d of %d prompts have no readable score and are left out", (~judged).sum(), judged.size)
-    baseline = choose_baseline(comparison.methods, settings.baseline)
+    baseline = choose_baseline(comparison.columns, settings.baseline)
     truth = None if quality is None else quality.mean(axis=1)
     tables = _Tables(comparison, scores, truth, baseline, settings, seed)
     return {
@@ -85,10 +85,14 @@ def build_results(compared: Compared, settings: EvaluateSection, seed: int) -> d
     }
 
 
-def choose_baseline(methods: Sequence[str], wanted: str | None) -> str:
-    """Return the method that win rates are counted against; ConfigError where it is not among them."""
+def choose_baseline(columns: Sequence[Column], wanted: str | None) -> str:
+    """Return the method that win rates are counted against; ConfigError where it is not among them.
+
+    Without a wish it is SFT, with the first seed where there are several, or else the first method.
+    """
+    methods = [column.name for column in columns]
     if wanted is None:
-        return "sft" if "sft" in methods else methods[0]
+        return next((column.name for column in columns if "sft" in (column.name, column.pool)), methods[0])
     if wanted not in methods:
         raise ConfigError(f"evaluate.baseline={wanted}: no such method; there are {', '.join(methods)}")
     return wanted

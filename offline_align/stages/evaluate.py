@@ -52,7 +52,7 @@ def run(config: EvaluateRun, explicit: frozenset[str]) -> int:
     """
     files = input_paths(config.data.input, "data.input") if config.data.input is not None else []
     if files:
-        choose_baseline([column.name for column in name_columns(files)], config.evaluate.baseline)
+        choose_baseline(name_columns(files), config.evaluate.baseline)
     judge = build_judge(config) if common.needs_judge(config) else None
     second = second_reward_model(config) if judge else None
     if config.dry_run:

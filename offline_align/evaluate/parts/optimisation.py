@@ -45,7 +45,7 @@ def optimisation_section(
     comparison = compared.comparison
     if len(comparison.methods) < 2:
         return None
-    baseline = choose_baseline(comparison.methods, settings.baseline)
+    baseline = choose_baseline(comparison.columns, settings.baseline)
     base = comparison.methods.index(baseline)
     scores = compared.judgement.scores.mean(axis=1)
     columns = [scores, *([second.mean(axis=1)] if second is not None else [])]

@@ -1,6 +1,7 @@
 """The report's numbers from scores that can be checked by hand, and the tables that show them."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from offline_align.config.sections import EvaluateSection, OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.errors import ConfigError, DataError
-from offline_align.evaluate.comparison import Comparison, load_comparison
+from offline_align.evaluate.comparison import Column, Comparison, load_comparison
 from offline_align.evaluate.results import Compared, Judgement, build_results, choose_baseline
 from offline_align.evaluate.statistics import Floats
 from offline_align.evaluate.tables import build_tables, escape, headline, markdown_report
@@ -107,11 +108,16 @@ def test_samples_of_a_prompt_are_averaged_first(write_run: WriteRun) -> None:
 
 
 def test_baseline() -> None:
-    assert choose_baseline(["fa", "sft"], None) == "sft"
-    assert choose_baseline(["fa", "ca"], None) == "fa"
-    assert choose_baseline(["fa", "ca"], "ca") == "ca"
+    def columns(*names: str, pool: str | None = None) -> list[Column]:
+        return [Column(name, Path(name), None, None, pool=pool) for name in names]
+
+    assert choose_baseline(columns("fa", "sft"), None) == "sft"
+    assert choose_baseline(columns("fa", "ca"), None) == "fa"
+    assert choose_baseline(columns("fa", "ca"), "ca") == "ca"
+    seeds = columns("sft seed 1", "sft seed 2", pool="sft")
+    assert choose_baseline([*columns("ca"), *seeds], None) == "sft seed 1"
     with pytest.raises(ConfigError, match=r"evaluate\.baseline=dpo: no such method; there are fa, ca"):
-        choose_baseline(["fa", "ca"], "dpo")
+        choose_baseline(columns("fa", "ca"), "dpo")
 
 
 def test_the_same_seed_gives_the_same_report(comparison: Comparison) -> None:
