@@ -47,7 +47,7 @@ test-fast: $(READY) ## the tests of one process, in seconds
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not distributed and not gpu" $(PYTEST_ARGS)
 
 # Debian's packages, where they are missing and this user may install them; the daemons are those of the tests alone.
-test-slurm: $(READY) ## jobs against a private Slurm of two nodes on this machine (half an hour)
+test-slurm: $(READY) ## jobs against a private Slurm of two nodes on this machine (a quarter of an hour)
 	@PATH="$$PATH:/usr/sbin"; command -v slurmctld slurmd munged >/dev/null \
 	    || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge; } >/dev/null \
 	    || { echo "make test-slurm: install Slurm and munge first (Debian: slurm-wlm, munge)" >&2; exit 1; }
@@ -56,7 +56,7 @@ test-slurm: $(READY) ## jobs against a private Slurm of two nodes on this machin
 test-container: $(READY) ## lint the Dockerfile and run its steps in new environments (downloads packages)
 	TEST_CONTAINER=1 $(BIN)/pytest -q tests/container $(PYTEST_ARGS)
 
-faults: $(READY) ## kill, stop and starve commands at random, hundreds of times (half an hour)
+faults: $(READY) ## kill, stop and starve commands at random, hundreds of times (some hours)
 	FAULTS=all $(BIN)/pytest -q -s tests/faults tests/distributed/test_resharding.py $(PYTEST_ARGS)
 
 demo: $(READY) ## the whole pipeline on a small made-up corpus, on CPU or GPU

@@ -25,16 +25,15 @@ from offline_align.errors import AlignError
 logger = logging.getLogger(__name__)
 _MOST_SECONDS_BETWEEN_BEATS = 2.0
 _LEFT = b"left"
-_sessions = itertools.count()
 
 
 @contextlib.contextmanager
-def heartbeat(silent_seconds: float) -> Iterator[None]:
-    """Beat for this rank and listen to the next one while the block runs; under a launcher only, and with others."""
+def heartbeat(silent_seconds: float, place: str) -> Iterator[None]:
+    """Beat at `place` in the launcher's store, and listen to the next rank, while the block runs."""
     if dist.get_world_size() == 1:
         yield
         return
-    pulse = _Pulse(dist.get_rank(), dist.get_world_size(), silent_seconds)
+    pulse = _Pulse(dist.get_rank(), dist.get_world_size(), silent_seconds, place)
     pulse.start()
     try:
         yield
@@ -43,7 +42,7 @@ def heartbeat(silent_seconds: float) -> Iterator[None]:
 
 
 class _Pulse(threading.Thread):
-    def __init__(self, rank: int, world_size: int, silent_seconds: float) -> None:
+    def __init__(self, rank: int, world_size: int, silent_seconds: float, place: str) -> None:
         super().__init__(name="heartbeat", daemon=True)
         # A connection of its own, since one serves one thread at a time.
         store: Any = dist
@@ -54,10 +53,8 @@ class _Pulse(threading.Thread):
             wait_for_workers=False,
             timeout=timedelta(seconds=max(silent_seconds, 10.0)),
         )
-        # Launchers keep their store over restarts.
-        place = f"beat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_sessions)}"
         self._next = (rank + 1) % world_size
-        self._own_key, self._next_key = f"{place}/{rank}", f"{place}/{self._next}"
+        self._own_key, self._next_key = f"{place}/beat/{rank}", f"{place}/beat/{self._next}"
         self._limit = silent_seconds
         self._pause = min(_MOST_SECONDS_BETWEEN_BEATS, silent_seconds / 5)
         self._process = asdict(Process.this())

@@ -6,7 +6,6 @@ of torchrun, or a world of one.
 
 import contextlib
 import datetime
-import itertools
 import logging
 import os
 import random
@@ -20,13 +19,13 @@ import torch.distributed as dist
 
 from offline_align.config.sections import Device, ParallelSection, Precision, RunSection
 from offline_align.distributed.heartbeat import heartbeat
+from offline_align.distributed.meeting import fresh_place
 from offline_align.errors import AlignError, ConfigError, DataError, FailedOnMainRank
 
 logger = logging.getLogger(__name__)
 # Long enough for a rank that writes or hashes a large checkpoint while the others wait; `heartbeat` ends them sooner
 # where a rank is silent.
 _TIMEOUT = datetime.timedelta(minutes=30)
-_SESSIONS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -136,11 +135,11 @@ def session(parallel: ParallelSection, run: RunSection) -> Iterator[Ranks]:
         torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     else:
         torch.cuda.set_device(device)
-    _init_process_group(device)
+    place = _init_process_group(device)
     from megatron.core import parallel_state
 
     try:
-        with heartbeat(parallel.silent_rank_seconds):
+        with heartbeat(parallel.silent_rank_seconds, place):
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=parallel.tensor_model_parallel_size,
                 context_parallel_size=parallel.context_parallel_size,
@@ -156,17 +155,19 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _init_process_group(device: torch.device) -> None:
+def _init_process_group(device: torch.device) -> str:
+    """Meet the other ranks; returns the place in the store that is this session's alone."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
         shared, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))  # type: ignore[attr-defined]
-        # A later session of this process has the same store, where it would find the addresses of an earlier one.
-        own: Any = dist.PrefixStore(f"session_{next(_SESSIONS)}", shared)  # type: ignore[attr-defined]
+        place = fresh_place(shared, rank, world_size, _TIMEOUT.total_seconds())
+        own: Any = dist.PrefixStore(place, shared)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-        return
+        return place
     # A world of one needs no port: the store lives in this process.
     store: Any = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
+    return ""
 
 
 def _ranks(device: torch.device) -> Ranks:
