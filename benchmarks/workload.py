@@ -78,6 +78,7 @@ def _add_rewards(source: Path, target: Path, seed: int) -> None:
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     for row in rows:
         row["reward"] = row["reward_raw"] = drawn.gauss(0.0, 1.0)
+        row["source_id"] = row["id"]
     target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

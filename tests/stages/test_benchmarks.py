@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import workload
 from benchmarks.harness import Contender, medians, table
 from benchmarks.projection import PUBLISHED_A100_HOURS, hours, table_3_lines
 from benchmarks.tokenisation import CONTENDERS
+from offline_align.config.sections import OnBadRow
+from offline_align.data.records import BadRows, LabelledSample, read_rows
 from tests.small_tokenizers import write_hugging_face
-from tests.training import write_jsonl
+from tests.training import samples, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +66,14 @@ def test_tokenisation_contenders_make_the_same_number_of_tokens(tmp_path: Path) 
     assert counts[0] == counts[-1] + len(rows)
     assert len(set(counts[1:-1])) == 1
     assert counts[-1] - 2 * len(rows) <= counts[1] <= counts[-1], counts
+
+
+def test_rows_with_rewards_are_rows_that_the_methods_read(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "sft.jsonl", samples(5))
+    workload._add_rewards(source, tmp_path / "labelled.jsonl", 1)
+    found = list(read_rows([tmp_path / "labelled.jsonl"], LabelledSample, BadRows(OnBadRow.fail, None)))
+    assert [row.source_id for row in found] == [row["id"] for row in samples(5)]
+    assert len({row.reward for row in found}) == 5
 
 
 def test_table_3_by_hand() -> None:
