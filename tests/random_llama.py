@@ -19,7 +19,7 @@ def save_random_llama(folder: Path, tokenizer: Tokenizer, spread: float = 0.4, *
         max_position_embeddings=128,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_id,
-        **{**shape, **settings},
+        **(shape | settings),
     )
     model = transformers.LlamaForCausalLM(config)
     for parameter in model.parameters():

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 # Long enough for a rank that writes or hashes a large checkpoint while the others wait; `heartbeat` ends them sooner
 # where a rank is silent.
 _TIMEOUT = datetime.timedelta(minutes=30)
+# Torch declares no types for its stores.
+_stores: Any = dist
 
 
 @dataclass(frozen=True)
@@ -159,13 +161,13 @@ def _init_process_group(device: torch.device) -> str:
     """Meet the other ranks; returns the place in the store that is this session's alone."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
-        shared, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))  # type: ignore[attr-defined]
+        shared, rank, world_size = next(_stores.rendezvous("env://", timeout=_TIMEOUT))
         place = fresh_place(shared, rank, world_size, _TIMEOUT.total_seconds())
-        own: Any = dist.PrefixStore(place, shared)  # type: ignore[attr-defined]
+        own = _stores.PrefixStore(place, shared)
         dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=_TIMEOUT)
         return place
     # A world of one needs no port: the store lives in this process.
-    store: Any = dist.HashStore()  # type: ignore[attr-defined]
+    store = _stores.HashStore()
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
     return ""
 

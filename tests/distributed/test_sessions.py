@@ -1,4 +1,4 @@
-"""Several sessions in one process, one after the other, as `evaluate` with two reward models has them."""
+"""Sessions that share a store: several in one process, as `evaluate` with two reward models has them, and restarts."""
 
 import os
 import subprocess
@@ -22,11 +22,37 @@ for number in range(4):
 """
 
 
+CRASHING = """
+import os, sys, time
+from offline_align.config.sections import Device, ParallelSection, RunSection
+from offline_align.distributed.setup import session
+
+rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+# Another rank is the first to come, each time.
+time.sleep(0.4 * ((rank + attempt) % 2))
+with session(ParallelSection(), RunSection(dir="unused", device=Device.cpu)) as ranks:
+    assert ranks.gather(rank) == [0, 1]
+    if attempt < 2 and rank == 1:
+        # No farewell to the others, as a kill has none.
+        os._exit(1)
+    ranks.barrier()
+"""
+
+
+def start(program: str, *options: str) -> "subprocess.CompletedProcess[str]":
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", *options]
+    command = [*launcher, sys.executable, "-c", program]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+
+
 @pytest.mark.slow
 def test_a_session_finds_nothing_of_the_one_before() -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "--no-python"]
-    command = [*launcher, sys.executable, "-c", PROGRAM]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    done = start(PROGRAM, "--nproc-per-node=4")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_restart_finds_nothing_of_the_attempt_before() -> None:
+    done = start(CRASHING, "--nproc-per-node=2", "--max-restarts=2")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,8 @@ from offline_align.errors import AlignError
 
 @pytest.fixture
 def store() -> Any:
-    return dist.HashStore()  # type: ignore[attr-defined]
+    stores: Any = dist  # torch declares no types for them
+    return stores.HashStore()
 
 
 def meet(store: Any, world_size: int, late: float = 0.0) -> list[str]:
