@@ -24,14 +24,14 @@ fi
 
 # ---- How long and how wide -------------------------------------------------------------------------------------------
 
-# The demo is small: about 3,000 rows of each kind, a tiny model, one pass over the labelled rows for every method, so
+# The demo is small: 3,000 SFT rows, 2,000 pairs, a tiny model, one pass over the labelled rows for every method, so
 # that FA costs less than RWR and CA as it does in the paper. Other models keep the paper's settings.
 if [[ "$MODEL" == demo ]]; then
     size="data.max_length=256 trainer.micro_batch_size=16 trainer.global_batch_size=64"
     # Two ranks share each layer: the production path, also on CPU. A machine with one GPU has no second rank.
     gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
     [[ "$gpus" -eq 1 ]] || tensor_parallel="launcher.nproc_per_node=2 parallel=tp2"
-    PREPARE_OPTIONS=${PREPARE_OPTIONS:-prepare.demo_sft_rows=3000 prepare.demo_preference_rows=3000}
+    PREPARE_OPTIONS=${PREPARE_OPTIONS:-prepare.demo_sft_rows=3000 prepare.demo_preference_rows=2000}
     SFT_OPTIONS=${SFT_OPTIONS:-$size trainer.max_epochs=4 optim.lr=2e-3 optim.lr_warmup_steps=20}
     REWARD_OPTIONS=${REWARD_OPTIONS:-$size trainer.max_epochs=1 optim.lr=1e-3 optim.lr_warmup_steps=10}
     ALIGN_OPTIONS=${ALIGN_OPTIONS:-$size trainer.max_epochs=1 optim.lr=1e-3 optim.lr_warmup_steps=10}
