@@ -36,7 +36,8 @@ def main() -> None:
     import numpy as np
 
     from offline_align.config.sections import Device, ModelSection, OptimSection, ParallelSection, RunSection
-    from offline_align.data.loader import Loader, SampleSource
+    from offline_align.data.bins import SampleSource
+    from offline_align.data.loader import Loader
     from offline_align.data.tokenize import TokenizedRows
     from offline_align.distributed.setup import session
 

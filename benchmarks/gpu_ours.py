@@ -26,7 +26,8 @@ from offline_align.config.sections import (
     ParallelSection,
     RunSection,
 )
-from offline_align.data.loader import Loader, PairSource, RowSource, SampleSource
+from offline_align.data.bins import PairSource, RowSource, SampleSource
+from offline_align.data.loader import Loader
 from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
 from offline_align.distributed.setup import session
 
@@ -108,7 +109,7 @@ def label(_: str, __: str, backend: str, rows: str) -> None:
         model: Any = build_model(
             "reward_model", model_section(FULL_LAYERS, backend), PARALLEL, ranks.device, not SMOKE
         ).eval()
-        bins = plan_bins(source.lengths(), 4 * MAX_LENGTH)
+        bins = plan_bins(source, 4 * MAX_LENGTH)
         timing = timed(lambda: [score_bin(model, source, b, ranks) for b in bins])
     report(**result(timing, lengths, 0, FULL_LAYERS, training=False))
 

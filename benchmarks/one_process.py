@@ -20,7 +20,8 @@ from benchmarks.matrices import Product, _products
 from benchmarks.peers import Clock, _padded, _step
 from benchmarks.workload import GLOBAL_BATCH, MAX_LENGTH
 from offline_align.config.sections import Device, ModelSection, OptimSection, ParallelSection, RunSection
-from offline_align.data.loader import Loader, SampleSource, rows_of_step
+from offline_align.data.bins import SampleSource
+from offline_align.data.loader import Loader, rows_of_step
 from offline_align.data.tokenize import TokenizedRows
 from offline_align.distributed.setup import session
 
@@ -67,7 +68,7 @@ def contenders(rows: TokenizedRows, ranks: Any) -> dict[str, Callable[[int], flo
     from offline_align.train.step import TrainStep
 
     parallel, source, count = ParallelSection(), SampleSource(rows), len(rows)
-    lengths, starts = source.lengths().tolist(), rows.target_start.tolist()
+    lengths, starts = source.lengths(range(count)).tolist(), rows.target_start.tolist()
     plain = [
         {"ids": rows.ids[a:b].tolist(), "target_start": s}
         for a, b, s in zip(rows.offsets[:-1], rows.offsets[1:], starts, strict=True)
@@ -95,7 +96,7 @@ def contenders(rows: TokenizedRows, ranks: Any) -> dict[str, Callable[[int], flo
         return processor_seconds(lambda: _multiply(products))
 
     def score(_: int) -> float:
-        bins = plan_bins(source.lengths(), MAX_LENGTH)
+        bins = plan_bins(source, MAX_LENGTH)
         return processor_seconds(lambda: [score_bin(scorer, source, b, ranks) for b in bins])
 
     @torch.inference_mode()

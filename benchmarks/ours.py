@@ -85,7 +85,7 @@ def label(workload: str, scratch: str) -> None:
         source = tokenized(samples, renderer, data, Path(scratch))
 
         def score() -> list[float]:
-            bins = plan_bins(source.lengths(), MAX_LENGTH)
+            bins = plan_bins(source, MAX_LENGTH)
             found = {r: s for b in bins for r, s in zip(b, score_bin(model, source, b, ranks), strict=True)}
             return [found[i] for i in range(len(samples))]
 
@@ -93,5 +93,5 @@ def label(workload: str, scratch: str) -> None:
         started = time.perf_counter()
         scores = score()
         seconds = time.perf_counter() - started
-        tokens = int(source.lengths().sum())
+        tokens = source.num_tokens()
     report(tokens_per_second=tokens / seconds, padding=0.0, seconds=seconds, checksum=sum(scores))

@@ -34,6 +34,7 @@ _WHY: dict[Change, dict[str, str]] = {
         "data.num_workers": "how many processes tokenise",
         "trainer.max_time": "when to stop and go on later",
         "trainer.micro_batch_size": "results do not depend on it",
+        "trainer.share_prompts": "results do not depend on it",
         "trainer.recompute": "memory for time",
         "trainer.log_interval": "how often metrics are written",
         "trainer.keep_checkpoints": "how many are kept",

@@ -34,17 +34,38 @@ class AttentionSlice:
 
 
 @dataclass(frozen=True)
+class SharedKeys:
+    """The keys of rows that begin with tokens of an earlier row, which the bin holds once.
+
+    K keys of all rows stand side by side, R of them are of earlier rows.
+    """
+
+    index: Tensor
+    """[K] int64: place in the bin of each key."""
+    own: Tensor
+    """[T] int64: which of the K is the token's own key, as its row sees it."""
+    again: Tensor
+    """[R] int64: which of the K are of an earlier row."""
+    again_index: Tensor
+    """[R] int64: places of those in the bin."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "SharedKeys":
+        """Return the same with `change` made to all tensors."""
+        return SharedKeys(*(change(t) for t in (self.index, self.own, self.again, self.again_index)))
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """A bin of whole rows side by side; attention never crosses a segment."""
 
     tokens: Tensor
     """[1, T] int64."""
     positions: Tensor
-    """[1, T] int64, counted from 0 in each segment."""
+    """[1, T] int64, counted from 0 at the first token of each row."""
     cu_seqlens: Tensor
     """[S + 1] int32: where segments begin and end in the whole bin."""
     max_seqlen: int
-    """Tokens of the longest segment."""
+    """Tokens of the longest segment: of a row without what it shares with an earlier one."""
     target_index: Tensor
     """[N] int64: places in `tokens` whose next token is a target."""
     target_ids: Tensor
@@ -60,7 +81,9 @@ class PackedBatch:
     num_padding: int
     """Tokens of the bin that belong to no row."""
     slices: tuple[AttentionSlice, ...] = ()
-    """What this rank computes of the bin under context parallelism; empty: all of it."""
+    """What this rank computes of the bin under context parallelism, and what it looks back on; empty: whole rows."""
+    shared_keys: SharedKeys | None = None
+    """What rows see of earlier rows; None: nothing."""
     last_is_here: Tensor | None = None
     """[S] bool: whether the last token of a segment is on this rank; None: all are."""
 
@@ -76,4 +99,5 @@ class PackedBatch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
         tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, slices=tuple(s.each(change) for s in self.slices), **tensors)
+        shared = None if self.shared_keys is None else self.shared_keys.each(change)
+        return replace(self, slices=tuple(s.each(change) for s in self.slices), shared_keys=shared, **tensors)

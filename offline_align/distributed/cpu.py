@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _FACTORIES = (
     "zeros",
@@ -86,6 +87,7 @@ def enable() -> None:
     _keep_freed_memory()
     _skip_compilation()
     _patch_device()
+    _skip_lonely_collectives()
     _patch_random_state()
 
 
@@ -112,6 +114,27 @@ def _skip_compilation() -> None:
     """
     torch_module: Any = torch
     torch_module.compile = lambda function=None, **_: function if function is not None else (lambda f: f)
+
+
+def _skip_lonely_collectives() -> None:
+    """Let a rank that is alone in its group keep what it has.
+
+    The distributed optimizer reduces gradients and gathers weights in place; gloo copies both, through a buffer of
+    their size, where there is nobody to talk to: a twentieth of a step of a small model.
+    """
+    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
+        setattr(dist, name, _unless_alone(getattr(dist, name)))
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        in_place = output.data_ptr() == given.data_ptr() and output.numel() == given.numel()
+        if in_place and dist.get_world_size(kwargs.get("group")) == 1:
+            return None
+        return collective(output, given, *args, **kwargs)
+
+    return call
 
 
 def _patch_device() -> None:

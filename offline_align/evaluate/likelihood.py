@@ -14,8 +14,8 @@ from torch import Tensor
 
 from offline_align.config.runs import EvaluateRun
 from offline_align.data.batch import PackedBatch
+from offline_align.data.bins import SampleSource
 from offline_align.data.context import share_of_context, slices_of_rank
-from offline_align.data.loader import SampleSource
 from offline_align.data.records import Sample
 from offline_align.distributed.setup import Ranks, session, uses_bf16
 from offline_align.distributed.sizes import padding_multiple
@@ -55,7 +55,7 @@ def log_likelihoods(checkpoint: Path, answers: Sequence[Given], config: Evaluate
         source = SampleSource(rows)
         model = _load(checkpoint, config, ranks)
         places = [int(row_id) for row_id in rows.row_ids]
-        bins = plan_bins(source.lengths(), config.trainer.micro_batch_size * config.data.max_length)
+        bins = plan_bins(source, config.trainer.micro_batch_size * config.data.max_length)
         own: dict[int, tuple[float, float]] = {}
         for chosen in bins[ranks.dp_rank :: ranks.dp_size]:
             finished = torch.tensor([answers[places[row]].finished for row in chosen])

@@ -11,13 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from offline_align.config.sections import ComputeSection, DataSection, ParallelSection, RunSection, TooLong
+from offline_align.data.bins import SampleSource, shares_prompts
 from offline_align.data.context import share_of_context
-from offline_align.data.loader import SampleSource
 from offline_align.data.pack import pack
 from offline_align.data.records import Sample
 from offline_align.data.template import Renderer
@@ -52,8 +50,8 @@ def score_samples(
     with session(parallel, run) as ranks:
         model = load_reward_model(checkpoint, parallel, ranks, uses_bf16(trainer.precision, ranks.device))
         tokens = tokens_by_place([TrainingRow(s) for s in samples], checkpoint, data, run)
-        source = SampleSource(tokens)
-        bins = plan_bins(source.lengths(), trainer.micro_batch_size * data.max_length)
+        source = SampleSource(tokens, shares_prompts(trainer, parallel))
+        bins = plan_bins(source, trainer.micro_batch_size * data.max_length)
         own = dict(score_bins(model, source, bins[ranks.dp_rank :: ranks.dp_size], ranks))
         merged = {int(tokens.row_ids[row]): score for part in ranks.gather(own) for row, score in part.items()}
         if len(merged) < len(samples):
@@ -102,7 +100,9 @@ def load_model(
     return model
 
 
-def tokenized(samples: Sequence[Sample], renderer: Renderer, data: DataSection, cache_dir: Path) -> SampleSource:
+def tokenized(
+    samples: Sequence[Sample], renderer: Renderer, data: DataSection, cache_dir: Path, share_prompts: bool = False
+) -> SampleSource:
     """Return the tokens of all `samples`; raises DataError where one would be left out, for no row may be lost."""
     rows = tokenize_samples([TrainingRow(s) for s in samples], renderer, data, cache_dir, empty_answers=True)
     if len(rows) != len(samples):
@@ -114,15 +114,20 @@ def tokenized(samples: Sequence[Sample], renderer: Renderer, data: DataSection, 
             f"row {lost[0]}: cannot be scored ({reasons} of {len(samples)} rows): "
             f"raise data.max_length={data.max_length}{fix}"
         )
-    return SampleSource(rows)
+    return SampleSource(rows, share_prompts)
 
 
-def plan_bins(lengths: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
-    """Return which rows are scored together: bins of at most `capacity` tokens inside windows of the input."""
+def plan_bins(source: SampleSource, capacity: int) -> list[list[int]]:
+    """Return which rows are scored together: bins of at most `capacity` tokens inside windows of the input.
+
+    Answers to one prompt are neighbours in a bin where the source shares prompts.
+    """
     bins: list[list[int]] = []
-    for first in range(0, len(lengths), _WINDOW_ROWS):
-        window = lengths[first : first + _WINDOW_ROWS].tolist()
-        bins += [[first + i for i in b] for b in pack(window, max(capacity, max(window))) if b]
+    for first in range(0, len(source), _WINDOW_ROWS):
+        groups = source.groups(range(first, min(first + _WINDOW_ROWS, len(source))), capacity)
+        lengths = [tokens for _, tokens in groups]
+        packed = pack(lengths, max(capacity, *lengths))
+        bins += [[row for i in b for row in groups[i][0]] for b in packed if b]
     return bins
 
 

@@ -1,4 +1,4 @@
-"""Attention over packed rows and the norm that the torch backend puts around it.
+"""Attention over packed rows, without Transformer Engine.
 
 Shape legend: T tokens of the bin on this rank, K keys that they may see, H query heads of this rank, G key/value heads
 of this rank, D width of a head, L tokens of a segment, P those of them that queries may look back on.
@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
-from offline_align.data.batch import AttentionSlice, PackedBatch
+from offline_align.data.batch import AttentionSlice, PackedBatch, SharedKeys
 from offline_align.model.rotary import rotate
 
 # megatron reshapes for "thd"; here the layout stays sequence first and only this module reads the boundaries.
@@ -30,12 +30,15 @@ class Segments(PackedSeqParams):  # type: ignore[misc]
 
     slices: tuple[AttentionSlice, ...] = ()
     """In the order of this rank's tokens."""
+    shared_keys: SharedKeys | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     """Cosine and sine of each token: [T, 1, D / 2]."""
+    read: Tensor | None = None
+    """Places whose hidden states the head reads; None: it reads the whole sequence."""
 
     @classmethod
-    def of(cls, batch: PackedBatch, rotary: tuple[Tensor, Tensor]) -> "Segments":
-        """Return the segments of `batch`."""
+    def of(cls, batch: PackedBatch, rotary: tuple[Tensor, Tensor], read: Tensor | None) -> "Segments":
+        """Return the segments of `batch`, of which the head reads the places `read`."""
         whole = AttentionSlice(
             (0, batch.tokens.size(1)), batch.cu_seqlens, batch.cu_seqlens, batch.max_seqlen, batch.max_seqlen
         )
@@ -46,7 +49,9 @@ class Segments(PackedSeqParams):  # type: ignore[misc]
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
             slices=batch.slices or (whole,),
+            shared_keys=batch.shared_keys,
             rotary=rotary,
+            read=read,
         )
 
     @cached_property
@@ -87,6 +92,8 @@ class PackedAttention(nn.Module):
         value = value.squeeze(1)
         if self.context_size > 1:
             key, value = _whole_context(torch.stack((key, value), dim=1)).unbind(1)
+        if packed_seq_params.shared_keys is not None:
+            key, value = (_of_all_rows(t, packed_seq_params.shared_keys) for t in (key, value))
         attend = self._attend_cuda if query.is_cuda else self._attend_cpu
         return attend(query, key, value, packed_seq_params).flatten(1).unsqueeze(1)
 
@@ -146,6 +153,27 @@ class PackedAttention(nn.Module):
         return out[0].transpose(0, 1)
 
 
+def _of_all_rows(keys: Tensor, shared: SharedKeys) -> Tensor:
+    """Return the keys [K, ...] of all rows side by side, from those of the bin [T, ...]."""
+    out: Tensor = _OfAllRows.apply(keys, shared)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _OfAllRows(torch.autograd.Function):
+    """Gradients are gathered, and only those of shared keys added: of two rows to the same bits in every run."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, shared: SharedKeys) -> Tensor:
+        ctx.shared = shared
+        return keys.index_select(0, shared.index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        shared: SharedKeys = ctx.shared
+        own = grad.index_select(0, shared.own)
+        return own.index_add_(0, shared.again_index, grad.index_select(0, shared.again)), None
+
+
 def _whole_context(share: Tensor) -> Tensor:
     """Return the whole bin [K, ...] in order from every rank's two slices [T, ...]; its gradient is added up."""
     group = parallel_state.get_context_parallel_group()
@@ -153,21 +181,3 @@ def _whole_context(share: Tensor) -> Tensor:
     # Rank r holds slice r and slice 2c - 1 - r.
     early, late = gathered.unflatten(0, (group.size(), 2, -1)).unbind(1)
     return torch.cat((early, late.flip(0))).flatten(0, 1)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm that works with sequence parallelism, unlike megatron's wrapper of torch's."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.hidden_size = hidden_size
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Each rank sees a slice of the sequence, so megatron must add the ranks' gradients up.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        if not config.use_cpu_initialization:
-            self.to(torch.cuda.current_device())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x` of shape [..., hidden] divided by its root mean square, times the weight."""
-        return F.rms_norm(x, (self.hidden_size,), self.weight, self.eps)

@@ -19,9 +19,11 @@ from offline_align.config.sections import Backend, ModelSection, ParallelSection
 from offline_align.distributed.sizes import pad_vocabulary
 from offline_align.errors import ConfigError
 from offline_align.model.activation import SwiGLU
-from offline_align.model.attention import PackedAttention, RMSNorm
+from offline_align.model.attention import PackedAttention
 from offline_align.model.backend import choose_backend
 from offline_align.model.heads import Policy, RewardHead, RewardModel
+from offline_align.model.layers import stacked
+from offline_align.model.norm import RMSNorm
 from offline_align.model.rotary import PackedRotaryEmbedding, inverse_frequencies
 
 logger = logging.getLogger(__name__)
@@ -167,5 +169,4 @@ def _block_spec(model: ModelSection, config: TransformerConfig, backend: Backend
         self_attention=ModuleSpec(attention.module, attention.params, inner),
         mlp=partial(mlp, submodules=replace(mlp.keywords["submodules"], activation_func=SwiGLU)),
     )
-    layers = [ModuleSpec(spec.module, submodules=layer)] * config.num_layers
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=stacked(layer, config.num_layers), layer_norm=RMSNorm)

@@ -15,14 +15,20 @@ from torch import Tensor
 
 from offline_align.config.sections import ModelSection
 from offline_align.model.attention import PackedAttention, Segments
+from offline_align.model.layers import stacked
 from offline_align.model.rotary import rotate
 
 
 class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
     """Rotary positions and Transformer Engine's attention inside each segment of a bin.
 
+    Rows that look back on the tokens of others are left to the attention of the torch backend.
     Shape legend: T tokens of the bin, H query heads, G key/value heads of this rank, D width of a head.
     """
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, **named: Any) -> None:
+        super().__init__(config, *arguments, **named)
+        self._looking_back = PackedAttention(config, softmax_scale=named.get("softmax_scale"))
 
     def forward(
         self,
@@ -37,6 +43,9 @@ class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
     ) -> Tensor:
         """Return [T, 1, H * D] from query [T, 1, H, D] and key, value [T, 1, G, D]."""
         assert isinstance(packed_seq_params, Segments), "every batch of this project is packed"
+        if packed_seq_params.shared_keys is not None:
+            looked_back: Tensor = self._looking_back(query, key, value, None, packed_seq_params=packed_seq_params)
+            return looked_back
         assert packed_seq_params.rotary is not None
         cosine, sine = packed_seq_params.rotary
         query, key = (rotate(t.squeeze(1), cosine, sine) for t in (query, key))
@@ -77,5 +86,4 @@ def engine_block_spec(model: ModelSection, config: TransformerConfig) -> Transfo
         spec.submodules,
         self_attention=ModuleSpec(module=attention.module, params=attention.params, submodules=inner),
     )
-    layers = [ModuleSpec(module=spec.module, submodules=layer)] * config.num_layers
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm)
+    return TransformerBlockSubmodules(layer_specs=stacked(layer, config.num_layers), layer_norm=TENorm)

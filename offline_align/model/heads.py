@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from offline_align.data.batch import PackedBatch
 from offline_align.model.attention import Segments
+from offline_align.model.layers import read_places
 from offline_align.model.rotary import PackedRotaryEmbedding
 from offline_align.model.vocabulary import target_nll
 
@@ -32,7 +33,7 @@ class Policy(GPTModel):  # type: ignore[misc]
             batch.tokens,
             batch.positions,
             None,
-            packed_seq_params=_segments(self, batch),
+            packed_seq_params=_segments(self, batch, batch.target_index),
             output_processor=self._target_nll,
             output_processor_context=batch,
         )
@@ -41,10 +42,9 @@ class Policy(GPTModel):  # type: ignore[misc]
     def _target_nll(
         self, hidden_states: Tensor, output_weight: Tensor | None, context: PackedBatch, **_: Any
     ) -> Tensor:
-        hidden = _whole_sequence(hidden_states, self.config.sequence_parallel)
         # The prompt never meets the vocabulary.
-        hidden = hidden.index_select(0, context.target_index)
-        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden[:, 0])
+        hidden = _hidden_at(context.target_index, hidden_states, self.config.sequence_parallel)
+        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         weight = self.output_layer.weight if output_weight is None else output_weight
         group = parallel_state.get_tensor_model_parallel_group()
         return target_nll(hidden, weight, context.target_ids, group, self.num_tokens)
@@ -61,7 +61,7 @@ class Policy(GPTModel):  # type: ignore[misc]
             batch.tokens,
             batch.positions,
             None,
-            packed_seq_params=_segments(self, batch),
+            packed_seq_params=_segments(self, batch, None),
             output_processor=project,
         )
         return found
@@ -105,20 +105,32 @@ class RewardModel(GPTModel):  # type: ignore[misc]
             batch.tokens,
             batch.positions,
             None,
-            packed_seq_params=_segments(self, batch),
+            packed_seq_params=_segments(self, batch, batch.last_index),
             output_processor=self._scores,
             output_processor_context=batch,
         )
         return scores
 
     def _scores(self, hidden_states: Tensor, context: PackedBatch, **_: Any) -> Tensor:
-        hidden = _whole_sequence(hidden_states, self.config.sequence_parallel)
-        scores: Tensor = self.reward_head(hidden.index_select(0, context.last_index)[:, 0])
+        hidden = _hidden_at(context.last_index, hidden_states, self.config.sequence_parallel)
+        scores: Tensor = self.reward_head(hidden)
         return scores if context.last_is_here is None else _all_scores(scores, context.last_is_here)
 
 
-def _segments(model: "Policy | RewardModel", batch: PackedBatch) -> Segments:
-    return Segments.of(batch, model.rotary(batch.positions[0], model.config.params_dtype))
+def _segments(model: "Policy | RewardModel", batch: PackedBatch, read: Tensor | None) -> Segments:
+    """Return the segments of `batch`, whose hidden states are read at the places `read` (None: everywhere)."""
+    places = None if read is None else read_places(read, model.config.sequence_parallel)
+    return Segments.of(batch, model.rotary(batch.positions[0], model.config.params_dtype), places)
+
+
+def _hidden_at(index: Tensor, hidden: Tensor, sequence_parallel: bool) -> Tensor:
+    """Return the hidden states at the places `index`: [N, C]; the last layer has left out the others already.
+
+    Where ranks hold slices of the sequence it has not, and they are gathered.
+    """
+    if not sequence_parallel:
+        return hidden[: index.numel(), 0]
+    return _whole_sequence(hidden, sequence_parallel).index_select(0, index)[:, 0]
 
 
 def _all_scores(scores: Tensor, is_here: Tensor) -> Tensor:

@@ -23,10 +23,12 @@ def target_nll(hidden: Tensor, weight: Tensor, ids: Tensor, group: dist.ProcessG
 
 
 class _TargetNll(torch.autograd.Function):
-    """Neither probabilities nor their gradients of more than one piece are in memory at a time.
+    """What the backward pass multiplies by is made in the forward pass, where the logits are at hand.
 
-    Logits are kept for the backward pass in the model's precision where all of them fit LOGITS_KEPT_BYTES, and
-    computed again where not. With a sharded vocabulary a piece costs two all-reduces of a few bytes a target.
+    That is `softmax - one at the target`, in the model's precision; it is kept where all of it fits LOGITS_KEPT_BYTES,
+    and made again where not, so that never more than one piece of fp32 is in memory. Weights of targets are multiplied
+    onto rows [C], not onto rows of the vocabulary. With a sharded vocabulary a piece costs two all-reduces of a few
+    bytes a target.
     """
 
     @staticmethod
@@ -44,12 +46,16 @@ class _TargetNll(torch.autograd.Function):
         log_sum, target = hidden.new_empty((2, hidden.size(0)), dtype=torch.float32).unbind(0)
         kept = []
         for piece in _pieces(hidden.size(0), rows):
+            own = None if is_own is None else is_own[piece]
             logits = _logits(hidden[piece], weight, ctx.num_tokens)
-            log_sum[piece], target[piece] = _normaliser_and_target(
-                logits, local[piece], None if is_own is None else is_own[piece], group
+            probabilities, own_log_sum = _softmax(logits)
+            log_sum[piece], target[piece] = _over_vocabulary(
+                own_log_sum, logits.gather(1, local[piece, None])[:, 0], own, group
             )
+            del logits
             if keeps:
-                kept.append(logits)
+                residual = _residual(probabilities, own_log_sum - log_sum[piece], local[piece], own)
+                kept.append(residual.to(weight.dtype))
         ctx.save_for_backward(hidden, weight, local, is_own, log_sum, *kept)
         ctx.rows = rows
         return log_sum - target
@@ -58,16 +64,18 @@ class _TargetNll(torch.autograd.Function):
     def backward(ctx: Any, nll_grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, weight, local, is_own, log_sum, *kept = ctx.saved_tensors
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        weighted = (hidden * nll_grad[:, None]).to(weight.dtype)
         for number, piece in enumerate(_pieces(hidden.size(0), ctx.rows)):
-            logits = kept[number] if kept else _logits(hidden[piece], weight, ctx.num_tokens)
-            # Of the logits: (softmax - one at the target) * gradient of the likelihood.
-            grad = torch.sub(logits, log_sum[piece, None]).exp_()
-            one = torch.ones_like(log_sum[piece]) if is_own is None else is_own[piece].float()
-            grad.scatter_add_(1, local[piece, None], -one[:, None])
-            grad = grad.mul_(nll_grad[piece, None]).to(weight.dtype)
-            torch.mm(grad, weight, out=hidden_grad[piece])
-            weight_grad.addmm_(grad.t(), hidden[piece])
-        return hidden_grad, weight_grad, None, None, None
+            if kept:
+                residual = kept[number]
+            else:
+                own = None if is_own is None else is_own[piece]
+                probabilities, own_log_sum = _softmax(_logits(hidden[piece], weight, ctx.num_tokens))
+                residual = _residual(probabilities, own_log_sum - log_sum[piece], local[piece], own)
+                residual = residual.to(weight.dtype)
+            torch.mm(residual, weight, out=hidden_grad[piece])
+            weight_grad.addmm_(residual.t(), weighted[piece])
+        return hidden_grad * nll_grad[:, None].to(hidden.dtype), weight_grad, None, None, None
 
 
 def _pieces(count: int, rows: int) -> list[slice]:
@@ -75,23 +83,44 @@ def _pieces(count: int, rows: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, num_tokens: int) -> Tensor:
-    """Return [n, V] logits; those of rows from `num_tokens` on, which no token has, are minus infinity."""
+    """Return [n, V] logits; those of rows from `num_tokens` on, which no token has, are as low as can be.
+
+    They are finite, for a rank may hold no other rows, and would find a maximum of minus infinity.
+    """
     logits = hidden @ weight.t()
     if num_tokens < weight.size(0):
-        logits[:, max(num_tokens, 0) :] = -torch.inf
+        logits[:, max(num_tokens, 0) :] = torch.finfo(logits.dtype).min
     return logits
 
 
-def _normaliser_and_target(
-    logits: Tensor, local: Tensor, is_own: Tensor | None, group: dist.ProcessGroup
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return softmax [n, V] over this rank's rows and its log-sum-exp [n], both in fp32.
+
+    The largest probability is one over the sum of exponentials above the highest logit: two maxima are all it takes.
+    """
+    probabilities = torch.softmax(logits, dim=1, dtype=torch.float32)
+    return probabilities, logits.amax(1).float() - probabilities.amax(1).log()
+
+
+def _residual(probabilities: Tensor, log_share: Tensor, local: Tensor, is_own: Tensor | None) -> Tensor:
+    """Return softmax over the whole vocabulary less one at the target: [n, V], in place.
+
+    `log_share` [n] is the logarithm of this rank's share of the sum of exponentials.
+    """
+    if is_own is None:
+        return probabilities.scatter_add_(1, local[:, None], -torch.ones_like(log_share)[:, None])
+    probabilities.mul_(log_share.exp()[:, None])
+    return probabilities.scatter_add_(1, local[:, None], -is_own[:, None].float())
+
+
+def _over_vocabulary(
+    own_log_sum: Tensor, own_target: Tensor, is_own: Tensor | None, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """Return log-sum-exp over the whole vocabulary and the logit of the target: [n] each, in fp32."""
-    target = logits.gather(1, local[:, None])[:, 0].float()
-    log_sum = torch.logsumexp(logits.float(), dim=1)
     if is_own is None:
-        return log_sum, target
-    highest = log_sum.clone()
+        return own_log_sum, own_target.float()
+    highest = own_log_sum.clone()
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    sums = torch.stack(((log_sum - highest).exp(), torch.where(is_own, target, 0.0)))
+    sums = torch.stack(((own_log_sum - highest).exp(), torch.where(is_own, own_target.float(), 0.0)))
     dist.all_reduce(sums, group=group)
     return highest + sums[0].log(), sums[1]

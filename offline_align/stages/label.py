@@ -9,6 +9,7 @@ from typing import Any
 
 from offline_align import lineage
 from offline_align.config.runs import LabelRun
+from offline_align.data.bins import shares_prompts
 from offline_align.data.journal import Journal
 from offline_align.data.records import PreferencePair, Sample, read_samples_and_pairs, write_jsonl
 from offline_align.errors import DataError, StoppedEarly, StorageError
@@ -85,9 +86,10 @@ def _score_missing(config: LabelRun, samples: list[Sample], journal: Journal, ra
     (checkpoint,) = common.parent_models(config)
     model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
     renderer = renderer_of(checkpoint)
-    source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, common.cache_dir(config)))
+    shares = shares_prompts(config.trainer, config.parallel)
+    source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, common.cache_dir(config), shares))
     ranks.require_same(source.fingerprint(), "data.input")
-    bins = plan_bins(source.lengths(), config.trainer.micro_batch_size * config.data.max_length)
+    bins = plan_bins(source, config.trainer.micro_batch_size * config.data.max_length)
     left = [b for b in bins if any(row not in done for row in b)]
     writes = ranks.tp_rank == 0 and ranks.cp_rank == 0
     with (

@@ -117,7 +117,7 @@ def _source(
 def _tokenized(
     config: TrainRun, paths: list[Path], read: Any, renderer: Renderer, bad_rows: BadRows
 ) -> tuple[Any, dict[str, Any]]:
-    from offline_align.data.loader import PairSource, SampleSource
+    from offline_align.data.bins import PairSource, SampleSource, shares_prompts
     from offline_align.data.tokenize import tokenize_pairs, tokenize_samples
 
     before = Counter(bad_rows.counts)
@@ -127,7 +127,7 @@ def _tokenized(
     source: Any
     if rows.rows and isinstance(rows.rows[0], PreferencePair):
         tokenized = tokenize_pairs(rows.rows, renderer, config.data, cache, bad_rows)
-        source = PairSource(tokenized)
+        source = PairSource(tokenized, shares_prompts(config.trainer, config.parallel))
     else:
         tokenized = tokenize_samples(rows.rows, renderer, config.data, cache, bad_rows)
         source = SampleSource(tokenized)

@@ -83,10 +83,19 @@ def test_layouts_agree(folder: Path, alone: Path, layout: str) -> None:
         assert ours[name] == pytest.approx(values, abs=2e-4), name
 
 
+def computed_tokens(run: Path) -> float:
+    """Return the tokens of rows that the steps of a run computed."""
+    return sum(r * s for r, s in zip(metrics(run, "tokens_per_second"), metrics(run, "step_seconds"), strict=True))
+
+
 def test_reward_model_and_labels_agree_between_layouts(folder: Path, alone: Path) -> None:
-    data = write_jsonl(folder / "pairs.jsonl", pairs())
+    # Long enough that both answers of a pair share it.
+    data = write_jsonl(folder / "pairs.jsonl", [{**row, "prompt": f"{row['prompt']} " * 12} for row in pairs()])
     words = ["trainer.global_batch_size=4", "trainer.max_steps=5", "optim.lr=1e-3", f"data.valid={data}"]
     one = train("reward", folder / "reward", data, *words, model=continued(alone))
+    apart = train("reward", folder / "apart", data, *words, "trainer.share_prompts=false", model=continued(alone))
+    assert metrics(apart) == pytest.approx(metrics(one), abs=1e-5)
+    assert computed_tokens(one) < 0.7 * computed_tokens(apart)
     split = folder / "reward_tp2_dp2"
     done = command("reward", f"run.dir={split}", f"data.train={data}", *continued(alone), *words, *LAYOUTS["tp2_dp2"])
     assert done.returncode == 0, done.stderr

@@ -90,7 +90,7 @@ def row_nll(base: Path, rows: list[dict[str, Any]], condition: str = "") -> list
     import numpy as np
 
     from offline_align.config.sections import ParallelSection, RunSection
-    from offline_align.data.loader import SampleSource
+    from offline_align.data.bins import SampleSource
     from offline_align.data.records import Message, Sample
     from offline_align.data.template import Renderer
     from offline_align.data.tokenize import TokenizedRows

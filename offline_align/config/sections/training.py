@@ -42,6 +42,8 @@ class ComputeSection(LimitSection):
     """`bf16`, `fp32`, or `fp8` (training only); `auto` is bf16 on CUDA (the paper's) and fp32 on CPU."""
     micro_batch_size: int = 1
     """Rows of full length in one forward pass: a packed bin holds up to `micro_batch_size * data.max_length` tokens."""
+    share_prompts: bool = True
+    """Compute a prompt once for both answers of a pair, and for all answers to it that are scored together."""
 
 
 @dataclass(frozen=True)

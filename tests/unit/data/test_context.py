@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from offline_align.data.batch import PackedBatch
+from offline_align.data.bins import PairSource, SampleSource
 from offline_align.data.context import share_of_context, slices_of_rank
-from offline_align.data.loader import PairSource, SampleSource
 from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
 
 LENGTHS = [3, 17, 9, 1, 22, 4]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from offline_align.data.loader import Loader, PairSource, SampleSource, epoch_order, rows_of_step
+from offline_align.data.bins import PairSource, SampleSource
+from offline_align.data.loader import Loader, epoch_order, rows_of_step
 from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offline_align.config.sections import Device, ModelSection, ParallelSection, Recompute, RunSection
-from offline_align.data.loader import SampleSource
+from offline_align.data.bins import SampleSource
 from offline_align.data.tokenize import TokenizedRows
 from offline_align.distributed.setup import Ranks, session
 from offline_align.distributed.sizes import ParallelSizes, model_sizes, training_memory

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offline_align.config.sections import ModelSection, ParallelSection, RunSection
-from offline_align.data.loader import SampleSource
+from offline_align.data.bins import SampleSource
 from offline_align.data.tokenize import TokenizedRows
 from offline_align.distributed.setup import Ranks, session
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from offline_align.config.sections import ModelSection, OptimSection, ParallelSection, RunSection
-from offline_align.data.loader import Loader, SampleSource
+from offline_align.data.bins import SampleSource
+from offline_align.data.loader import Loader
 from offline_align.data.tokenize import TokenizedRows
 from offline_align.distributed.setup import Ranks, session
 

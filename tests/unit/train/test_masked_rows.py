@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from offline_align.config.sections import ModelSection, OptimSection, ParallelSection, RunSection
-from offline_align.data.loader import SampleSource
+from offline_align.data.bins import SampleSource
 from offline_align.data.tokenize import TokenizedRows
 from offline_align.distributed.setup import session
 

@@ -1,0 +1,49 @@
+"""The norm of the torch backend."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm that works with sequence parallelism, unlike megatron's wrapper of torch's."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.hidden_size = hidden_size
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Each rank sees a slice of the sequence, so megatron must add the ranks' gradients up.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        if not config.use_cpu_initialization:
+            self.to(torch.cuda.current_device())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` of shape [..., hidden] divided by its root mean square, times the weight."""
+        if x.dtype is torch.float32 and not x.is_cuda:
+            out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+            return out
+        return F.rms_norm(x, (self.hidden_size,), self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """On the CPU torch makes the norm of single operations, each a pass over memory; these are about half of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
+        inverse = mean_square.add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return torch.mul(x, inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        product = (grad * x).flatten(0, -2)
+        weight_grad = inverse.flatten() @ product
+        # Of each row: how much the gradient points along it, which the norm takes out.
+        along = (product @ weight).view_as(inverse).mul_(inverse**3).div_(x.size(-1))
+        return torch.mul(grad, weight).mul_(inverse).addcmul_(x, along, value=-1), weight_grad, None

@@ -1,0 +1,111 @@
+"""Bins in which rows have their prompt once, against layouts by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from offline_align.config.sections import ComputeSection, ParallelSection
+from offline_align.data import bins
+from offline_align.data.bins import PairSource, SampleSource, shares_prompts
+from offline_align.data.tokenize import TokenizedPairs
+from tests.unit.data.test_loader import tokenized
+
+PROMPT = [7, 8, 9]
+
+
+@pytest.fixture(autouse=True)
+def short_prompts_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bins, "_LEAST_SHARED", 3)
+
+
+def pairs(chosen: list[list[int]], rejected: list[list[int]]) -> TokenizedPairs:
+    starts = [1] * len(chosen)
+    margin = np.full(len(chosen), np.nan, np.float32)
+    names = [f"p{i}" for i in range(len(chosen))]
+    return TokenizedPairs(tokenized(chosen, starts), tokenized(rejected, starts), margin, names, {})
+
+
+def test_a_pair_has_its_prompt_once() -> None:
+    source = PairSource(pairs([[*PROMPT, 1, 2]], [[*PROMPT, 1, 5, 6]]), share_prompts=True)
+    batch = source.collate([0], pad_to_multiple=8)
+    # The answers begin alike, and that too is computed once.
+    assert batch.tokens.tolist() == [[7, 8, 9, 1, 2, 5, 6, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 4, 5, 0]]
+    assert batch.cu_seqlens.tolist() == [0, 5, 7, 8]
+    assert batch.last_index.tolist() == [4, 6]
+    (attention,) = batch.slices
+    assert attention.cu_seqlens_q.tolist() == [0, 5, 7, 8]
+    assert attention.cu_seqlens_k.tolist() == [0, 5, 11, 12]
+    assert (attention.max_seqlen_q, attention.max_seqlen_k) == (5, 6)
+    keys = batch.shared_keys
+    assert keys is not None
+    assert keys.index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 5, 6, 7]
+    assert keys.own.tolist() == [0, 1, 2, 3, 4, 9, 10, 11]
+    assert keys.again.tolist() == [5, 6, 7, 8]
+    assert keys.again_index.tolist() == [0, 1, 2, 3]
+    assert source.lengths([0]).tolist() == [7]
+    assert source.squared_lengths([0]) == 5**2 + 6**2 - 4**2
+
+
+def test_each_pair_looks_back_on_its_own_prompt_alone() -> None:
+    source = PairSource(pairs([[*PROMPT, 1], [*PROMPT, 2]], [[*PROMPT, 3], [4, 4]]), share_prompts=True)
+    batch = source.collate([1, 0], pad_to_multiple=1)
+    assert batch.tokens.tolist() == [[*PROMPT, 2, 4, 4, *PROMPT, 1, 3]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 3]]
+    assert batch.last_index.tolist() == [3, 5, 9, 10]
+    assert batch.shared_keys is not None
+    assert batch.shared_keys.again_index.tolist() == [6, 7, 8]
+    assert source.lengths([1, 0]).tolist() == [6, 5]
+
+
+@pytest.mark.parametrize("rejected", [[*PROMPT, 1, 2], [*PROMPT, 1], [*PROMPT, 1, 2, 3]])
+def test_an_answer_always_has_a_last_token_of_its_own(rejected: list[int]) -> None:
+    batch = PairSource(pairs([[*PROMPT, 1, 2]], [rejected]), share_prompts=True).collate([0], 1)
+    chosen, other = batch.last_index.tolist()
+    assert chosen < other == batch.tokens.numel() - 1
+    assert batch.positions[0, other] == len(rejected) - 1
+
+
+def test_nothing_is_shared_where_it_is_short_or_not_wanted() -> None:
+    short = PairSource(pairs([[7, 8, 1]], [[7, 8, 2]]), share_prompts=True)
+    unwanted = PairSource(pairs([[*PROMPT, 1]], [[*PROMPT, 2]]))
+    for source, tokens in ((short, 6), (unwanted, 8)):
+        batch = source.collate([0], 1)
+        assert (batch.shared_keys, batch.slices) == (None, ())
+        assert batch.tokens.numel() == source.lengths([0]).sum() == tokens
+
+
+def test_targets_of_rows_that_begin_alike() -> None:
+    rows = tokenized([[*PROMPT, 1, 2], [*PROMPT, 1, 5]], [3, 3], [1.0, 0.5])
+    batch = SampleSource(rows, share_prompts=True).collate([0, 1], 1)
+    assert batch.tokens.tolist() == [[*PROMPT, 1, 2, 5]]
+    # The second row's first target follows the prompt, its second the token that both answers begin with.
+    assert batch.target_index.tolist() == [2, 3, 2, 3]
+    assert batch.target_ids.tolist() == [1, 2, 1, 5]
+    assert batch.target_weights.tolist() == [1.0, 1.0, 0.5, 0.5]
+
+
+def test_answers_to_one_prompt_are_a_group_as_far_as_they_fit() -> None:
+    other = [5, 5, 5]
+    rows = [[*PROMPT, 1], [*other, 1], [*PROMPT, 2, 2], [*PROMPT, 3], [*other, 2]]
+    source = SampleSource(tokenized(rows, [3] * 5), share_prompts=True)
+    assert source.groups(range(5), 100) == [([0, 2, 3], 7), ([1, 4], 5)]
+    assert source.groups(range(5), 6) == [([0, 2], 6), ([1, 4], 5), ([3], 4)]
+    assert source.collate([0, 2, 3], 1).tokens.numel() == 7
+    alone = SampleSource(source.rows)
+    assert alone.groups(range(5), 100) == [([i], len(row)) for i, row in enumerate(rows)]
+
+
+def test_another_prompt_between_two_answers_ends_the_sharing() -> None:
+    rows = [[*PROMPT, 1], [5, 5, 5, 1], [*PROMPT, 2]]
+    batch = SampleSource(tokenized(rows, [3] * 3), share_prompts=True).collate([0, 1, 2], 1)
+    assert batch.shared_keys is None
+    assert batch.tokens.numel() == 12
+
+
+def test_context_parallelism_cuts_bins_of_whole_rows() -> None:
+    trainer = ComputeSection()
+    assert shares_prompts(trainer, ParallelSection())
+    assert not shares_prompts(trainer, ParallelSection(context_parallel_size=2))
+    assert not shares_prompts(replace(trainer, share_prompts=False), ParallelSection())
