@@ -10,6 +10,7 @@ from benchmarks.harness import Contender
 
 SFT = [
     Contender("offline-align sft, packed", "ours", "sft", ours=True),
+    Contender("the same on two ranks", "ours", "sft", arguments=("launcher.nproc_per_node=2",), ours=True),
     Contender(
         "TRL SFTTrainer, its defaults", "peers", "trl_sft", arguments=("8", "random", "no", "checkpointing"), slow=True
     ),
@@ -24,10 +25,13 @@ SFT = [
     Contender("TRL SFTTrainer, packing", "peers", "trl_sft", arguments=("1", "random", "packing", "plain"), slow=True),
     Contender("transformers + DDP, sorted, 4 rows", "peers", "transformers_ddp", arguments=("4",)),
     Contender("transformers + DDP, one row at a time", "peers", "transformers_ddp", arguments=("1",)),
+    Contender("transformers + DDP, one row, two ranks", "peers", "transformers_ddp", arguments=("1", "2")),
     Contender("bare matrix products", "matrices", "training", limit=True),
 ]
 REWARD = [
-    Contender("offline-align reward, packed", "ours", "reward", ours=True),
+    Contender("offline-align reward, packed, prompts once", "ours", "reward", ours=True),
+    Contender("the same on two ranks", "ours", "reward", arguments=("launcher.nproc_per_node=2",), ours=True),
+    Contender("the same, a prompt an answer", "ours", "reward", arguments=("trainer.share_prompts=false",), ours=True),
     Contender("TRL RewardTrainer, its defaults", "peers", "trl_reward", arguments=("8", "checkpointing"), slow=True),
     Contender("TRL RewardTrainer, no checkpointing", "peers", "trl_reward", arguments=("8", "plain")),
     Contender("TRL RewardTrainer, one pair at a time", "peers", "trl_reward", arguments=("1", "plain")),

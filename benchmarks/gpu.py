@@ -23,12 +23,19 @@ LARGEST_ERROR, SMALLEST_COSINE = 0.01, 0.99
 
 def contenders(backends: list[str]) -> list[tuple[str, str, Contender]]:
     """Return (task, kind of rows, contender) in the order of the table."""
-    found = [(CHECK, "", Contender(f"offline-align, {b}", "gpu_ours", "correctness", arguments=(b,))) for b in backends]
+    found = [
+        (CHECK, "", Contender(f"offline-align, {b}, {title}", "gpu_ours", "correctness", arguments=(b, kind)))
+        for b in backends
+        for kind, title in (("policy", "likelihoods"), ("reward_model", "scores with shared prompts"))
+    ]
     peers = {SFT: "sft", REWARD: "reward", LABEL: "label"}
     for task, function in peers.items():
         for rows in ("mixed",) if SMOKE else ("full", "mixed"):
             own = (Contender(f"offline-align, {b}", "gpu_ours", function, arguments=(b, rows)) for b in backends)
             found += [(task, rows, c) for c in own]
+            if task == REWARD:
+                apart = (f"offline-align, {backends[-1]}, a prompt an answer", (backends[-1], rows, "apart"))
+                found.append((task, rows, Contender(apart[0], "gpu_ours", function, arguments=apart[1])))
             found.append((task, rows, Contender("transformers", "gpu_peers", function, arguments=(rows,))))
             if task == LABEL:
                 found.append((task, rows, Contender("vLLM", "gpu_peers", "vllm_label", arguments=(rows,))))
@@ -96,9 +103,9 @@ def _checks(found: list[tuple[str, str, str, dict[str, float] | str]]) -> list[s
         if isinstance(values, str):
             lines.append(f"{CHECK}, {name}: FAILED: {values}")
             continue
-        error, cosine = values["nll_relative_error"], values["gradient_cosine"]
+        error, cosine = values["relative_error"], values["gradient_cosine"]
         verdict = "passed" if error < LARGEST_ERROR and cosine > SMALLEST_COSINE else "FAILED"
-        lines.append(f"{CHECK}, {name}: {verdict}: likelihoods differ by {error:.2e}, gradients' cosine {cosine:.6f}")
+        lines.append(f"{CHECK}, {name}: {verdict}: outputs differ by {error:.2e}, gradients' cosine {cosine:.6f}")
     return lines
 
 

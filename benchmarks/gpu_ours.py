@@ -1,5 +1,6 @@
 """This project's contenders on a GPU: its model, loader, step and scoring, without files and tokenizers."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,15 @@ def random_rows(lengths: list[int], seed: int = 0) -> TokenizedRows:
     )
 
 
+def random_pairs(lengths: list[int]) -> TokenizedPairs:
+    """Return pairs of random tokens whose answers, half of each row, follow the same prompt."""
+    chosen, other = random_rows(lengths, 1), random_rows(lengths, 2)
+    place = np.arange(sum(lengths)) - np.repeat(chosen.offsets[:-1], lengths)
+    ids = np.where(place < np.repeat(chosen.target_start, lengths), chosen.ids, other.ids)
+    rejected = replace(other, ids=ids)
+    return TokenizedPairs(chosen, rejected, np.zeros(len(lengths), np.float32), chosen.row_ids, {})
+
+
 def sft(_: str, __: str, backend: str, rows: str) -> None:
     """Optimizer steps of SFT on the 8 B shape with a quarter of its layers."""
     lengths = row_lengths(rows == "full", BINS_PER_STEP * MAX_LENGTH)
@@ -67,14 +77,12 @@ def sft(_: str, __: str, backend: str, rows: str) -> None:
     _train("policy", source, backend, lengths, targets)
 
 
-def reward(_: str, __: str, backend: str, rows: str) -> None:
-    """Optimizer steps of a reward model on packed pairs."""
+def reward(_: str, __: str, backend: str, rows: str, prompts: str = "once") -> None:
+    """Optimizer steps of a reward model on packed pairs, with each prompt once or with each answer."""
     # Two answers of a pair share a bin, so that full rows are half as long.
     halved = MAX_LENGTH // 2 if rows == "full" else MAX_LENGTH
     lengths = [min(n, halved) for n in row_lengths(rows == "full", BINS_PER_STEP * MAX_LENGTH // 2)]
-    chosen, rejected = random_rows(lengths, 1), random_rows(lengths, 2)
-    pairs = TokenizedPairs(chosen, rejected, np.zeros(len(lengths), np.float32), chosen.row_ids, {})
-    _train("reward_model", PairSource(pairs), backend, [*lengths, *lengths], 0)
+    _train("reward_model", PairSource(random_pairs(lengths), prompts == "once"), backend, [*lengths, *lengths], 0)
 
 
 def _train(kind: str, source: RowSource, backend: str, lengths: list[int], targets: int) -> None:
@@ -95,7 +103,8 @@ def _train(kind: str, source: RowSource, backend: str, lengths: list[int], targe
         upcoming = Loader(source, count, count * 100, MAX_LENGTH, 0, 0, 1).steps(0, pinned=on_cuda)
         timing = timed(lambda: step(next(upcoming).micro_batches, 1e-5))
         upcoming.close()
-    report(**result(timing, lengths, targets, TRAINED_LAYERS, training=True))
+    computed = int(source.lengths(range(count)).sum()), source.squared_lengths(range(count))
+    report(**result(timing, sum(lengths), computed, targets, TRAINED_LAYERS, training=True))
 
 
 def label(_: str, __: str, backend: str, rows: str) -> None:
@@ -111,24 +120,28 @@ def label(_: str, __: str, backend: str, rows: str) -> None:
         ).eval()
         bins = plan_bins(source, 4 * MAX_LENGTH)
         timing = timed(lambda: [score_bin(model, source, b, ranks) for b in bins])
-    report(**result(timing, lengths, 0, FULL_LAYERS, training=False))
+    computed = source.num_tokens(), source.squared_lengths(range(len(source)))
+    report(**result(timing, sum(lengths), computed, 0, FULL_LAYERS, training=False))
 
 
-def correctness(_: str, __: str, backend: str) -> None:
-    """Compare likelihoods and gradients on the device in its precision with fp32 on the CPU, same weights."""
+def correctness(_: str, __: str, backend: str, kind: str) -> None:
+    """Compare outputs and gradients on the device in its precision with fp32 on the CPU, same weights.
+
+    Outputs are likelihoods of a policy, or scores of a reward model whose answers share their prompts.
+    """
     import torch
 
     lengths = row_lengths(False, 2 * MAX_LENGTH, seed=3)
     found = {}
     for name, device, bf16 in (("fp32", Device.cpu, False), ("device", Device(DEVICE.type), not SMOKE)):
-        found[name] = _likelihoods(lengths, device, bf16, backend if name == "device" else "torch")
+        found[name] = _outputs(kind, lengths, device, bf16, backend if name == "device" else "torch")
     ours, exact = found["device"], found["fp32"]
-    nll_error = float((ours[0] - exact[0]).abs().mean() / exact[0].abs().mean())
+    error = float((ours[0] - exact[0]).abs().mean() / exact[0].abs().mean())
     cosine = float(torch.nn.functional.cosine_similarity(ours[1], exact[1], dim=0))
-    report(nll_relative_error=nll_error, gradient_cosine=cosine, gpu_memory_bytes=memory_bytes())
+    report(relative_error=error, gradient_cosine=cosine, gpu_memory_bytes=memory_bytes())
 
 
-def _likelihoods(lengths: list[int], device: Device, bf16: bool, backend: str) -> tuple[Any, Any]:
+def _outputs(kind: str, lengths: list[int], device: Device, bf16: bool, backend: str) -> tuple[Any, Any]:
     import torch
 
     with session(PARALLEL, RunSection(dir="unused", device=device)) as ranks:
@@ -143,13 +156,15 @@ def _likelihoods(lengths: list[int], device: Device, bf16: bool, backend: str) -
             vocab_size=WIDTHS["vocab_size"],
             backend=Backend(backend),
         )
-        model: Any = build_model("policy", small, PARALLEL, ranks.device, bf16)
+        model: Any = build_model(kind, small, PARALLEL, ranks.device, bf16)
         _fill(model)
-        batch = SampleSource(random_rows(lengths)).collate(range(len(lengths)), 16).to(ranks.device)
-        nll = model(batch)
-        nll.sum().backward()
+        source: RowSource = SampleSource(random_rows(lengths))
+        if kind == "reward_model":
+            source = PairSource(random_pairs(lengths), share_prompts=True)
+        output = model(source.collate(range(len(lengths)), 16).to(ranks.device))
+        output.sum().backward()
         gradient = torch.cat([p.grad.flatten().float().cpu() for _, p in sorted(_canonical(model).items())])
-        return nll.detach().float().cpu(), gradient
+        return output.detach().float().cpu(), gradient
 
 
 def _canonical(model: Any) -> dict[str, Any]:

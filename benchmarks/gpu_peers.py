@@ -15,6 +15,7 @@ from benchmarks.gpu_workload import (
     MAX_LENGTH,
     TRAINED_LAYERS,
     WIDTHS,
+    cost,
     result,
     row_lengths,
     timed,
@@ -74,7 +75,7 @@ def sft(_: str, __: str, rows: str) -> None:
 
     timing = timed(step)
     targets = sum(n - max(n // 2, 1) for n in lengths)
-    report(**result(timing, lengths, targets, TRAINED_LAYERS, training=True))
+    report(**result(timing, sum(lengths), cost(lengths), targets, TRAINED_LAYERS, training=True))
 
 
 def reward(_: str, __: str, rows: str) -> None:
@@ -96,7 +97,7 @@ def reward(_: str, __: str, rows: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    report(**result(timed(step), [*lengths, *lengths], 0, TRAINED_LAYERS, training=True))
+    report(**result(timed(step), 2 * sum(lengths), cost([*lengths, *lengths]), 0, TRAINED_LAYERS, training=True))
 
 
 def label(_: str, __: str, rows: str) -> None:
@@ -113,7 +114,7 @@ def label(_: str, __: str, rows: str) -> None:
         for ids, mask in batches:
             model(input_ids=ids, attention_mask=mask).logits[:, 0].tolist()
 
-    report(**result(timed(step), lengths, 0, FULL_LAYERS, training=False))
+    report(**result(timed(step), sum(lengths), cost(lengths), 0, FULL_LAYERS, training=False))
 
 
 def vllm_label(_: str, scratch: str, rows: str) -> None:
@@ -137,4 +138,4 @@ def vllm_label(_: str, scratch: str, rows: str) -> None:
     ids = [torch.randint(1, WIDTHS["vocab_size"], (n,)).tolist() for n in lengths]
     prompts = [TokensPrompt(prompt_token_ids=row) for row in ids]
     timing = timed(lambda: engine.classify(prompts, use_tqdm=False))
-    report(**result(timing, lengths, 0, FULL_LAYERS, training=False))
+    report(**result(timing, sum(lengths), cost(lengths), 0, FULL_LAYERS, training=False))

@@ -76,8 +76,19 @@ def memory_bytes() -> float:
     return float(torch.cuda.max_memory_allocated()) if DEVICE.type == "cuda" else 0.0
 
 
-def result(timing: Timing, lengths: list[int], targets: int, layers: int, training: bool) -> dict[str, float]:
-    """Return rates: real tokens a second, and the share of the bf16 peak with causal attention of true lengths."""
+def cost(lengths: list[int]) -> tuple[int, int]:
+    """Return tokens and sum of squared lengths of rows that share nothing."""
+    return sum(lengths), sum(n * n for n in lengths)
+
+
+def result(
+    timing: Timing, tokens: int, computed: tuple[int, int], targets: int, layers: int, training: bool
+) -> dict[str, float]:
+    """Return rates: `tokens` of rows a second, and the share of the bf16 peak that was used.
+
+    `computed` are the tokens that went through the model and the sum of squared lengths of their rows; attention is
+    causal, and the last layer's MLP sees targets alone.
+    """
     from offline_align.distributed.hardware import peak_flops
     from offline_align.distributed.sizes import ModelSizes
 
@@ -85,9 +96,9 @@ def result(timing: Timing, lengths: list[int], targets: int, layers: int, traini
     width = hidden // heads
     kv = width * WIDTHS["num_key_value_heads"]
     sizes = ModelSizes(hidden, width, hidden, kv, WIDTHS["intermediate_size"], layers, WIDTHS["vocab_size"], tied=False)
-    flops = sizes.train_flops(sum(lengths), sum(n * n for n in lengths), targets) / (1 if training else 3)
+    flops = sizes.train_flops(*computed, targets, targets) / (1 if training else 3)
     found = {
-        "tokens_per_second": sum(lengths) / timing.median,
+        "tokens_per_second": tokens / timing.median,
         "p95_over_median": timing.p95_over_median,
         "gpu_memory_bytes": memory_bytes(),
     }

@@ -29,8 +29,8 @@ class Contender:
 
 
 def report(**values: float) -> None:
-    """Print the result of a contender, its peak memory added, for the harness to read."""
-    print(MARK + json.dumps(values | {"peak_memory_bytes": peak_memory_bytes()}), flush=True)
+    """Print the result of a contender for the harness, with the peak memory of this process if none is given."""
+    print(MARK + json.dumps({"peak_memory_bytes": peak_memory_bytes()} | values), flush=True)
 
 
 def peak_memory_bytes() -> int:
@@ -84,8 +84,8 @@ def medians(found: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, flo
 
 
 def table(contenders: list[Contender], middle: dict[str, dict[str, float]], rate: str, unit: str) -> str:
-    """Return a Markdown table: rate, ratio of ours to each peer, padding and memory."""
-    own = next(middle[c.name] for c in contenders if c.ours)
+    """Return a Markdown table: rate, ratio of the faster of ours to each peer, padding and memory."""
+    own = _fastest_of_ours(contenders, middle, rate)
     lines = [f"| contender | {unit} | ours is | padding of computed tokens | peak memory |", "|---|---|---|---|---|"]
     for contender in contenders:
         values = middle[contender.name]
@@ -96,8 +96,12 @@ def table(contenders: list[Contender], middle: dict[str, dict[str, float]], rate
     return "\n".join([*lines, "", *_verdicts(contenders, middle, rate)])
 
 
+def _fastest_of_ours(contenders: list[Contender], middle: dict[str, dict[str, float]], rate: str) -> dict[str, float]:
+    return max((middle[c.name] for c in contenders if c.ours), key=lambda values: values[rate])
+
+
 def _verdicts(contenders: list[Contender], middle: dict[str, dict[str, float]], rate: str) -> list[str]:
-    own = next(middle[c.name] for c in contenders if c.ours)
+    own = _fastest_of_ours(contenders, middle, rate)
     peers = {c.name: middle[c.name] for c in contenders if not (c.ours or c.limit)}
     fastest = max(peers, key=lambda name: peers[name][rate])
     lines = [f"Against the fastest peer ({fastest}): {own[rate] / peers[fastest][rate]:.2f}x."] if peers else []

@@ -1,5 +1,6 @@
-"""The limit: nothing but the matrix products of the work, on the same bins, with memory for results at hand.
+"""The limit: nothing but the matrix products that the result needs, on the same bins, with memory for results at hand.
 
+A prompt that both answers of a pair have is multiplied once, and the last layer's MLP sees what is read of it.
 Shape legend: T tokens of a bin, N targets, C hidden width, F inner width, V vocabulary, L tokens of a row, H heads,
 D width of a head.
 """
@@ -7,6 +8,7 @@ D width of a head.
 import json
 import time
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from offline_align.data.loader import rows_of_step
 from offline_align.data.pack import pack
 
 Product = tuple[Tensor, Tensor, Tensor]
+Row = tuple[int, int]
+"""Tokens of a row that are computed, and those that they see with them."""
 
 
 def training(workload: str, scratch: str) -> None:
@@ -25,24 +29,28 @@ def training(workload: str, scratch: str) -> None:
     rows = load(Path(workload) / "sft_tokens.json")
     lengths = [len(r["ids"]) for r in rows]
     targets = [len(r["ids"]) - r["target_start"] for r in rows]
-    bins = list(_bins_of_steps(lengths))
-    _measure(workload, bins, lengths, targets, True, "targets_per_second", sum(targets))
+    bins = [[((n := lengths[i]), n) for i in b] for b in _bins_of_steps(lengths)]
+    read = [sum(targets[i] for i in b) for b in _bins_of_steps(lengths)]
+    _measure(workload, bins, read, True, True, "targets_per_second", sum(targets))
 
 
 def pairs(workload: str, scratch: str) -> None:
     """The same for a reward model, which has no output layer."""
-    rows = load(Path(workload) / "pairs_tokens.json")
-    both = [len(p["chosen"]) + len(p["rejected"]) for p in rows]
-    sides = [n for p in rows for n in (len(p["chosen"]), len(p["rejected"]))]
-    bins = [[s for i in b for s in (2 * i, 2 * i + 1)] for b in _bins_of_steps(both)]
-    _measure(workload, bins, sides, [0] * len(sides), True, "pairs_per_second", len(rows))
+    sides: list[list[Row]] = []
+    for pair in load(Path(workload) / "pairs_tokens.json"):
+        chosen, rejected = pair["chosen"], pair["rejected"]
+        shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected[:-1], strict=False)))
+        sides.append([(len(chosen), len(chosen)), (len(rejected) - shared, len(rejected))])
+    bins = list(_bins_of_steps([sum(own for own, _ in pair) for pair in sides]))
+    rows = [[row for i in b for row in sides[i]] for b in bins]
+    _measure(workload, rows, [2 * len(b) for b in bins], False, True, "pairs_per_second", len(sides))
 
 
 def scoring(workload: str, scratch: str) -> None:
     """Products of one forward pass over all rows."""
     lengths = [len(r["ids"]) for r in load(Path(workload) / "sft_tokens.json")]
-    bins = [b for b in pack(lengths, MAX_LENGTH) if b]
-    _measure(workload, bins, lengths, [0] * len(lengths), False, "tokens_per_second", sum(lengths))
+    bins = [[((n := lengths[i]), n) for i in b] for b in pack(lengths, MAX_LENGTH) if b]
+    _measure(workload, bins, [len(b) for b in bins], False, False, "tokens_per_second", sum(lengths))
 
 
 def _bins_of_steps(lengths: list[int]) -> Iterator[list[int]]:
@@ -53,32 +61,46 @@ def _bins_of_steps(lengths: list[int]) -> Iterator[list[int]]:
 
 
 def _measure(
-    workload: str, bins: list[list[int]], lengths: list[int], targets: list[int], backward: bool, unit: str, count: int
+    workload: str, bins: list[list[Row]], read: list[int], vocabulary: bool, backward: bool, unit: str, count: int
 ) -> None:
     config = json.loads((Path(workload) / "model" / "config.json").read_text(encoding="utf-8"))
-    work = [_products(config, [lengths[i] for i in b], sum(targets[i] for i in b), backward) for b in bins]
+    work = [products(config, rows, n, vocabulary, backward) for rows, n in zip(bins, read, strict=True)]
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
-        for products in work:
-            for left, right, out in products * config["num_hidden_layers"]:
-                torch.matmul(left, right, out=out)
+        for products_of_bin in work:
+            multiply(products_of_bin, config["num_hidden_layers"])
         seconds.append(time.perf_counter() - started)
     report(**{unit: count / seconds[-1], "seconds": seconds[-1]})
 
 
-def _products(config: dict[str, int], lengths: list[int], targets: int, backward: bool) -> list[Product]:
+def multiply(products: list[Product], layers: int) -> None:
+    """Carry out the products of a bin, for each layer."""
+    for left, right, out in products * layers:
+        torch.matmul(left, right, out=out)
+
+
+def products(config: dict[str, int], rows: list[Row], read: int, vocabulary: bool, backward: bool) -> list[Product]:
+    """Return the products of one layer on a bin of `rows`, of which the head reads `read` places.
+
+    What is there once, the output layer and what the last layer leaves out, is spread over all layers.
+    """
     hidden, ffn, heads = (config[n] for n in ("hidden_size", "intermediate_size", "num_attention_heads"))
-    tokens, layers = sum(lengths), config["num_hidden_layers"]
-    widths = [(hidden, 3 * hidden), (hidden, hidden), (hidden, 2 * ffn), (ffn, hidden)]
-    found = [p for inside, outside in widths for p in _linear(tokens, inside, outside, backward)]
-    # The caller repeats everything for each layer; the output layer is there once.
-    found += [p for p in _linear(-(-targets // layers), hidden, config["vocab_size"], backward) if targets]
-    for length in lengths:
-        shape = (heads, length, hidden // heads)
-        query, scores = torch.randn(shape), torch.randn(heads, length, length)
+    tokens, layers = sum(own for own, _ in rows), config["num_hidden_layers"]
+    inner = -(-(tokens * (layers - 1) + read) // layers)
+    shapes = [
+        (tokens, hidden, 3 * hidden),
+        (tokens, hidden, hidden),
+        (inner, hidden, 2 * ffn),
+        (inner, ffn, hidden),
+        *([(-(-read // layers), hidden, config["vocab_size"])] if vocabulary else []),
+    ]
+    found = [p for shape in shapes for p in _linear(*shape, backward)]
+    for own, seen in rows:
+        query, key = torch.randn(heads, own, hidden // heads), torch.randn(heads, seen, hidden // heads)
+        scores = torch.randn(heads, own, seen)
         for _ in range(3 if backward else 1):
-            found += [(query, query.transpose(1, 2), scores.clone()), (scores, query, torch.empty(shape))]
+            found += [(query, key.transpose(1, 2), scores.clone()), (scores, key, torch.empty_like(query))]
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.matrices import Product, _products
+from benchmarks.matrices import multiply, products
 from benchmarks.peers import Clock, _padded, _step
 from benchmarks.workload import GLOBAL_BATCH, MAX_LENGTH
 from offline_align.config.sections import Device, ModelSection, OptimSection, ParallelSection, RunSection
@@ -51,11 +51,6 @@ def processor_seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - started
 
 
-def _multiply(products: list[Product]) -> None:
-    for left, right, out in products * CONFIG["num_hidden_layers"]:
-        torch.matmul(left, right, out=out)
-
-
 def contenders(rows: TokenizedRows, ranks: Any) -> dict[str, Callable[[int], float]]:
     """Return for each contender a function from the number of a step to its seconds."""
     from torch.nn.parallel import DistributedDataParallel
@@ -73,6 +68,7 @@ def contenders(rows: TokenizedRows, ranks: Any) -> dict[str, Callable[[int], flo
         {"ids": rows.ids[a:b].tolist(), "target_start": s}
         for a, b, s in zip(rows.offsets[:-1], rows.offsets[1:], starts, strict=True)
     ]
+    layers = CONFIG["num_hidden_layers"]
     section = ModelSection(num_layers=6, hidden_size=256, ffn_hidden_size=688, num_attention_heads=8, vocab_size=8192)
     wrapped = wrap_model(build_model("policy", section, parallel, ranks.device, False), parallel, False)
     step = TrainStep(wrapped, build_optimizer(wrapped, OptimSection(), parallel, False, False), next_token, 1.0)
@@ -92,8 +88,8 @@ def contenders(rows: TokenizedRows, ranks: Any) -> dict[str, Callable[[int], flo
     def bare_step(number: int) -> float:
         taken = chosen(number)
         targets = sum(lengths[i] - starts[i] for i in taken)
-        products = _products(CONFIG, [lengths[i] for i in taken], targets, True)
-        return processor_seconds(lambda: _multiply(products))
+        needed = products(CONFIG, [(lengths[i], lengths[i]) for i in taken], targets, True, True)
+        return processor_seconds(lambda: multiply(needed, layers))
 
     def score(_: int) -> float:
         bins = plan_bins(source, MAX_LENGTH)
@@ -106,7 +102,7 @@ def contenders(rows: TokenizedRows, ranks: Any) -> dict[str, Callable[[int], flo
             ids, mask = _padded([plain[i]["ids"] for i in order[first : first + micro]])
             peer_scorer(input_ids=ids, attention_mask=mask).logits[:, 0].tolist()
 
-    products = _products(CONFIG, lengths, 0, False)
+    forward = products(CONFIG, [(n, n) for n in lengths], count, False, False)
     return {
         "sft: offline-align": lambda k: processor_seconds(lambda: step(loader.step(k).micro_batches, 1e-4)),
         "sft: transformers + DDP, one row": lambda k: plain_step(k, 1),
@@ -116,7 +112,7 @@ def contenders(rows: TokenizedRows, ranks: Any) -> dict[str, Callable[[int], flo
         "label: transformers, sorted, 16 rows": lambda _: processor_seconds(lambda: plain_score(16)),
         "label: transformers, sorted, 4 rows": lambda _: processor_seconds(lambda: plain_score(4)),
         "label: transformers, one row": lambda _: processor_seconds(lambda: plain_score(1)),
-        "label: bare matrix products": lambda _: processor_seconds(lambda: _multiply(products)),
+        "label: bare matrix products": lambda _: processor_seconds(lambda: multiply(forward, layers)),
     }
 
 

@@ -40,10 +40,13 @@ def _train(stage: str, workload: str, scratch: str, rows: str, *words: str) -> l
 
 
 def _rates(steps: list[dict[str, Any]], unit: str) -> dict[str, float]:
+    """Return rates and the memory of all ranks, of which this process is the only one or only starts them."""
     seconds = sum(s["step_seconds"] for s in steps)
     tokens = sum(s["tokens_per_second"] * s["step_seconds"] for s in steps)
     computed = sum(s["tokens_per_second"] * s["step_seconds"] / (1 - s["padding_fraction"]) for s in steps)
+    ranks = round(steps[-1]["tokens_per_second"] / steps[-1]["tokens_per_second_per_rank"])
     return {
+        "peak_memory_bytes": steps[-1]["peak_memory_bytes"] * ranks,
         unit: sum(s["count"] for s in steps) / seconds,
         "tokens_per_second": tokens / seconds,
         "padding": 1 - tokens / computed,

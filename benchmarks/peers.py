@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import report
+from benchmarks.harness import peak_memory_bytes, report
 from benchmarks.workload import GLOBAL_BATCH, MAX_LENGTH, load
 
 _IGNORED = -100
@@ -146,13 +146,23 @@ def _padded(rows: list[list[int]], padding: int = 0) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def transformers_ddp(workload: str, scratch: str, micro: str) -> None:
+def transformers_ddp(workload: str, scratch: str, micro: str, ranks: str = "1") -> None:
     """A plain loop: torch's DDP around a transformers model, rows sorted by length inside each global batch."""
+    import torch.multiprocessing as mp
+
+    if ranks == "1":
+        _ddp_rank(0, workload, scratch, micro, 1)
+    else:
+        mp.spawn(_ddp_rank, (workload, scratch, micro, int(ranks)), nprocs=int(ranks))
+
+
+def _ddp_rank(rank: int, workload: str, scratch: str, micro: str, ranks: int) -> None:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
     from transformers import AutoModelForCausalLM
 
-    dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=0, world_size=1)
+    torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+    dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=ranks)
     rows = load(Path(workload) / "sft_tokens.json")
     model = DistributedDataParallel(AutoModelForCausalLM.from_pretrained(Path(workload) / "model", dtype=torch.float32))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
@@ -163,16 +173,22 @@ def transformers_ddp(workload: str, scratch: str, micro: str) -> None:
         clock.computed = clock.real = 0
         order = torch.randperm(len(rows), generator=generator).tolist()
         for first in range(0, len(order), GLOBAL_BATCH):
-            _step(model, optimizer, [rows[i] for i in order[first : first + GLOBAL_BATCH]], int(micro), clock)
+            taken = sorted((rows[i] for i in order[first : first + GLOBAL_BATCH]), key=lambda r: len(r["ids"]))
+            _step(model, optimizer, taken[rank::ranks], int(micro), clock)
     clock.end = time.perf_counter()
-    report(**clock.result("targets_per_second", sum(len(r["ids"]) - r["target_start"] for r in rows)))
+    if rank == 0:
+        memory = peak_memory_bytes() * ranks
+        found = clock.result("targets_per_second", sum(len(r["ids"]) - r["target_start"] for r in rows))
+        report(**found, peak_memory_bytes=memory)
     dist.destroy_process_group()
 
 
 def _step(model: Any, optimizer: Any, rows: list[Any], micro: int, clock: Clock) -> None:
+    """One optimizer step; gradients are reduced with the last micro-batch. DDP averages the ranks' equal shares."""
     rows = sorted(rows, key=lambda r: len(r["ids"]))
     targets = sum(len(r["ids"]) - r["target_start"] for r in rows)
     for first in range(0, len(rows), micro):
+        model.require_backward_grad_sync = first + micro >= len(rows)
         part = rows[first : first + micro]
         ids, mask = _padded([r["ids"] for r in part])
         clock.computed += ids.numel()

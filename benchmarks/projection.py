@@ -15,8 +15,8 @@ def hours(gpu: str, mean_tokens: int, train_share: float, label_share: float) ->
     """Return GPU hours of labelling all samples and one epoch of each method, at shares of the bf16 peak."""
     tokens, squared = SAMPLES * mean_tokens, SAMPLES * mean_tokens**2
     peak = NODES[gpu].peak_flops * 3600
-    train = LLAMA_8B.train_flops(tokens, squared, tokens) / (train_share * peak)
-    label = LLAMA_8B.train_flops(tokens, squared, 0) / 3 / (label_share * peak)
+    train = LLAMA_8B.train_flops(tokens, squared, tokens, tokens) / (train_share * peak)
+    label = LLAMA_8B.train_flops(tokens, squared, 0, 0) / 3 / (label_share * peak)
     return {"FA": label + FA_KEEPS * train, "RWR": label + train, "CA": label + train}
 
 

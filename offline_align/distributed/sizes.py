@@ -55,16 +55,18 @@ class ModelSizes:
         embeddings = self.padded_vocab * self.hidden * (1 if self.tied else 2)
         return self.layers * self.layer_parameters + embeddings + self.hidden
 
-    def train_flops(self, tokens: int, squared_lengths: int, target_tokens: int) -> float:
+    def train_flops(self, tokens: int, squared_lengths: int, target_tokens: int, read_tokens: int) -> float:
         """Floating-point operations of a training step, forward and backward, attention counted causally.
 
-        `tokens` are those computed, `squared_lengths` is the sum of the squared segment lengths, and
-        `target_tokens` those that reach the output layer. Backward costs twice the forward pass.
+        `tokens` are those computed, `squared_lengths` is the sum of the squared segment lengths, `target_tokens` are
+        those that reach the output layer, and `read_tokens` those that go through the MLP of the last layer.
+        Backward costs twice the forward pass.
         """
-        matrices = self.layers * (self.layer_parameters - 2 * self.hidden)
+        mlp = 3 * self.hidden * self.ffn
+        matrices = (self.layers * (self.layer_parameters - 2 * self.hidden) - mlp) * tokens + mlp * read_tokens
         attention = self.layers * 2 * self.query_width * squared_lengths / 2
         head = self.padded_vocab * self.hidden
-        return 3.0 * (2 * matrices * tokens + 2 * attention + 2 * head * target_tokens)
+        return 3.0 * (2 * matrices + 2 * attention + 2 * head * target_tokens)
 
 
 def pad_vocabulary(vocab_size: int, multiple: int) -> int:

@@ -70,7 +70,8 @@ def step_time(
     sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes, work: Work, node: Node, recompute: str = "none"
 ) -> StepTime:
     """Return the estimated time of one optimizer step of training in bf16 on `ranks` GPUs of `node`s."""
-    compute = sizes.train_flops(work.tokens, work.squared_lengths, work.targets)
+    read = work.tokens if parallel.sequence_parallel else work.targets
+    compute = sizes.train_flops(work.tokens, work.squared_lengths, work.targets, read)
     compute *= 4 / 3 if recompute == "full" else 1
     seconds = compute / (ranks.world * node.peak_flops * COMPUTE_SHARE)
     bins = max(1.0, work.tokens / (ranks.data * work.micro_batch_tokens))
@@ -120,7 +121,7 @@ def _optimizer_seconds(sizes: ModelSizes, parallel: ParallelSection, ranks: Para
 
 def label_seconds(sizes: ModelSizes, tokens: int, squared_lengths: int, gpus: int, node: Node) -> float:
     """Return the estimated time of scoring `tokens` on `gpus` data parallel GPUs: forward only, no output layer."""
-    forward = sizes.train_flops(tokens, squared_lengths, 0) / 3
+    forward = sizes.train_flops(tokens, squared_lengths, 0, 0) / 3
     return forward / (gpus * node.peak_flops * COMPUTE_SHARE)
 
 

@@ -180,7 +180,9 @@ def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid
             method=recipe.method,
         ),
         tokenizer=origin.tokenizer,
-        speed=SpeedMeter(sizes, recipe.kind == "policy", ranks.device, ranks.world_size),
+        speed=SpeedMeter(
+            sizes, recipe.kind == "policy", config.parallel.sequence_parallel, ranks.device, ranks.world_size
+        ),
         settings=key.continuation,
     )
 

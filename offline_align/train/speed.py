@@ -69,6 +69,8 @@ class SpeedMeter:
     sizes: ModelSizes
     reaches_vocabulary: bool
     """Whether targets go through the output layer; with a scalar head none do."""
+    reads_everywhere: bool
+    """Whether the last layer is computed in full, as under sequence parallelism, or where it is read alone."""
     device: torch.device
     world_size: int
     _seconds: list[float] = field(default_factory=list)
@@ -78,9 +80,10 @@ class SpeedMeter:
     def step(self, data: StepData, targets: int, seconds: float, data_seconds: float) -> dict[str, float]:
         """Count a step of `seconds`, of which `data_seconds` went by waiting for rows; return its rates.
 
-        `tokens_per_second` counts tokens of rows, over all ranks, and no padding. `mfu` is the share of the devices'
-        dense bf16 peak with attention counted causally inside each segment; `mfu_full_attention` is the convention of
-        Megatron-LM's logs: attention not halved, every token through the output layer.
+        `tokens_per_second` counts tokens of rows, over all ranks, a shared prompt once and padding never. `mfu` is the
+        share of the devices' dense bf16 peak by what is computed, attention causal inside each segment;
+        `mfu_full_attention` is the convention of Megatron-LM's logs: attention not halved, every token through all
+        layers and the output layer.
         """
         self._seconds.append(seconds)
         self._tokens += data.num_tokens
@@ -100,9 +103,13 @@ class SpeedMeter:
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         if peak is None:
             return {}
-        causal = self.sizes.train_flops(data.num_tokens, data.squared_lengths, targets * self.reaches_vocabulary)
-        every = data.num_tokens * self.reaches_vocabulary
-        full = self.sizes.train_flops(data.num_tokens, 2 * data.squared_lengths, every)
+        tokens = data.num_tokens
+        # Without a vocabulary the last token of each answer of a pair is read.
+        read = targets if self.reaches_vocabulary else 2 * targets
+        causal = self.sizes.train_flops(
+            tokens, data.squared_lengths, targets * self.reaches_vocabulary, tokens if self.reads_everywhere else read
+        )
+        full = self.sizes.train_flops(tokens, 2 * data.squared_lengths, tokens * self.reaches_vocabulary, tokens)
         available = seconds * peak * self.world_size
         return {"mfu": causal / available, "mfu_full_attention": full / available}
 

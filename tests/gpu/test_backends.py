@@ -16,16 +16,18 @@ HAS_ENGINE = importlib.util.find_spec("transformer_engine_torch") is not None
 BACKENDS = ["torch", pytest.param("transformer_engine", marks=pytest.mark.skipif(not HAS_ENGINE, reason="no TE"))]
 
 
+@pytest.mark.parametrize("kind", ["policy", "reward_model"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_likelihoods_and_gradients_are_those_of_fp32(backend: str) -> None:
+def test_outputs_and_gradients_are_those_of_fp32(backend: str, kind: str) -> None:
+    """Likelihoods of a policy, and scores of pairs that share their prompts."""
     from benchmarks.gpu import LARGEST_ERROR, SMALLEST_COSINE
-    from benchmarks.gpu_ours import _likelihoods
+    from benchmarks.gpu_ours import _outputs
     from benchmarks.gpu_workload import row_lengths
     from offline_align.config.sections import Device
 
     lengths = row_lengths(False, 4096, seed=3)
-    exact, exact_gradient = _likelihoods(lengths, Device.cpu, False, "torch")
-    found, gradient = _likelihoods(lengths, Device.cuda, True, backend)
+    exact, exact_gradient = _outputs(kind, lengths, Device.cpu, False, "torch")
+    found, gradient = _outputs(kind, lengths, Device.cuda, True, backend)
     assert (found - exact).abs().mean() / exact.abs().mean() < LARGEST_ERROR
     assert torch.nn.functional.cosine_similarity(gradient, exact_gradient, dim=0) > SMALLEST_COSINE
 

@@ -35,7 +35,9 @@ def test_training_flops_by_hand() -> None:
     matrices = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16)
     # Two rows of 3 and 5 tokens, 4 targets: products cost 2 a weight, causal attention QK and AV halves of 2 L^2 H D.
     forward = 2 * matrices * 8 + 2 * (2 * 8 * (9 + 25) * 2 / 2) + 2 * 128 * 8 * 4
-    assert sizes.train_flops(8, 34, 4) == 3 * forward
+    assert sizes.train_flops(8, 34, 4, 8) == 3 * forward
+    # The last layer's MLP where 5 tokens are read: three matrices less for the other 3.
+    assert sizes.train_flops(8, 34, 4, 5) == 3 * (forward - 2 * 3 * 8 * 16 * 3)
 
 
 def test_vocabulary_is_padded_whatever_the_layout() -> None:

@@ -19,8 +19,8 @@ SIZES = model_sizes(
 DATA = StepData([], num_rows=2, num_tokens=8, num_padding=2, squared_lengths=34)
 
 
-def meter(reaches_vocabulary: bool = True, device: str = "cpu") -> SpeedMeter:
-    return SpeedMeter(SIZES, reaches_vocabulary, torch.device(device), world_size=4)
+def meter(reaches_vocabulary: bool = True, device: str = "cpu", reads_everywhere: bool = False) -> SpeedMeter:
+    return SpeedMeter(SIZES, reaches_vocabulary, reads_everywhere, torch.device(device), world_size=4)
 
 
 def test_only_tokens_of_rows_count() -> None:
@@ -37,10 +37,13 @@ def test_both_conventions_of_utilisation(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(speed, "peak_memory_bytes", lambda _: 0)
     values = meter(device="cuda").step(DATA, 4, 0.5, 0.0)
     available = 0.5 * 989e12 * 4
-    assert values["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 4) / available)
-    assert values["mfu_full_attention"] == pytest.approx(SIZES.train_flops(8, 68, 8) / available)
-    no_vocabulary = meter(False, "cuda").step(DATA, 4, 0.5, 0.0)
-    assert no_vocabulary["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 0) / available)
+    assert values["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 4, 4) / available)
+    assert values["mfu_full_attention"] == pytest.approx(SIZES.train_flops(8, 68, 8, 8) / available)
+    # One pair: the last tokens of both answers are read.
+    pair = meter(False, "cuda").step(DATA, 1, 0.5, 0.0)
+    assert pair["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 0, 2) / available)
+    whole = meter(False, "cuda", reads_everywhere=True).step(DATA, 1, 0.5, 0.0)
+    assert whole["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 0, 8) / available)
 
 
 def test_summary_of_many_steps() -> None:
