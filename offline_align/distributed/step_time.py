@@ -77,19 +77,24 @@ def step_time(
     bins = max(1.0, work.tokens / (ranks.data * work.micro_batch_tokens))
     return StepTime(
         compute=seconds,
-        tensor_communication=_tensor_seconds(sizes, ranks, work.tokens / ranks.data, node, recompute),
+        tensor_communication=_tensor_seconds(sizes, ranks, work.tokens, read, node, recompute),
         data_communication=_exposed_data_seconds(sizes, parallel, ranks, node, seconds / bins),
         optimizer=_optimizer_seconds(sizes, parallel, ranks, node),
     )
 
 
-def _tensor_seconds(sizes: ModelSizes, ranks: ParallelSizes, tokens: float, node: Node, recompute: str) -> float:
-    """All-reduces of bf16 activations [tokens, hidden] over NVLink, or over the network beyond a node."""
+def _tensor_seconds(
+    sizes: ModelSizes, ranks: ParallelSizes, tokens: int, read: int, node: Node, recompute: str
+) -> float:
+    """All-reduces of bf16 activations [tokens, hidden] over NVLink, or over the network beyond a node.
+
+    Half of those of the last layer belong to its MLP, which sees the tokens that are read.
+    """
     t = ranks.tensor
     bandwidth = node.link_bandwidth if t <= node.gpus else node.network_bandwidth / node.gpus
     collectives = _TENSOR_COLLECTIVES + (2 if recompute == "full" else 0)
-    sent = 2 * (t - 1) / t * tokens * sizes.hidden * 2
-    return sizes.layers * collectives * sent / (bandwidth * LINK_SHARE)
+    rows = collectives * (sizes.layers * tokens - (tokens - read) / 2) / ranks.data
+    return 2 * (t - 1) / t * rows * sizes.hidden * 2 / (bandwidth * LINK_SHARE)
 
 
 def data_bytes(sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes) -> tuple[float, float]:

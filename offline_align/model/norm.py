@@ -30,12 +30,14 @@ class RMSNorm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """On the CPU torch makes the norm of single operations, each a pass over memory; these are about half of them."""
+    """On the CPU torch makes the norm of single operations, each a pass over memory, and so its gradient.
+
+    The same operations forward, to the bit; backward a third of them.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1))
-        inverse = mean_square.add_(eps).rsqrt_()
+        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         return torch.mul(x, inverse).mul_(weight)
 
