@@ -103,7 +103,7 @@ def measure(task: str, options: argparse.Namespace, folder: Path, scratch: Path)
     options.results.mkdir(parents=True, exist_ok=True)
     found = harness.rounds(contenders, options.rounds, folder, scratch)
     middle = harness.medians(found)
-    text = harness.table(contenders, middle, rate, unit)
+    text = harness.table(contenders, found, rate, unit)
     (options.results / f"{task}_{options.shape}.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{task}, {options.shape}\n{text}\n", flush=True)
     settings = {"task": task, "shape": options.shape, "rows": options.rows, "rounds": options.rounds}

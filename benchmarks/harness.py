@@ -83,30 +83,37 @@ def medians(found: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, flo
     }
 
 
-def table(contenders: list[Contender], middle: dict[str, dict[str, float]], rate: str, unit: str) -> str:
-    """Return a Markdown table: rate, ratio of the faster of ours to each peer, padding and memory."""
-    own = _fastest_of_ours(contenders, middle, rate)
+def ratios(contenders: list[Contender], found: dict[str, list[dict[str, float]]], rate: str) -> dict[str, float]:
+    """Return how many times as fast as each contender the faster of ours is: the median over the rounds.
+
+    Inside a round contenders run minutes apart, so that a machine that is slower for an hour changes no ratio.
+    """
+    middle = medians(found)
+    own = max((c.name for c in contenders if c.ours), key=lambda name: middle[name][rate])
+    return {
+        name: statistics.median(a[rate] / b[rate] for a, b in zip(found[own], results, strict=True))
+        for name, results in found.items()
+    }
+
+
+def table(contenders: list[Contender], found: dict[str, list[dict[str, float]]], rate: str, unit: str) -> str:
+    """Return a Markdown table: median rates, ratio of the faster of ours to each peer, padding and memory."""
+    middle, ratio = medians(found), ratios(contenders, found, rate)
     lines = [f"| contender | {unit} | ours is | padding of computed tokens | peak memory |", "|---|---|---|---|---|"]
     for contender in contenders:
         values = middle[contender.name]
-        ratio = "" if contender.ours else f"{own[rate] / values[rate]:.2f}x"
+        times = "" if contender.ours else f"{ratio[contender.name]:.2f}x"
         padding = f"{values['padding']:.1%}" if "padding" in values else ""
         memory = "" if contender.limit else f"{values['peak_memory_bytes'] / 2**30:.2f} GiB"
-        lines.append(f"| {contender.name} | {values[rate]:,.1f} | {ratio} | {padding} | {memory} |")
-    return "\n".join([*lines, "", *_verdicts(contenders, middle, rate)])
+        lines.append(f"| {contender.name} | {values[rate]:,.1f} | {times} | {padding} | {memory} |")
+    return "\n".join([*lines, "", *_verdicts(contenders, ratio)])
 
 
-def _fastest_of_ours(contenders: list[Contender], middle: dict[str, dict[str, float]], rate: str) -> dict[str, float]:
-    return max((middle[c.name] for c in contenders if c.ours), key=lambda values: values[rate])
-
-
-def _verdicts(contenders: list[Contender], middle: dict[str, dict[str, float]], rate: str) -> list[str]:
-    own = _fastest_of_ours(contenders, middle, rate)
-    peers = {c.name: middle[c.name] for c in contenders if not (c.ours or c.limit)}
-    fastest = max(peers, key=lambda name: peers[name][rate])
-    lines = [f"Against the fastest peer ({fastest}): {own[rate] / peers[fastest][rate]:.2f}x."] if peers else []
-    limits = {c.name: middle[c.name] for c in contenders if c.limit}
-    return lines + [f"Share of the time that is {name}: {own[rate] / v[rate]:.0%}." for name, v in limits.items()]
+def _verdicts(contenders: list[Contender], ratio: dict[str, float]) -> list[str]:
+    peers = [c.name for c in contenders if not (c.ours or c.limit)]
+    closest = min(peers, key=ratio.__getitem__, default=None)
+    lines = [] if closest is None else [f"Against the fastest peer ({closest}): {ratio[closest]:.2f}x."]
+    return lines + [f"Share of the time that is {c.name}: {ratio[c.name]:.0%}." for c in contenders if c.limit]
 
 
 def machine() -> dict[str, Any]:
