@@ -1,0 +1,34 @@
+"""The norm on the CPU against torch's own, and its gradient against finite differences."""
+
+import torch
+import torch.nn.functional as F
+
+from offline_align.model.norm import _RMSNorm
+
+EPS = 1e-5
+
+
+def given(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(7, 1, 12, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(12, generator=generator, dtype=dtype).requires_grad_()
+    return x, weight
+
+
+def test_the_forward_pass_has_torchs_bits() -> None:
+    x, weight = given(torch.float32)
+    assert torch.equal(_RMSNorm.apply(x, weight, EPS), F.rms_norm(x, (12,), weight, EPS))  # type: ignore[no-untyped-call]
+
+
+def test_gradients_in_fp64() -> None:
+    x, weight = given(torch.float64)
+    assert torch.autograd.gradcheck(lambda a, b: _RMSNorm.apply(a, b, EPS), (x, weight))  # type: ignore[no-untyped-call]
+
+
+def test_gradients_are_those_of_torch() -> None:
+    x, weight = given(torch.float32)
+    direction = torch.randn(7, 1, 12, generator=torch.Generator().manual_seed(4))
+    ours = torch.autograd.grad(_RMSNorm.apply(x, weight, EPS), (x, weight), direction)  # type: ignore[no-untyped-call]
+    theirs = torch.autograd.grad(F.rms_norm(x, (12,), weight, EPS), (x, weight), direction)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, other, atol=1e-5)
