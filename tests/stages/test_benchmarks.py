@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import workload
-from benchmarks.harness import Contender, medians, table
+from benchmarks.harness import Contender, table
 from benchmarks.projection import PUBLISHED_A100_HOURS, hours, table_3_lines
 from benchmarks.tokenisation import CONTENDERS
 from offline_align.config.sections import OnBadRow
@@ -28,10 +28,12 @@ def test_the_script_for_one_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     text = (tmp_path / "gpu.md").read_text()
-    assert "correctness against fp32, offline-align, torch: passed" in text
+    for outputs in ("likelihoods", "scores with shared prompts"):
+        assert f"correctness against fp32, offline-align, torch, {outputs}: passed" in text
     found = {(task, name): values for task, _, name, values in json.loads((tmp_path / "gpu.json").read_text())}
     for task in ("SFT, 8 layers", "reward model, 8 layers", "labelling, 8 B"):
-        for name in ("offline-align, torch", "transformers"):
+        apart = ["offline-align, torch, a prompt an answer"] if task.startswith("reward") else []
+        for name in ("offline-align, torch", "transformers", *apart):
             assert found[task, name]["tokens_per_second"] > 0, (task, name)
             assert f"| {task} | mixed | {name} |" in text
 
@@ -39,13 +41,23 @@ def test_the_script_for_one_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
 def test_table_names_ratio_limit_and_fastest_peer() -> None:
     contenders = [
         Contender("own", "m", "f", ours=True),
+        Contender("own, slower", "m", "f", ours=True),
         Contender("a", "m", "f"),
         Contender("b", "m", "f"),
         Contender("bare matrix products", "m", "f", limit=True),
     ]
-    rates = {"own": [30.0, 50.0, 40.0], "a": [20.0], "b": [10.0], "bare matrix products": [50.0]}
+    # The machine was half as fast in the second round, which changes no ratio.
+    rates = {
+        "own": [40.0, 20.0, 44.0],
+        "own, slower": [30.0, 15.0, 33.0],
+        "a": [20.0, 10.0, 20.0],
+        "b": [10.0, 5.0, 10.0],
+        "bare matrix products": [50.0, 25.0, 50.0],
+    }
     found = {n: [{"rate": r, "peak_memory_bytes": 2.0**30} for r in values] for n, values in rates.items()}
-    text = table(contenders, medians(found), "rate", "units/s")
+    text = table(contenders, found, "rate", "units/s")
+    assert "| own | 40.0 |  |" in text
+    assert "| own, slower | 30.0 |  |" in text
     assert "| a | 20.0 | 2.00x |" in text
     assert "Against the fastest peer (a): 2.00x." in text
     assert "bare matrix products: 80%" in text

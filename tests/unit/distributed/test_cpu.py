@@ -20,7 +20,7 @@ def test_only_what_would_copy_onto_itself_is_left_out(
         calls.append((given, named))
         return "handle"
 
-    monkeypatch.setattr(cpu.dist, "get_world_size", lambda group: ranks)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: ranks)
     given = torch.arange(4.0)
     output = given if in_place else given.clone()
     found = cpu._unless_alone(collective)(output, given, group="some", async_op=True)
@@ -32,6 +32,6 @@ def test_only_what_would_copy_onto_itself_is_left_out(
 
 def test_a_slice_of_a_buffer_is_not_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first shard begins where the buffer does, and is shorter."""
-    monkeypatch.setattr(cpu.dist, "get_world_size", lambda _: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 1)
     buffer = torch.arange(4.0)
     assert cpu._unless_alone(lambda *_, **__: "handle")(buffer[:2], buffer) == "handle"
