@@ -117,7 +117,7 @@ class SampleSource:
         return _ids(self.rows, row)[: self.rows.target_start[row]]
 
     def _shared(self, head: int, row: int) -> int:
-        """Return how many tokens `row` takes from `head`: 0, or at least the whole prompt."""
+        """Return how many tokens `row` takes from `head`: 0, or its prompt and what the answers begin with alike."""
         prompt = self._prompt(row)
         if len(prompt) < _LEAST_SHARED or not np.array_equal(self._prompt(head), prompt):
             return 0
