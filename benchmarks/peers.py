@@ -184,7 +184,7 @@ def _ddp_rank(rank: int, workload: str, scratch: str, micro: str, ranks: int) ->
 
 
 def _step(model: Any, optimizer: Any, rows: list[Any], micro: int, clock: Clock) -> None:
-    """One optimizer step; gradients are reduced with the last micro-batch. DDP averages the ranks' equal shares."""
+    """One optimizer step; gradients are reduced with the last micro-batch. DDP averages over ranks."""
     rows = sorted(rows, key=lambda r: len(r["ids"]))
     targets = sum(len(r["ids"]) - r["target_start"] for r in rows)
     for first in range(0, len(rows), micro):

@@ -20,7 +20,7 @@ class AttentionSlice:
     """
 
     key_range: tuple[int, int]
-    """First and last place (exclusive) of those keys in the whole bin."""
+    """First and last place (exclusive) of those keys in the whole bin, or among the keys of all rows if some share."""
     cu_seqlens_q: Tensor
     """[rows + 1] int32: where the queries of each row begin and end."""
     cu_seqlens_k: Tensor

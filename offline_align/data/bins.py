@@ -9,6 +9,7 @@ Shape legend: S segments (rows of a bin, two for a pair), T tokens of the bin, K
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -138,13 +139,13 @@ class PairSource:
     def lengths(self, rows: Sequence[int]) -> Indices:
         """Return the tokens of each of `rows`: both answers, and the prompt once where it is shared."""
         places = list(rows)
-        found: Indices = self._chosen[places] + self._rejected[places] - self._shared(rows)
+        found: Indices = self._chosen[places] + self._rejected[places] - self._shared[places]
         return found
 
     def squared_lengths(self, rows: Sequence[int]) -> int:
         """Return the sum over both answers of the squared length, less the square of what they share."""
         places = list(rows)
-        return int((self._chosen[places] ** 2 + self._rejected[places] ** 2 - self._shared(rows) ** 2).sum())
+        return int((self._chosen[places] ** 2 + self._rejected[places] ** 2 - self._shared[places] ** 2).sum())
 
     def fingerprint(self) -> int:
         """Return a checksum of the pairs and their order."""
@@ -153,18 +154,20 @@ class PairSource:
     def collate(self, rows: Sequence[int], pad_to_multiple: int) -> PackedBatch:
         """Return the bin that holds both answers of each pair of `rows`."""
         segments: list[_Segment] = []
-        for row, shared in zip(rows, self._shared(rows), strict=True):
+        for row, shared in zip(rows, self._shared[list(rows)], strict=True):
             head = len(segments)
             segments.append(_Segment(_ids(self.pairs.chosen, row), head, 0))
             segments.append(_Segment(_ids(self.pairs.rejected, row), head if shared else head + 1, int(shared)))
         margins = np.nan_to_num(self.pairs.margin[list(rows)], nan=0.0).astype(np.float32)
         return _assemble(segments, [self.pairs.row_ids[r] for r in rows], None, margins, pad_to_multiple)
 
-    def _shared(self, rows: Sequence[int]) -> Indices:
-        """Return how many tokens the answers of each of `rows` begin with in common, where that is worth it."""
+    @cached_property
+    def _shared(self) -> Indices:
+        """Return how many tokens the answers of each pair begin with in common, where that is worth it: [pairs]."""
         if not self.share_prompts:
-            return np.zeros(len(rows), np.int64)
-        common = [_common_beginning(_ids(self.pairs.chosen, r), _ids(self.pairs.rejected, r)) for r in rows]
+            return np.zeros(len(self), np.int64)
+        pairs = range(len(self))
+        common = [_common_beginning(_ids(self.pairs.chosen, p), _ids(self.pairs.rejected, p)) for p in pairs]
         return np.array([n if n >= _LEAST_SHARED else 0 for n in common], np.int64)
 
 

@@ -31,6 +31,7 @@ class Segments(PackedSeqParams):  # type: ignore[misc]
     slices: tuple[AttentionSlice, ...] = ()
     """In the order of this rank's tokens."""
     shared_keys: SharedKeys | None = None
+    """What rows see of earlier rows; None: nothing."""
     rotary: tuple[Tensor, Tensor] | None = None
     """Cosine and sine of each token: [T, 1, D / 2]."""
     read: Tensor | None = None

@@ -24,9 +24,14 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` of shape [..., hidden] divided by its root mean square, times the weight."""
         if x.dtype is torch.float32 and not x.is_cuda:
-            out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
-            return out
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, (self.hidden_size,), self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return what `F.rms_norm` does over the last dimension of `x`, on the CPU and with a quicker gradient."""
+    out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _RMSNorm(torch.autograd.Function):
