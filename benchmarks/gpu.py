@@ -15,6 +15,7 @@ from benchmarks import harness
 from benchmarks.gpu_workload import DEVICE, SMOKE
 from benchmarks.harness import Contender
 from benchmarks.projection import table_3_lines
+from offline_align.model.backend import engine_is_installed
 
 CHECK, SFT, REWARD, LABEL = "correctness against fp32", "SFT, 8 layers", "reward model, 8 layers", "labelling, 8 B"
 # bf16 has 8 bits of mantissa: two layers of it stay well within these.
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def _backends() -> list[str]:
-    has_engine = not SMOKE and importlib.util.find_spec("transformer_engine") is not None
+    has_engine = not SMOKE and engine_is_installed()
     return ["torch", "transformer_engine"] if has_engine else ["torch"]
 
 

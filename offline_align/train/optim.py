@@ -16,6 +16,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_scale
 from torch import Tensor, nn
 
 from offline_align.config.sections import DecayStyle, OptimSection, ParallelSection
@@ -60,7 +61,7 @@ def build_optimizer(
     model: DistributedDataParallel, optim: OptimSection, parallel: ParallelSection, bf16: bool, on_cuda: bool
 ) -> MegatronOptimizer:
     """Return megatron's optimizer over `model`: AdamW, no weight decay on vectors, fp32 main weights."""
-    _offer_own_adam()
+    _offer_own_adam(on_cuda)
     config = OptimizerConfig(
         optimizer="adam",
         lr=_MARK,
@@ -109,15 +110,21 @@ def _l2_norm(_: int, __: Tensor, tensors: list[list[Tensor]], ___: bool) -> tupl
     return torch.stack(torch._foreach_norm(tensors[0], 2.0, torch.float32)).norm().view(1), None
 
 
-def _offer_own_adam() -> None:
-    """Let megatron use our Adam as if it were a fused one, where neither Transformer Engine nor apex is installed."""
+def _offer_own_adam(on_cuda: bool) -> None:
+    """Let megatron use our Adam and norm as if they were fused ones, where there are none for this device.
+
+    Transformer Engine's and apex's, which megatron takes wherever they are installed, have kernels for CUDA only.
+    """
     core: Any = megatron_optimizer
     sharded: Any = distrib_optimizer
-    if not core.USING_PYTORCH_OPTIMIZER:
+    if on_cuda and not core.USING_PYTORCH_OPTIMIZER:
         return
     core.USING_PYTORCH_OPTIMIZER = False
-    norms: Any = clip_grads
-    norms.l2_norm_impl = _l2_norm
     core.Adam = Adam
     sharded.HAVE_APEX_OR_TE = True
     sharded.USING_APEX_OPTIMIZER = True
+    norms: Any = clip_grads
+    norms.multi_tensor_applier = local_multi_tensor_applier
+    norms.l2_norm_impl = _l2_norm
+    norms.multi_tensor_scale_impl = local_multi_tensor_scale
+    norms.multi_tensor_scale_tensor_impl = None
