@@ -5,7 +5,9 @@ SHELL := /bin/bash
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 READY := .venv/.ready
-SOURCES := offline_align tests
+# Python alone, where nothing imports it but the tests of its layers: installed whole, it would have to find a GPU.
+ENGINE := .venv/engine/.ready
+ENGINE_PACKAGES := transformer-engine==2.20.2 einops==0.8.2
 # Options of pytest for this call, as in: make test PYTEST_ARGS="-k lineage"
 PYTEST_ARGS ?=
 
@@ -34,13 +36,18 @@ $(READY): pyproject.toml uv.lock
 	VIRTUAL_ENV= UV_PROJECT_ENVIRONMENT=.venv $(BIN)/uv sync --frozen --inexact --compile-bytecode --extra dev --python $(BIN)/python; \
 	touch $@
 
+# Those tests skip themselves where it could not be had.
+$(ENGINE): $(READY)
+	@VIRTUAL_ENV= $(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python --target $(@D) $(ENGINE_PACKAGES) \
+	    && touch $@ || echo "make: no sources of Transformer Engine: the tests of its layers are left out"
+
 check: $(READY) ## style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # One worker keeps a file of tests: those with several ranks choose free ports, and two cores are enough for two.
-test: check ## check, then every test (those for a GPU skip themselves)
+test: check $(ENGINE) ## check, then every test (those for a GPU skip themselves)
 	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(READY) ## the tests of one process, in seconds

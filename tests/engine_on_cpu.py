@@ -1,0 +1,235 @@
+"""Transformer Engine's layers on a CPU: its own Python code, with torch in the place of its compiled kernels.
+
+    python -m tests.engine_on_cpu engine sft run.dir=...    models are built from those layers, as on a GPU
+    python -m tests.engine_on_cpu torch sft run.dir=...     they are merely installed
+
+What megatron and this project do with the layers is tested so (names, shapes, gradients, collectives, checkpoints);
+the kernels themselves need a GPU (`tests/gpu`). `make test` unpacks the sources.
+"""
+
+import enum
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType, SimpleNamespace
+from typing import Any, cast
+from unittest.mock import MagicMock
+
+import torch
+from torch import Tensor
+
+from tests.support import REPOSITORY
+
+SOURCES = Path(os.environ.get("OFFLINE_ALIGN_ENGINE", REPOSITORY / ".venv" / "engine"))
+_KERNELS = "transformer_engine_torch"
+_READ_AS = {
+    "torch.cuda.is_available()": "True",
+    ".is_cuda": ".is_cpu",
+    'device="cuda"': 'device="cpu"',
+    'load_framework_extension("torch")': "None",
+}
+
+
+class _OnCpu(SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:
+        text = Path(self.path).read_text(encoding="utf-8")
+        for asked, answered in _READ_AS.items():
+            text = text.replace(asked, answered)
+        return compile(text, self.path, "exec", dont_inherit=True)
+
+
+class _Finder:
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name.split(".")[0] != "transformer_engine" or name.startswith("transformer_engine.jax"):
+            return None
+        spec = PathFinder.find_spec(name, path or [str(SOURCES)], target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _OnCpu(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class _Number(enum.IntEnum):
+    """Of the kernels' types, as Transformer Engine numbers them."""
+
+    kByte = 0
+    kInt32 = 1
+    kFloat32 = 3
+    kFloat16 = 4
+    kBFloat16 = 5
+    kFloat8E4M3 = 6
+    kFloat8E5M2 = 7
+    kFloat4E2M1 = 8
+
+
+class _AttentionKernels(enum.IntEnum):
+    NVTE_No_Backend = -1
+    NVTE_F16_arbitrary_seqlen = 1
+    NVTE_FP8 = 2
+
+
+class _Enumeration(type):
+    """Of names that nothing here asks for: all have the same value."""
+
+    def __getattr__(cls, name: str) -> int:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return 0
+
+
+_TYPES = {_Number.kFloat32: torch.float32, _Number.kFloat16: torch.float16, _Number.kBFloat16: torch.bfloat16}
+
+
+def rmsnorm_fwd(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor | None, quantizer: Any, dtype: int, _: int, zero_centered: bool
+) -> tuple[Tensor, None, Tensor]:
+    assert out is None and quantizer is None and not zero_centered
+    scale = (x.float().square().mean(-1) + eps).rsqrt()
+    return (x.float() * scale[..., None] * weight.float()).to(_TYPES[_Number(int(dtype))]), None, scale
+
+
+def rmsnorm_bwd(
+    grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, _: int, zero_centered: bool
+) -> tuple[Tensor, Tensor]:
+    assert not zero_centered
+    grad, normed = grad.reshape(x.shape).float(), x.float() * scale[..., None]
+    scaled = grad * weight.float()
+    to_input = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * scale[..., None]
+    return to_input.to(x.dtype), (grad * normed).reshape(-1, x.size(-1)).sum(0).to(weight.dtype)
+
+
+def generic_gemm(
+    a: Tensor, a_turned: bool, b: Tensor, b_turned: bool, out: Tensor | None, quantizer: Any, dtype: int | None,
+    bias: Tensor | None, _: Any, gelu: bool, __: Any, grad: bool, ___: Tensor, ____: int, accumulate: bool, *_____: Any,
+    **______: Any,
+) -> tuple[Tensor, Tensor | None, None, None]:  # fmt: skip
+    """The product in column-major order, as cuBLAS has it: in rows it is that of `b` and `a`."""
+    assert quantizer is None and not gelu
+    left, right = (t.reshape(-1, t.size(-1)) for t in (b, a))
+    product = (left.t() if b_turned else left) @ (right.t() if a_turned else right)
+    bias_grad = left.sum(0) if bias is not None and grad else None
+    if bias is not None and not grad:
+        product = product + bias
+    if not b_turned:
+        product = product.reshape(*b.shape[:-1], -1)
+    if out is not None:
+        product = out.add_(product.view_as(out)) if accumulate else out.copy_(product.view_as(out))
+    elif dtype is not None:
+        product = product.to(_TYPES[_Number(int(dtype))])
+    return product, bias_grad, None, None
+
+
+def convert_thd_to_bshd(tokens: Tensor, boundaries: Tensor, batch: int, longest: int) -> Tensor:
+    out = tokens.new_zeros(batch, longest, *tokens.shape[1:])
+    for row, segment in zip(out, torch.split(tokens, boundaries.diff().tolist()), strict=True):
+        row[: len(segment)] = segment
+    return out
+
+
+def convert_bshd_to_thd(rows: Tensor, boundaries: Tensor, total: int) -> Tensor:
+    lengths = boundaries.diff().tolist()
+    assert sum(lengths) == total
+    return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
+
+
+def multi_tensor_l2norm(_: int, __: Tensor, lists: list[list[Tensor]], ___: bool = False) -> tuple[Tensor, None]:
+    return torch.stack([t.float().norm() for t in lists[0]]).norm().view(1), None
+
+
+def multi_tensor_scale(_: int, __: Tensor, lists: list[list[Tensor]], factor: float | Tensor) -> None:
+    for source, out in zip(*lists, strict=True):
+        out.copy_(source * factor)
+
+
+def multi_tensor_adam(
+    _: int, __: Tensor, lists: list[list[Tensor]], lr: float, beta1: float, beta2: float, eps: float, step: int,
+    decoupled: bool, corrected: bool, decay: float,
+) -> None:  # fmt: skip
+    assert decoupled and corrected
+    for grad, weight, mean, square in zip(*lists, strict=True):
+        mean.mul_(beta1).add_(grad, alpha=1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + eps)
+        weight.sub_(lr * (update + decay * weight))
+
+
+def _kernels() -> ModuleType:
+    """Return what stands for the compiled extension; a kernel that it has no arithmetic for fails when it is called."""
+    module: Any = ModuleType(_KERNELS)
+    module.__spec__ = ModuleSpec(_KERNELS, None)
+    module.DType, module.NVTE_Fused_Attn_Backend = _Number, _AttentionKernels
+    module.get_cudnn_version, module.get_cublasLt_version = lambda: 92000, lambda: 130000
+    module.multi_tensor_scale_tensor = multi_tensor_scale
+    own = (rmsnorm_fwd, rmsnorm_bwd, generic_gemm, convert_thd_to_bshd, convert_bshd_to_thd)
+    for function in (*own, multi_tensor_l2norm, multi_tensor_scale, multi_tensor_adam):
+        setattr(module, function.__name__, function)
+    # Some modules import all that there is, so that names must be there before they are asked for.
+    files = (SOURCES / "transformer_engine" / "pytorch").rglob("*.py")
+    for name in {n for file in files for n in re.findall(r"\btex\.(\w+)", file.read_text(encoding="utf-8"))}:
+        if name not in vars(module):
+            setattr(module, name, _stand_in(name))
+    module.__getattr__ = _stand_in
+    return cast(ModuleType, module)
+
+
+def _stand_in(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if name[0].isupper():
+        return _Enumeration(name, (), {})
+
+    def kernel(*_: Any, **__: Any) -> None:
+        raise NotImplementedError(f"the kernel {name} has no stand-in on the CPU")
+
+    return kernel
+
+
+def install() -> None:
+    """Let `import transformer_engine` find the sources, for the rest of this process."""
+    cuda: Any = torch.cuda
+    cuda.get_device_properties = lambda *_: SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    cuda.get_device_capability = lambda *_: (9, 0)
+    cuda.nvtx = SimpleNamespace(range_push=lambda _: None, range_pop=lambda: None)
+    # Importing the library must not look for its compiled parts, nor for onnxscript.
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    sys.modules["transformer_engine.pytorch.onnx_extensions"] = MagicMock()
+    sys.modules[_KERNELS] = _kernels()
+    sys.meta_path.insert(0, _Finder)
+    # Behind all others: the project's own packages win.
+    sys.path.append(str(SOURCES))
+    importlib.import_module("transformer_engine.pytorch")
+
+
+def build_from_its_layers() -> None:
+    """Let commands on the CPU use Transformer Engine as those on CUDA do, its optimizer too."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    from offline_align.config.sections import Backend
+    from offline_align.model import build
+    from offline_align.train import optim
+
+    fields = build._fields
+    of_cuda = {"use_te_activation_func": False, "attention_backend": AttnBackend.unfused}
+    patched: Any = build
+    patched.choose_backend = lambda *_: Backend.transformer_engine
+    patched._fields = lambda *given: fields(*given) | of_cuda
+    optimizers: Any = optim
+    optimizers._offer_own_adam = lambda *_: None
+
+
+def main() -> None:
+    # Before megatron is imported, which looks for it then.
+    install()
+    from offline_align.__main__ import run
+
+    if sys.argv[1] == "engine":
+        build_from_its_layers()
+    sys.exit(run(sys.argv[2:]))
+
+
+if __name__ == "__main__":
+    main()

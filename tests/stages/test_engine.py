@@ -1,0 +1,87 @@
+"""Transformer Engine's layers and optimizer give what the torch backend gives, and read its checkpoints."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engine_on_cpu import SOURCES
+from tests.training import STEPS, TINY, continued, metrics, pairs, samples, train, write_jsonl
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.distributed,
+    pytest.mark.skipif(
+        not (SOURCES / "transformer_engine").is_dir(), reason=f"no sources of Transformer Engine in {SOURCES}"
+    ),
+]
+TP2 = "parallel.tensor_model_parallel_size=2"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", samples())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
+    return train("sft", tmp_path_factory.mktemp("torch") / "run", rows)
+
+
+def on_engine(backend: str, stage: str, run: Path, data: Path, *words: str, ranks: int = 1) -> Path:
+    """Train in a process of its own where Transformer Engine is installed, and return the run folder."""
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    start = [sys.executable, "-m", *torchrun, "tests.engine_on_cpu", backend, stage]
+    command = [*start, f"run.dir={run}", f"data.train={data}", *(words or TINY), *STEPS]
+    # megatron tells Transformer Engine its choices so, those of this process too.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("NVTE_")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return run
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model.qk_layernorm=true", "model.sliding_window=8", "trainer.recompute=full"],
+        ["model.add_qkv_bias=true", "trainer.recompute=selective"],
+    ],
+    ids=["query-key norms, a window, full recomputation", "biases, selective recomputation"],
+)
+def test_a_step_is_that_of_the_torch_backend(tmp_path: Path, rows: Path, words: list[str]) -> None:
+    expected = metrics(train("sft", tmp_path / "torch", rows, *words))
+    found = metrics(on_engine("engine", "sft", tmp_path / "engine", rows, *TINY, *words))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words", [[TP2], [TP2, "parallel.sequence_parallel=true"], ["parallel.context_parallel_size=2"], []]
+)
+def test_layouts_give_the_same_losses(tmp_path: Path, rows: Path, trained: Path, words: list[str]) -> None:
+    found = on_engine("engine", "sft", tmp_path / "run", rows, *TINY, *words, ranks=2)
+    assert metrics(found) == pytest.approx(metrics(trained), rel=1e-5)
+    assert metrics(found, "grad_norm") == pytest.approx(metrics(trained, "grad_norm"), rel=1e-4)
+
+
+def test_each_backend_goes_on_from_checkpoints_of_the_other(tmp_path: Path, rows: Path, trained: Path) -> None:
+    engine = on_engine("engine", "sft", tmp_path / "engine", rows)
+    expected = metrics(train("sft", tmp_path / "torch", rows, model=continued(trained)))
+    crossed = metrics(on_engine("engine", "sft", tmp_path / "crossed", rows, *continued(trained)))
+    back = metrics(train("sft", tmp_path / "back", rows, model=continued(engine)))
+    assert crossed == pytest.approx(expected, rel=1e-5)
+    assert back == pytest.approx(expected, rel=1e-4)
+
+
+def test_reward_models_share_prompts(tmp_path: Path, trained: Path) -> None:
+    data = write_jsonl(tmp_path / "pairs.jsonl", pairs())
+    expected = metrics(train("reward", tmp_path / "torch", data, model=continued(trained)))
+    layout = (TP2, "parallel.sequence_parallel=true")
+    found = on_engine("engine", "reward", tmp_path / "engine", data, *continued(trained), *layout, ranks=2)
+    assert metrics(found) == pytest.approx(expected, rel=1e-4)
+
+
+def test_its_presence_changes_nothing_on_the_cpu(tmp_path: Path, rows: Path, trained: Path) -> None:
+    """Its optimizer and its norms are for CUDA alone, and megatron takes them wherever it finds them."""
+    assert metrics(on_engine("torch", "sft", tmp_path / "run", rows)) == metrics(trained)
