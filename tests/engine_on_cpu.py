@@ -145,16 +145,31 @@ def multi_tensor_scale(_: int, __: Tensor, lists: list[list[Tensor]], factor: fl
         out.copy_(source * factor)
 
 
-def multi_tensor_adam(
-    _: int, __: Tensor, lists: list[list[Tensor]], lr: float, beta1: float, beta2: float, eps: float, step: int,
-    decoupled: bool, corrected: bool, decay: float,
-) -> None:  # fmt: skip
+def multi_tensor_adam(_: int, __: Tensor, lists: list[list[Tensor]], *rule: Any) -> None:
+    for grad, weight, *moments in zip(*lists, strict=True):
+        weight.copy_(_updated(weight.float(), grad.float(), *moments, *rule))
+
+
+def multi_tensor_adam_param_remainder(_: int, __: Tensor, lists: list[list[Tensor]], *rule: Any) -> None:
+    """Weights in fp32 are those in bf16, rounded to the nearest, and the distance to them as a signed half."""
+    for grad, weight, mean, square, remainder in zip(*lists, strict=True):
+        bits = (weight.view(torch.int16).int() << 16) + remainder.int()
+        exact = _updated(bits.view(torch.float32), grad.float(), mean, square, *rule).view(torch.int32)
+        remainder.copy_(exact.to(torch.int16))
+        weight.view(torch.int16).copy_((exact - remainder.int()) >> 16)
+
+
+def _updated(
+    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, lr: float, beta1: float, beta2: float, eps: float,
+    step: int, decoupled: bool, corrected: bool, decay: float,
+) -> Tensor:  # fmt: skip
     assert decoupled and corrected
-    for grad, weight, mean, square in zip(*lists, strict=True):
-        mean.mul_(beta1).add_(grad, alpha=1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + eps)
-        weight.sub_(lr * (update + decay * weight))
+    first = mean.float() * beta1 + grad * (1 - beta1)
+    second = square.float() * beta2 + grad.square() * (1 - beta2)
+    mean.copy_(first)
+    square.copy_(second)
+    update = first / (1 - beta1**step) / ((second / (1 - beta2**step)).sqrt() + eps)
+    return weight - lr * (update + decay * weight)
 
 
 def _kernels() -> ModuleType:
@@ -165,7 +180,8 @@ def _kernels() -> ModuleType:
     module.get_cudnn_version, module.get_cublasLt_version = lambda: 92000, lambda: 130000
     module.multi_tensor_scale_tensor = multi_tensor_scale
     own = (rmsnorm_fwd, rmsnorm_bwd, generic_gemm, convert_thd_to_bshd, convert_bshd_to_thd)
-    for function in (*own, multi_tensor_l2norm, multi_tensor_scale, multi_tensor_adam):
+    adam = (multi_tensor_l2norm, multi_tensor_scale, multi_tensor_adam, multi_tensor_adam_param_remainder)
+    for function in (*own, *adam):
         setattr(module, function.__name__, function)
     # Some modules import all that there is, so that names must be there before they are asked for.
     files = (SOURCES / "transformer_engine" / "pytorch").rglob("*.py")
@@ -196,6 +212,7 @@ def install() -> None:
     cuda.nvtx = SimpleNamespace(range_push=lambda _: None, range_pop=lambda: None)
     # Importing the library must not look for its compiled parts, nor for onnxscript.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
     sys.modules["transformer_engine.pytorch.onnx_extensions"] = MagicMock()
     sys.modules[_KERNELS] = _kernels()
     sys.meta_path.insert(0, _Finder)
@@ -208,6 +225,7 @@ def build_from_its_layers() -> None:
     """Let commands on the CPU use Transformer Engine as those on CUDA do, its optimizer too."""
     from megatron.core.transformer.enums import AttnBackend
 
+    from offline_align.config import checks
     from offline_align.config.sections import Backend
     from offline_align.model import build
     from offline_align.train import optim
@@ -219,6 +237,8 @@ def build_from_its_layers() -> None:
     patched._fields = lambda *given: fields(*given) | of_cuda
     optimizers: Any = optim
     optimizers._offer_own_adam = lambda *_: None
+    refusals: Any = checks
+    refusals._engine = lambda _: []
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ Megatron hidden states are sequence first: [T, 1, ...].
 
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -64,8 +65,9 @@ class Segments(PackedSeqParams):  # type: ignore[misc]
 class PackedAttention(nn.Module):
     """Rotary positions and causal attention inside each segment of a bin, without Transformer Engine.
 
-    CUDA uses torch's variable-length flash attention, the CPU one fused call for each segment. Under context
-    parallelism keys and values of the whole bin are gathered, and each rank attends from its own queries.
+    CUDA uses torch's variable-length flash attention; the CPU, and fp32, which that kernel does not know, one fused
+    call for each segment. Under context parallelism keys and values of the whole bin are gathered, and each rank
+    attends from its own queries.
     """
 
     def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
@@ -95,10 +97,11 @@ class PackedAttention(nn.Module):
             key, value = _whole_context(torch.stack((key, value), dim=1)).unbind(1)
         if packed_seq_params.shared_keys is not None:
             key, value = (_of_all_rows(t, packed_seq_params.shared_keys) for t in (key, value))
-        attend = self._attend_cuda if query.is_cuda else self._attend_cpu
+        by_kernel = query.is_cuda and query.dtype is not torch.float32
+        attend = self._attend_by_kernel if by_kernel else self._attend_by_segment
         return attend(query, key, value, packed_seq_params).flatten(1).unsqueeze(1)
 
-    def _attend_cuda(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
+    def _attend_by_kernel(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
         slices = packed.slices
         queries = query.chunk(len(slices)) if len(slices) > 1 else (query,)
         parts = [self._attend_slice(q, key, value, s) for q, s in zip(queries, slices, strict=True)]
@@ -108,23 +111,31 @@ class PackedAttention(nn.Module):
         from torch.nn.attention.varlen import varlen_attn
 
         first, last = part.key_range
+        key, value = key[first:last], value[first:last]
+        groups: dict[str, Any] = {}
+        if query.size(1) != key.size(1):
+            # torch 2.11 has no such word, and every query head has to be given its keys.
+            if "enable_gqa" in signature(varlen_attn).parameters:
+                groups = {"enable_gqa": True}
+            else:
+                key, value = (t.repeat_interleave(query.size(1) // key.size(1), dim=1) for t in (key, value))
         # Causal masks of this kernel align the last query with the last key, as slices of a row need it.
         out = varlen_attn(
             query,
-            key[first:last],
-            value[first:last],
+            key,
+            value,
             part.cu_seqlens_q,
             part.cu_seqlens_k,
             part.max_seqlen_q,
             part.max_seqlen_k,
             scale=self.scale,
             window_size=(-1 if self.window is None else self.window - 1, 0),
-            enable_gqa=query.size(1) != key.size(1),
+            **groups,
         )
         assert isinstance(out, Tensor)
         return out
 
-    def _attend_cpu(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
+    def _attend_by_segment(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
         out: list[Tensor] = []
         queries = query.chunk(len(packed.slices))
         for q, part, (q_lengths, k_lengths) in zip(queries, packed.slices, packed.lengths, strict=True):

@@ -62,6 +62,11 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """Return megatron's optimizer over `model`: AdamW, no weight decay on vectors, fp32 main weights."""
     _offer_own_adam(on_cuda)
+    if optim.use_precision_aware_optimizer:
+        from offline_align.train.engine_adam import EngineAdam
+
+        lean: Any = megatron_optimizer
+        lean.Adam = EngineAdam
     config = OptimizerConfig(
         optimizer="adam",
         lr=_MARK,

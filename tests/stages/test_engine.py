@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
     return train("sft", tmp_path_factory.mktemp("torch") / "run", rows)
 
 
-def on_engine(backend: str, stage: str, run: Path, data: Path, *words: str, ranks: int = 1) -> Path:
+def on_engine(backend: str, stage: str, run: Path, data: Path, *words: str, ranks: int = 1, code: int = 0) -> Path:
     """Train in a process of its own where Transformer Engine is installed, and return the run folder."""
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
     start = [sys.executable, "-m", *torchrun, "tests.engine_on_cpu", backend, stage]
@@ -38,7 +38,7 @@ def on_engine(backend: str, stage: str, run: Path, data: Path, *words: str, rank
     # megatron tells Transformer Engine its choices so, those of this process too.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("NVTE_")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == code, done.stderr[-4000:]
     return run
 
 
@@ -85,3 +85,15 @@ def test_reward_models_share_prompts(tmp_path: Path, trained: Path) -> None:
 def test_its_presence_changes_nothing_on_the_cpu(tmp_path: Path, rows: Path, trained: Path) -> None:
     """Its optimizer and its norms are for CUDA alone, and megatron takes them wherever it finds them."""
     assert metrics(on_engine("torch", "sft", tmp_path / "run", rows)) == metrics(trained)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_run_with_half_an_optimizer_goes_on_to_the_bit(tmp_path: Path, rows: Path, stage: str) -> None:
+    """Weights in bf16 and their remainders, and beside them the fp32 head of a reward model."""
+    data = rows if stage == "sft" else write_jsonl(tmp_path / "pairs.jsonl", pairs())
+    words = [*TINY, "trainer.precision=bf16", "optim.use_precision_aware_optimizer=true"]
+    straight = on_engine("engine", stage, tmp_path / "straight", data, *words)
+    on_engine("engine", stage, tmp_path / "parts", data, *words, "trainer.max_time=0.001", code=75)
+    parts = on_engine("engine", stage, tmp_path / "parts", data, *words)
+    assert metrics(parts) == metrics(straight)
+    assert metrics(parts, "grad_norm") == metrics(straight, "grad_norm")
