@@ -1,6 +1,6 @@
 """The only door to megatron's sharded checkpoints: tensors and plain data come through it, code does not.
 
-megatron-core 0.19 and torch 2.13 trust a checkpoint folder. They unpickle `.metadata`, and the objects among the shards
+megatron-core 0.19 and torch trust a checkpoint folder. They unpickle `.metadata`, and the objects among the shards
 with `weights_only=False`, so that whoever writes a folder could run code where it is loaded; hashes do not help, since
 they come with the folder. While this module reads, both places know the few classes that such files are made of and
 nothing else, and shards are looked for inside the folder only.
@@ -85,12 +85,22 @@ def _nothing_executes(folder: Path) -> Iterator[None]:
     reader: Any = FileSystemReader
     planner: Any = DefaultLoadPlanner
     before = reader.read_metadata, planner.load_bytes
-    reader.read_metadata, planner.load_bytes = _read_metadata, _load_bytes
+    refusals: list[StorageError] = []
+
+    def read_metadata(self: FileSystemReader, *_: Any, **__: Any) -> Metadata:
+        # torch 2.11 goes on without records that it could not read, and fails for the lack of them.
+        try:
+            return _read_metadata(self)
+        except StorageError as error:
+            refusals.append(error)
+            raise
+
+    reader.read_metadata, planner.load_bytes = read_metadata, _load_bytes
     try:
         yield
     except CheckpointException as error:
         # torch gathers what went wrong by rank; the first cause is what a user can act on.
-        cause = next(iter(error.failures.values()))[0]
+        cause = refusals[0] if refusals else next(iter(error.failures.values()))[0]
         if isinstance(cause, AlignError):
             raise cause from None
         raise StorageError(f"{folder}: cannot be loaded: {str(cause).partition(chr(10))[0]}") from error
@@ -98,7 +108,7 @@ def _nothing_executes(folder: Path) -> Iterator[None]:
         reader.read_metadata, planner.load_bytes = before
 
 
-def _read_metadata(self: FileSystemReader, *_: Any, **__: Any) -> Metadata:
+def _read_metadata(self: FileSystemReader) -> Metadata:
     path = Path(self.path) / METADATA
     try:
         with path.open("rb") as file:
