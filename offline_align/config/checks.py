@@ -27,7 +27,7 @@ def problems(config: Run, model: s.ModelSection | None, world: int) -> list[str]
     if parallel is not None:
         found += _layout(parallel, world)
         found += _batch(getattr(config, "trainer", None), parallel, world)
-    found += _engine(config)
+    found += _engine(config) + _lean_state(config)
     if model is not None:
         found += _model(model) or (_model_layout(model, parallel) if parallel else [])
         data = getattr(config, "data", None)
@@ -58,6 +58,16 @@ def _engine(config: Run) -> list[str]:
     if "trainer.precision=fp8" in wanted and not isinstance(getattr(config, "trainer", None), s.TrainerSection):
         return ["trainer.precision=fp8: is for training; use bf16"]
     return []
+
+
+def _lean_state(config: Run) -> list[str]:
+    optim, parallel = getattr(config, "optim", None), getattr(config, "parallel", None)
+    if not (optim and parallel and optim.use_precision_aware_optimizer) or parallel.use_distributed_optimizer:
+        return []
+    return [
+        "parallel.use_distributed_optimizer=False: optim.use_precision_aware_optimizer=True is for the distributed "
+        "optimizer; leave one of them unset"
+    ]
 
 
 def _positive(section: Any, prefix: str, *names: str) -> list[str]:

@@ -155,7 +155,9 @@ class TrainStep:
         if not (loss_is_finite and math.isfinite(norm)):
             return norm, False
         if self.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, norm)
+            # Where moments are in bf16, gradients wait beside the weights under a name of their own.
+            beside = self.optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, norm, beside)
         self.optimizer.step_with_ready_grads()
         return norm, True
 

@@ -41,6 +41,11 @@ def test_defaults_have_no_problem() -> None:
         (["data.max_length=1"], 1, "a row needs at least 2 tokens"),
         (["run.seed=-1"], 1, "run.seed=-1"),
         (["model.backend=transformer_engine"], 1, "model.backend=transformer_engine: "),
+        (
+            ["optim.use_precision_aware_optimizer=true", "parallel.use_distributed_optimizer=false"],
+            1,
+            "parallel.use_distributed_optimizer=False: optim.use_precision_aware_optimizer=True is for",
+        ),
     ],
 )
 def test_each_rule(words: list[str], world: int, line: str) -> None:
