@@ -4,6 +4,7 @@ import importlib.util
 import logging
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -22,7 +23,13 @@ _ENGINE_NAMES = {
 def engine_is_installed() -> bool:
     """Whether Transformer Engine's torch part can be found, without importing it."""
     found = importlib.util.find_spec("transformer_engine")
-    return found is not None and importlib.util.find_spec("transformer_engine_torch") is not None
+    if found is None or found.origin is None:
+        return False
+    package = Path(found.origin).parent
+    # Its compiled part lies in the package where that was built from source, below it in wheels, beside it where
+    # editable: out of the global names, until the package is imported.
+    places = (package, package / "wheel_lib", package.parent)
+    return any(file.suffix == ".so" for place in places for file in place.glob("transformer_engine_torch*"))
 
 
 def choose_backend(asked: Backend, device: torch.device) -> Backend:

@@ -1,5 +1,7 @@
 """The choice between the layers of megatron-core and those of Transformer Engine, as far as neither has to run."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from offline_align.config.sections import Backend, ModelSection, OptimSection, P
 from offline_align.distributed.sizes import padding_multiple
 from offline_align.errors import ConfigError
 from offline_align.model import backend
-from offline_align.model.backend import choose_backend, torch_name
+from offline_align.model.backend import choose_backend, engine_is_installed, torch_name
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -28,6 +30,32 @@ def test_auto_takes_what_is_installed(
     monkeypatch.setattr(backend, "engine_is_installed", lambda: installed)
     monkeypatch.setattr(backend, "_say", lambda _: None)
     assert choose_backend(asked, device) is chosen
+
+
+@pytest.mark.parametrize(
+    ("part", "installed"),
+    [
+        ("transformer_engine/transformer_engine_torch.cpython-312-x86_64-linux-gnu.so", True),
+        ("transformer_engine/wheel_lib/transformer_engine_torch.cpython-312-x86_64-linux-gnu.so", True),
+        ("transformer_engine_torch.cpython-312-x86_64-linux-gnu.so", True),
+        ("transformer_engine/wheel_lib/transformer_engine_jax.cpython-312-x86_64-linux-gnu.so", False),
+        ("transformer_engine_torch.txt", False),
+    ],
+)
+def test_the_compiled_part_is_found_wherever_it_is_put(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str, installed: bool
+) -> None:
+    package = tmp_path / "transformer_engine"
+    (package / "wheel_lib").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('it is not to be imported')\n")
+    (tmp_path / part).touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert engine_is_installed() is installed
+
+
+def test_nothing_is_found_where_nothing_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    assert not engine_is_installed()
 
 
 @pytest.mark.parametrize(("device", "installed", "said"), [(CPU, True, "CUDA"), (CUDA, False, "not installed")])
