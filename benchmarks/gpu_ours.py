@@ -1,8 +1,6 @@
 """This project's contenders on a GPU: its model, loader, step and scoring, without files and tokenizers."""
 
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from benchmarks.gpu_workload import (
     row_lengths,
     timed,
 )
-from benchmarks.harness import report
+from benchmarks.harness import apart, report
 from offline_align.config.sections import (
     Backend,
     Device,
@@ -138,9 +136,7 @@ def correctness(_: str, __: str, backend: str, kind: str) -> None:
 
 def against_fp32(backend: str, kind: str, lengths: list[int], device: Device, bf16: bool) -> tuple[float, float]:
     """Return the mean difference of outputs, relative to their mean, and the cosine between the gradients."""
-    # What lets megatron run on the CPU stays in its process for good.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        exact, exact_gradient = process.submit(outputs, kind, lengths, Device.cpu, False, "torch").result()
+    exact, exact_gradient = apart(outputs, kind, lengths, Device.cpu, False, "torch")
     found, gradient = outputs(kind, lengths, device, bf16, backend)
     cosine = gradient @ exact_gradient / np.linalg.norm(gradient) / np.linalg.norm(exact_gradient)
     return float(np.abs(found - exact).mean() / np.abs(exact).mean()), float(cosine)

@@ -6,7 +6,10 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,12 @@ def run(
         raise SystemExit(f"{contender.name} failed: {' '.join(last) or done.returncode}; see {log}")
     result: dict[str, float] = json.loads(found[-1].removeprefix(MARK))
     return result
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of a module in a fresh process: what lets megatron run on the CPU stays in a process for good."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def rounds(contenders: list[Contender], count: int, workload: Path, scratch: Path) -> dict[str, list[dict[str, float]]]:

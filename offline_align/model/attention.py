@@ -5,8 +5,9 @@ of this rank, D width of a head, L tokens of a segment, P those of them that que
 Megatron hidden states are sequence first: [T, 1, ...].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from inspect import signature
 from typing import Any
 
@@ -115,7 +116,7 @@ class PackedAttention(nn.Module):
         groups: dict[str, Any] = {}
         if query.size(1) != key.size(1):
             # torch 2.11 has no such word, and every query head has to be given its keys.
-            if "enable_gqa" in signature(varlen_attn).parameters:
+            if _knows_groups(varlen_attn):
                 groups = {"enable_gqa": True}
             else:
                 key, value = (t.repeat_interleave(query.size(1) // key.size(1), dim=1) for t in (key, value))
@@ -163,6 +164,11 @@ class PackedAttention(nn.Module):
             enable_gqa=query.size(1) != key.size(1),
         )
         return out[0].transpose(0, 1)
+
+
+@cache
+def _knows_groups(kernel: Callable[..., Any]) -> bool:
+    return "enable_gqa" in signature(kernel).parameters
 
 
 def _of_all_rows(keys: Tensor, shared: SharedKeys) -> Tensor:

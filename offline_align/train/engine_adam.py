@@ -2,7 +2,7 @@
 
 Imported only where Transformer Engine is installed. For weights in bf16 it keeps what they lack of fp32, 16 bits each.
 megatron's checkpoints would hold those bits in the place of the weights, and could not be read back: here they are
-joined to whole weights for a checkpoint and parted after it, so that any optimizer can go on from it.
+joined to whole weights for a checkpoint and parted after it.
 """
 
 from typing import Any
@@ -31,22 +31,22 @@ class EngineAdam(FusedAdam):  # type: ignore[misc]
 
     def get_unscaled_state(self, param: Tensor, state_name: str, skip_unscale: bool = False) -> Tensor:
         """Return a state of `param` in fp32 (in bf16 with `skip_unscale`, as its kernel takes moments)."""
-        if state_name == _WEIGHT and self._whole:
-            return join(param, self.state[param][_WEIGHT]) if self._has_remainder(param) else param.detach()
+        if state_name == _WEIGHT and self._whole and self._has_remainder(param):
+            return join(param, self.state[param][_WEIGHT])
         state: Tensor = super().get_unscaled_state(param, state_name, skip_unscale)
         return state
 
     def set_scaled_state(self, param: Tensor, state_name: str, unscaled_state: Tensor) -> None:
         """Set a state of `param` from fp32; megatron also gives it empty ones of the final type first."""
-        if state_name != _WEIGHT or unscaled_state.dtype is torch.int16:
-            super().set_scaled_state(param, state_name, unscaled_state)
-        elif self._has_remainder(param):
+        if state_name == _WEIGHT and param.dtype is torch.float32:
+            # The kernel updates such a weight in its place: any other would be stale in the next checkpoint.
+            self.state[param][_WEIGHT] = param.detach()
+        elif state_name == _WEIGHT and self._has_remainder(param) and unscaled_state.dtype is torch.float32:
             rounded, self.state[param][_WEIGHT] = part(unscaled_state.to(param.device))
             with torch.no_grad():
                 param.copy_(rounded)
         else:
-            # The kernel updates a weight in fp32 in its place, and reads nothing here.
-            self.state[param][_WEIGHT] = param.detach()
+            super().set_scaled_state(param, state_name, unscaled_state)
 
-    def _has_remainder(self, param: Tensor) -> Any:
-        return self.store_param_remainders and param.dtype is torch.bfloat16
+    def _has_remainder(self, param: Tensor) -> bool:
+        return bool(self.store_param_remainders) and param.dtype is torch.bfloat16
