@@ -64,10 +64,11 @@ TASKS = {
 
 
 def main() -> None:
-    """Measure and write `RESULTS/<task>_<shape>.json` and a Markdown table beside it."""
+    """Measure and write `RESULTS/<task>_<shape>_<precision>.json` and a Markdown table beside it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with *_train.jsonl (SFT and preference rows)")
     parser.add_argument("--shape", choices=sorted(workload.SHAPES), default="8m")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -78,7 +79,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, scratch = Path(temporary) / "workload", Path(temporary) / "scratch"
         scratch.mkdir()
-        workload.prepare(folder, options.data, workload.SHAPES[options.shape], options.rows, options.seed)
+        shape = workload.SHAPES[options.shape]
+        workload.prepare(folder, options.data, shape, options.rows, options.seed, options.precision)
         for task in TASKS if options.task == "all" else [options.task]:
             if task == "label":
                 _reward_models(folder)
@@ -104,11 +106,11 @@ def measure(task: str, options: argparse.Namespace, folder: Path, scratch: Path)
     found = harness.rounds(contenders, options.rounds, folder, scratch)
     middle = harness.medians(found)
     text = harness.table(contenders, found, rate, unit)
-    (options.results / f"{task}_{options.shape}.md").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{task}, {options.shape}\n{text}\n", flush=True)
-    settings = {"task": task, "shape": options.shape, "rows": options.rows, "rounds": options.rounds}
-    record = {**settings, "machine": harness.machine(), "medians": middle, "rounds_of": found}
-    name = f"{task}_{options.shape}"
+    name = f"{task}_{options.shape}_{options.precision}"
+    (options.results / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{name}\n{text}\n", flush=True)
+    settings = {k: getattr(options, k) for k in ("shape", "precision", "rows", "rounds")}
+    record = {"task": task, **settings, "machine": harness.machine(), "medians": middle, "rounds_of": found}
     (options.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import report
-from benchmarks.workload import GLOBAL_BATCH, MAX_LENGTH, load
+from benchmarks.workload import GLOBAL_BATCH, MAX_LENGTH, in_bf16, load
 from offline_align.data.loader import rows_of_step
 from offline_align.data.pack import pack
 
@@ -64,6 +64,8 @@ def _measure(
     workload: str, bins: list[list[Row]], read: list[int], vocabulary: bool, backward: bool, unit: str, count: int
 ) -> None:
     config = json.loads((Path(workload) / "model" / "config.json").read_text(encoding="utf-8"))
+    if in_bf16(workload):
+        torch.set_default_dtype(torch.bfloat16)
     work = [products(config, rows, n, vocabulary, backward) for rows, n in zip(bins, read, strict=True)]
     seconds = []
     for _ in range(2):

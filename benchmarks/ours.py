@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import report
-from benchmarks.workload import GLOBAL_BATCH, MAX_LENGTH
+from benchmarks.workload import GLOBAL_BATCH, MAX_LENGTH, in_bf16
 
 _COMMON = [
     f"data.max_length={MAX_LENGTH}",
@@ -34,7 +34,9 @@ def _train(stage: str, workload: str, scratch: str, rows: str, *words: str) -> l
 
     run_dir = Path(scratch) / stage
     source = f"init.from={Path(workload) / 'model'}"
-    code = run([stage, f"run.dir={run_dir}", source, f"data.train={Path(workload) / rows}", *_COMMON, *_TRAIN, *words])
+    precision = f"trainer.precision={'bf16' if in_bf16(workload) else 'fp32'}"
+    given = [f"run.dir={run_dir}", source, f"data.train={Path(workload) / rows}", precision]
+    code = run([stage, *given, *_COMMON, *_TRAIN, *words])
     assert code == 0
     return _second_epoch(run_dir)
 
@@ -81,7 +83,7 @@ def label(workload: str, scratch: str) -> None:
     checkpoint = find_checkpoint(str(folder / "reward"))
     samples = list(read_rows([folder / "sft.jsonl"], Sample, BadRows(OnBadRow.fail, None)))
     with session(ParallelSection(), RunSection(dir=scratch, device=Device.cpu)) as ranks:
-        model = load_reward_model(checkpoint, ParallelSection(), ranks, False)
+        model = load_reward_model(checkpoint, ParallelSection(), ranks, in_bf16(workload))
         renderer = renderer_of(checkpoint)
         data = DataSection(max_length=MAX_LENGTH)
 

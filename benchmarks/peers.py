@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import peak_memory_bytes, report
-from benchmarks.workload import GLOBAL_BATCH, MAX_LENGTH, load
+from benchmarks.workload import GLOBAL_BATCH, MAX_LENGTH, in_bf16, load
 
 _IGNORED = -100
 
@@ -57,7 +57,7 @@ class Clock:
         return {unit: count / seconds, "padding": 1 - self.real / self.computed, "seconds": seconds}
 
 
-def _arguments(scratch: str, micro: str, strategy: str) -> dict[str, Any]:
+def _arguments(workload: str, scratch: str, micro: str, strategy: str) -> dict[str, Any]:
     return {
         "output_dir": scratch,
         "per_device_train_batch_size": int(micro),
@@ -65,7 +65,8 @@ def _arguments(scratch: str, micro: str, strategy: str) -> dict[str, Any]:
         "num_train_epochs": 2,
         "max_length": MAX_LENGTH,
         "learning_rate": 1e-4,
-        "bf16": False,
+        # fp32 weights under torch's autocast.
+        "bf16": in_bf16(workload),
         "use_cpu": True,
         "report_to": [],
         "save_strategy": "no",
@@ -98,7 +99,7 @@ def trl_sft(workload: str, scratch: str, micro: str, strategy: str, packing: str
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(Path(workload) / "model", dtype=torch.float32),
         args=SFTConfig(
-            **_arguments(scratch, micro, strategy),
+            **_arguments(workload, scratch, micro, strategy),
             packing=packing == "packing",
             completion_only_loss=True,
             gradient_checkpointing=checkpointing == "checkpointing",
@@ -125,7 +126,7 @@ def trl_reward(workload: str, scratch: str, micro: str, checkpointing: str) -> N
     trainer = RewardTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32),
         args=RewardConfig(
-            **_arguments(scratch, micro, "random"), gradient_checkpointing=checkpointing == "checkpointing"
+            **_arguments(workload, scratch, micro, "random"), gradient_checkpointing=checkpointing == "checkpointing"
         ),
         train_dataset=Dataset.from_list(columns),
         processing_class=_tokenizer(workload),
@@ -174,7 +175,7 @@ def _ddp_rank(rank: int, workload: str, scratch: str, micro: str, ranks: int) ->
         order = torch.randperm(len(rows), generator=generator).tolist()
         for first in range(0, len(order), GLOBAL_BATCH):
             taken = sorted((rows[i] for i in order[first : first + GLOBAL_BATCH]), key=lambda r: len(r["ids"]))
-            _step(model, optimizer, taken[rank::ranks], int(micro), clock)
+            _step(model, optimizer, taken[rank::ranks], int(micro), clock, in_bf16(workload))
     clock.end = time.perf_counter()
     if rank == 0:
         memory = peak_memory_bytes() * ranks
@@ -183,7 +184,7 @@ def _ddp_rank(rank: int, workload: str, scratch: str, micro: str, ranks: int) ->
     dist.destroy_process_group()
 
 
-def _step(model: Any, optimizer: Any, rows: list[Any], micro: int, clock: Clock) -> None:
+def _step(model: Any, optimizer: Any, rows: list[Any], micro: int, clock: Clock, bf16: bool) -> None:
     """One optimizer step; gradients are reduced with the last micro-batch. DDP averages over ranks."""
     rows = sorted(rows, key=lambda r: len(r["ids"]))
     targets = sum(len(r["ids"]) - r["target_start"] for r in rows)
@@ -197,9 +198,10 @@ def _step(model: Any, optimizer: Any, rows: list[Any], micro: int, clock: Clock)
         for i, row in enumerate(part):
             labels[i, : row["target_start"]] = _IGNORED
             labels[i, len(row["ids"]) :] = _IGNORED
-        logits = model(input_ids=ids, attention_mask=mask).logits
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(input_ids=ids, attention_mask=mask).logits
         loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED, reduction="sum"
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=_IGNORED, reduction="sum"
         )
         (loss / targets).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -222,8 +224,8 @@ def _texts(workload: str) -> list[str]:
 def _reward_model(workload: str) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    folder = Path(workload) / "reward_hf"
-    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    folder, dtype = Path(workload) / "reward_hf", torch.bfloat16 if in_bf16(workload) else torch.float32
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
 
 
 def batched_scoring(workload: str, scratch: str, batch: str, order: str) -> None:

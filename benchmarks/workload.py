@@ -9,6 +9,7 @@ from typing import Any
 MAX_LENGTH = 2048
 VOCABULARY = 8192
 GLOBAL_BATCH = 16
+_PRECISION = "precision.json"
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class Shape:
 SHAPES = {"8m": Shape(256, 688, 6, 8), "30m": Shape(512, 1376, 7, 8)}
 
 
-def prepare(folder: Path, data: Path, shape: Shape, rows: int, seed: int) -> None:
+def prepare(folder: Path, data: Path, shape: Shape, rows: int, seed: int, precision: str = "fp32") -> None:
     """Write rows (`sft.jsonl`, `pairs.jsonl`), `model/` and the tokens that peers are given (`*_tokens.json`).
 
     `data` holds SFT and preference JSONL files. The rows are a random sample of those that fit, in their mixed lengths.
+    `precision` is that of forward and backward passes, `fp32` or `bf16`; weights and updates are fp32 in both.
     """
     from offline_align.__main__ import run
 
@@ -42,6 +44,12 @@ def prepare(folder: Path, data: Path, shape: Shape, rows: int, seed: int) -> Non
     _add_rewards(folder / "sft.jsonl", folder / "labelled.jsonl", seed)
     _sample(prepared / "preferences_train.jsonl", folder / "pairs.jsonl", rows // 2, seed)
     _write_tokens(folder)
+    _dump(folder / _PRECISION, precision)
+
+
+def in_bf16(folder: str) -> bool:
+    """Whether contenders multiply in bf16."""
+    return bool(load(Path(folder) / _PRECISION) == "bf16")
 
 
 def _write_model(folder: Path, tokenizer: Path, shape: Shape) -> None:

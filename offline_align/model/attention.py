@@ -92,6 +92,10 @@ class PackedAttention(nn.Module):
         assert isinstance(packed_seq_params, Segments), "every batch of this project is packed"
         assert packed_seq_params.rotary is not None
         cosine, sine = packed_seq_params.rotary
+        dtype, on_cpu = query.dtype, not query.is_cuda
+        if on_cpu:
+            # The gradient of torch's fused kernel in bf16 takes three times that in fp32 here.
+            query, key, value = query.float(), key.float(), value.float()
         query, key = (rotate(t.squeeze(1), cosine, sine) for t in (query, key))
         value = value.squeeze(1)
         if self.context_size > 1:
@@ -100,7 +104,7 @@ class PackedAttention(nn.Module):
             key, value = (_of_all_rows(t, packed_seq_params.shared_keys) for t in (key, value))
         by_kernel = query.is_cuda and query.dtype is not torch.float32
         attend = self._attend_by_kernel if by_kernel else self._attend_by_segment
-        return attend(query, key, value, packed_seq_params).flatten(1).unsqueeze(1)
+        return attend(query, key, value, packed_seq_params).to(dtype).flatten(1).unsqueeze(1)
 
     def _attend_by_kernel(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
         slices = packed.slices

@@ -23,9 +23,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` of shape [..., hidden] divided by its root mean square, times the weight."""
-        if x.dtype is torch.float32 and not x.is_cuda:
-            return rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x, (self.hidden_size,), self.weight, self.eps)
+        if x.is_cuda:
+            return F.rms_norm(x, (self.hidden_size,), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,20 +37,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     """On the CPU torch makes the norm of single operations, each a pass over memory, and so its gradient.
 
-    The same operations forward, to the bit; backward a third of them.
+    The same operations forward, to the bit, in fp32 whatever the precision of `x`; backward a third of them.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        full = x.float()
+        inverse = full.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return torch.mul(x, inverse).mul_(weight)
+        return torch.mul(full, inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
+        dtype, (x, full_weight, grad) = x.dtype, (t.float() for t in (x, weight, grad))
         product = (grad * x).flatten(0, -2)
         weight_grad = inverse.flatten() @ product
         # Of each row: how much the gradient points along it, which the norm takes out.
-        along = (product @ weight).view_as(inverse).mul_(inverse**3).div_(x.size(-1))
-        return torch.mul(grad, weight).mul_(inverse).addcmul_(x, along, value=-1), weight_grad, None
+        along = (product @ full_weight).view_as(inverse).mul_(inverse**3).div_(x.size(-1))
+        x_grad = torch.mul(grad, full_weight).mul_(inverse).addcmul_(x, along, value=-1)
+        return x_grad.to(dtype), weight_grad.to(weight.dtype), None
