@@ -37,16 +37,30 @@ REWARD = [
     Contender("TRL RewardTrainer, one pair at a time", "peers", "trl_reward", arguments=("1", "plain")),
     Contender("bare matrix products", "matrices", "pairs", limit=True),
 ]
+
+
+def _scoring(rows: str) -> list[Contender]:
+    peers = {
+        "batches of 16 in order": ("16", "in_order"),
+        "batches of 16, sorted by length": ("16", "sorted"),
+        "batches of 4, sorted by length": ("4", "sorted"),
+        "one row at a time": ("1", "sorted"),
+    }
+    return [
+        Contender("offline-align label, packed", "ours", "label", arguments=(rows,), ours=True),
+        *(
+            Contender(
+                f"transformers, {name}", "peers", "batched_scoring", arguments=(rows, *how), slow="in_order" in how
+            )
+            for name, how in peers.items()
+        ),
+        Contender("bare matrix products", "matrices", "scoring", arguments=(rows,), limit=True),
+    ]
+
+
 LABEL = [
-    Contender("offline-align label, packed", "ours", "label", ours=True),
-    Contender(
-        "transformers, batches of 16 in order", "peers", "batched_scoring", arguments=("16", "in_order"), slow=True
-    ),
-    Contender("transformers, batches of 16, sorted by length", "peers", "batched_scoring", arguments=("16", "sorted")),
-    Contender("transformers, batches of 4, sorted by length", "peers", "batched_scoring", arguments=("4", "sorted")),
-    Contender("transformers, one row at a time", "peers", "batched_scoring", arguments=("1", "sorted")),
+    *_scoring("sft"),
     Contender("transformers pipeline, batches of 16", "peers", "pipeline_scoring", arguments=("16",), slow=True),
-    Contender("bare matrix products", "matrices", "scoring", limit=True),
 ]
 # The same rows with a reward each: `ca` sees some tokens more in every prompt, so that rates are of all tokens.
 METHODS = [
@@ -60,6 +74,8 @@ TASKS = {
     "sft": (SFT, "targets_per_second", "target tokens/s"),
     "reward": (REWARD, "pairs_per_second", "pairs/s"),
     "label": (LABEL, "tokens_per_second", "tokens/s"),
+    # Two answers to each prompt, which ours computes once.
+    "answers": (_scoring("answers"), "tokens_per_second", "tokens/s"),
 }
 
 
@@ -69,7 +85,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with *_train.jsonl (SFT and preference rows)")
     parser.add_argument("--shape", choices=sorted(workload.SHAPES), default="8m")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
+    parser.add_argument("--task", choices=TASKS, nargs="+", default=list(TASKS))
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
@@ -81,8 +97,8 @@ def main() -> None:
         scratch.mkdir()
         shape = workload.SHAPES[options.shape]
         workload.prepare(folder, options.data, shape, options.rows, options.seed, options.precision)
-        for task in TASKS if options.task == "all" else [options.task]:
-            if task == "label":
+        for task in options.task:
+            if task in ("label", "answers") and not (folder / "reward_hf").exists():
                 _reward_models(folder)
             measure(task, options, folder, scratch)
 

@@ -6,6 +6,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,16 @@ class Contender:
 def report(**values: float) -> None:
     """Print the result of a contender for the harness, with the peak memory of this process if none is given."""
     print(MARK + json.dumps({"peak_memory_bytes": peak_memory_bytes()} | values), flush=True)
+
+
+def median_seconds(work: Callable[[], Any], times: int = 3) -> float:
+    """Call `work` once to warm up and `times` more; return the median of their seconds."""
+    seconds = []
+    for _ in range(times + 1):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
 
 
 def peak_memory_bytes() -> int:

@@ -6,7 +6,6 @@ D width of a head.
 """
 
 import json
-import time
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.harness import report
+from benchmarks.harness import median_seconds, report
 from benchmarks.workload import GLOBAL_BATCH, MAX_LENGTH, in_bf16, load
 from offline_align.data.loader import rows_of_step
 from offline_align.data.pack import pack
@@ -36,21 +35,29 @@ def training(workload: str, scratch: str) -> None:
 
 def pairs(workload: str, scratch: str) -> None:
     """The same for a reward model, which has no output layer."""
-    sides: list[list[Row]] = []
-    for pair in load(Path(workload) / "pairs_tokens.json"):
-        chosen, rejected = pair["chosen"], pair["rejected"]
-        shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected[:-1], strict=False)))
-        sides.append([(len(chosen), len(chosen)), (len(rejected) - shared, len(rejected))])
+    sides = _sides(workload)
     bins = list(_bins_of_steps([sum(own for own, _ in pair) for pair in sides]))
     rows = [[row for i in b for row in sides[i]] for b in bins]
     _measure(workload, rows, [2 * len(b) for b in bins], False, True, "pairs_per_second", len(sides))
 
 
-def scoring(workload: str, scratch: str) -> None:
+def scoring(workload: str, scratch: str, rows: str) -> None:
     """Products of one forward pass over all rows."""
-    lengths = [len(r["ids"]) for r in load(Path(workload) / "sft_tokens.json")]
-    bins = [[((n := lengths[i]), n) for i in b] for b in pack(lengths, MAX_LENGTH) if b]
+    lengths = [len(r["ids"]) for r in load(Path(workload) / f"{rows}_tokens.json")]
+    groups = _sides(workload) if rows == "answers" else [[(n, n)] for n in lengths]
+    packed = pack([sum(own for own, _ in group) for group in groups], MAX_LENGTH)
+    bins = [[row for i in b for row in groups[i]] for b in packed if b]
     _measure(workload, bins, [len(b) for b in bins], False, False, "tokens_per_second", sum(lengths))
+
+
+def _sides(workload: str) -> list[list[Row]]:
+    """Return the two rows of each pair, the second without what it has in common with the first."""
+    sides: list[list[Row]] = []
+    for pair in load(Path(workload) / "pairs_tokens.json"):
+        chosen, rejected = pair["chosen"], pair["rejected"]
+        shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected[:-1], strict=False)))
+        sides.append([(len(chosen), len(chosen)), (len(rejected) - shared, len(rejected))])
+    return sides
 
 
 def _bins_of_steps(lengths: list[int]) -> Iterator[list[int]]:
@@ -67,13 +74,13 @@ def _measure(
     if in_bf16(workload):
         torch.set_default_dtype(torch.bfloat16)
     work = [products(config, rows, n, vocabulary, backward) for rows, n in zip(bins, read, strict=True)]
-    seconds = []
-    for _ in range(2):
-        started = time.perf_counter()
+
+    def everything() -> None:
         for products_of_bin in work:
             multiply(products_of_bin, config["num_hidden_layers"])
-        seconds.append(time.perf_counter() - started)
-    report(**{unit: count / seconds[-1], "seconds": seconds[-1]})
+
+    seconds = median_seconds(everything, 3 if not backward else 1)
+    report(**{unit: count / seconds, "seconds": seconds})
 
 
 def multiply(products: list[Product], layers: int) -> None:

@@ -1,11 +1,10 @@
 """This project's contenders: the real commands, and the pieces of the real commands."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import report
+from benchmarks.harness import median_seconds, report
 from benchmarks.workload import GLOBAL_BATCH, MAX_LENGTH, in_bf16
 
 _COMMON = [
@@ -71,32 +70,26 @@ def method(workload: str, scratch: str, stage: str, *words: str) -> None:
     report(**_rates(_train(stage, workload, scratch, "labelled.jsonl", *words), "targets_per_second"))
 
 
-def label(workload: str, scratch: str) -> None:
-    """Score every row with a reward model: packing and forward passes."""
+def label(workload: str, scratch: str, rows: str) -> None:
+    """Score every row with a reward model: packing and forward passes; answers to one prompt share it."""
     from offline_align.config.sections import DataSection, Device, OnBadRow, ParallelSection, RunSection
     from offline_align.data.records import BadRows, Sample, read_rows
     from offline_align.distributed.setup import session
-    from offline_align.label.scoring import load_reward_model, plan_bins, renderer_of, score_bin, tokenized
+    from offline_align.label.scoring import load_reward_model, plan_bins, renderer_of, score_bins, tokenized
     from offline_align.model.description import find_checkpoint
 
     folder = Path(workload)
     checkpoint = find_checkpoint(str(folder / "reward"))
-    samples = list(read_rows([folder / "sft.jsonl"], Sample, BadRows(OnBadRow.fail, None)))
+    samples = list(read_rows([folder / f"{rows}.jsonl"], Sample, BadRows(OnBadRow.fail, None)))
     with session(ParallelSection(), RunSection(dir=scratch, device=Device.cpu)) as ranks:
         model = load_reward_model(checkpoint, ParallelSection(), ranks, in_bf16(workload))
-        renderer = renderer_of(checkpoint)
         data = DataSection(max_length=MAX_LENGTH)
+        source = tokenized(samples, renderer_of(checkpoint), data, Path(scratch), share_prompts=True)
 
-        source = tokenized(samples, renderer, data, Path(scratch))
+        def score() -> dict[int, float]:
+            return dict(score_bins(model, source, plan_bins(source, MAX_LENGTH), ranks))
 
-        def score() -> list[float]:
-            bins = plan_bins(source, MAX_LENGTH)
-            found = {r: s for b in bins for r, s in zip(b, score_bin(model, source, b, ranks), strict=True)}
-            return [found[i] for i in range(len(samples))]
-
-        score()
-        started = time.perf_counter()
-        scores = score()
-        seconds = time.perf_counter() - started
+        checksum = sum(score().values())
+        seconds = median_seconds(score)
         tokens = source.num_tokens()
-    report(tokens_per_second=tokens / seconds, padding=0.0, seconds=seconds, checksum=sum(scores))
+    report(tokens_per_second=tokens / seconds, padding=0.0, seconds=seconds, checksum=checksum)

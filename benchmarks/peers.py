@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import peak_memory_bytes, report
+from benchmarks.harness import median_seconds, peak_memory_bytes, report
 from benchmarks.workload import GLOBAL_BATCH, MAX_LENGTH, in_bf16, load
 
 _IGNORED = -100
@@ -228,10 +228,10 @@ def _reward_model(workload: str) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
 
 
-def batched_scoring(workload: str, scratch: str, batch: str, order: str) -> None:
+def batched_scoring(workload: str, scratch: str, rows: str, batch: str, order: str) -> None:
     """Batched scoring with transformers: rows in their order, or sorted by length over the whole set."""
     model = _reward_model(workload)
-    ids = [r["ids"] for r in load(Path(workload) / "sft_tokens.json")]
+    ids = [r["ids"] for r in load(Path(workload) / f"{rows}_tokens.json")]
 
     @torch.inference_mode()
     def score() -> tuple[int, list[float]]:
@@ -246,10 +246,8 @@ def batched_scoring(workload: str, scratch: str, batch: str, order: str) -> None
                 found[i] = value
         return computed, found
 
-    score()
-    started = time.perf_counter()
     computed, scores = score()
-    seconds = time.perf_counter() - started
+    seconds = median_seconds(score)
     tokens = sum(map(len, ids))
     report(tokens_per_second=tokens / seconds, padding=1 - tokens / computed, seconds=seconds, checksum=sum(scores))
 
@@ -272,9 +270,7 @@ def pipeline_scoring(workload: str, scratch: str, batch: str) -> None:
     def score() -> float:
         return sum(r["score"] for r in scorer(texts, **arguments))
 
-    score()
-    started = time.perf_counter()
     total = score()
-    seconds = time.perf_counter() - started
+    seconds = median_seconds(score)
     tokens = sum(len(tokenizer(t, add_special_tokens=False)["input_ids"][:MAX_LENGTH]) for t in texts)
     report(tokens_per_second=tokens / seconds, seconds=seconds, checksum=total)

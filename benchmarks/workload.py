@@ -28,6 +28,8 @@ SHAPES = {"8m": Shape(256, 688, 6, 8), "30m": Shape(512, 1376, 7, 8)}
 def prepare(folder: Path, data: Path, shape: Shape, rows: int, seed: int, precision: str = "fp32") -> None:
     """Write rows (`sft.jsonl`, `pairs.jsonl`), `model/` and the tokens that peers are given (`*_tokens.json`).
 
+    `answers.jsonl` holds the two answers of each pair as rows of their own, one after the other.
+
     `data` holds SFT and preference JSONL files. The rows are a random sample of those that fit, in their mixed lengths.
     `precision` is that of forward and backward passes, `fp32` or `bf16`; weights and updates are fp32 in both.
     """
@@ -43,6 +45,7 @@ def prepare(folder: Path, data: Path, shape: Shape, rows: int, seed: int, precis
     _sample(prepared / "sft_train.jsonl", folder / "sft.jsonl", rows, seed)
     _add_rewards(folder / "sft.jsonl", folder / "labelled.jsonl", seed)
     _sample(prepared / "preferences_train.jsonl", folder / "pairs.jsonl", rows // 2, seed)
+    _split_pairs(folder / "pairs.jsonl", folder / "answers.jsonl")
     _write_tokens(folder)
     _dump(folder / _PRECISION, precision)
 
@@ -81,6 +84,16 @@ def _sample(source: Path, target: Path, count: int, seed: int) -> None:
     target.write_text("".join(f"{line}\n" for line in chosen), encoding="utf-8")
 
 
+def _split_pairs(source: Path, target: Path) -> None:
+    pairs = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        {"id": f"{p['id']}-{side}", "prompt": p["prompt"], "response": p[side]}
+        for p in pairs
+        for side in ("chosen", "rejected")
+    ]
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def _add_rewards(source: Path, target: Path, seed: int) -> None:
     drawn = random.Random(seed)
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
@@ -102,12 +115,13 @@ def _write_tokens(folder: Path) -> None:
     renderer = Renderer(load_tokenizer(folder / "model"), Template.paper)
     section = DataSection(max_length=MAX_LENGTH)
     bad = BadRows(OnBadRow.fail, None)
-    samples = [TrainingRow(s) for s in read_rows([folder / "sft.jsonl"], Sample, bad)]
-    rows = tokenize_samples(samples, renderer, section, folder / "cache")
+    for name in ("sft", "answers"):
+        samples = [TrainingRow(s) for s in read_rows([folder / f"{name}.jsonl"], Sample, bad)]
+        rows = tokenize_samples(samples, renderer, section, folder / "cache")
+        _dump(folder / f"{name}_tokens.json", [{"ids": i, "target_start": s} for i, s in _rows(rows)])
     pairs = tokenize_pairs(
         list(read_rows([folder / "pairs.jsonl"], PreferencePair, bad)), renderer, section, folder / "cache"
     )
-    _dump(folder / "sft_tokens.json", [{"ids": i, "target_start": s} for i, s in _rows(rows)])
     sides = zip(_rows(pairs.chosen), _rows(pairs.rejected), strict=True)
     _dump(folder / "pairs_tokens.json", [{"chosen": c[0], "rejected": r[0]} for c, r in sides])
 

@@ -63,6 +63,15 @@ class Segments(PackedSeqParams):  # type: ignore[misc]
         return [(s.cu_seqlens_q.diff().tolist(), s.cu_seqlens_k.diff().tolist()) for s in self.slices]
 
 
+def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the precision of attention, rotary angles included, in a model of `dtype`.
+
+    On the CPU it is fp32 for a bf16 model: there the gradient of torch's fused kernel takes two to three times as long
+    in bf16 (docs/benchmarks.md).
+    """
+    return torch.float32 if dtype is torch.bfloat16 and device.type == "cpu" else dtype
+
+
 class PackedAttention(nn.Module):
     """Rotary positions and causal attention inside each segment of a bin, without Transformer Engine.
 
@@ -92,12 +101,9 @@ class PackedAttention(nn.Module):
         assert isinstance(packed_seq_params, Segments), "every batch of this project is packed"
         assert packed_seq_params.rotary is not None
         cosine, sine = packed_seq_params.rotary
-        dtype, on_cpu = query.dtype, not query.is_cuda
-        if on_cpu:
-            # The gradient of torch's fused kernel in bf16 takes three times that in fp32 here.
-            query, key, value = query.float(), key.float(), value.float()
-        query, key = (rotate(t.squeeze(1), cosine, sine) for t in (query, key))
-        value = value.squeeze(1)
+        dtype, inner = query.dtype, attention_dtype(query.dtype, query.device)
+        query, key, value = (t.squeeze(1).to(inner) for t in (query, key, value))
+        query, key = (rotate(t, cosine, sine) for t in (query, key))
         if self.context_size > 1:
             key, value = _whole_context(torch.stack((key, value), dim=1)).unbind(1)
         if packed_seq_params.shared_keys is not None:

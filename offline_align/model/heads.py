@@ -13,7 +13,7 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor, nn
 
 from offline_align.data.batch import PackedBatch
-from offline_align.model.attention import Segments
+from offline_align.model.attention import Segments, attention_dtype
 from offline_align.model.layers import read_places
 from offline_align.model.rotary import PackedRotaryEmbedding
 from offline_align.model.vocabulary import target_nll
@@ -120,7 +120,9 @@ class RewardModel(GPTModel):  # type: ignore[misc]
 def _segments(model: "Policy | RewardModel", batch: PackedBatch, read: Tensor | None) -> Segments:
     """Return the segments of `batch`, whose hidden states are read at the places `read` (None: everywhere)."""
     places = None if read is None else read_places(read, model.config.sequence_parallel)
-    return Segments.of(batch, model.rotary(batch.positions[0], model.config.params_dtype), places)
+    positions = batch.positions[0]
+    angles = model.rotary(positions, attention_dtype(model.config.params_dtype, positions.device))
+    return Segments.of(batch, angles, places)
 
 
 def _hidden_at(index: Tensor, hidden: Tensor, sequence_parallel: bool) -> Tensor:

@@ -64,6 +64,27 @@ def test_table_names_ratio_limit_and_fastest_peer() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_contenders_score_the_same_rows_alike(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two answers to each prompt: ours computes it once, peers twice, and the sums of the scores agree."""
+    from benchmarks import cpu
+    from offline_align.__main__ import run
+
+    assert run(["prepare", f"run.dir={tmp_path / 'demo'}", "data.input=demo", "run.seed=1"]) == 0
+    monkeypatch.setitem(workload.SHAPES, "8m", workload.Shape(32, 64, 2, 2))
+    monkeypatch.setattr(workload, "VOCABULARY", 512)
+    results = tmp_path / "results"
+    options = ["--data", str(tmp_path / "demo"), "--rows", "12", "--rounds", "1", "--results", str(results)]
+    monkeypatch.setattr(sys, "argv", ["cpu", *options, "--task", "answers", "--precision", precision])
+    cpu.main()
+    found = json.loads((results / f"answers_8m_{precision}.json").read_text())["rounds_of"]
+    ours, *peers = [rounds[0]["checksum"] for name, rounds in found.items() if name != "bare matrix products"]
+    assert len(peers) == 3
+    assert peers == pytest.approx([ours] * 3, abs=1e-4 if precision == "fp32" else 0.1)
+    assert "| transformers, one row at a time |" in (results / f"answers_8m_{precision}.md").read_text()
+
+
+@pytest.mark.slow
 def test_tokenisation_contenders_make_the_same_number_of_tokens(tmp_path: Path) -> None:
     """All but end of sequence, which ours adds, and what the peer merges where it joins prompt and answer."""
     write_hugging_face(tmp_path / "tokenizer")

@@ -1,5 +1,6 @@
 """The norm on the CPU against torch's own, and its gradient against finite differences."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -15,8 +16,9 @@ def given(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return x, weight
 
 
-def test_the_forward_pass_has_torchs_bits() -> None:
-    x, weight = given(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_forward_pass_has_torchs_bits(dtype: torch.dtype) -> None:
+    x, weight = given(dtype)
     assert torch.equal(rms_norm(x, weight, EPS), F.rms_norm(x, (12,), weight, EPS))
 
 
@@ -25,10 +27,12 @@ def test_gradients_in_fp64() -> None:
     assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, EPS), (x, weight))
 
 
-def test_gradients_are_those_of_torch() -> None:
-    x, weight = given(torch.float32)
-    direction = torch.randn(7, 1, 12, generator=torch.Generator().manual_seed(4))
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-5)])
+def test_gradients_are_those_of_torch(dtype: torch.dtype, allowed: float) -> None:
+    x, weight = given(dtype)
+    direction = torch.randn(7, 1, 12, generator=torch.Generator().manual_seed(4)).to(dtype)
     ours = torch.autograd.grad(rms_norm(x, weight, EPS), (x, weight), direction)
     theirs = torch.autograd.grad(F.rms_norm(x, (12,), weight, EPS), (x, weight), direction)
     for mine, other in zip(ours, theirs, strict=True):
-        assert torch.allclose(mine, other, atol=1e-5)
+        assert mine.dtype is other.dtype is dtype
+        assert torch.allclose(mine, other, atol=allowed)
