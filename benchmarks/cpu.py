@@ -3,6 +3,7 @@
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import harness, workload
@@ -84,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with *_train.jsonl (SFT and preference rows)")
     parser.add_argument("--shape", choices=sorted(workload.SHAPES), default="8m")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="+", default=["fp32"], help="in turns")
     parser.add_argument("--task", choices=TASKS, nargs="+", default=list(TASKS))
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -96,11 +97,12 @@ def main() -> None:
         folder, scratch = Path(temporary) / "workload", Path(temporary) / "scratch"
         scratch.mkdir()
         shape = workload.SHAPES[options.shape]
-        workload.prepare(folder, options.data, shape, options.rows, options.seed, options.precision)
+        workload.prepare(folder, options.data, shape, options.rows, options.seed)
+        if {"label", "answers"} & set(options.task):
+            _reward_models(folder)
+        folders = {precision: workload.copy_for(precision, folder) for precision in options.precision}
         for task in options.task:
-            if task in ("label", "answers") and not (folder / "reward_hf").exists():
-                _reward_models(folder)
-            measure(task, options, folder, scratch)
+            measure(task, options, folders, scratch)
 
 
 def _reward_models(folder: Path) -> None:
@@ -114,20 +116,32 @@ def _reward_models(folder: Path) -> None:
     assert run(["convert", *out, "convert.to=huggingface", "run.device=cpu"]) == 0
 
 
-def measure(task: str, options: argparse.Namespace, folder: Path, scratch: Path) -> None:
-    """Run all contenders of a task, print the table and write it with all results."""
+def measure(task: str, options: argparse.Namespace, folders: dict[str, Path], scratch: Path) -> None:
+    """Run all contenders of a task in every precision, print the tables and write them with all results."""
     everyone, rate, unit = TASKS[task]
     contenders = [c for c in everyone if options.slow or not c.slow]
     options.results.mkdir(parents=True, exist_ok=True)
-    found = harness.rounds(contenders, options.rounds, folder, scratch)
-    middle = harness.medians(found)
-    text = harness.table(contenders, found, rate, unit)
-    name = f"{task}_{options.shape}_{options.precision}"
-    (options.results / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{name}\n{text}\n", flush=True)
-    settings = {k: getattr(options, k) for k in ("shape", "precision", "rows", "rounds")}
-    record = {"task": task, **settings, "machine": harness.machine(), "medians": middle, "rounds_of": found}
-    (options.results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    found: dict[str, harness.Found] = {precision: {c.name: [] for c in contenders} for precision in folders}
+    for number in range(options.rounds):
+        for precision, folder in folders.items():
+            title = f"{task}, {precision}, round {number + 1}/{options.rounds}"
+            for name, result in harness.one_round(contenders, folder, scratch, title).items():
+                found[precision][name].append(result)
+    settings = {"task": task, "shape": options.shape, "rows": options.rows, "rounds": options.rounds}
+    for precision, results in found.items():
+        text = harness.table(contenders, results, rate, unit)
+        name = f"{task}_{options.shape}_{precision}"
+        (options.results / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+        print(f"\n{name}\n{text}\n", flush=True)
+        middle = harness.medians(results)
+        record = {**settings, "precision": precision, "machine": harness.machine(), "medians": middle}
+        content = json.dumps(record | {"rounds_of": results}, indent=1)
+        (options.results / f"{name}.json").write_text(content + "\n", encoding="utf-8")
+    if len(found) > 1:
+        # The best setting of a peer includes its precision.
+        together = [replace(c, name=f"{c.name}, {p}") for p in found for c in contenders if not c.limit]
+        merged = {f"{name}, {p}": results for p in found for name, results in found[p].items()}
+        print("\n".join(harness.verdicts(together, harness.ratios(together, merged, rate))), flush=True)
 
 
 if __name__ == "__main__":

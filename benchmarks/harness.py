@@ -6,6 +6,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 MARK = "RESULT "
+
+Found = dict[str, list[dict[str, float]]]
+"""What each contender reported, round by round."""
 
 
 @dataclass(frozen=True)
@@ -81,29 +85,31 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
         return process.submit(function, *arguments).result()
 
 
-def rounds(contenders: list[Contender], count: int, workload: Path, scratch: Path) -> dict[str, list[dict[str, float]]]:
-    """Run all contenders `count` times, in turns, so that a slow minute hits all of them."""
-    log = scratch / "log.txt"
-    found: dict[str, list[dict[str, float]]] = {c.name: [] for c in contenders}
-    for number in range(count):
-        for contender in contenders:
-            folder = scratch / f"{contender.function}_{number}_{sum(1 for _ in scratch.iterdir())}"
-            folder.mkdir(parents=True)
-            result = run(contender, workload, folder, log)
-            found[contender.name].append(result)
-            shown = ", ".join(f"{k} {v:,.4g}" for k, v in result.items())
-            print(f"round {number + 1}/{count}  {contender.name:44s} {shown}", flush=True)
+def one_round(contenders: list[Contender], workload: Path, scratch: Path, title: str) -> dict[str, dict[str, float]]:
+    """Run every contender once and return what each reported."""
+    found = {}
+    for contender in contenders:
+        folder = Path(tempfile.mkdtemp(prefix=f"{contender.function}_", dir=scratch))
+        found[contender.name] = result = run(contender, workload, folder, scratch / "log.txt")
+        shown = ", ".join(f"{k} {v:,.4g}" for k, v in result.items())
+        print(f"{title}  {contender.name:44s} {shown}", flush=True)
     return found
 
 
-def medians(found: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+def rounds(contenders: list[Contender], count: int, workload: Path, scratch: Path) -> Found:
+    """Run all contenders `count` times, in turns, so that a slow minute hits all of them."""
+    done = [one_round(contenders, workload, scratch, f"round {n + 1}/{count}") for n in range(count)]
+    return {c.name: [found[c.name] for found in done] for c in contenders}
+
+
+def medians(found: Found) -> dict[str, dict[str, float]]:
     """Return the median of every figure of every contender."""
     return {
         name: {key: statistics.median(r[key] for r in results) for key in results[0]} for name, results in found.items()
     }
 
 
-def ratios(contenders: list[Contender], found: dict[str, list[dict[str, float]]], rate: str) -> dict[str, float]:
+def ratios(contenders: list[Contender], found: Found, rate: str) -> dict[str, float]:
     """Return how many times as fast as each contender the faster of ours is: the median over the rounds.
 
     Inside a round contenders run minutes apart, so that a machine that is slower for an hour changes no ratio.
@@ -116,7 +122,7 @@ def ratios(contenders: list[Contender], found: dict[str, list[dict[str, float]]]
     }
 
 
-def table(contenders: list[Contender], found: dict[str, list[dict[str, float]]], rate: str, unit: str) -> str:
+def table(contenders: list[Contender], found: Found, rate: str, unit: str) -> str:
     """Return a Markdown table: median rates, ratio of the faster of ours to each peer, padding and memory."""
     middle, ratio = medians(found), ratios(contenders, found, rate)
     lines = [f"| contender | {unit} | ours is | padding of computed tokens | peak memory |", "|---|---|---|---|---|"]
@@ -126,10 +132,11 @@ def table(contenders: list[Contender], found: dict[str, list[dict[str, float]]],
         padding = f"{values['padding']:.1%}" if "padding" in values else ""
         memory = "" if contender.limit else f"{values['peak_memory_bytes'] / 2**30:.2f} GiB"
         lines.append(f"| {contender.name} | {values[rate]:,.1f} | {times} | {padding} | {memory} |")
-    return "\n".join([*lines, "", *_verdicts(contenders, ratio)])
+    return "\n".join([*lines, "", *verdicts(contenders, ratio)])
 
 
-def _verdicts(contenders: list[Contender], ratio: dict[str, float]) -> list[str]:
+def verdicts(contenders: list[Contender], ratio: dict[str, float]) -> list[str]:
+    """Return lines: how many times as fast as the fastest peer the faster of ours is, and how near the limit."""
     peers = [c.name for c in contenders if not (c.ours or c.limit)]
     closest = min(peers, key=ratio.__getitem__, default=None)
     lines = [] if closest is None else [f"Against the fastest peer ({closest}): {ratio[closest]:.2f}x."]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,12 @@ class Shape:
 SHAPES = {"8m": Shape(256, 688, 6, 8), "30m": Shape(512, 1376, 7, 8)}
 
 
-def prepare(folder: Path, data: Path, shape: Shape, rows: int, seed: int, precision: str = "fp32") -> None:
+def prepare(folder: Path, data: Path, shape: Shape, rows: int, seed: int) -> None:
     """Write rows (`sft.jsonl`, `pairs.jsonl`), `model/` and the tokens that peers are given (`*_tokens.json`).
 
     `answers.jsonl` holds the two answers of each pair as rows of their own, one after the other.
 
     `data` holds SFT and preference JSONL files. The rows are a random sample of those that fit, in their mixed lengths.
-    `precision` is that of forward and backward passes, `fp32` or `bf16`; weights and updates are fp32 in both.
     """
     from offline_align.__main__ import run
 
@@ -47,11 +47,21 @@ def prepare(folder: Path, data: Path, shape: Shape, rows: int, seed: int, precis
     _sample(prepared / "preferences_train.jsonl", folder / "pairs.jsonl", rows // 2, seed)
     _split_pairs(folder / "pairs.jsonl", folder / "answers.jsonl")
     _write_tokens(folder)
-    _dump(folder / _PRECISION, precision)
+
+
+def copy_for(precision: str, folder: Path) -> Path:
+    """Return a copy of a prepared folder whose contenders multiply in `precision`, `fp32` or `bf16`.
+
+    Weights, their gradients' sums and updates are fp32 in both.
+    """
+    copy = folder.with_name(f"{folder.name}_{precision}")
+    shutil.copytree(folder, copy)
+    _dump(copy / _PRECISION, precision)
+    return copy
 
 
 def in_bf16(folder: str) -> bool:
-    """Whether contenders multiply in bf16."""
+    """Whether the contenders of a folder multiply in bf16."""
     return bool(load(Path(folder) / _PRECISION) == "bf16")
 
 

@@ -64,8 +64,9 @@ def test_table_names_ratio_limit_and_fastest_peer() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_contenders_score_the_same_rows_alike(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_score_the_same_rows_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two answers to each prompt: ours computes it once, peers twice, and the sums of the scores agree."""
     from benchmarks import cpu
     from offline_align.__main__ import run
@@ -75,13 +76,16 @@ def test_contenders_score_the_same_rows_alike(precision: str, tmp_path: Path, mo
     monkeypatch.setattr(workload, "VOCABULARY", 512)
     results = tmp_path / "results"
     options = ["--data", str(tmp_path / "demo"), "--rows", "12", "--rounds", "1", "--results", str(results)]
-    monkeypatch.setattr(sys, "argv", ["cpu", *options, "--task", "answers", "--precision", precision])
+    monkeypatch.setattr(sys, "argv", ["cpu", *options, "--task", "answers", "--precision", "fp32", "bf16"])
     cpu.main()
-    found = json.loads((results / f"answers_8m_{precision}.json").read_text())["rounds_of"]
-    ours, *peers = [rounds[0]["checksum"] for name, rounds in found.items() if name != "bare matrix products"]
-    assert len(peers) == 3
-    assert peers == pytest.approx([ours] * 3, abs=1e-4 if precision == "fp32" else 0.1)
-    assert "| transformers, one row at a time |" in (results / f"answers_8m_{precision}.md").read_text()
+    for precision, allowed in (("fp32", 1e-4), ("bf16", 0.1)):
+        found = json.loads((results / f"answers_8m_{precision}.json").read_text())["rounds_of"]
+        ours, *peers = [rounds[0]["checksum"] for name, rounds in found.items() if name != "bare matrix products"]
+        assert len(peers) == 3
+        assert peers == pytest.approx([ours] * 3, abs=allowed)
+        assert "| transformers, one row at a time |" in (results / f"answers_8m_{precision}.md").read_text()
+    # Over both precisions.
+    assert re.search(r"fastest peer \(transformers, .*, (fp32|bf16)\)", capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.slow
