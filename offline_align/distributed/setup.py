@@ -118,16 +118,16 @@ def choose_device(device: Device) -> torch.device:
 
 
 def uses_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether the forward pass runs in bf16: asked for, or by default on CUDA."""
-    if precision is Precision.auto:
-        return device.type == "cuda"
-    if precision is Precision.bf16 and device.type == "cpu" and not cpu_multiplies_bf16():
+    """Whether the forward pass on `device` runs in bf16, with a warning where that is slow."""
+    found = precision.in_bf16(on_cuda=device.type == "cuda")
+    if found and device.type == "cpu" and not cpu_multiplies_bf16():
         logger.warning(
-            "trainer.precision=bf16: this CPU has no bf16 units (AVX512-BF16 or AMX) that torch %s knows of, and "
+            "trainer.precision=%s: this CPU has no bf16 units (AVX512-BF16 or AMX) that torch %s knows of, and "
             "emulates them many times slower than fp32",
+            precision,
             torch.__version__,
         )
-    return precision in (Precision.bf16, Precision.fp8)
+    return found
 
 
 def cpu_multiplies_bf16() -> bool:

@@ -20,6 +20,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from offline_align.data.batch import AttentionSlice, PackedBatch, SharedKeys
+from offline_align.model.attention_products import LONGEST_ROW, attend_by_products
 from offline_align.model.rotary import rotate
 
 # megatron reshapes for "thd"; here the layout stays sequence first and only this module reads the boundaries.
@@ -75,14 +76,15 @@ def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 class PackedAttention(nn.Module):
     """Rotary positions and causal attention inside each segment of a bin, without Transformer Engine.
 
-    CUDA uses torch's variable-length flash attention; the CPU, and fp32, which that kernel does not know, one fused
-    call for each segment. Under context parallelism keys and values of the whole bin are gathered, and each rank
-    attends from its own queries.
+    CUDA uses torch's variable-length flash attention; the CPU one fused call for each row, as does fp32 on CUDA, which
+    that kernel does not know; and training on the CPU batched products of each row that is neither long nor has a
+    window. Under context parallelism keys and values of the whole bin are gathered, and each rank attends from its own
+    queries.
     """
 
     def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
         super().__init__()
-        self.scale = softmax_scale or config.softmax_scale
+        self.scale = softmax_scale or config.softmax_scale or config.kv_channels**-0.5
         window = config.window_size
         self.window = window[0] + 1 if window else None
         self.context_size = config.context_parallel_size
@@ -109,7 +111,7 @@ class PackedAttention(nn.Module):
         if packed_seq_params.shared_keys is not None:
             key, value = (_of_all_rows(t, packed_seq_params.shared_keys) for t in (key, value))
         by_kernel = query.is_cuda and query.dtype is not torch.float32
-        attend = self._attend_by_kernel if by_kernel else self._attend_by_segment
+        attend = self._attend_by_kernel if by_kernel else self._attend_by_row
         return attend(query, key, value, packed_seq_params).to(dtype).flatten(1).unsqueeze(1)
 
     def _attend_by_kernel(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
@@ -146,16 +148,26 @@ class PackedAttention(nn.Module):
         assert isinstance(out, Tensor)
         return out
 
-    def _attend_by_segment(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
-        out: list[Tensor] = []
+    def _attend_by_row(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
+        parts = []
         queries = query.chunk(len(packed.slices))
-        for q, part, (q_lengths, k_lengths) in zip(queries, packed.slices, packed.lengths, strict=True):
+        for q, part, lengths in zip(queries, packed.slices, packed.lengths, strict=True):
             first, last = part.key_range
-            # Splitting makes views, and its gradient is one concatenation; slices would each fill a bin with zeros.
-            tensors = ((q, q_lengths), (key[first:last], k_lengths), (value[first:last], k_lengths))
-            split = zip(*(torch.split(t, lengths) for t, lengths in tensors), strict=True)
-            out += [self._attend_segment(*(t.transpose(0, 1)[None] for t in segment)) for segment in split]
-        return torch.cat(out)
+            by_products = q.requires_grad and not q.is_cuda and self.window is None
+            if by_products and part.max_seqlen_k <= LONGEST_ROW:
+                parts.append(attend_by_products(q, key[first:last], value[first:last], lengths, self.scale))
+            else:
+                parts.append(self._attend_by_segment(q, key[first:last], value[first:last], lengths))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _attend_by_segment(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[list[int], list[int]]
+    ) -> Tensor:
+        # Splitting makes views, and its gradient is one concatenation; slices would each fill a bin with zeros.
+        split = zip(
+            *(torch.split(t, n) for t, n in zip((query, key, value), (*lengths, lengths[1]), strict=True)), strict=True
+        )
+        return torch.cat([self._attend_segment(*(t.transpose(0, 1)[None] for t in segment)) for segment in split])
 
     def _attend_segment(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Return [L, H, D] from query [1, H, L, D], the last of a segment, and its key, value [1, G, P, D]."""

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from offline_align.config.compose import world_size
 from offline_align.config.runs import LabelRun, ModelRun, TrainRun
-from offline_align.config.sections import ModelSection, Precision
+from offline_align.config.sections import Device, ModelSection
 from offline_align.distributed.sizes import (
     MemoryEstimate,
     ModelSizes,
@@ -29,7 +29,8 @@ def print_training_plan(stage: str, config: TrainRun, explicit: frozenset[str]) 
     ranks = _ranks(config)
     trainer = config.trainer
     capacity = trainer.micro_batch_size * config.data.max_length
-    bf16 = trainer.precision is not Precision.fp32 and config.run.device.value != "cpu"
+    on_cuda = config.run.device is not Device.cpu
+    bf16 = trainer.precision.in_bf16(on_cuda)
     table = _table(f"{stage}: {config.run.dir}")
     _add_model(table, sizes, model)
     _add_ranks(table, ranks)
@@ -42,7 +43,7 @@ def print_training_plan(stage: str, config: TrainRun, explicit: frozenset[str]) 
     table.add_row("length", f"{length}, learning rate {config.optim.lr:g} ({config.optim.lr_decay_style})")
     memory = training_memory(sizes, config.parallel, ranks, capacity, bf16, trainer.recompute.value)
     _add_memory(table, memory)
-    if bf16:
+    if bf16 and on_cuda:
         for title, text in layout_advice(config, model, sizes, scalar_head=stage == "reward"):
             table.add_row(title, text)
     _finish(table, stage, config)
@@ -58,10 +59,11 @@ def print_label_plan(config: LabelRun, explicit: frozenset[str]) -> None:
     _add_ranks(table, ranks)
     capacity = config.trainer.micro_batch_size * config.data.max_length
     table.add_row("batch", f"packed bins of up to {capacity:,} tokens, forward only")
-    bf16 = config.trainer.precision is not Precision.fp32
+    on_cuda = config.run.device is not Device.cpu
+    bf16 = config.trainer.precision.in_bf16(on_cuda)
     weights = sizes.parameters / ranks.tensor * (2 if bf16 else 4)
     table.add_row("memory a rank", f"{weights / _GIB:.2f} GiB of weights")
-    if bf16 and config.run.device.value != "cpu":
+    if bf16 and on_cuda:
         table.add_row("rate", scoring_rate(config.launcher.gpu, sizes, config.data.max_length))
     _finish(table, "label", config)
 

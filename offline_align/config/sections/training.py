@@ -17,6 +17,10 @@ class Precision(StrEnum):
     fp32 = "fp32"
     fp8 = "fp8"
 
+    def in_bf16(self, on_cuda: bool) -> bool:
+        """Whether the forward pass runs in bf16: asked for, or by default on CUDA."""
+        return on_cuda if self is Precision.auto else self is not Precision.fp32
+
 
 class Recompute(StrEnum):
     """Activations computed again in the backward pass: nothing, attention only, or whole layers."""

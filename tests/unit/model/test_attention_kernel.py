@@ -58,7 +58,7 @@ def test_the_kernel_gives_what_segments_give(
     late = AttentionSlice((3, 20), _boundaries(6, 4), _boundaries(13, 4), 6, 13)
     segments = Segments(slices=(early, late))
     found = attention._attend_by_kernel(query, key, value, segments)
-    assert torch.allclose(found, attention._attend_by_segment(query, key, value, segments), atol=1e-6)
+    assert torch.allclose(found, attention._attend_by_row(query, key, value, segments), atol=1e-6)
 
 
 def _boundaries(*lengths: int) -> Tensor:

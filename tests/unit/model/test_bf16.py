@@ -1,12 +1,12 @@
 """A model in bf16 on the CPU beside the same weights in fp32: near in outputs and gradients, attention in fp32."""
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from offline_align.config.sections import ModelSection, ParallelSection, RunSection
 from offline_align.data.bins import SampleSource
@@ -53,17 +53,21 @@ def test_outputs_and_gradients_are_near_those_of_fp32(ranks: Ranks) -> None:
         assert (other.float() - gradient).norm() < ALLOWED * gradient.norm(), name
 
 
-def test_attention_is_in_fp32(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("trains", "name"), [(True, "attend_by_products"), (False, "F.scaled_dot_product_attention")])
+def test_attention_is_in_fp32(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, trains: bool, name: str) -> None:
+    from offline_align.model import attention
     from offline_align.model.build import build_model
 
     seen = set()
-    attend = F.scaled_dot_product_attention
+    attend = attrgetter(name)(attention)
 
     def watched(query: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
         seen.add(query.dtype)
-        return attend(query, *rest, **named)
+        found: torch.Tensor = attend(query, *rest, **named)
+        return found
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(f"offline_align.model.attention.{name}", watched)
     model = build_model("reward_model", MODEL, ParallelSection(), ranks.device, bf16=True)
-    assert model(_batch()).shape == (len(LENGTHS),)
+    with torch.set_grad_enabled(trains):
+        assert model(_batch()).shape == (len(LENGTHS),)
     assert seen == {torch.float32}

@@ -88,6 +88,23 @@ def test_a_long_target_list_in_pieces_is_the_same(
     assert torch.allclose(next(model.parameters()).grad, gradient, atol=1e-5)
 
 
+def test_bins_with_long_rows_train_alike(ranks: Ranks, source: SampleSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention of a bin is made of products only where all of its rows are short; the results are the same."""
+    from offline_align.model.build import build_model
+
+    model = build_model("reward_model", MODEL, ParallelSection(), ranks.device, bf16=False)
+    batch = source.collate(range(len(LENGTHS)), pad_to_multiple=1)
+    found = []
+    for longest in (max(LENGTHS), max(LENGTHS) - 1):
+        monkeypatch.setattr("offline_align.model.attention.LONGEST_ROW", longest)
+        model.zero_grad()
+        scores = model(batch)
+        scores.sum().backward()
+        found.append([scores, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for short, long in zip(*found, strict=True):
+        assert torch.allclose(short, long, atol=1e-5)
+
+
 def test_the_reward_head_stays_fp32_in_a_bf16_model(ranks: Ranks, source: SampleSource) -> None:
     from offline_align.model.build import build_model
 

@@ -1,0 +1,59 @@
+"""Attention by products against torch's own, outputs and gradients, at every place where a block can begin or end."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HEADS, WIDTH = 4, 8
+
+
+@pytest.fixture
+def attend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from offline_align.model import attention_products
+
+    monkeypatch.setattr(attention_products, "_BLOCK", 4)
+    attention_products._triangle.cache_clear()
+    yield attention_products.attend_by_products
+    attention_products._triangle.cache_clear()
+
+
+def _by_torch(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[list[int], list[int]], scale: float) -> Tensor:
+    out = []
+    for q, k, v in zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True):
+        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        out.append(found[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("groups", [HEADS, 2, 1])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        ([1], [1]),
+        ([3, 4, 5, 8, 9, 17], [3, 4, 5, 8, 9, 17]),
+        # Queries that look back on keys before them, and a row that has none here.
+        ([5, 0, 4, 1], [12, 3, 4, 9]),
+    ],
+)
+def test_outputs_and_gradients(attend: Any, groups: int, lengths: tuple[list[int], list[int]]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((sum(lengths[0]), HEADS), (sum(lengths[1]), groups), (sum(lengths[1]), groups), (sum(lengths[0]), HEADS))
+    query, key, value, direction = (torch.randn(*s, WIDTH, generator=generator, dtype=torch.float64) for s in shapes)
+    given = [t.requires_grad_() for t in (query, key, value)]
+    found, expected = (f(query, key, value, lengths, 0.3) for f in (attend, _by_torch))
+    assert torch.allclose(found, expected, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(out, given, direction) for out in (found, expected))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, other, atol=1e-12)
+
+
+def test_the_same_bits_in_every_run(attend: Any) -> None:
+    query, key, value = (torch.randn(30, HEADS, WIDTH) for _ in range(3))
+    first, second = (attend(query, key, value, ([12, 18], [12, 18]), 0.3) for _ in range(2))
+    assert torch.equal(first, second)
