@@ -91,6 +91,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--slow", action="store_true", help="also peers in settings that are far from their best")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="beside ours, contenders whose names contain one of these"
+    )
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -119,7 +122,8 @@ def _reward_models(folder: Path) -> None:
 def measure(task: str, options: argparse.Namespace, folders: dict[str, Path], scratch: Path) -> None:
     """Run all contenders of a task in every precision, print the tables and write them with all results."""
     everyone, rate, unit = TASKS[task]
-    contenders = [c for c in everyone if options.slow or not c.slow]
+    chosen = [c for c in everyone if c is everyone[0] or any(word in c.name for word in options.only)]
+    contenders = [c for c in chosen if options.slow or not c.slow]
     options.results.mkdir(parents=True, exist_ok=True)
     found: dict[str, harness.Found] = {precision: {c.name: [] for c in contenders} for precision in folders}
     for number in range(options.rounds):

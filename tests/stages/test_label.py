@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 
 from offline_align.__main__ import run
+from offline_align.config.runs import LabelRun
+from offline_align.config.sections import ComputeSection, Device, ModelSection, Precision, RunSection
+from offline_align.distributed.sizes import model_sizes
+from offline_align.stages.plan_text import print_label_plan
 from tests.small_tokenizers import sentencepiece_model
 from tests.training import continued, pairs, samples, train, write_jsonl
 
@@ -241,3 +245,17 @@ def test_a_part_of_the_rows_is_scored_again_for_the_certificate(folder: Path, re
     assert "certificate.json" in {record["path"] for record in manifest["outputs"]}
     assert label(folder, "uncertified", reward, "label.certificate_fraction=0") == 0
     assert not (folder / "uncertified" / "certificate.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "size"),
+    [(Device.auto, Precision.auto, 2), (Device.cpu, Precision.auto, 4), (Device.cpu, Precision.bf16, 2)],
+)
+def test_the_plan_counts_weights_in_the_precision_of_the_run(
+    device: Device, precision: Precision, size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ModelSection(vocab_size=32_000)
+    place = RunSection(dir="unused", device=device)
+    print_label_plan(LabelRun(run=place, model=model, trainer=ComputeSection(precision=precision)), frozenset())
+    expected = model_sizes(model, 32_000).parameters * size / 2**30
+    assert f"{expected:.2f} GiB of weights" in capsys.readouterr().out

@@ -23,7 +23,10 @@ def attend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[list[int], list[int]], scale: float) -> Tensor:
     out = []
-    for q, k, v in zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True):
+    queries, keys, values = (
+        torch.split(t, n) for t, n in ((query, lengths[0]), (key, lengths[1]), (value, lengths[1]))
+    )
+    for q, k, v in zip(queries, keys, values, strict=True):
         mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
