@@ -254,7 +254,9 @@ def test_a_part_of_the_rows_is_scored_again_for_the_certificate(folder: Path, re
 def test_the_plan_counts_weights_in_the_precision_of_the_run(
     device: Device, precision: Precision, size: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = ModelSection(vocab_size=32_000)
+    model = ModelSection(
+        vocab_size=32_000, num_layers=2, hidden_size=4096, ffn_hidden_size=8192, num_attention_heads=32
+    )
     place = RunSection(dir="unused", device=device)
     print_label_plan(LabelRun(run=place, model=model, trainer=ComputeSection(precision=precision)), frozenset())
     expected = model_sizes(model, 32_000).parameters * size / 2**30
