@@ -4,7 +4,7 @@ torch's fused kernel keeps no probabilities, for the sake of long rows, and make
 some hundred tokens train a quarter faster with what is kept (docs/benchmarks.md).
 
 Shape legend: T queries of the bin, K keys, H query heads of this rank, G key/value heads, R = H / G, D width of a head,
-l queries of a block, n keys that they see.
+l queries of a block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 LONGEST_ROW = 1024
-"""Rows up to here are attended by products: the probabilities of a longer one would outweigh its other activations."""
+"""Rows up to here are attended by products: with heads of 32 the probabilities of a row, which grow with its square,
+weigh as much here as all else that a layer keeps; with heads of 128 a fifth."""
 
 # Queries that are multiplied together: of longer rows, more and more products would be hidden by the mask.
 _BLOCK = 128
