@@ -45,9 +45,17 @@ class Policy(GPTModel):  # type: ignore[misc]
         # The prompt never meets the vocabulary.
         hidden = _hidden_at(context.target_index, hidden_states, self.config.sequence_parallel)
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-        weight = self.output_layer.weight if output_weight is None else output_weight
+        weight = self._output_weight() if output_weight is None else output_weight
         group = parallel_state.get_tensor_model_parallel_group()
         return target_nll(hidden, weight, context.target_ids, group, self.num_tokens)
+
+    def _output_weight(self) -> Tensor:
+        """Return the rows of the vocabulary [V, C], complete even where they are gathered late."""
+        # megatron waits for the weights of a module in a hook of its call, and begins the next gather there. Called for
+        # no place at all the layer computes nothing.
+        weight: Tensor = self.output_layer.weight
+        self.output_layer(weight.new_empty(0, weight.size(1)))
+        return weight
 
     def logits(self, batch: PackedBatch) -> Tensor:
         """Return this rank's logits of every token: [T, V], for comparison with other implementations."""

@@ -171,7 +171,8 @@ def test_overlapped_communication_changes_nothing(tmp_path: Path, rows: Path, mo
     made = []
 
     def overlapped(**settings: Any) -> Any:
-        made.append(settings | {"overlap_grad_reduce": True, "overlap_param_gather": True})
+        # Each weight matrix is a bucket of its own, as in a large model: a gather of any of them is waited for.
+        made.append(settings | {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 64})
         return optim_config(**made[-1])
 
     optim_config = DistributedDataParallelConfig
