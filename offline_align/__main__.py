@@ -108,6 +108,10 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
     config = require(composed, _problems(stage, composed.config, composed.explicit))
     if _becomes_a_job(config):
         return _submit(stage, config, words)
+    if isinstance(config, (TrainRun, LabelRun)):
+        from offline_align.launch import set_cuda_environment
+
+        set_cuda_environment(config.parallel)
     if not config.dry_run and _launch(stage, config):
         from offline_align.launch import run_ranks
 

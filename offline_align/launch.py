@@ -6,7 +6,7 @@ import signal
 import sys
 from typing import Any
 
-from offline_align.config.sections import LauncherSection
+from offline_align.config.sections import LauncherSection, ParallelSection
 from offline_align.errors import AlignError, StoppedEarly
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,21 @@ def torchrun_command(launcher: LauncherSection, stage: str, words: list[str]) ->
     else:
         command.append("--standalone")
     return [*command, "-m", "offline_align", stage, *words]
+
+
+def set_cuda_environment(parallel: ParallelSection) -> None:
+    """Set what a rank wants of CUDA, before it loads torch and where the user has not set it.
+
+    Bins differ in length, and memory that can grow in place is not lost between them. With one hardware queue kernels
+    start in the order of their launches, so that the communication of tensor parallel ranks starts before the matrix
+    product that it is to overlap with; without such ranks more queues are better: gradients are reduced beside the
+    backward pass.
+    """
+    # The older name stands in many batch scripts.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if parallel.tensor_model_parallel_size > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:

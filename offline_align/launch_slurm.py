@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from offline_align.config.runs import PrepareRun, Run
-from offline_align.config.sections import Device, LauncherSection, ParallelSection
+from offline_align.config.sections import Device, LauncherSection
 from offline_align.distributed.stopping import parse_duration
 from offline_align.errors import ConfigError, StorageError
 
@@ -28,14 +28,12 @@ _OWN_WORDS = ("launcher=", "launcher.", "dry_run=")
 def job_text(config: Run, stage: str, words: list[str]) -> str:
     """Return the batch script that runs `stage`, whose command-line `words` gave `config`, which has a launcher."""
     launcher: LauncherSection = getattr(config, "launcher")  # noqa: B009
-    parallel: ParallelSection = getattr(config, "parallel", ParallelSection())
     run_dir = config.run.dir
     gpus = launcher.gpus_per_node
     if gpus is None:
         gpus = 0 if isinstance(config, PrepareRun) or config.run.device is Device.cpu else launcher.nproc_per_node
     head = ["#!/usr/bin/env bash", *(f"#SBATCH {quoted(o)}" for o in _options(launcher, stage, run_dir, gpus))]
-    environment = layout_environment(parallel) | {k: str(v) for k, v in launcher.environment.items()}
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    exports = [f"export {name}={shlex.quote(str(value))}" for name, value in launcher.environment.items()]
     own = [word for word in words if not word.startswith(_OWN_WORDS)]
     settings = [
         "set -euo pipefail",
@@ -49,15 +47,6 @@ def job_text(config: Run, stage: str, words: list[str]) -> str:
         f"requeue={str(launcher.requeue).lower()}",
     ]
     return "\n".join([*head, "", *settings, *exports, "", _SAME_FOR_ALL + _body()])
-
-
-def layout_environment(parallel: ParallelSection) -> dict[str, str]:
-    """Return the environment that a layout wants of CUDA.
-
-    With one hardware queue kernels start in the order of their launches, so that the communication of tensor parallel
-    ranks starts before the matrix product that it is to overlap with.
-    """
-    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if parallel.tensor_model_parallel_size > 1 else {}
 
 
 def quoted(option: str) -> str:

@@ -137,10 +137,13 @@ def convert_bshd_to_thd(rows: Tensor, boundaries: Tensor, total: int) -> Tensor:
 
 
 def multi_tensor_l2norm(_: int, __: Tensor, lists: list[list[Tensor]], ___: bool = False) -> tuple[Tensor, None]:
+    # The kernel takes the type of the first for that of all.
+    assert len({t.dtype for t in lists[0]}) == 1
     return torch.stack([t.float().norm() for t in lists[0]]).norm().view(1), None
 
 
 def multi_tensor_scale(_: int, __: Tensor, lists: list[list[Tensor]], factor: float | Tensor) -> None:
+    assert len({t.dtype for part in lists for t in part}) == 1
     for source, out in zip(*lists, strict=True):
         out.copy_(source * factor)
 
@@ -233,7 +236,7 @@ def build_from_its_layers() -> None:
     fields = build._fields
     of_cuda = {"use_te_activation_func": False, "attention_backend": AttnBackend.unfused}
     patched: Any = build
-    patched.choose_backend = lambda *_: Backend.transformer_engine
+    patched.choose_backend = lambda asked, *_: asked if asked is Backend.torch else Backend.transformer_engine
     patched._fields = lambda *given: fields(*given) | of_cuda
     optimizers: Any = optim
     optimizers._offer_own_adam = lambda *_: None

@@ -1,14 +1,14 @@
 """The same numbers on both sides: a Hugging Face folder run by `transformers` and by our model, in fp32."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offline_align.config.sections import ParallelSection
+from offline_align.config.sections import Backend, ParallelSection
 from offline_align.convert.architecture import Architecture, read_architecture
 from offline_align.convert.load import load_huggingface
 from offline_align.data.batch import PackedBatch
@@ -112,7 +112,8 @@ def _numbers_of_ours(found: Architecture, folder: Path, rows: Sequence[Sequence[
     from offline_align.model.build import build_model
     from offline_align.model.heads import Policy
 
-    model = build_model(found.kind, found.model, ParallelSection(), device, bf16=False).eval()
+    section = replace(found.model, backend=Backend.torch)
+    model = build_model(found.kind, section, ParallelSection(), device, bf16=False).eval()
     parameters = dict(model.named_parameters())
     for name, tensor in load_huggingface(folder):
         if name in parameters:

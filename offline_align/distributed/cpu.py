@@ -139,6 +139,8 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 def _patch_device() -> None:
     cuda: Any = torch.cuda
+    # Where there is a GPU all the same, other libraries would ask for its properties by what is answered here.
+    cuda.is_available = lambda: False
     cuda.current_device = lambda: _CPU
     cuda.synchronize = cuda.empty_cache = _nothing
     cuda.is_current_stream_capturing = lambda: False

@@ -156,6 +156,8 @@ def session(parallel: ParallelSection, run: RunSection) -> Iterator[Ranks]:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=parallel.tensor_model_parallel_size,
                 context_parallel_size=parallel.context_parallel_size,
+                # Only a form of checkpoints that is not used would need them beside those of NCCL.
+                create_gloo_process_groups=False,
             )
             seed_everything(run.seed)
             yield _ranks(device)

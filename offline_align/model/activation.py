@@ -1,4 +1,4 @@
-"""SwiGLU on the CPU, in few passes over memory; on CUDA megatron's compiled one is used.
+"""SwiGLU in few passes over memory, for the CPU; on CUDA megatron's compiled one is used, where it can be compiled.
 
 Shape legend: F inner width of this rank.
 """

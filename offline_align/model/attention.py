@@ -76,10 +76,10 @@ def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 class PackedAttention(nn.Module):
     """Rotary positions and causal attention inside each segment of a bin, without Transformer Engine.
 
-    CUDA uses torch's variable-length flash attention; the CPU one fused call for each row, as does fp32 on CUDA, which
-    that kernel does not know; and training on the CPU batched products of each row that is neither long nor has a
-    window. Under context parallelism keys and values of the whole bin are gathered, and each rank attends from its own
-    queries.
+    CUDA uses torch's variable-length flash attention; the CPU one fused call for each row, as does CUDA in fp32 or with
+    heads of other widths than that kernel knows; and training on the CPU batched products of each row that is neither
+    long nor has a window. Under context parallelism keys and values of the whole bin are gathered, and each rank
+    attends from its own queries.
     """
 
     def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
@@ -110,8 +110,7 @@ class PackedAttention(nn.Module):
             key, value = _whole_context(torch.stack((key, value), dim=1)).unbind(1)
         if packed_seq_params.shared_keys is not None:
             key, value = (_of_all_rows(t, packed_seq_params.shared_keys) for t in (key, value))
-        by_kernel = query.is_cuda and query.dtype is not torch.float32
-        attend = self._attend_by_kernel if by_kernel else self._attend_by_row
+        attend = self._attend_by_kernel if _kernel_takes(query) else self._attend_by_row
         return attend(query, key, value, packed_seq_params).to(dtype).flatten(1).unsqueeze(1)
 
     def _attend_by_kernel(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
@@ -125,13 +124,9 @@ class PackedAttention(nn.Module):
 
         first, last = part.key_range
         key, value = key[first:last], value[first:last]
-        groups: dict[str, Any] = {}
-        if query.size(1) != key.size(1):
-            # torch 2.11 has no such word, and every query head has to be given its keys.
-            if _knows_groups(varlen_attn):
-                groups = {"enable_gqa": True}
-            else:
-                key, value = (t.repeat_interleave(query.size(1) // key.size(1), dim=1) for t in (key, value))
+        # torch 2.11 has no such word, and gives each key head to a group of queries unasked.
+        is_grouped = query.size(1) != key.size(1)
+        groups: dict[str, Any] = {"enable_gqa": True} if is_grouped and _knows_groups(varlen_attn) else {}
         # Causal masks of this kernel align the last query with the last key, as slices of a row need it.
         out = varlen_attn(
             query,
@@ -186,6 +181,11 @@ class PackedAttention(nn.Module):
             enable_gqa=query.size(1) != key.size(1),
         )
         return out[0].transpose(0, 1)
+
+
+def _kernel_takes(query: Tensor) -> bool:
+    """Whether torch's variable-length kernel works for such heads."""
+    return query.is_cuda and query.dtype is not torch.float32 and query.size(-1) % 8 == 0 and query.size(-1) <= 256
 
 
 @cache

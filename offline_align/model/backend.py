@@ -2,6 +2,9 @@
 
 import importlib.util
 import logging
+import os
+import shutil
+import sysconfig
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -32,8 +35,10 @@ def engine_is_installed() -> bool:
     return any(file.suffix == ".so" for place in places for file in place.glob("transformer_engine_torch*"))
 
 
-def choose_backend(asked: Backend, device: torch.device) -> Backend:
+def choose_backend(asked: Backend, device: torch.device, bf16: bool = True) -> Backend:
     """Return the backend to build with: `auto` takes Transformer Engine on CUDA where it is installed.
+
+    In fp32 it does not: products of Transformer Engine would round to TF32, and its attention would pad every row.
 
     Raises ConfigError where Transformer Engine was asked for and cannot be used.
     """
@@ -41,9 +46,17 @@ def choose_backend(asked: Backend, device: torch.device) -> Backend:
     if asked is Backend.transformer_engine and not usable:
         reason = "is not installed" if device.type == "cuda" else "needs a CUDA device"
         raise ConfigError(f"model.backend=transformer_engine: it {reason}; use model.backend=torch or auto")
-    chosen = Backend.transformer_engine if usable and asked is not Backend.torch else Backend.torch
+    wanted = bf16 if asked is Backend.auto else asked is Backend.transformer_engine
+    chosen = Backend.transformer_engine if usable and wanted else Backend.torch
     _say(chosen)
     return chosen
+
+
+@cache
+def can_compile() -> bool:
+    """Whether `torch.compile` can work on CUDA: Triton builds its launchers with a C compiler and Python's headers."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 @cache

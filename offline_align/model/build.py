@@ -20,7 +20,7 @@ from offline_align.distributed.sizes import pad_vocabulary
 from offline_align.errors import ConfigError
 from offline_align.model.activation import SwiGLU
 from offline_align.model.attention import PackedAttention
-from offline_align.model.backend import choose_backend
+from offline_align.model.backend import can_compile, choose_backend
 from offline_align.model.heads import Policy, RewardHead, RewardModel
 from offline_align.model.layers import stacked
 from offline_align.model.norm import RMSNorm
@@ -47,7 +47,7 @@ def build_model(
     # megatron warns of GPTModel's deprecation on every construction; the reason it is used stands above.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     assert model.vocab_size is not None
-    backend = choose_backend(model.backend, device)
+    backend = choose_backend(model.backend, device, bf16)
     if fp8 and backend is not Backend.transformer_engine:
         raise ConfigError("trainer.precision=fp8: needs Transformer Engine and a CUDA device; use bf16")
     config = transformer_config(model, parallel, device, bf16, recompute, fp8)
@@ -101,6 +101,7 @@ def transformer_config(
 
 def _fields(model: ModelSection, parallel: ParallelSection, device: torch.device, bf16: bool) -> dict[str, Any]:
     dtype = torch.bfloat16 if bf16 else torch.float32
+    compiles = device.type == "cuda" and can_compile()
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -129,9 +130,9 @@ def _fields(model: ModelSection, parallel: ParallelSection, device: torch.device
         # Losses are sums; megatron divides gradients by the global count of targets.
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False,
-        # megatron's fused SwiGLU is compiled for CUDA; the CPU has one of ours in the place of Transformer Engine's.
-        "bias_activation_fusion": device.type == "cuda",
-        "use_te_activation_func": device.type == "cpu",
+        # megatron's fused SwiGLU is compiled for CUDA; elsewhere ours takes the place of Transformer Engine's.
+        "bias_activation_fusion": compiles,
+        "use_te_activation_func": not compiles,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,

@@ -6,6 +6,7 @@ Imported only where Transformer Engine is installed. The heads and the checkpoin
 from dataclasses import replace
 from typing import Any
 
+import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -76,11 +77,13 @@ def engine_block_spec(model: ModelSection, config: TransformerConfig) -> Transfo
     """Return megatron's Transformer Engine layers with attention over the segments of a bin.
 
     Under context parallelism the attention is that of the torch backend: Transformer Engine's would need every row
-    padded to a multiple of twice the group.
+    padded to a multiple of twice the group. So it is on GPUs before Hopper, where cuDNN does not know packed rows, and
+    Transformer Engine would pad them all to the longest.
     """
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
     attention = spec.submodules.self_attention
-    core = EngineAttention if config.context_parallel_size == 1 else PackedAttention
+    knows_packed_rows = torch.cuda.get_device_capability() >= (9, 0)
+    core = EngineAttention if config.context_parallel_size == 1 and knows_packed_rows else PackedAttention
     inner = replace(attention.submodules, core_attention=core)
     layer = replace(
         spec.submodules,

@@ -2,6 +2,7 @@
 
 import shutil
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ def describe(origin: Origin) -> ModelDescription:
 
 def build(origin: Origin, ranks: Ranks, bf16: bool) -> Any:
     """Return the model of `origin` with its weights, whole on this rank. All ranks call it together."""
-    from offline_align.config.sections import ParallelSection
+    from offline_align.config.sections import Backend, ParallelSection
     from offline_align.model.build import build_model
 
-    model = build_model(origin.kind, origin.model, ParallelSection(), ranks.device, bf16)
+    # Its names are those of the tables, wherever Transformer Engine is installed too.
+    section = replace(origin.model, backend=Backend.torch)
+    model = build_model(origin.kind, section, ParallelSection(), ranks.device, bf16)
     load_origin(model, origin, ranks)
     return model
 

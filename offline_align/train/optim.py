@@ -16,7 +16,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_scale
+from megatron.core.utils import local_multi_tensor_applier
 from torch import Tensor, nn
 
 from offline_align.config.sections import DecayStyle, OptimSection, ParallelSection
@@ -62,6 +62,7 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """Return megatron's optimizer over `model`: AdamW, no weight decay on vectors, fp32 main weights."""
     _offer_own_adam(on_cuda)
+    _offer_own_norm()
     if optim.use_precision_aware_optimizer:
         from offline_align.train.engine_adam import EngineAdam
 
@@ -84,7 +85,7 @@ def build_optimizer(
     overrides = get_standard_config_overrides(config)
     if bf16:
         overrides[_FP32_PARAMETERS] = {"max_lr": _MARK}
-    return get_megatron_optimizer(config, [model], config_overrides=overrides)
+    return get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
 
 
 def _lean_state(parallel: ParallelSection) -> dict[str, Any]:
@@ -115,8 +116,28 @@ def _l2_norm(_: int, __: Tensor, tensors: list[list[Tensor]], ___: bool) -> tupl
     return torch.stack(torch._foreach_norm(tensors[0], 2.0, torch.float32)).norm().view(1), None
 
 
+def _scale(_: int, __: Tensor, tensors: list[list[Tensor]], factor: float) -> None:
+    """Multiply all tensors by `factor`, in place as clipping asks for it."""
+    gradients, out = tensors
+    assert all(one is other for one, other in zip(gradients, out, strict=True)), "clipping works in place"
+    torch._foreach_mul_(out, factor)
+
+
+def _offer_own_norm() -> None:
+    """Let megatron take and clip the norm of gradients by torch's operations over many tensors.
+
+    Transformer Engine's and apex's take the type of the first gradient for that of all, and where gradients stay in
+    bf16 the reward head's are in fp32.
+    """
+    norms: Any = clip_grads
+    norms.multi_tensor_applier = local_multi_tensor_applier
+    norms.l2_norm_impl = _l2_norm
+    norms.multi_tensor_scale_impl = _scale
+    norms.multi_tensor_scale_tensor_impl = None
+
+
 def _offer_own_adam(on_cuda: bool) -> None:
-    """Let megatron use our Adam and norm as if they were fused ones, where there are none for this device.
+    """Let megatron use our Adam as if it were a fused one, where there is none for this device.
 
     Transformer Engine's and apex's, which megatron takes wherever they are installed, have kernels for CUDA only.
     """
@@ -128,8 +149,3 @@ def _offer_own_adam(on_cuda: bool) -> None:
     core.Adam = Adam
     sharded.HAVE_APEX_OR_TE = True
     sharded.USING_APEX_OPTIMIZER = True
-    norms: Any = clip_grads
-    norms.multi_tensor_applier = local_multi_tensor_applier
-    norms.l2_norm_impl = _l2_norm
-    norms.multi_tensor_scale_impl = local_multi_tensor_scale
-    norms.multi_tensor_scale_tensor_impl = None

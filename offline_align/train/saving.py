@@ -149,7 +149,9 @@ class Saver:
         with _storage_errors(folder):
             request = self._plan(folder)
         buckets = request.async_fn_args[1] if request.async_fn_args else []
-        return _Save(folder, state, request, [_on_cpu(bucket, self.in_background) for bucket in buckets])
+        # What comes from a GPU is a copy by then.
+        copied = self.in_background and self.ranks.device.type == "cpu"
+        return _Save(folder, state, request, [_on_cpu(bucket, copied) for bucket in buckets])
 
     def _plan(self, folder: Path) -> Any:
         # Its writers are threads of this process; only their result queue would start a manager process.

@@ -186,6 +186,8 @@ def evaluate(
 ) -> tuple[dict[str, float], int]:
     """Return the means of the objective's metrics over all `batches` and their count, the same on every rank."""
     model.eval()
+    # Weights in fp8 are made anew: those at hand are from before the last update.
+    model.set_is_first_microbatch()
     stored: list[dict[str, Any]] = []
     with weights_in_place(model), torch.inference_mode():
         for share in batches:

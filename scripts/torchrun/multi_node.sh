@@ -4,8 +4,6 @@
 # The run folder must be on storage that all machines share. Ranks find each other through the rendezvous, so that
 # machines need no numbers and a restarted one may join again.
 set -euo pipefail
-# shellcheck source=scripts/torchrun/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "$@"
 
 : "${NNODES:?set NNODES to the number of machines}"
 : "${MASTER_ADDR:?set MASTER_ADDR to the name of one of the machines}"

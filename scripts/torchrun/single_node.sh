@@ -2,8 +2,6 @@
 # One stage on all GPUs of this machine, without `offline-align`'s own launcher:
 #   scripts/torchrun/single_node.sh sft run.dir=runs/sft parallel=tp4 data.train=sft_train.jsonl
 set -euo pipefail
-# shellcheck source=scripts/torchrun/environment.sh
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "$@"
 
 NPROC_PER_NODE=${NPROC_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)}
 [[ "$NPROC_PER_NODE" -gt 0 ]] || NPROC_PER_NODE=1

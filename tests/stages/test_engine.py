@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from offline_align.__main__ import run
 from tests.engine_on_cpu import SOURCES
 from tests.training import STEPS, TINY, continued, metrics, pairs, samples, train, write_jsonl
 
@@ -30,16 +31,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
     return train("sft", tmp_path_factory.mktemp("torch") / "run", rows)
 
 
-def on_engine(backend: str, stage: str, run: Path, data: Path, *words: str, ranks: int = 1, code: int = 0) -> Path:
+def on_engine(backend: str, stage: str, folder: Path, data: Path, *words: str, ranks: int = 1, code: int = 0) -> Path:
     """Train in a process of its own where Transformer Engine is installed, and return the run folder."""
+    command = [stage, f"run.dir={folder}", f"data.train={data}", *(words or TINY), *STEPS]
+    run_on_engine(backend, command, ranks, code)
+    return folder
+
+
+def run_on_engine(backend: str, command: list[str], ranks: int = 1, code: int = 0) -> None:
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
-    start = [sys.executable, "-m", *torchrun, "tests.engine_on_cpu", backend, stage]
-    command = [*start, f"run.dir={run}", f"data.train={data}", *(words or TINY), *STEPS]
+    start = [sys.executable, "-m", *torchrun, "tests.engine_on_cpu", backend]
     # megatron tells Transformer Engine its choices so, those of this process too.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("NVTE_")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run([*start, *command], env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == code, done.stderr[-4000:]
-    return run
 
 
 @pytest.mark.parametrize(
@@ -87,11 +92,24 @@ def test_its_presence_changes_nothing_on_the_cpu(tmp_path: Path, rows: Path, tra
     assert metrics(on_engine("torch", "sft", tmp_path / "run", rows)) == metrics(trained)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_a_run_with_half_an_optimizer_goes_on_to_the_bit(tmp_path: Path, rows: Path, stage: str) -> None:
+def test_conversion_does_not_depend_on_the_engine(tmp_path: Path, trained: Path) -> None:
+    """Weights that are written, and the comparison with transformers that follows."""
+    command = ["convert", f"init.from={trained}", "convert.to=huggingface", "run.device=cpu"]
+    assert run([*command, f"run.dir={tmp_path / 'torch'}"]) == 0
+    run_on_engine("engine", [*command, f"run.dir={tmp_path / 'engine'}"])
+    expected, found = (tmp_path / name / "model.safetensors" for name in ("torch", "engine"))
+    assert found.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"), [("sft", []), ("reward", []), ("reward", ["parallel.grad_reduce_in_fp32=false"])]
+)
+def test_a_run_with_half_an_optimizer_goes_on_to_the_bit(
+    tmp_path: Path, rows: Path, stage: str, more: list[str]
+) -> None:
     """Weights in bf16 and their remainders, and beside them the fp32 head of a reward model."""
     data = rows if stage == "sft" else write_jsonl(tmp_path / "pairs.jsonl", pairs())
-    words = [*TINY, "trainer.precision=bf16", "optim.use_precision_aware_optimizer=true"]
+    words = [*TINY, "trainer.precision=bf16", "optim.use_precision_aware_optimizer=true", *more]
     straight = on_engine("engine", stage, tmp_path / "straight", data, *words)
     on_engine("engine", stage, tmp_path / "parts", data, *words, "trainer.max_time=0.001", code=75)
     parts = on_engine("engine", stage, tmp_path / "parts", data, *words)

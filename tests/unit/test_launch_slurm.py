@@ -74,12 +74,8 @@ def test_preparing_asks_for_no_gpu() -> None:
     assert not any(o.startswith("--gpus") for o in options(text))
 
 
-def test_the_layout_sets_the_environment_and_the_user_has_the_last_word() -> None:
-    line = "export CUDA_DEVICE_MAX_CONNECTIONS="
-    assert line not in text_of()
-    tensor = ["parallel=tp4", "launcher.nproc_per_node=4"]
-    assert f"{line}1\n" in text_of(*tensor)
-    assert f"{line}32\n" in text_of(*tensor, "launcher.environment.CUDA_DEVICE_MAX_CONNECTIONS=32")
+def test_variables_of_the_user_are_exported() -> None:
+    assert "export NCCL_IB_HCA=mlx5\n" in text_of("launcher.environment.NCCL_IB_HCA=mlx5")
     assert "export A='b $HOME'\n" in text_of("launcher.environment.A='b $HOME'")
 
 

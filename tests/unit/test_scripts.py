@@ -232,31 +232,18 @@ def test_without_a_run_folder_nothing_starts(tmp_path: Path) -> None:
     assert "run.dir" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "given", "expected"),
-    [
-        (["parallel=tp4"], {}, "1"),
-        (["parallel.tensor_model_parallel_size=2"], {}, "1"),
-        (["parallel=tp4"], {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8"),
-        (["parallel=single"], {}, ""),
-        (["parallel.tensor_model_parallel_size=1"], {}, ""),
-    ],
-)
 @pytest.mark.parametrize("script", ["single_node.sh", "multi_node.sh"])
-def test_torchrun_gets_the_environment_of_the_layout(
-    tmp_path: Path, script: str, words: list[str], given: dict[str, str], expected: str
-) -> None:
+def test_torchrun_gets_the_words(tmp_path: Path, script: str) -> None:
     torchrun = tmp_path / "torchrun"
-    torchrun.write_text('#!/bin/sh\necho "$CUDA_DEVICE_MAX_CONNECTIONS|$*"\n')
+    torchrun.write_text('#!/bin/sh\necho "$*"\n')
     torchrun.chmod(0o755)
+    words = ["sft", "parallel=tp4", "init.from=/a folder"]
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NNODES": "2", "MASTER_ADDR": "node0", "NPROC_PER_NODE": "8"}
     done = subprocess.run(
-        ["bash", str(SCRIPTS / "torchrun" / script), "sft", *words],
-        env=environment | given,
+        ["bash", str(SCRIPTS / "torchrun" / script), *words],
+        env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    connections, _, command = done.stdout.strip().partition("|")
-    assert connections == expected
-    assert command.endswith(f"-m offline_align sft {' '.join(words)}")
+    assert done.stdout.strip().endswith(f"-m offline_align {' '.join(words)}")

@@ -18,7 +18,7 @@ def of_torch_2_11(
     scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:  # fmt: skip
     """Each query sees the keys up to its own place, counted from the end, at most `window_size[0]` before it."""
-    assert query.size(1) == key.size(1) == value.size(1)
+    key, value = (t.repeat_interleave(query.size(1) // t.size(1), dim=1) for t in (key, value))
     assert window_size[1] == 0 and scale is not None
     assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
     out = []
@@ -35,8 +35,7 @@ def of_torch_2_11(
 def of_torch_2_12(
     query: Tensor, key: Tensor, value: Tensor, *boundaries: Any, enable_gqa: bool = False, **named: Any
 ) -> Tensor:
-    if enable_gqa:
-        key, value = (t.repeat_interleave(query.size(1) // t.size(1), dim=1) for t in (key, value))
+    assert enable_gqa == (query.size(1) != key.size(1))
     return of_torch_2_11(query, key, value, *boundaries, **named)
 
 

@@ -53,6 +53,39 @@ def test_the_compiled_part_is_found_wherever_it_is_put(
     assert engine_is_installed() is installed
 
 
+def test_transformer_engine_is_not_taken_unasked_for_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "engine_is_installed", lambda: True)
+    monkeypatch.setattr(backend, "_say", lambda _: None)
+    assert choose_backend(Backend.auto, CUDA, bf16=False) is Backend.torch
+    assert choose_backend(Backend.transformer_engine, CUDA, bf16=False) is Backend.transformer_engine
+
+
+def test_megatrons_swiglu_is_compiled_where_there_is_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from offline_align.model.build import transformer_config
+
+    def is_compiled(device: torch.device) -> bool:
+        section = ModelSection(hidden_size=8, ffn_hidden_size=8, num_layers=1, num_attention_heads=1, vocab_size=8)
+        config = transformer_config(section, ParallelSection(), device, True, Recompute.none)
+        assert config.bias_activation_fusion is not config.use_te_activation_func
+        return bool(config.bias_activation_fusion)
+
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    monkeypatch.setenv("CC", "a compiler")
+    found = []
+    for _ in range(2):
+        backend.can_compile.cache_clear()
+        found.append((is_compiled(CPU), is_compiled(CUDA)))
+        (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    backend.can_compile.cache_clear()
+    found.append((is_compiled(CPU), is_compiled(CUDA)))
+    assert found == [(False, False), (False, True), (False, False)]
+    backend.can_compile.cache_clear()
+
+
 def test_nothing_is_found_where_nothing_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     assert not engine_is_installed()

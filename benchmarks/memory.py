@@ -1,0 +1,211 @@
+"""Memory of a training step of 8 B parameters: what plans say, beside what the step holds on an imagined GPU.
+
+    python -m benchmarks.memory [--results FOLDER]
+
+The step is the real one, at its real size, with megatron's data parallel wrapper and distributed optimizer; only the
+values of tensors are missing (`benchmarks/imagined_gpu.py`). It takes some minutes on a machine without a GPU.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.imagined_gpu import environment, imagined_rank
+from offline_align.config.sections import ModelSection, OptimSection, ParallelSection, Recompute
+from offline_align.data.batch import PackedBatch
+from offline_align.data.bins import PairSource, RowSource, SampleSource
+from offline_align.data.loader import Loader
+from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
+from offline_align.distributed.sizes import ParallelSizes, model_sizes, padding_multiple, training_memory
+
+LLAMA3_8B = ModelSection(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    rotary_base=500000.0,
+)
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the step is run."""
+
+    world: int = 8
+    tensor: int = 1
+    context: int = 1
+    sequence_parallel: bool = False
+    grad_reduce_in_fp32: bool = False
+    use_distributed_optimizer: bool = True
+    recompute: str = "none"
+    bf16: bool = True
+    kind: str = "policy"
+    share_prompts: bool = False
+    tokens: int = 4096
+    """Of a micro-batch."""
+
+    @property
+    def parallel(self) -> ParallelSection:
+        """The layout as the configuration has it."""
+        return ParallelSection(
+            tensor_model_parallel_size=self.tensor,
+            context_parallel_size=self.context,
+            sequence_parallel=self.sequence_parallel,
+            grad_reduce_in_fp32=self.grad_reduce_in_fp32,
+            use_distributed_optimizer=self.use_distributed_optimizer,
+        )
+
+    def __str__(self) -> str:
+        """Return what differs from the defaults, in words."""
+        words = [f"TP {self.tensor}" + ("" if self.context == 1 else f", CP {self.context}")]
+        words += ["sequence parallel"] if self.sequence_parallel else []
+        words += ["fp32 gradients"] if self.grad_reduce_in_fp32 else []
+        words += [] if self.recompute == "none" else [f"{self.recompute} recomputation"]
+        words += [] if self.kind == "policy" else ["reward model"]
+        return ", ".join([f"{self.world} GPUs", *words])
+
+
+LAYOUTS = [
+    Layout(),
+    Layout(tensor=2, sequence_parallel=True),
+    Layout(tensor=4),
+    Layout(tensor=4, grad_reduce_in_fp32=True),
+    Layout(tensor=4, sequence_parallel=True),
+    Layout(tensor=8, sequence_parallel=True),
+    Layout(tensor=4, recompute="selective"),
+    Layout(tensor=4, recompute="full"),
+    Layout(recompute="full"),
+    Layout(tensor=2, context=2),
+    Layout(world=16, tensor=4),
+    Layout(kind="reward_model"),
+    Layout(tensor=4, sequence_parallel=True, kind="reward_model"),
+]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a step held and asked for."""
+
+    planned_bytes: float
+    peak_bytes: int
+    """Of the second step, when moments are there."""
+    held_bytes: int
+    """Between steps."""
+    waits: dict[str, int]
+    """How often the host waited in the second step, by line."""
+    seconds: float
+
+
+def trace(model: ModelSection, layout: Layout, micro_batches: int = 2, rank: int = 0) -> Traced:
+    """Run two steps of rank `rank` on an imagined GPU, every micro-batch full, and return what the second one held."""
+    started = time.monotonic()
+    batches = _micro_batches(layout, micro_batches, rank)
+    with imagined_rank(layout.parallel, layout.world, rank) as gpu:
+        step = _step(model, layout)
+        step(batches, 1e-5)
+        gpu.forget()
+        held = gpu.held_bytes
+        step(batches, 1e-5)
+        seconds = time.monotonic() - started
+        return Traced(_planned(model, layout), gpu.peak_bytes, held, dict(gpu.waits), seconds)
+
+
+def _micro_batches(layout: Layout, count: int, rank: int) -> list[PackedBatch]:
+    """Return those of a rank; tensor parallel ranks are neighbours, then come context parallel ones."""
+    cp_rank, dp_rank = rank // layout.tensor % layout.context, rank // layout.tensor // layout.context
+    dp_size = layout.world // layout.tensor // layout.context
+    source = _source(layout, count * dp_size)
+    multiple = padding_multiple(layout.tensor, layout.context, layout.sequence_parallel)
+    rows = len(source)
+    loader = Loader(
+        source, rows, rows, layout.tokens, 0, dp_rank, dp_size, multiple, cp_rank=cp_rank, cp_size=layout.context
+    )
+    return loader.step(0).micro_batches
+
+
+def _step(model: ModelSection, layout: Layout) -> Any:
+    import torch
+
+    from offline_align.model.build import build_model
+    from offline_align.objectives.next_token import next_token
+    from offline_align.objectives.pairwise import pairwise
+    from offline_align.train.optim import build_optimizer, wrap_model
+    from offline_align.train.step import TrainStep
+
+    parallel, device = layout.parallel, torch.device("cuda", 0)
+    built = build_model(layout.kind, model, parallel, device, layout.bf16, Recompute(layout.recompute))
+    wrapped = wrap_model(built, parallel, True)
+    optimizer = build_optimizer(wrapped, OptimSection(), parallel, layout.bf16, True)
+    return TrainStep(wrapped, optimizer, next_token if layout.kind == "policy" else pairwise(), 1.0)
+
+
+def _source(layout: Layout, bins: int) -> RowSource:
+    """Return rows that fill so many bins; in each, rows of several lengths, or pairs."""
+    parts = [layout.tokens // 2, layout.tokens // 4, layout.tokens // 4]
+    if layout.kind == "policy":
+        return SampleSource(_rows(parts * bins), layout.share_prompts)
+    sides = [_rows([n // 2 for n in parts] * bins) for _ in range(2)]
+    return PairSource(
+        TokenizedPairs(*sides, np.zeros(len(sides[0]), np.float32), sides[0].row_ids, {}), layout.share_prompts
+    )
+
+
+def _rows(lengths: list[int]) -> TokenizedRows:
+    """Return rows that are targets but for their first token."""
+    ids = np.arange(sum(lengths), dtype=np.int32) % 64
+    offsets, count = np.cumsum([0, *lengths]).astype(np.int64), len(lengths)
+    starts, weights = np.ones(count, np.int32), np.ones(count, np.float32)
+    return TokenizedRows(ids, offsets, starts, weights, [str(n) for n in range(count)], {}, 0)
+
+
+def _planned(model: ModelSection, layout: Layout) -> float:
+    assert model.vocab_size is not None
+    ranks = ParallelSizes(layout.world, layout.tensor, layout.context)
+    sizes = model_sizes(model, model.vocab_size)
+    return training_memory(sizes, layout.parallel, ranks, layout.tokens, layout.bf16, layout.recompute).total
+
+
+def table(found: dict[Layout, Traced]) -> str:
+    """Return a Markdown table of layouts."""
+    lines = ["| layout | plan | traced | traced over plan | between steps |", "|---|---|---|---|---|"]
+    for layout, traced in found.items():
+        sizes = [f"{n / _GIB:.2f} GiB" for n in (traced.planned_bytes, traced.peak_bytes)]
+        ratio = f"{traced.peak_bytes / traced.planned_bytes:.3f}"
+        lines.append(f"| {layout} | {' | '.join(sizes)} | {ratio} | {traced.held_bytes / _GIB:.2f} GiB |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Trace every layout in this process, which is started again where it sees no imagined GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    given = parser.parse_args()
+    if "imagined_gpu" not in os.environ.get("LD_PRELOAD", ""):
+        variables = os.environ | environment(Path(tempfile.mkdtemp()))
+        os.execve(sys.executable, [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", *sys.argv[1:]], variables)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    found = {}
+    for layout in LAYOUTS:
+        found[layout] = traced = trace(LLAMA3_8B, layout)
+        print(f"{layout}: {traced.peak_bytes / _GIB:.2f} GiB, {traced.seconds:.0f} s", file=sys.stderr, flush=True)
+    given.results.mkdir(parents=True, exist_ok=True)
+    lines = [asdict(layout) | asdict(traced) for layout, traced in found.items()]
+    (given.results / "memory.json").write_text(json.dumps(lines, indent=2) + "\n", encoding="utf-8")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

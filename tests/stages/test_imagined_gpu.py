@@ -1,0 +1,109 @@
+"""The code of a GPU on one that is not there: devices, types, waits and memory, but no values."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.imagined_gpu import Unavailable, environment
+from benchmarks.memory import Layout
+from offline_align.config.sections import ModelSection
+from tests.training import STEPS, TINY, metrics, samples, write_jsonl
+
+pytestmark = pytest.mark.slow
+
+# Several buckets, though they are of 40 million elements: gathers and reductions overlap as in a large model.
+SEVERAL_BUCKETS = ModelSection(
+    num_layers=2,
+    hidden_size=2048,
+    ffn_hidden_size=4096,
+    num_attention_heads=16,
+    num_query_groups=4,
+    vocab_size=100_000,
+    qk_layernorm=True,
+    add_qkv_bias=True,
+)
+LAYOUTS = [
+    Layout(world=1),
+    Layout(world=8, tensor=4, grad_reduce_in_fp32=True),
+    Layout(world=8, tensor=4, sequence_parallel=True, recompute="selective"),
+    Layout(world=8, tensor=2, sequence_parallel=True, context=2, recompute="full"),
+    Layout(world=2, use_distributed_optimizer=False),
+    Layout(world=8, tensor=4, sequence_parallel=True, kind="reward_model", share_prompts=True),
+    Layout(world=4, context=2, kind="reward_model"),
+]
+TRACE = """
+import json, sys
+from dataclasses import asdict
+from benchmarks.memory import LLAMA3_8B, trace
+from tests.stages.test_imagined_gpu import LAYOUTS, SEVERAL_BUCKETS
+print("FOUND", json.dumps([asdict(trace(SEVERAL_BUCKETS, layout, rank=layout.world - 1)) for layout in LAYOUTS]))
+"""
+
+
+@pytest.fixture(scope="module")
+def imagined(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    try:
+        return os.environ | environment(tmp_path_factory.mktemp("library"))
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+
+def on_imagined_gpu(variables: dict[str, str], code: str) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_steps_run_in_every_layout_and_wait_twice(imagined: dict[str, str]) -> None:
+    """The last rank of each: no tensor on the wrong device, and no value that is asked for once a micro-batch."""
+    out = on_imagined_gpu(imagined, TRACE)
+    found = json.loads(next(line for line in out.splitlines() if line.startswith("FOUND")).removeprefix("FOUND"))
+    assert len(found) == len(LAYOUTS)
+    for layout, traced in zip(LAYOUTS, found, strict=True):
+        assert len(traced["waits"]) == 2, f"{layout}: {traced['waits']}"
+        assert all("clip_grads" in line or "train/step" in line for line in traced["waits"])
+
+
+def test_a_tensor_on_the_wrong_device_is_found(imagined: dict[str, str]) -> None:
+    code = """
+import torch
+from benchmarks.imagined_gpu import imagined_rank
+from offline_align.config.sections import ParallelSection
+with imagined_rank(ParallelSection(), 1) as gpu:
+    here, there = torch.ones(1000, 3, device="cuda"), torch.ones(3)
+    held = gpu.held_bytes
+    float(here.sum())
+    try:
+        here + there
+    except RuntimeError as error:
+        assert "two devices" in str(error), error
+        print(held, gpu.peak_bytes - held, sum(gpu.waits.values()))
+"""
+    assert on_imagined_gpu(imagined, code).split() == ["12288", "512", "1"]
+
+
+def test_a_plan_of_8b_is_what_a_step_holds(imagined: dict[str, str]) -> None:
+    code = """
+from benchmarks.memory import LLAMA3_8B, Layout, trace
+for layout in (Layout(tensor=4), Layout(tensor=2, context=2)):
+    traced = trace(LLAMA3_8B, layout, micro_batches=1)
+    print(traced.peak_bytes / traced.planned_bytes)
+"""
+    ratios = [float(line) for line in on_imagined_gpu(imagined, code).splitlines()]
+    assert len(ratios) == 2
+    assert all(0.98 < ratio < 1.03 for ratio in ratios), ratios
+
+
+def test_the_cpu_can_be_asked_for_where_there_is_a_gpu(imagined: dict[str, str], tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", samples())
+    words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY, *STEPS]
+    assert "run.device=cpu" in words
+    command = [sys.executable, "-m", "offline_align", *words]
+    done = subprocess.run(command, env=imagined, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert metrics(tmp_path / "run")[-1] < metrics(tmp_path / "run")[0]
