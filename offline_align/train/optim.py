@@ -127,7 +127,7 @@ def _offer_own_norm() -> None:
     """Let megatron take and clip the norm of gradients by torch's operations over many tensors.
 
     Transformer Engine's and apex's take the type of the first gradient for that of all, and where gradients stay in
-    bf16 the reward head's are in fp32.
+    bf16 those of a scalar head are in fp32.
     """
     norms: Any = clip_grads
     norms.multi_tensor_applier = local_multi_tensor_applier
