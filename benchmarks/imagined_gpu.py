@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -81,10 +81,9 @@ class ImaginedGpu(TorchDispatchMode):
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, function: Any, _: Any, arguments: Any = (), named: Any = None) -> Any:
-        """Run one operation; a value is always 1, as nobody knows it."""
+        """Run one operation; a value that nobody knows is 1."""
         if function is torch.ops.aten._local_scalar_dense.default:
-            self._wait(arguments[0])
-            return {torch.bool: True}.get(arguments[0].dtype, 1 if not arguments[0].is_floating_point() else 1.0)
+            return self._value(*arguments)
         result = function(*arguments, **(named or {}))
         if function is torch.ops.aten._to_copy.default and result.device.type == "cpu":
             self._wait(arguments[0])
@@ -97,6 +96,15 @@ class ImaginedGpu(TorchDispatchMode):
         """Begin to count anew: the peak from what is held now, and the waits."""
         self.peak_bytes = self.held_bytes
         self.waits.clear()
+
+    def _value(self, tensor: Tensor) -> float | bool:
+        self._wait(tensor)
+        try:
+            # Of a tensor that was made of numbers on the host.
+            known: float | bool = torch.ops.aten._local_scalar_dense.default(tensor)
+        except DataDependentOutputException:
+            return {torch.bool: True}.get(tensor.dtype, 1.0 if tensor.is_floating_point() else 1)
+        return known
 
     def _hold(self, storage: Any) -> None:
         key = id(storage)

@@ -1,4 +1,4 @@
-"""Transformer Engine's layers on a CPU: its own Python code, with torch in the place of its compiled kernels.
+"""Transformer Engine's layers without a GPU: its own Python code, with torch in the place of its compiled kernels.
 
     python -m tests.engine_on_cpu engine sft run.dir=...    models are built from those layers, as on a GPU
     python -m tests.engine_on_cpu torch sft run.dir=...     they are merely installed
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType, SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 from unittest.mock import MagicMock
 
 import torch
@@ -26,18 +26,18 @@ from tests.support import REPOSITORY
 
 SOURCES = Path(os.environ.get("OFFLINE_ALIGN_ENGINE", REPOSITORY / ".venv" / "engine"))
 _KERNELS = "transformer_engine_torch"
-_READ_AS = {
-    "torch.cuda.is_available()": "True",
-    ".is_cuda": ".is_cpu",
-    'device="cuda"': 'device="cpu"',
-    'load_framework_extension("torch")': "None",
-}
+_WITHOUT_KERNELS = {'load_framework_extension("torch")': "None"}
+_ON_CPU = {"torch.cuda.is_available()": "True", ".is_cuda": ".is_cpu", 'device="cuda"': 'device="cpu"'}
 
 
-class _OnCpu(SourceFileLoader):
+class _Reader(SourceFileLoader):
+    """Reads a source with other words in the place of some."""
+
+    read_as: ClassVar[dict[str, str]] = {}
+
     def get_code(self, fullname: str) -> CodeType:
         text = Path(self.path).read_text(encoding="utf-8")
-        for asked, answered in _READ_AS.items():
+        for asked, answered in self.read_as.items():
             text = text.replace(asked, answered)
         return compile(text, self.path, "exec", dont_inherit=True)
 
@@ -49,7 +49,7 @@ class _Finder:
             return None
         spec = PathFinder.find_spec(name, path or [str(SOURCES)], target)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            spec.loader = _OnCpu(spec.loader.name, spec.loader.path)
+            spec.loader = _Reader(spec.loader.name, spec.loader.path)
         return spec
 
 
@@ -213,6 +213,47 @@ def install() -> None:
     cuda.get_device_properties = lambda *_: SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     cuda.get_device_capability = lambda *_: (9, 0)
     cuda.nvtx = SimpleNamespace(range_push=lambda _: None, range_pop=lambda: None)
+    _import(_WITHOUT_KERNELS | _ON_CPU)
+
+
+def install_on_imagined_gpu() -> None:
+    """Let models of this process be built from its layers, with the attention of a GPU, which then has only shapes."""
+    _import(_WITHOUT_KERNELS)
+    kernels: Any = sys.modules[_KERNELS]
+    kernels.get_fused_attn_backend = lambda _: (_AttentionKernels.NVTE_F16_arbitrary_seqlen, "")
+    kernels.fused_attn_fwd, kernels.fused_attn_bwd = _attention_forward, _attention_backward
+    attention: Any = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
+    choose = attention.get_attention_backend
+
+    def choose_for_shapes(asked: Any) -> Any:
+        asked.qkv_type = Tensor
+        chosen = choose(asked)
+        # Whether it is the flash attention package, cuDNN, or products over padded rows.
+        assert (asked.attn_mask_type, asked.qkv_layout, chosen[2]) == ("padding_causal", "thd_thd_thd", True)
+        return chosen
+
+    attention.get_attention_backend = choose_for_shapes
+    from offline_align.model import backend
+
+    backends: Any = backend
+    backends.engine_is_installed = lambda: True
+    backends._say = lambda _: None
+
+
+def _attention_forward(*arguments: Any) -> list[Tensor]:
+    """Return the output, a number for each query and head, and the state of a generator."""
+    boundaries, query = arguments[14:16], arguments[16]
+    assert all(b.is_cuda and b.dtype is torch.int32 for b in boundaries)
+    numbers = query.new_empty((*query.shape[:2], 1), dtype=torch.float32)
+    return [torch.empty_like(query), numbers, query.new_empty(2, dtype=torch.int64)]
+
+
+def _attention_backward(*arguments: Any) -> list[Tensor | None]:
+    return [*map(torch.empty_like, arguments[19:22]), None, None]
+
+
+def _import(read_as: dict[str, str]) -> None:
+    _Reader.read_as = read_as
     # Importing the library must not look for its compiled parts, nor for onnxscript.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.imagined_gpu import Unavailable, environment
 from benchmarks.memory import Layout
 from offline_align.config.sections import ModelSection
+from tests.engine_on_cpu import SOURCES
 from tests.training import STEPS, TINY, metrics, samples, write_jsonl
 
 pytestmark = pytest.mark.slow
@@ -38,10 +39,20 @@ LAYOUTS = [
 TRACE = """
 import json, sys
 from dataclasses import asdict
-from benchmarks.memory import LLAMA3_8B, trace
+from benchmarks.memory import LLAMA3_8B, Layout, trace
 from tests.stages.test_imagined_gpu import LAYOUTS, SEVERAL_BUCKETS
 print("FOUND", json.dumps([asdict(trace(SEVERAL_BUCKETS, layout, rank=layout.world - 1)) for layout in LAYOUTS]))
 """
+
+
+# megatron looks for Transformer Engine when it is imported.
+ENGINE = """
+from tests.engine_on_cpu import install_on_imagined_gpu
+install_on_imagined_gpu()
+"""
+NEEDS_ENGINE = pytest.mark.skipif(
+    not (SOURCES / "transformer_engine").is_dir(), reason=f"no sources of Transformer Engine in {SOURCES}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +70,10 @@ def on_imagined_gpu(variables: dict[str, str], code: str) -> str:
     return done.stdout
 
 
-def test_steps_run_in_every_layout_and_wait_twice(imagined: dict[str, str]) -> None:
+@pytest.mark.parametrize("engine", [False, pytest.param(True, marks=NEEDS_ENGINE)])
+def test_steps_run_in_every_layout_and_wait_twice(imagined: dict[str, str], engine: bool) -> None:
     """The last rank of each: no tensor on the wrong device, and no value that is asked for once a micro-batch."""
-    out = on_imagined_gpu(imagined, TRACE)
+    out = on_imagined_gpu(imagined, (ENGINE if engine else "") + TRACE)
     found = json.loads(next(line for line in out.splitlines() if line.startswith("FOUND")).removeprefix("FOUND"))
     assert len(found) == len(LAYOUTS)
     for layout, traced in zip(LAYOUTS, found, strict=True):
@@ -87,14 +99,15 @@ with imagined_rank(ParallelSection(), 1) as gpu:
     assert on_imagined_gpu(imagined, code).split() == ["12288", "512", "1"]
 
 
-def test_a_plan_of_8b_is_what_a_step_holds(imagined: dict[str, str]) -> None:
+@pytest.mark.parametrize("engine", [False, pytest.param(True, marks=NEEDS_ENGINE)])
+def test_a_plan_of_8b_is_what_a_step_holds(imagined: dict[str, str], engine: bool) -> None:
     code = """
 from benchmarks.memory import LLAMA3_8B, Layout, trace
 for layout in (Layout(tensor=4), Layout(tensor=2, context=2)):
     traced = trace(LLAMA3_8B, layout, micro_batches=1)
     print(traced.peak_bytes / traced.planned_bytes)
 """
-    ratios = [float(line) for line in on_imagined_gpu(imagined, code).splitlines()]
+    ratios = [float(line) for line in on_imagined_gpu(imagined, (ENGINE if engine else "") + code).splitlines()]
     assert len(ratios) == 2
     assert all(0.98 < ratio < 1.03 for ratio in ratios), ratios
 
