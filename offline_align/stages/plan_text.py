@@ -2,7 +2,6 @@
 
 import sys
 
-from rich.console import Console
 from rich.table import Table
 
 from offline_align.config.compose import world_size
@@ -18,6 +17,7 @@ from offline_align.distributed.sizes import (
 from offline_align.launch import torchrun_command
 from offline_align.stages.advice import layout_advice, scoring_rate
 from offline_align.stages.origin import resolve
+from offline_align.stages.output import show
 
 _GIB = 2**30
 
@@ -114,5 +114,4 @@ def _add_memory(table: Table, memory: MemoryEstimate) -> None:
 def _finish(table: Table, stage: str, config: ModelRun) -> None:
     words = [w for w in sys.argv[2:] if not w.startswith(("dry_run=", "launcher."))]
     table.add_row("launch", " ".join(torchrun_command(config.launcher, stage, words)))
-    # In a file or a pipe a long line is better than a broken one.
-    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+    show(table)
