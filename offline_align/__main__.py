@@ -1,6 +1,7 @@
 """`offline-align <stage> [key=value ...]`: one command line for every stage.
 
 offline-align                      the stages
+offline-align --version            the version
 offline-align sft --help           the keys of a stage
 offline-align sft model=demo data.train=rows.jsonl run.dir=runs/sft
 torchrun --nproc-per-node=8 -m offline_align sft ...
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from offline_align import __version__
 from offline_align.config.compose import STAGES, compose, require, world_size
 from offline_align.config.runs import GenerateRun, LabelRun, Run, TrainRun
 from offline_align.distributed.stopping import interruptible
@@ -93,6 +95,9 @@ def _say(line: str) -> None:
 def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"offline-align {__version__}")
         return 0
     stage, *words = arguments
     if stage not in STAGES:

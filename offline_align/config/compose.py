@@ -5,6 +5,7 @@ no folders and sets up no logging. Each value is then checked against the datacl
 one wrong key does not hide the next one.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -47,6 +48,24 @@ _ALIASES = {"init.from": "init.from_"}
 _OPEN_MAPPINGS = ("model.overrides.", "model.rope_scaling.", "launcher.environment.", "launcher.sbatch.")
 # Stages that may run without a folder of their own.
 _RUN_DIR_OPTIONAL = {"plan"}
+# Keys that name files or folders: `~` is the user's home in all of them, wherever a shell has left it as it is.
+_PATHS = {
+    "run.dir",
+    "init.from",
+    "model.tokenizer",
+    "data.train",
+    "data.valid",
+    "data.input",
+    "data.cache_dir",
+    "judge.model",
+    "judge.second_model",
+    "judge.calibration",
+    "evaluate.runs",
+    "convert.evaluation",
+    "launcher.container_image",
+    "launcher.container_mounts",
+    "launcher.python",
+}
 MISSING = "???"
 
 
@@ -57,6 +76,8 @@ class Composed:
     config: Run
     explicit: frozenset[str]
     problems: list[str] = field(default_factory=list)
+    refused: frozenset[str] = frozenset()
+    """Keys that were given, but not in a form that can be used."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +106,7 @@ def compose(stage: str, words: list[str]) -> Composed:
     problems: list[str] = []
     words, folder, file = _split_flags(words, problems)
     searched = [folder, configs_dir()] if folder else [configs_dir()]
-    overrides = list(_parse(words, problems))
+    overrides, unreadable = _parse(words, problems)
     groups = [o for o in overrides if _is_group(o.key_or_group, searched)]
     chosen = [w for o in groups if (w := _group_choice(o, searched, problems))]
     tree = _compose_groups(stage, chosen, folder, problems)
@@ -101,10 +122,18 @@ def compose(stage: str, words: list[str]) -> Composed:
     config = OmegaConf.structured(root)
     _thaw(config)
     accepted = [v for v in values if _assign(config, v, problems)]
-    if OmegaConf.is_missing(config.run, "dir") and stage not in _RUN_DIR_OPTIONAL:
+    refused = unreadable | {v.key for v in values if v not in accepted}
+    if "run.dir" not in refused and _lacks_run_dir(config, stage):
         problems.append("run.dir is not set: give the folder that receives the results, as run.dir=runs/NAME")
     explicit = frozenset(v.key for v in accepted if v.explicit) | {o.key_or_group for o in groups}
-    return Composed(_build(root, config), explicit, problems)
+    return Composed(_build(root, config), explicit, problems, frozenset(refused))
+
+
+def _lacks_run_dir(config: DictConfig, stage: str) -> bool:
+    """Whether the folder is still to be given; an empty one, as of an unset variable, would be the current folder."""
+    if OmegaConf.is_missing(config.run, "dir"):
+        return stage not in _RUN_DIR_OPTIONAL
+    return not config.run.dir.strip()
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -136,27 +165,47 @@ def _split_flags(words: list[str], problems: list[str]) -> tuple[list[str], Path
             rest.append(word)
             continue
         value = value or (queue.pop(0) if queue else "")
-        if not Path(value).exists() or not value:
+        path = Path(_with_home(value))
+        if not path.exists() or not value:
             problems.append(f"{name}={value}: no such path")
         else:
-            found[name] = Path(value).resolve()
+            found[name] = path.resolve()
     return rest, found.get("--config-dir"), found.get("--config")
 
 
-def _parse(words: list[str], problems: list[str]) -> Iterator[Override]:
+def _parse(words: list[str], problems: list[str]) -> tuple[list[Override], set[str]]:
+    """Return what the words say, and the keys of those that cannot be read."""
     parser = OverridesParser.create()
+    overrides: list[Override] = []
+    unreadable: set[str] = set()
     for word in words:
-        try:
-            override = parser.parse_override(word)
-        except HydraException:
-            problems.append(
-                f"{word}: cannot be read; write key=value, and quote values with special characters: 'key=\"a b\"'"
-            )
+        override = _parse_word(parser, word)
+        if override is None:
+            problem = "cannot be read; write key=value, and quote what has special characters: 'key=\"a, b\"'"
+        elif not override.key_or_group or override.is_delete() or override.is_sweep_override():
+            problem = "only key=value can be used here; write a list as key=[a,b], a comma in a name as 'key=\"a,b\"'"
+        else:
+            overrides.append(override)
             continue
-        if not override.key_or_group or override.is_delete() or override.is_sweep_override():
-            problems.append(f"{word}: only key=value can be used here")
-            continue
-        yield override
+        problems.append(f"{word}: {problem}")
+        unreadable.add(word.partition("=")[0].lstrip("+"))
+    return overrides, unreadable
+
+
+def _parse_word(parser: OverridesParser, word: str) -> Override | None:
+    """Return an override, or None; what Hydra's grammar refuses is tried again as a quoted text.
+
+    That gives paths such as `~/a=b`. A list or a quoted text is meant to be read by the grammar, and a comma may be
+    one of a list: they stay as they are.
+    """
+    key, equals, value = word.partition("=")
+    value = value.strip()
+    quote = '"' if '"' not in value else "'"
+    quotable = equals and "," not in value and not value.startswith(("[", "{", '"', "'"))
+    for form in (word, f"{key}={quote}{value}{quote}" if quotable else None):
+        with contextlib.suppress(HydraException):
+            return parser.parse_override(form) if form else None
+    return None
 
 
 def _is_group(key: str, searched: list[Path]) -> bool:
@@ -240,12 +289,23 @@ def _assign(config: DictConfig, item: _Value, problems: list[str]) -> bool:
     if known.get(key) is bool and not isinstance(item.value, bool):
         problems.append(f"{shown}{where}: expected true or false")
         return False
+    value = _with_home(item.value) if item.key in _PATHS else item.value
     try:
-        OmegaConf.update(config, key, item.value, merge=False, force_add=is_open)
+        OmegaConf.update(config, key, value, merge=False, force_add=is_open)
     except OmegaConfBaseException as error:
         problems.append(f"{shown}{where}: {_reason(error)}")
         return False
     return True
+
+
+def _with_home(value: Any) -> Any:
+    """Return a path, or each of a list, with `~` replaced."""
+    if isinstance(value, list):
+        return [_with_home(item) for item in value]
+    if isinstance(value, str) and value.startswith("~"):
+        with contextlib.suppress(RuntimeError):  # no user of this name: it is one of a file
+            return str(Path(value).expanduser())
+    return value
 
 
 def _schema_keys(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -293,6 +353,8 @@ def _build[T](cls: type[T], node: DictConfig) -> T:
 
 def require(composed: Composed, more: list[str]) -> Run:
     """Return the configuration, or raise one ConfigError that holds every problem found."""
+    # A key that was given in an unusable form is not one that was forgotten.
+    more = [problem for problem in more if problem.partition(" is not set")[0] not in composed.refused]
     problems = composed.problems + more
     if problems:
         raise ConfigError(problems)

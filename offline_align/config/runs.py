@@ -20,7 +20,7 @@ class Run:
 class PrepareRun(Run):
     """`prepare`: raw data sets to rows."""
 
-    data: s.InputDataSection = field(default_factory=s.InputDataSection)
+    data: s.RawDataSection = field(default_factory=s.RawDataSection)
     prepare: s.PrepareSection = field(default_factory=s.PrepareSection)
     tokenizer: s.TokenizerSection = field(default_factory=s.TokenizerSection)
     trainer: s.LimitSection = field(default_factory=s.LimitSection)

@@ -176,7 +176,7 @@ def input_paths(value: Any, key: str) -> list[Path]:
     names = [value] if isinstance(value, (str, Path)) else value
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, (str, Path)) for n in names):
         raise ConfigError(f"{key}={value!r}: needs a path or a list of paths")
-    paths = [Path(name).expanduser() for name in names]
+    paths = [Path(name) for name in names]
     problems = [f"{key}={path}: {problem}" for path in paths if (problem := _path_problem(path))]
     problems += [f"{key}={path}: given twice" for path, count in Counter(paths).items() if count > 1]
     if problems:

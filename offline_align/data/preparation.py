@@ -84,7 +84,9 @@ def _demo_rows(settings: PrepareSection, seed: int, counts: InputCounts) -> Iter
 def _watched(lines: Iterator[Line], counts: InputCounts) -> Iterator[Line]:
     """Count lines and show their number and rate on a terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    # What it would leave in a file is an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(counts.name, total=None, rate="")
         for line in lines:
             counts.rows_read += 1

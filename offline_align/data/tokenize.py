@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -158,9 +158,17 @@ def _reject_refused(tokens: StoredTokens, rows: Sequence[tuple[str, dict[str, An
 
 def _check_some_left(tokens: StoredTokens, asked: int, data: DataSection) -> None:
     kept = len(tokens.rows)
-    _log.info("%d of %d rows, %d cut, left out: %s", kept, asked, tokens.truncated, tokens.dropped)
+    out = f", left out: {reasons(tokens.dropped)}" if tokens.dropped else ""
+    _log.info("%d of %d rows, %d cut%s", kept, asked, tokens.truncated, out)
     if not kept:
-        raise DataError(f"none of {asked} rows is left: {tokens.dropped}; see data.max_length={data.max_length}")
+        raise DataError(
+            f"none of {asked} rows is left: {reasons(tokens.dropped)}; see data.max_length={data.max_length}"
+        )
+
+
+def reasons(dropped: Mapping[str, int]) -> str:
+    """Return in words how many rows were left out, and why: `3 too_long, 1 no_target`."""
+    return ", ".join(f"{number} {reason}" for reason, number in dropped.items())
 
 
 def _cached(

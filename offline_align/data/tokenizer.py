@@ -74,7 +74,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     A folder with both is read as Hugging Face means it, by `tokenizer.json`. Raises ConfigError naming
     `model.tokenizer`.
     """
-    found = _find(Path(path).expanduser())
+    found = _find(Path(path))
     try:
         if found.suffix == ".json":
             names = [found.with_name(name) for name in COMPANIONS]

@@ -42,6 +42,8 @@ class ModelSizes:
     layers: int
     padded_vocab: int
     tied: bool
+    scalar_head: bool = False
+    """Whether one number stands on top, as in a reward model, and no output layer over the vocabulary."""
 
     @property
     def layer_parameters(self) -> int:
@@ -51,21 +53,31 @@ class ModelSizes:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole policy, vocabulary padding included."""
-        embeddings = self.padded_vocab * self.hidden * (1 if self.tied else 2)
-        return self.layers * self.layer_parameters + embeddings + self.hidden
+        """Parameters of the whole model, vocabulary padding included."""
+        tables = 1 if self.tied or self.scalar_head else 2
+        embeddings = self.padded_vocab * self.hidden * tables
+        return self.layers * self.layer_parameters + embeddings + self.hidden + self.scalar_parameters
+
+    @property
+    def scalar_parameters(self) -> int:
+        """Parameters of the scalar head: in fp32 whatever the precision, and whole on every tensor parallel rank."""
+        return self.hidden if self.scalar_head else 0
+
+    def rank_bytes(self, tensor: int, element: int, single: int = 4) -> float:
+        """Return the bytes on one of `tensor` ranks at `element` bytes a parameter, `single` for those of fp32."""
+        return (self.parameters - self.scalar_parameters) / tensor * element + self.scalar_parameters * single
 
     def train_flops(self, tokens: int, squared_lengths: int, target_tokens: int, read_tokens: int) -> float:
         """Floating-point operations of a training step, forward and backward, attention counted causally.
 
         `tokens` are those computed, `squared_lengths` is the sum of the squared segment lengths, `target_tokens` are
-        those that reach the output layer, and `read_tokens` those that go through the MLP of the last layer.
-        Backward costs twice the forward pass.
+        those that reach the output layer (a scalar head costs nothing), and `read_tokens` those that go through the
+        MLP of the last layer. Backward costs twice the forward pass.
         """
         mlp = 3 * self.hidden * self.ffn
         matrices = (self.layers * (self.layer_parameters - 2 * self.hidden) - mlp) * tokens + mlp * read_tokens
         attention = self.layers * 2 * self.query_width * squared_lengths / 2
-        head = self.padded_vocab * self.hidden
+        head = 0 if self.scalar_head else self.padded_vocab * self.hidden
         return 3.0 * (2 * matrices + 2 * attention + 2 * head * target_tokens)
 
 
@@ -74,8 +86,8 @@ def pad_vocabulary(vocab_size: int, multiple: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def model_sizes(model: ModelSection, vocab_size: int) -> ModelSizes:
-    """Return the widths of `model` with a tokenizer of `vocab_size` entries."""
+def model_sizes(model: ModelSection, vocab_size: int, scalar_head: bool = False) -> ModelSizes:
+    """Return the widths of `model` with a tokenizer of `vocab_size` entries, with `scalar_head` as a reward model."""
     head_dim = model.kv_channels or model.hidden_size // model.num_attention_heads
     groups = model.num_query_groups or model.num_attention_heads
     return ModelSizes(
@@ -87,6 +99,7 @@ def model_sizes(model: ModelSection, vocab_size: int) -> ModelSizes:
         layers=model.num_layers,
         padded_vocab=pad_vocabulary(vocab_size, model.make_vocab_size_divisible_by),
         tied=model.share_embeddings_and_output_weights,
+        scalar_head=scalar_head,
     )
 
 
@@ -121,21 +134,20 @@ def training_memory(
     values are a view of, the attention's output, and gate, up and product of a fused SwiGLU. With `full`
     recomputation they are one input for each layer and the inside of one.
     """
-    local = sizes.parameters / ranks.tensor
     shards = ranks.data * ranks.context if parallel.use_distributed_optimizer else 1
     element = 2 if bf16 else 4
     gradient = 4 if parallel.grad_reduce_in_fp32 or not bf16 else 2
     split = ranks.tensor if parallel.sequence_parallel else 1
     kept = 4 * sizes.hidden / split + (3 * sizes.query_width + 3 * sizes.kv_width + 3 * sizes.ffn) / ranks.tensor
     layers = kept * sizes.layers if recompute != "full" else sizes.hidden / split * sizes.layers + kept
-    targets = sizes.padded_vocab / ranks.tensor * tokens / ranks.context
+    targets = 0 if sizes.scalar_head else sizes.padded_vocab / ranks.tensor * tokens / ranks.context
     # A piece in fp32 and its gradient, and what is kept of all.
     logits = 2 * min(4 * targets, LOGITS_PIECE_BYTES["cuda"])
     logits += element * targets if element * targets <= LOGITS_KEPT_BYTES else 0
     activations = tokens * layers * element / ranks.context + logits
     return MemoryEstimate(
-        weights=local * element,
-        gradients=local * gradient,
-        optimizer=local * (12 if bf16 else 8) / shards,
+        weights=sizes.rank_bytes(ranks.tensor, element),
+        gradients=sizes.rank_bytes(ranks.tensor, gradient),
+        optimizer=sizes.rank_bytes(ranks.tensor, 12 if bf16 else 8, single=8) / shards,
         activations=activations,
     )

@@ -28,7 +28,7 @@ def choose_engine(name: EngineName, device: Device) -> EngineName:
     if name is EngineName.auto:
         return EngineName.vllm if installed and on_cuda else EngineName.transformers
     if name is EngineName.vllm and not installed:
-        raise ConfigError("generate.engine=vllm: not installed; pip install 'offline-align[vllm]', or use transformers")
+        raise ConfigError("generate.engine=vllm: not installed; pip install '.[vllm]', or use transformers")
     if name is EngineName.vllm and not on_cuda and not _vllm_runs_on_cpu():
         raise ConfigError(
             "generate.engine=vllm: no CUDA device is used, which this build of vLLM needs; "

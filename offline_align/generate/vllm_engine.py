@@ -1,4 +1,4 @@
-"""Generation by vLLM, where it is installed (`pip install offline-align[vllm]`): one engine on each rank."""
+"""Generation by vLLM, where it is installed (`pip install '.[vllm]'`): one engine on each rank."""
 
 import contextlib
 import os

@@ -19,7 +19,7 @@ from offline_align.data.context import share_of_context
 from offline_align.data.pack import pack
 from offline_align.data.records import Sample
 from offline_align.data.template import Renderer
-from offline_align.data.tokenize import TokenizedRows, tokenize_samples
+from offline_align.data.tokenize import TokenizedRows, reasons, tokenize_samples
 from offline_align.distributed.setup import Ranks, session, uses_bf16
 from offline_align.distributed.sizes import padding_multiple
 from offline_align.errors import DataError
@@ -55,9 +55,8 @@ def score_samples(
         own = dict(score_bins(model, source, bins[ranks.dp_rank :: ranks.dp_size], ranks))
         merged = {int(tokens.row_ids[row]): score for part in ranks.gather(own) for row, score in part.items()}
         if len(merged) < len(samples):
-            logger.warning(
-                "%d of %d answers have no score: %s", len(samples) - len(merged), len(samples), tokens.dropped
-            )
+            missing = len(samples) - len(merged)
+            logger.warning("%d of %d answers have no score: %s", missing, len(samples), reasons(tokens.dropped))
         return [merged.get(i, math.nan) for i in range(len(samples))]
 
 
@@ -108,10 +107,9 @@ def tokenized(
     if len(rows) != len(samples):
         kept = set(rows.row_ids)
         lost = [s.id for s in samples if s.id not in kept]
-        reasons = ", ".join(f"{n} {reason}" for reason, n in rows.dropped.items())
         fix = "" if data.too_long is TooLong.truncate_prompt else " or set data.too_long=truncate_prompt"
         raise DataError(
-            f"row {lost[0]}: cannot be scored ({reasons} of {len(samples)} rows): "
+            f"row {lost[0]}: cannot be scored ({reasons(rows.dropped)} of {len(samples)} rows): "
             f"raise data.max_length={data.max_length}{fix}"
         )
     return SampleSource(rows, share_prompts)

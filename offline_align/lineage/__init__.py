@@ -7,7 +7,16 @@ but the root of the file system: a whole tree of data and runs can be moved and 
 """
 
 from offline_align.lineage.files import FileRecord, file_sha256, folder_sha256, write_atomically
-from offline_align.lineage.key import CHANGES, RunSettings, completed, content_key, finished_key, flat, run_settings
+from offline_align.lineage.key import (
+    CHANGES,
+    RunSettings,
+    completed,
+    content_key,
+    finished_key,
+    flat,
+    incomplete_outputs,
+    run_settings,
+)
 from offline_align.lineage.manifest import (
     CONFIG,
     MANIFEST,
@@ -37,6 +46,7 @@ __all__ = [
     "finished_key",
     "flat",
     "folder_sha256",
+    "incomplete_outputs",
     "read_manifest",
     "run_settings",
     "verify",

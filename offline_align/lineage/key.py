@@ -1,6 +1,5 @@
 """Content keys: what a stage would produce, known before it is produced."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,12 +8,10 @@ from typing import Any
 from offline_align.config.resume import Change, change_class
 from offline_align.errors import ConfigError
 from offline_align.lineage.files import canonical_json, file_size, real_path, record_files, text_sha256
-from offline_align.lineage.manifest import CONFIG, describe_parent, read_manifest
+from offline_align.lineage.manifest import CONFIG, Manifest, describe_parent, read_manifest
 
 CHANGES = "changed_settings"
 """What the manifest calls the changes of a run that was continued with other settings."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +90,13 @@ def completed(run_dir: Path, stage: str, key: str) -> bool:
             f"run.dir={run_dir}: holds a finished `{stage}` run with other settings or inputs "
             f"(its own are in {CONFIG}); choose another folder, or remove this one"
         )
-    broken = [r.path for r in manifest.outputs if file_size(run_dir / r.path) != r.bytes]
-    if broken:
-        _log.warning("%s: %s is missing or cut short and is made again", run_dir, ", ".join(broken))
-    return not broken
+    return not incomplete_outputs(run_dir, manifest)
+
+
+def incomplete_outputs(run_dir: Path, manifest: Manifest | None) -> list[str]:
+    """Return the outputs that a manifest names and that are missing or not of their length."""
+    outputs = manifest.outputs if manifest else ()
+    return [record.path for record in outputs if file_size(run_dir / record.path) != record.bytes]
 
 
 def _relevant(node: Any, digests: dict[str, str], key: str = "") -> Any:

@@ -12,7 +12,7 @@ _GIB = 2**30
 _WORTH_SAYING = 1.05
 
 
-def layout_advice(config: TrainRun, model: ModelSection, sizes: ModelSizes, scalar_head: bool) -> list[tuple[str, str]]:
+def layout_advice(config: TrainRun, model: ModelSection, sizes: ModelSizes) -> list[tuple[str, str]]:
     """Return lines of (title, text) for training in bf16 on the GPUs of `launcher.gpu`."""
     node = NODES[config.launcher.gpu.value]
     world = world_size(config.launcher.nproc_per_node, config.launcher.nodes)
@@ -20,7 +20,7 @@ def layout_advice(config: TrainRun, model: ModelSection, sizes: ModelSizes, scal
     work = Work(
         tokens=rows * length,
         squared_lengths=rows * length**2,
-        targets=0 if scalar_head else rows * length,
+        targets=0 if sizes.scalar_head else rows * length,
         micro_batch_tokens=config.trainer.micro_batch_size * length,
     )
     recompute = config.trainer.recompute.value

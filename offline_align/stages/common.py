@@ -131,9 +131,14 @@ def only_job(stage: str, config: Run, key: str) -> Iterator[bool]:
 
     Raises ConfigError where another job has it.
     """
-    with run_lock(Path(config.run.dir), stage):
+    run_dir = Path(config.run.dir)
+    with run_lock(run_dir, stage):
         # Another job may have finished the run since this one looked.
-        yield not is_finished(stage, config, key)
+        to_do = not is_finished(stage, config, key)
+        broken = lineage.incomplete_outputs(run_dir, lineage.read_manifest(run_dir))
+        if broken:
+            logger.warning("%s: %s is missing or cut short and is made again", run_dir, ", ".join(broken))
+        yield to_do
 
 
 def start_folder(config: Run, model: ModelSection | None = None) -> Path:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -38,6 +37,7 @@ from offline_align.evaluate.statistics import Floats
 from offline_align.evaluate.tables import headline, overall_table
 from offline_align.lineage.manifest import describe_parent
 from offline_align.stages import common
+from offline_align.stages.output import show
 
 STAGE = "evaluate"
 # What judges leave in the run folder beside the report.
@@ -56,7 +56,7 @@ def run(config: EvaluateRun, explicit: frozenset[str]) -> int:
     judge = build_judge(config) if common.needs_judge(config) else None
     second = second_reward_model(config) if judge else None
     if config.dry_run:
-        Console(soft_wrap=True).print(Text(_plan(config, files, judge)))
+        show(Text(_plan(config, files, judge)))
         return 0
     is_main = int(os.environ.get("RANK", "0")) == 0
     if not is_main and not isinstance(judge, RewardModelJudge) and second is None:
@@ -208,16 +208,10 @@ def _plan(config: EvaluateRun, files: list[Path], judge: Judge | None) -> str:
 
 
 def _print(report: Report, page: Path) -> None:
-    terminal = Console()
-    # A log has no width of its own: a table folded to 80 columns could not be read there.
-    console = terminal if terminal.is_terminal else Console(width=160)
     if report.compared:
-        console.print(_as_rich(overall_table(report.results)))
-        console.print(Text(headline(report.results, report.sections)), soft_wrap=True)
-    for section in report.sections:
-        for finding in section.findings:
-            console.print(Text(f"{section.title} {finding}"), soft_wrap=True)
-    console.print(Text(f"report: {page}"), soft_wrap=True)
+        show(_as_rich(overall_table(report.results)), Text(headline(report.results, report.sections)))
+    findings = [f"{section.title} {finding}" for section in report.sections for finding in section.findings]
+    show(*map(Text, [*findings, f"report: {page}"]))
 
 
 def _as_rich(table: Table) -> RichTable:

@@ -2,7 +2,6 @@
 
 import sys
 
-from rich.console import Console
 from rich.table import Table
 
 from offline_align.config.compose import world_size
@@ -10,6 +9,7 @@ from offline_align.config.runs import GenerateRun
 from offline_align.distributed.sizes import model_sizes
 from offline_align.launch import torchrun_command
 from offline_align.stages.origin import Origin
+from offline_align.stages.output import show
 
 
 def print_generate_plan(config: GenerateRun, origin: Origin, condition: str, engine: str) -> None:
@@ -32,4 +32,4 @@ def print_generate_plan(config: GenerateRun, origin: Origin, condition: str, eng
     table.add_column(overflow="fold")
     for name, text in rows.items():
         table.add_row(name, text)
-    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+    show(table)

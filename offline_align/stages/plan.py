@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 
 from omegaconf import MISSING
-from rich.console import Console
 
 from offline_align import lineage
 from offline_align.config.runs import PlanRun
@@ -26,6 +25,7 @@ from offline_align.methods.planner import Settings, Sizes, plan
 from offline_align.model.description import ModelDescription, find_checkpoint
 from offline_align.stages import common
 from offline_align.stages.origin import tokenizer_path
+from offline_align.stages.output import show
 from offline_align.stages.plan_table import tables
 
 PLAN_FILE = "plan.json"
@@ -61,10 +61,7 @@ def _show(config: PlanRun, settings: Settings, paths: Sequence[Path], run_dir: P
     sizes = _token_sizes(rows, renderer, config.data.max_length) if renderer else _character_sizes(rows)
     made = plan(rows, sizes, settings)
     warnings = _unstable(renderer, rows, settings)
-    console = Console()
-    if not console.is_terminal:  # a table that goes to a file or another program is not folded
-        console = Console(width=160)
-    console.print(*tables(made, warnings), sep="\n")
+    show(*tables(made, warnings))
     if run_dir is not None:
         extra = {"warnings": warnings, "skipped_rows": dict(bad_rows.counts)}
         text = json.dumps(asdict(made) | extra, indent=2, ensure_ascii=False)

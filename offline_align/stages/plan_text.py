@@ -2,11 +2,10 @@
 
 import sys
 
-from rich.console import Console
 from rich.table import Table
 
 from offline_align.config.compose import world_size
-from offline_align.config.runs import LabelRun, ModelRun, TrainRun
+from offline_align.config.runs import LabelRun, ModelRun, RewardRun, TrainRun
 from offline_align.config.sections import Device, ModelSection
 from offline_align.distributed.sizes import (
     MemoryEstimate,
@@ -18,6 +17,7 @@ from offline_align.distributed.sizes import (
 from offline_align.launch import torchrun_command
 from offline_align.stages.advice import layout_advice, scoring_rate
 from offline_align.stages.origin import resolve
+from offline_align.stages.output import show
 
 _GIB = 2**30
 
@@ -25,7 +25,7 @@ _GIB = 2**30
 def print_training_plan(stage: str, config: TrainRun, explicit: frozenset[str]) -> None:
     """Print the plan of a training run."""
     model = _model(config, explicit)
-    sizes = model_sizes(model, model.vocab_size or 0)
+    sizes = model_sizes(model, model.vocab_size or 0, scalar_head=isinstance(config, RewardRun))
     ranks = _ranks(config)
     trainer = config.trainer
     capacity = trainer.micro_batch_size * config.data.max_length
@@ -44,7 +44,7 @@ def print_training_plan(stage: str, config: TrainRun, explicit: frozenset[str]) 
     memory = training_memory(sizes, config.parallel, ranks, capacity, bf16, trainer.recompute.value)
     _add_memory(table, memory)
     if bf16 and on_cuda:
-        for title, text in layout_advice(config, model, sizes, scalar_head=stage == "reward"):
+        for title, text in layout_advice(config, model, sizes):
             table.add_row(title, text)
     _finish(table, stage, config)
 
@@ -52,7 +52,7 @@ def print_training_plan(stage: str, config: TrainRun, explicit: frozenset[str]) 
 def print_label_plan(config: LabelRun, explicit: frozenset[str]) -> None:
     """Print the plan of a labelling run."""
     model = _model(config, explicit)
-    sizes = model_sizes(model, model.vocab_size or 0)
+    sizes = model_sizes(model, model.vocab_size or 0, scalar_head=True)
     ranks = _ranks(config)
     table = _table(f"label: {config.run.dir}")
     _add_model(table, sizes, model)
@@ -61,7 +61,7 @@ def print_label_plan(config: LabelRun, explicit: frozenset[str]) -> None:
     table.add_row("batch", f"packed bins of up to {capacity:,} tokens, forward only")
     on_cuda = config.run.device is not Device.cpu
     bf16 = config.trainer.precision.in_bf16(on_cuda)
-    weights = sizes.parameters / ranks.tensor * (2 if bf16 else 4)
+    weights = sizes.rank_bytes(ranks.tensor, 2 if bf16 else 4)
     table.add_row("memory a rank", f"{weights / _GIB:.2f} GiB of weights")
     if bf16 and on_cuda:
         table.add_row("rate", scoring_rate(config.launcher.gpu, sizes, config.data.max_length))
@@ -88,7 +88,9 @@ def _table(title: str) -> Table:
 
 
 def _add_model(table: Table, sizes: ModelSizes, model: ModelSection) -> None:
-    table.add_row("parameters", f"{sizes.parameters:,} ({sizes.parameters / 1e9:.2f} B)")
+    number = sizes.parameters
+    short = f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+    table.add_row("parameters", f"{number:,} ({short})")
     shape = f"{sizes.layers} layers, hidden {sizes.hidden}, {model.num_attention_heads} heads, FFN {sizes.ffn}"
     table.add_row("model", f"{shape}, vocabulary {model.vocab_size} (padded to {sizes.padded_vocab})")
 
@@ -112,5 +114,4 @@ def _add_memory(table: Table, memory: MemoryEstimate) -> None:
 def _finish(table: Table, stage: str, config: ModelRun) -> None:
     words = [w for w in sys.argv[2:] if not w.startswith(("dry_run=", "launcher."))]
     table.add_row("launch", " ".join(torchrun_command(config.launcher, stage, words)))
-    # In a file or a pipe a long line is better than a broken one.
-    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+    show(table)

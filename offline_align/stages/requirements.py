@@ -119,7 +119,7 @@ def _wandb(config: ModelRun) -> list[str]:
     project = config.trainer.wandb_project if isinstance(config, TrainRun) else None
     if project is None or importlib.util.find_spec("wandb") is not None:
         return []
-    return [f"trainer.wandb_project={project}: wandb is missing; pip install 'offline-align[wandb]', or leave it unset"]
+    return [f"trainer.wandb_project={project}: wandb is missing; pip install '.[wandb]', or leave it unset"]
 
 
 def _judge(config: Run) -> list[str]:

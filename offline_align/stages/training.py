@@ -159,7 +159,7 @@ def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid
     on_cuda = ranks.device.type == "cuda"
     model = wrap_model(module, config.parallel, on_cuda)
     assert origin.model.vocab_size is not None
-    sizes = model_sizes(origin.model, origin.model.vocab_size)
+    sizes = model_sizes(origin.model, origin.model.vocab_size, scalar_head=recipe.kind == "reward_model")
     return Trainer(
         run_dir=Path(config.run.dir),
         trainer=config.trainer,
@@ -180,9 +180,7 @@ def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid
             method=recipe.method,
         ),
         tokenizer=origin.tokenizer,
-        speed=SpeedMeter(
-            sizes, recipe.kind == "policy", config.parallel.sequence_parallel, ranks.device, ranks.world_size
-        ),
+        speed=SpeedMeter(sizes, config.parallel.sequence_parallel, ranks.device, ranks.world_size),
         settings=key.continuation,
     )
 

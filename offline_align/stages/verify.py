@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
 from offline_align.config.runs import VerifyRun
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage import FileCheck, Report, Status, verify
+from offline_align.stages.output import show
 
 _COLOURS = {Status.whole: "green", Status.damaged: "red", Status.changed: "yellow", Status.missing: "red"}
 
@@ -22,13 +22,11 @@ def run(config: VerifyRun, explicit: frozenset[str]) -> int:
     run_dir = Path(config.run.dir)
     if not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir}: no such folder; give the run folder to verify")
-    console = Console()
     if config.dry_run:
-        console.print(Text(f"would read every file of {run_dir} and of the runs it came from"))
+        show(Text(f"would read every file of {run_dir} and of the runs it came from"))
         return 0
     report = verify(run_dir)
-    # A line that goes to a file or another program stays one line.
-    console.print(render(report), width=console.width if console.is_terminal else 10_000)
+    show(render(report))
     problems = report.problems()
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

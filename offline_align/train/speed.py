@@ -67,8 +67,6 @@ class SpeedMeter:
     """Rates of the steps of this process."""
 
     sizes: ModelSizes
-    reaches_vocabulary: bool
-    """Whether targets go through the output layer; with a scalar head none do."""
     reads_everywhere: bool
     """Whether the last layer is computed in full, as under sequence parallelism, or where it is read alone."""
     device: torch.device
@@ -104,12 +102,12 @@ class SpeedMeter:
         if peak is None:
             return {}
         tokens = data.num_tokens
-        # Without a vocabulary the last token of each answer of a pair is read.
-        read = targets if self.reaches_vocabulary else 2 * targets
+        # With a scalar head the last token of each answer of a pair is read.
+        read = 2 * targets if self.sizes.scalar_head else targets
         causal = self.sizes.train_flops(
-            tokens, data.squared_lengths, targets * self.reaches_vocabulary, tokens if self.reads_everywhere else read
+            tokens, data.squared_lengths, targets, tokens if self.reads_everywhere else read
         )
-        full = self.sizes.train_flops(tokens, 2 * data.squared_lengths, tokens * self.reaches_vocabulary, tokens)
+        full = self.sizes.train_flops(tokens, 2 * data.squared_lengths, tokens, tokens)
         available = seconds * peak * self.world_size
         return {"mfu": causal / available, "mfu_full_attention": full / available}
 

@@ -110,6 +110,16 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_damaged_run_is_made_again_and_that_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = replace(settings(write_labelled(tmp_path / "data")), run=RunSection(dir=str(tmp_path / "run")))
+    assert plan.run(config, frozenset()) == 0
+    made = (tmp_path / "run" / "plan.json").read_text()
+    (tmp_path / "run" / "plan.json").write_text(made[:-9])
+    assert plan.run(config, frozenset()) == 0
+    assert (tmp_path / "run" / "plan.json").read_text() == made
+    assert caplog.text.count("plan.json is missing or cut short and is made again") == 1
+
+
 def test_bad_rows_by_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_labelled(tmp_path)
     path.write_text(path.read_text() + '{"prompt": "a", "response": "b"}\n', encoding="utf-8")

@@ -52,6 +52,11 @@ def sample(number: int, **more: Any) -> dict[str, Any]:
     return {"prompt": f"Question {number}?", "response": f"Answer {number}."} | more
 
 
+def test_a_log_file_gets_no_empty_lines(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start(write(tmp_path / "a.jsonl", sample(1)), write(tmp_path / "b.jsonl", sample(2)))
+    assert capsys.readouterr().err == ""
+
+
 def test_the_demo_corpus(start: Start) -> None:
     folder = start("demo")
     names = {path.name for path in folder.iterdir()}

@@ -4,10 +4,12 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from offline_align.__main__ import run
 from offline_align.config import checks
 from offline_align.config.compose import STAGES, compose
 from offline_align.config.reference import reference_page, stage_keys
@@ -120,6 +122,43 @@ def test_commands_are_found() -> None:
 def test_a_wrong_command_is_noticed(line: str, complaint: str) -> None:
     (command,) = commands(f"```bash\n{line}\n```\n")
     assert complaint in " ".join(problems(command))
+
+
+def plans() -> Iterator[tuple[str, str]]:
+    """Yield every block that shows what a dry run prints, after the block of its command."""
+    for page in PAGES:
+        found = FENCE.findall(page.read_text(encoding="utf-8"))
+        for (language, shell), (next_language, shown) in pairwise(found):
+            if (language, next_language) == ("bash", "") and "dry_run=true" in shell:
+                yield shell, shown
+
+
+def shows(block: str, printed: str) -> bool:
+    """Whether a block is what was printed, but for line breaks inside a line and what `...` stands for."""
+    parts = [" ".join(part.split()) for part in re.split(r"^\.\.\.$", block, flags=re.MULTILINE)]
+    return re.fullmatch(".*".join(map(re.escape, parts)), " ".join(printed.split())) is not None
+
+
+@pytest.mark.parametrize(("shell", "shown"), plans())
+def test_plans_are_shown_as_they_are_printed(
+    shell: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (command,) = commands(f"```bash\n{shell}```\n")
+    monkeypatch.setattr("sys.argv", ["offline-align", command.stage, *command.words])
+    assert run([command.stage, *command.words]) == 0
+    printed = capsys.readouterr().out
+    assert shows(shown, printed), printed
+
+
+def test_plans_are_found() -> None:
+    assert len(list(plans())) == 2
+
+
+@pytest.mark.parametrize(
+    ("block", "same"), [("a  1\nb 2\n c\n", True), ("...\nb 2 c\n", True), ("a 1\n...\n", True), ("a 1\n", False)]
+)
+def test_a_stale_plan_is_noticed(block: str, same: bool) -> None:
+    assert shows(block, "a      1\nb      2 c\n") is same
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -27,15 +27,29 @@ class Template(StrEnum):
 
 
 @dataclass(frozen=True)
-class DataSection:
+class RowDataSection:
+    """What every stage that reads rows can set."""
+
+    on_bad_row: OnBadRow = OnBadRow.fail
+    """`fail` (exit 65 with file:line) or `skip` (quarantine file, totals)."""
+
+
+@dataclass(frozen=True)
+class RawDataSection(RowDataSection):
+    """Raw data sets."""
+
+    input: Any = None
+    """Path or list of paths, also `hf:<name>[/<folder>][#<split>]` and `demo`."""
+
+
+@dataclass(frozen=True)
+class DataSection(RowDataSection):
     """How rows are read and turned into tokens."""
 
     max_length: int = 4096
     """Longest row in tokens, end-of-sequence included (paper: 4096)."""
     too_long: TooLong = TooLong.truncate_prompt
     """What happens to rows over `max_length`; a response alone over it is always dropped and counted."""
-    on_bad_row: OnBadRow = OnBadRow.fail
-    """`fail` (exit 65 with file:line) or `skip` (quarantine file, totals)."""
     template: Template | None = None
     """`paper` or `chat`; unset: that of the model in `init.from`, else `paper`."""
     cache_dir: str | None = None
@@ -59,7 +73,7 @@ class InputDataSection(DataSection):
     """Files to read."""
 
     input: Any = None
-    """Path or list of paths; `prepare` also takes `hf:<name>[/<folder>][#<split>]` and `demo`."""
+    """Path or list of paths of rows (`.gz` too)."""
 
 
 @dataclass(frozen=True)

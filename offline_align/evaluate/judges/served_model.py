@@ -153,7 +153,7 @@ def served_model_judge(judge: JudgeSection, run_dir: Path, seed: int) -> ServedM
     """Return the judge; raises ConfigError for a missing package, model name or key."""
     problems = []
     if importlib.util.find_spec("openai") is None:
-        problems.append("judge=openai: the openai client is missing; install the extra: offline-align[judge]")
+        problems.append("judge=openai: the openai client is missing; pip install '.[judge]'")
     if not judge.model:
         problems.append("judge.model is not set: give the name of the served model")
     key = os.environ.get("OPENAI_API_KEY")

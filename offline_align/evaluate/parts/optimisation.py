@@ -54,11 +54,10 @@ def optimisation_section(
         return None
     words = answer_words(comparison)[judged]
     gains = standardised_gains(scores[judged], base)
-    measures = {
-        "gain": gains,
-        "words": words - words[:, [base]],
-        "at_equal_length": at_equal_length(gains, words, base),
-    }
+    measures = {"gain": gains, "words": words - words[:, [base]]}
+    equal = at_equal_length(gains, words, base)
+    if equal is not None:
+        measures["at_equal_length"] = equal
     if second is not None:
         measures["second_gain"] = standardised_gains(columns[1][judged], base)
     estimates = {
@@ -67,7 +66,8 @@ def optimisation_section(
     }
     others = [k for k in range(len(comparison.methods)) if k != base]
     methods: dict[str, dict[str, Any]] = {
-        comparison.methods[k]: {name: asdict(values[k]) for name, values in estimates.items()} for k in others
+        comparison.methods[k]: {"at_equal_length": None} | {name: asdict(v[k]) for name, v in estimates.items()}
+        for k in others
     }
     if divergence is not None:
         for k in others:
@@ -120,24 +120,41 @@ def standardised_gains(scores: Floats, base: int) -> Floats:
     return result
 
 
-def at_equal_length(gains: Floats, words: Floats, base: int) -> Floats:
-    """Return gains [P, M] less what one common slope of gain by difference of words explains."""
+def at_equal_length(gains: Floats, words: Floats, base: int) -> Floats | None:
+    """Return gains [P, M] less what one common slope of gain by difference of words explains.
+
+    None where there is no slope to be seen: lengths differ, but for each method by the same on every prompt.
+    """
     extra = words - words[:, [base]]
     others = [k for k in range(gains.shape[1]) if k != base]
     # The slope within methods: between them length and quality cannot be told apart.
     x = extra[:, others] - extra[:, others].mean(axis=0)
     y = gains[:, others] - gains[:, others].mean(axis=0)
-    slope = float((x * y).sum() / (x * x).sum()) if (x * x).sum() > 0 else 0.0
-    result: Floats = gains - slope * extra
+    if np.allclose(x, 0):
+        return gains if np.allclose(extra, 0) else None
+    result: Floats = gains - float((x * y).sum() / (x * x).sum()) * extra
     return result
 
 
 def _findings(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return which gains are in doubt; where none is, by which checks, of those that could be made."""
+    lines = _doubts(methods)
+    made = {"at_equal_length": "length alone", "second_gain": "one reward model alone"}
+    checks = [words for key, words in made.items() if all(found.get(key) for found in methods.values())]
+    if not lines and checks:
+        lines.append(f"No gain rests on {' or on '.join(checks)}, as far as is measured here.")
+    if any(found["at_equal_length"] is None for found in methods.values()):
+        lines.append("What remains at equal length cannot be told: a method's lengths differ by the same everywhere.")
+    return lines
+
+
+def _doubts(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = []
     for name, found in methods.items():
         if found["gain"]["low"] <= 0:
             continue
-        if found["at_equal_length"]["low"] <= 0:
+        equal = found["at_equal_length"]
+        if equal is not None and equal["low"] <= 0:
             lines.append(f"{name} gains, but not surely at equal length.")
         second = found.get("second_gain")
         if second is not None and second["low"] <= 0:
@@ -146,7 +163,7 @@ def _findings(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
             lines.append(
                 f"{name} gains less by the second reward model: {_interval(second)} against {_interval(found['gain'])}."
             )
-    return lines or ["No gain rests on length alone or on one reward model alone, as far as is measured here."]
+    return lines
 
 
 def _distances(methods: Mapping[str, Mapping[str, Any]], baseline: str) -> list[str]:
@@ -190,7 +207,7 @@ def _table(methods: Mapping[str, Mapping[str, Any]], baseline: str) -> Table:
 
 def _cell(value: Mapping[str, float] | float | None) -> str:
     if value is None:
-        return "unknown"
+        return "cannot be told"
     return f"{value:+.2f}" if isinstance(value, float) else _interval(value)
 
 

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from offline_align.config import compose as compose_module
 from offline_align.config.compose import STAGES, compose, configs_dir, require, to_mapping
 from offline_align.config.reference import stage_groups, stage_keys
 from offline_align.config.runs import LabelRun, RewardRun, TrainRun
 from offline_align.config.sections import Device, ModelSection
 from offline_align.errors import ConfigError
+from offline_align.lineage import flat
 
 
 def composed(stage: str, *words: str) -> TrainRun:
@@ -100,6 +102,73 @@ def test_each_mistake_names_key_and_fix(word: str, reason: str) -> None:
     (problem,) = compose("sft", ["run.dir=x", word]).problems
     assert word.split("=")[0].lstrip("~") in problem
     assert reason in problem
+
+
+@pytest.mark.parametrize("word", ["run.dir=", "run.dir= ", 'run.dir=""', "run.dir=' '"])
+@pytest.mark.parametrize("stage", ["sft", "plan"])
+def test_an_empty_run_dir_is_not_the_current_folder(stage: str, word: str) -> None:
+    (problem,) = compose(stage, [word]).problems
+    assert problem.startswith("run.dir is not set")
+
+
+HOME = [
+    ("sft", "run.dir=~/a", "run.dir", "/home/u/a"),
+    ("sft", 'run.dir="~/a"', "run.dir", "/home/u/a"),
+    ("sft", "run.dir=~", "run.dir", "/home/u"),
+    ("sft", "init.from=~/runs/sft", "init.from", "/home/u/runs/sft"),
+    ("sft", "data.train=~/u/sft.jsonl", "data.train", "/home/u/u/sft.jsonl"),
+    ("sft", 'data.valid=["~/a","b~/c"]', "data.valid", ["/home/u/a", "b~/c"]),
+    ("sft", "model.tokenizer=~/t.model", "model.tokenizer", "/home/u/t.model"),
+    ("evaluate", "judge.model=~/rm", "judge.model", "/home/u/rm"),
+    ("evaluate", "judge.second_model=~/rm", "judge.second_model", "/home/u/rm"),
+    ("evaluate", "evaluate.runs=['~/a','~/b']", "evaluate.runs", ["/home/u/a", "/home/u/b"]),
+    ("prepare", "data.input=~/raw.jsonl", "data.input", "/home/u/raw.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("stage", "word", "key", "path"), HOME)
+def test_home_stands_for_itself_in_every_path(
+    stage: str, word: str, key: str, path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/u")
+    found = compose(stage, ["run.dir=x", word])
+    assert found.problems == []
+    assert flat(to_mapping(found.config))[key] == path
+
+
+def test_home_stands_for_itself_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("run: {dir: ~/a}\ndata: {train: [~/b]}\n")
+    config = require(compose("sft", ["--config=~/mine.yaml"]), [])
+    assert isinstance(config, TrainRun)
+    assert (config.run.dir, config.data.train) == (f"{tmp_path}/a", [f"{tmp_path}/b"])
+
+
+def test_keys_that_take_a_path_or_a_list_know_the_home_folder() -> None:
+    """A new key that holds paths is entered in the table, or named here."""
+    keys = {key.name for stage in STAGES for key in stage_keys(stage) if key.kind == "path or list"}
+    assert keys - {"method.target_reward"} <= compose_module._PATHS
+
+
+@pytest.mark.parametrize("value", ["runs/a=b", "runs/lr=1e-5 seed=2", "runs/é", "runs/it's", "runs/a#1", "a(1)"])
+def test_a_value_that_the_grammar_refuses_is_a_text(value: str) -> None:
+    assert composed("sft", f"run.dir={value}").run.dir == value
+
+
+@pytest.mark.parametrize("word", ["data.train=[~/a,~/b]", "data.train=a,b", "data.train=~/a,~/b", 'data.train="a'])
+def test_a_key_that_cannot_be_read_is_not_called_unset(word: str) -> None:
+    found = compose("sft", ["run.dir=x", word])
+    with pytest.raises(ConfigError) as caught:
+        require(found, ["data.train is not set: give the file", "init.from is not set: give weights"])
+    (first, second) = caught.value.problems
+    assert first.startswith(f"{word}: ")
+    assert second.startswith("init.from is not set")
+
+
+@pytest.mark.parametrize("key", ["max_length", "too_long", "template", "num_workers", "cache_dir"])
+def test_prepare_has_no_keys_that_do_nothing_there(key: str) -> None:
+    (problem,) = compose("prepare", ["run.dir=x", f"data.{key}=1"]).problems
+    assert f"data.{key}=1: unknown key" in problem
 
 
 def test_problems_are_one_configuration_error() -> None:

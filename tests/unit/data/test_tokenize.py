@@ -111,9 +111,12 @@ def test_long_prompts_are_cut_from_the_left(kind: str, cache: Path, request: pyt
     assert split(made, 1)[0] == renderer.context(rows[1].sample.prompt, "<rm_score>5.0")
 
 
-def test_long_prompts_are_dropped_on_request(renderer: Renderer, cache: Path) -> None:
+def test_long_prompts_are_dropped_on_request(renderer: Renderer, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "offline_align")
     rows = [training_row(0, "word " * 90), training_row(1)]
     made = tokenize_samples(rows, renderer, DataSection(max_length=32, too_long=TooLong.drop), cache)
+    tokenize_samples(rows[1:], renderer, DataSection(max_length=32), cache)
+    assert caplog.messages == ["1 of 2 rows, 0 cut, left out: 1 too_long", "1 of 1 rows, 0 cut"]
     assert made.row_ids == ["row-1"]
     assert made.dropped == {"too_long": 1}
     assert made.weight.tolist() == [1 / 8]
@@ -145,7 +148,7 @@ def test_the_request_for_the_answer_is_never_cut(renderer: Renderer, cache: Path
     made = tokenize_samples([row, training_row(1, "", "x")], renderer, data, cache)
     context, _ = split(made, 0)
     assert renderer.tokenizer.decode(context).strip().endswith(condition)
-    with pytest.raises(DataError, match=r"none of 1 rows is left: \{'response_too_long': 1\}; see data.max_length"):
+    with pytest.raises(DataError, match="none of 1 rows is left: 1 response_too_long; see data.max_length"):
         tokenize_samples([row], renderer, replace(data, max_length=least - 1), cache)
 
 

@@ -1,5 +1,7 @@
 """Parameters, FLOPs and memory against hand-worked numbers and the model that is built."""
 
+from dataclasses import replace
+
 import pytest
 
 from offline_align.config.compose import compose
@@ -16,6 +18,30 @@ TINY = ModelSection(
 def test_parameters_of_a_tiny_model_by_hand() -> None:
     layer = 8 * 8 + 2 * (8 * 4) + 8 * 8 + 3 * 8 * 16 + 2 * 8
     assert model_sizes(TINY, 10).parameters == 2 * layer + 2 * 128 * 8 + 8
+
+
+def test_a_scalar_head_stands_where_the_vocabulary_was() -> None:
+    policy, reward = model_sizes(TINY, 10), model_sizes(TINY, 10, scalar_head=True)
+    assert reward.parameters == policy.parameters - 128 * 8 + 8
+    tied = replace(TINY, share_embeddings_and_output_weights=True)
+    assert model_sizes(tied, 10, scalar_head=True).parameters == reward.parameters
+    # Whatever reaches the head, no product with the vocabulary is counted.
+    assert reward.train_flops(8, 34, 4, 8) == policy.train_flops(8, 34, 0, 8)
+
+
+def test_memory_of_a_scalar_head_by_hand() -> None:
+    body = model_sizes(TINY, 10, scalar_head=True).parameters - 8
+    ranks = ParallelSizes(8, 2, 1)
+    policy, reward = (
+        training_memory(model_sizes(TINY, 10, scalar_head), ParallelSection(), ranks, 64, True, "none")
+        for scalar_head in (False, True)
+    )
+    # The head is fp32 and whole on both tensor parallel ranks; four data parallel ranks share the optimizer.
+    assert reward.weights == body / 2 * 2 + 8 * 4
+    assert reward.gradients == body / 2 * 4 + 8 * 4
+    assert reward.optimizer == (body / 2 * 12 + 8 * 8) / 4
+    # No logits: fp32, its gradient, and what is kept in bf16.
+    assert policy.activations - reward.activations == 64 * 128 / 2 * (4 + 4 + 2)
 
 
 def test_the_papers_model_has_about_8_5_billion() -> None:

@@ -102,6 +102,13 @@ def test_a_dry_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], w
     assert said in capsys.readouterr().out
 
 
+def test_the_plan_of_a_reward_model_has_no_output_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run.dir=x", "model=gpt_8b", "parallel=tp4", "launcher.nproc_per_node=8"]
+    assert run(["reward", *words, "dry_run=true"]) == 0
+    # 8,523,091,968 of the policy less 256,000 rows of 4,096, and a head of 4,096.
+    assert "parameters     7,474,520,064 (7.47 B)" in capsys.readouterr().out
+
+
 COSTS = Path(__file__).resolve().parents[3] / "docs" / "cluster.md"
 
 
@@ -124,9 +131,10 @@ def test_the_costs_of_the_cluster_page(llama: ModelSizes, stage: str, rows: int,
         targets=0 if stage == "reward" else int(128 * tokens * 0.6),
         micro_batch_tokens=4096,
     )
+    sizes = replace(llama, scalar_head=stage == "reward")
     cells = []
     for node in (H100, A100):
-        seconds = step_time(llama, tensor4, ParallelSizes(32, 4, 1), work, node).total
+        seconds = step_time(sizes, tensor4, ParallelSizes(32, 4, 1), work, node).total
         cells.append(f"{seconds:.2f}, {rows / 128 * seconds * 32 / 3600:.1f}")
     line = f"| {stage}, {round(rows / 128):,} steps, TP 4 | {cells[0]} | {cells[1]} |"
     assert line in COSTS.read_text(encoding="utf-8")
@@ -134,6 +142,7 @@ def test_the_costs_of_the_cluster_page(llama: ModelSizes, stage: str, rows: int,
 
 def test_the_cost_of_labelling_on_the_cluster_page(llama: ModelSizes) -> None:
     answers = 180_000
-    seconds = [label_seconds(llama, answers * 500, answers * 500**2, 32, node) for node in (H100, A100)]
+    sizes = replace(llama, scalar_head=True)
+    seconds = [label_seconds(sizes, answers * 500, answers * 500**2, 32, node) for node in (H100, A100)]
     cells = " | ".join(f"{s:.0f} s in all, {s * 32 / 3600:.1f}" for s in seconds)
     assert f"| label, TP 1 | {cells} |" in COSTS.read_text(encoding="utf-8")

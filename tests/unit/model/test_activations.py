@@ -1,6 +1,7 @@
 """The memory estimate of activations against the tensors that autograd keeps."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -40,6 +41,27 @@ def kept_bytes(ranks: Ranks, model: ModelSection) -> int:
         output = built(SampleSource(row).collate([0], 1))
     assert output.requires_grad
     return sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights)
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward_model"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_has_the_parameters_that_the_plan_counts(
+    tmp_path: Path, kind: Literal["policy", "reward_model"], tied: bool
+) -> None:
+    from offline_align.model.build import build_model
+
+    model = ModelSection(
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        vocab_size=100,
+        share_embeddings_and_output_weights=tied,
+    )
+    with session(ParallelSection(), RunSection(dir=str(tmp_path), device=Device.cpu)) as ranks:
+        built = build_model(kind, model, ParallelSection(), ranks.device, False, Recompute.none)
+    planned = model_sizes(model, 100, scalar_head=kind == "reward_model").parameters
+    assert sum(parameter.numel() for parameter in built.parameters()) == planned
 
 
 @pytest.mark.parametrize("by_products", [False, True])

@@ -1,5 +1,7 @@
 """Meters against hand-worked numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,8 +21,8 @@ SIZES = model_sizes(
 DATA = StepData([], num_rows=2, num_tokens=8, num_padding=2, squared_lengths=34)
 
 
-def meter(reaches_vocabulary: bool = True, device: str = "cpu", reads_everywhere: bool = False) -> SpeedMeter:
-    return SpeedMeter(SIZES, reaches_vocabulary, reads_everywhere, torch.device(device), world_size=4)
+def meter(scalar_head: bool = False, device: str = "cpu", reads_everywhere: bool = False) -> SpeedMeter:
+    return SpeedMeter(replace(SIZES, scalar_head=scalar_head), reads_everywhere, torch.device(device), world_size=4)
 
 
 def test_only_tokens_of_rows_count() -> None:
@@ -40,9 +42,9 @@ def test_both_conventions_of_utilisation(monkeypatch: pytest.MonkeyPatch) -> Non
     assert values["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 4, 4) / available)
     assert values["mfu_full_attention"] == pytest.approx(SIZES.train_flops(8, 68, 8, 8) / available)
     # One pair: the last tokens of both answers are read.
-    pair = meter(False, "cuda").step(DATA, 1, 0.5, 0.0)
+    pair = meter(True, "cuda").step(DATA, 1, 0.5, 0.0)
     assert pair["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 0, 2) / available)
-    whole = meter(False, "cuda", reads_everywhere=True).step(DATA, 1, 0.5, 0.0)
+    whole = meter(True, "cuda", reads_everywhere=True).step(DATA, 1, 0.5, 0.0)
     assert whole["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 0, 8) / available)
 
 

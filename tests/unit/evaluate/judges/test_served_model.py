@@ -282,7 +282,7 @@ def test_what_is_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(ConfigError) as error:
         served_model_judge(JudgeSection(JudgeKind.openai), tmp_path, 0)
     assert len(error.value.problems) == 3
-    assert "offline-align[judge]" in str(error.value)
+    assert "pip install '.[judge]'" in str(error.value)
     assert "judge.model is not set" in str(error.value)
     assert "OPENAI_API_KEY is not set" in str(error.value)
 

@@ -18,10 +18,17 @@ SETTINGS = EvaluateSection(bootstrap_samples=200)
 
 
 def section(
-    write_run: WriteRun, scores: Floats, second: Floats | None = None, divergence: Divergence | None = None
+    write_run: WriteRun,
+    scores: Floats,
+    second: Floats | None = None,
+    divergence: Divergence | None = None,
+    spread: int = 5,
 ) -> Section | None:
-    rows = [{"id": str(k), "prompt": f"p{k}", "response": "x " * (1 + k % 5)} for k in range(PROMPTS)]
-    files = [write_run(name, rows, name) for name in ("sft", "fa")]
+    """Return the section for answers of one word by sft, of 2 to 1 + `spread` words by fa."""
+    files = []
+    for name, words in (("sft", lambda k: 1), ("fa", lambda k: 2 + k % spread)):
+        rows = [{"id": str(k), "prompt": f"p{k}", "response": "x " * words(k)} for k in range(PROMPTS)]
+        files.append(write_run(name, rows, name))
     comparison = load_comparison(files, BadRows(OnBadRow.fail, None))
     judgement = Judgement("rm", scores[:, None, :], {})
     others = None if second is None else second[:, None, :]
@@ -51,6 +58,21 @@ def test_without_a_second_model_length_alone_is_looked_at(write_run: WriteRun) -
     found = section(write_run, noise(0) + np.array([0.0, 3.0]))
     assert found is not None
     assert "second_gain" not in found.content["methods"]["fa"]
+    assert found.findings == ["No gain rests on length alone, as far as is measured here."]
+
+
+@pytest.mark.parametrize("second", [None, noise(1) + np.array([0.0, 3.0])])
+def test_where_lengths_differ_by_a_constant_nothing_is_said_of_equal_length(
+    write_run: WriteRun, second: Floats | None
+) -> None:
+    found = section(write_run, noise(0) + np.array([0.0, 3.0]), second, spread=1)
+    assert found is not None
+    assert found.content["methods"]["fa"]["at_equal_length"] is None
+    assert found.tables[0].rows[0][found.tables[0].header.index("at equal length")] == "cannot be told"
+    *others, last = found.findings
+    assert "at equal length cannot be told" in last
+    shared = "No gain rests on one reward model alone, as far as is measured here."
+    assert others == ([] if second is None else [shared])
 
 
 def distance(nats: Floats, sampled: bool) -> Divergence:
@@ -99,3 +121,10 @@ def test_what_length_explains_is_taken_off() -> None:
     assert at_equal_length(made_of_length, words, 0) == pytest.approx(np.zeros((50, 2)))
     constant = np.column_stack([np.zeros(50), np.ones(50)])
     assert at_equal_length(constant, words, 0) == pytest.approx(constant)
+
+
+def test_a_slope_that_cannot_be_seen_is_not_taken_for_none() -> None:
+    gains = np.column_stack([np.zeros(3), np.arange(3.0)])
+    assert at_equal_length(gains, np.array([[1 / 3, 0.7]] * 3), 0) is None
+    assert at_equal_length(gains[:1], np.array([[1.0, 5.0]]), 0) is None
+    assert at_equal_length(gains, np.full((3, 2), 1 / 3), 0) == pytest.approx(gains), "all are of equal length"
