@@ -20,6 +20,7 @@ from typing import Any
 from offline_align import __version__
 from offline_align.config.compose import STAGES, compose, require, world_size
 from offline_align.config.runs import GenerateRun, LabelRun, Run, TrainRun
+from offline_align.distributed.leaving import leave
 from offline_align.distributed.stopping import interruptible
 from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError, leave_for_launcher
 
@@ -45,7 +46,7 @@ _LISTENERS = (TrainRun, LabelRun, GenerateRun)
 
 def main() -> None:
     """Run the command line of this process and exit with the code of its outcome."""
-    sys.exit(run(sys.argv[1:]))
+    leave(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:

@@ -55,6 +55,13 @@ class FailedOnMainRank(AlignError):
         self.exit_code = exit_code
 
 
+def exit_code_of(error: BaseException) -> int:
+    """Return the code that a process ends with after `error`."""
+    if isinstance(error, AlignError):
+        return error.exit_code
+    return StorageError.exit_code if isinstance(error, OSError) else AlignError.exit_code
+
+
 def leave_for_launcher(exit_code: int, message: str) -> None:
     """Write why this rank ends where its launcher asks for it, in torchrun's form: the first error is the cause.
 

@@ -139,7 +139,10 @@ def cpu_multiplies_bf16() -> bool:
 
 @contextlib.contextmanager
 def session(parallel: ParallelSection, run: RunSection) -> Iterator[Ranks]:
-    """Start this rank (device, process groups, megatron's parallel state, seeds) and end it whatever happens."""
+    """Start this rank (device, process groups, megatron's parallel state, seeds) and end it whatever happens.
+
+    An error of one rank ends all of them, with its exit code.
+    """
     device = choose_device(run.device)
     if device.type == "cpu":
         from offline_align.distributed import cpu
@@ -149,21 +152,35 @@ def session(parallel: ParallelSection, run: RunSection) -> Iterator[Ranks]:
     else:
         torch.cuda.set_device(device)
     place = _init_process_group(device)
+    with heartbeat(parallel.silent_rank_seconds, place), _model_parallel(parallel):
+        seed_everything(run.seed)
+        yield _ranks(device)
+
+
+@contextlib.contextmanager
+def _model_parallel(parallel: ParallelSection) -> Iterator[None]:
+    """Hold megatron's parallel state, and end all process groups with it.
+
+    NCCL waits there for the other ranks. So the heart still beats then, and a rank that fails leaves its groups as they
+    are, for the others may be in a collective. Nor does it abort them: that would call NCCL in a state that nobody
+    knows, and the end of the process frees all that they hold.
+    """
     from megatron.core import parallel_state
 
+    ends = dist.get_world_size() == 1
     try:
-        with heartbeat(parallel.silent_rank_seconds, place):
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-                context_parallel_size=parallel.context_parallel_size,
-                # Only a form of checkpoints that is not used would need them beside those of NCCL.
-                create_gloo_process_groups=False,
-            )
-            seed_everything(run.seed)
-            yield _ranks(device)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            # Only a form of checkpoints that is not used would need them beside those of NCCL.
+            create_gloo_process_groups=False,
+        )
+        yield
+        ends = True
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        if ends:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
 
 
 def _cores() -> int:

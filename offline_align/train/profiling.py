@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from offline_align.errors import StoppedEarly
+
 FOLDER = "profile"
 # Set by `nsys profile` in the processes that it watches.
 _UNDER_NSYS = "NSYS_PROFILING_SESSION_ID"
 
 logger = logging.getLogger(__name__)
+_abandoned: list[contextlib.ExitStack] = []
 
 
 class StepProfiler:
@@ -31,8 +34,13 @@ class StepProfiler:
     def __enter__(self) -> "StepProfiler":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        if error is None or isinstance(error, StoppedEarly):
+            self._open.close()
+        else:
+            # On a GPU the end of a recording waits for all kernels, and those of a collective for ranks that have
+            # no part in it any more. Held, since it would be ended with the last reference.
+            _abandoned.append(self._open.pop_all())
 
     def before(self, step: int) -> None:
         """Start the recording where `step` (from 1) is the first that is asked for."""
