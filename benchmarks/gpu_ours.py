@@ -112,14 +112,14 @@ def label(_: str, __: str, backend: str, rows: str) -> None:
     lengths = row_lengths(rows == "full", 2 * BINS_PER_STEP * MAX_LENGTH)
     source = SampleSource(random_rows(lengths))
     with session(PARALLEL, RunSection(dir="unused", device=Device(DEVICE.type))) as ranks:
-        from offline_align.label.scoring import plan_bins, score_bin
+        from offline_align.label.scoring import plan_bins, score_all
         from offline_align.model.build import build_model
 
         model: Any = build_model(
             "reward_model", model_section(FULL_LAYERS, backend), PARALLEL, ranks.device, not SMOKE
         ).eval()
         bins = plan_bins(source, 4 * MAX_LENGTH)
-        timing = timed(lambda: [score_bin(model, source, b, ranks) for b in bins])
+        timing = timed(lambda: score_all(model, source, bins, ranks))
     computed = source.num_tokens(), source.squared_lengths(range(len(source)))
     report(**result(timing, sum(lengths), computed, 0, FULL_LAYERS, training=False))
 

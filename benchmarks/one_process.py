@@ -56,7 +56,7 @@ def contenders(rows: TokenizedRows, ranks: Any) -> dict[str, Callable[[int], flo
     from torch.nn.parallel import DistributedDataParallel
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-    from offline_align.label.scoring import plan_bins, score_bin
+    from offline_align.label.scoring import plan_bins, score_all
     from offline_align.model.build import build_model
     from offline_align.objectives.next_token import next_token
     from offline_align.train.optim import build_optimizer, wrap_model
@@ -93,7 +93,7 @@ def contenders(rows: TokenizedRows, ranks: Any) -> dict[str, Callable[[int], flo
 
     def score(_: int) -> float:
         bins = plan_bins(source, MAX_LENGTH)
-        return processor_seconds(lambda: [score_bin(scorer, source, b, ranks) for b in bins])
+        return processor_seconds(lambda: score_all(scorer, source, bins, ranks))
 
     @torch.inference_mode()
     def plain_score(micro: int) -> None:

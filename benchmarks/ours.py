@@ -75,7 +75,7 @@ def label(workload: str, scratch: str, rows: str) -> None:
     from offline_align.config.sections import DataSection, Device, OnBadRow, ParallelSection, RunSection
     from offline_align.data.records import BadRows, Sample, read_rows
     from offline_align.distributed.setup import session
-    from offline_align.label.scoring import load_reward_model, plan_bins, renderer_of, score_bins, tokenized
+    from offline_align.label.scoring import load_reward_model, plan_bins, renderer_of, score_all, tokenized
     from offline_align.model.description import find_checkpoint
 
     folder = Path(workload)
@@ -87,7 +87,7 @@ def label(workload: str, scratch: str, rows: str) -> None:
         source = tokenized(samples, renderer_of(checkpoint), data, Path(scratch), share_prompts=True)
 
         def score() -> dict[int, float]:
-            return dict(score_bins(model, source, plan_bins(source, MAX_LENGTH), ranks))
+            return score_all(model, source, plan_bins(source, MAX_LENGTH), ranks)
 
         checksum = sum(score().values())
         seconds = median_seconds(score)

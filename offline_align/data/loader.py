@@ -4,7 +4,7 @@ The order of rows is a pure function of (seed, epoch, index): nothing is consume
 at any step, at any number of ranks, with the same rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -30,6 +30,10 @@ class StepData:
     """Tokens computed beside them, over all ranks."""
     squared_lengths: int
     """Twice the (query, key) pairs of attention inside those rows: the sum of their squared lengths."""
+
+    def pin(self) -> "StepData":
+        """Return the same with its batches in pinned memory."""
+        return replace(self, micro_batches=[batch.pin() for batch in self.micro_batches])
 
 
 @lru_cache(maxsize=2)
@@ -71,12 +75,11 @@ class Loader:
         rows = rows_of_step(step, self.global_batch_size, len(self.source), self.total_samples, self.seed)
         return self.pack_rows(rows)
 
-    def steps(self, first: int, pinned: bool = False) -> Iterator[StepData]:
+    def steps(self, first: int, pinned: bool = False) -> Generator[StepData]:
         """Yield the data of step `first` and of all after it, prepared ahead; `pinned` memory is for a GPU."""
 
         def make(step: int) -> StepData:
-            data = self.step(step)
-            return replace(data, micro_batches=[b.pin() for b in data.micro_batches]) if pinned else data
+            return self.step(step).pin() if pinned else self.step(step)
 
         return prepared_ahead(make, range(first, self.total_steps))
 
@@ -102,7 +105,11 @@ class Loader:
     def _padded(self, tokens: int) -> int:
         return max(1, -(-tokens // self.pad_to_multiple)) * self.pad_to_multiple
 
-    def in_order(self, rows_at_once: int) -> Iterator[StepData]:
-        """Yield all rows once, in order, `rows_at_once` at a time (validation)."""
-        for first in range(0, len(self.source), rows_at_once):
-            yield self.pack_rows(list(range(first, min(first + rows_at_once, len(self.source)))))
+    def in_order(self, rows_at_once: int, pinned: bool = False) -> Generator[StepData]:
+        """Yield all rows once, in order, `rows_at_once` at a time (validation), prepared ahead as steps are."""
+
+        def make(first: int) -> StepData:
+            data = self.pack_rows(list(range(first, min(first + rows_at_once, len(self.source)))))
+            return data.pin() if pinned else data
+
+        return prepared_ahead(make, range(0, len(self.source), rows_at_once))

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 # Long enough for a rank that writes or hashes a large checkpoint while the others wait; `heartbeat` ends them sooner
 # where a rank is silent.
 _TIMEOUT = datetime.timedelta(minutes=30)
-# Torch declares no types for its stores.
+# Torch declares no types for its stores and streams.
 _stores: Any = dist
+_streams: Any = torch.cuda
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,25 @@ class Ranks:
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def any_rank(self, flag: bool) -> Callable[[], bool]:
+        """Ask all ranks whether `flag` holds on one of them; the function that is returned waits for the answer.
+
+        Every rank must ask. The answer is there once each device has come to the question; what was queued on this one
+        since then goes on meanwhile.
+        """
+        vote = torch.full((1,), float(flag), device=self.device)
+        asked = dist.all_reduce(vote, op=dist.ReduceOp.MAX, async_op=True)
+        assert asked is not None
+        # Read in the model's own stream, the answer would come after all that was queued there since.
+        beside = _streams.Stream(self.device) if self.device.type == "cuda" else None
+
+        def answer() -> bool:
+            with torch.cuda.stream(beside):
+                asked.wait()
+                return bool(vote.item())
+
+        return answer
 
     def require_same(self, value: Hashable, what: str) -> None:
         """Raise DataError on all ranks where one has another `value` than rank 0: they would wait for each other."""

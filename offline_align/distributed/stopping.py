@@ -12,8 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from offline_align.errors import ConfigError, StoppedEarly
+
+if TYPE_CHECKING:
+    from offline_align.distributed.setup import Ranks
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -51,6 +55,26 @@ class StopRequest:
         if self._signal is not None or os.getpid() != self._process:
             _end(number)
         self._signal = signal.Signals(number)
+
+
+class StopVote:
+    """Whether to stop, put to all ranks once a round: they hear of it a round later, and all in the same one.
+
+    So nobody waits for the work of the newest round.
+    """
+
+    def __init__(self, stop: StopRequest, ranks: "Ranks") -> None:
+        self._stop, self._ranks = stop, ranks
+        self._newest: Callable[[], bool] | None = None
+
+    def __call__(self) -> bool:
+        """Vote in this round, and return whether the one before it has decided to stop."""
+        before, self._newest = self._newest, self._ranks.any_rank(self._stop.reason is not None)
+        return before is not None and before()
+
+    def newest(self) -> bool:
+        """Return what the newest round has decided, after the last one."""
+        return self._newest is not None and self._newest()
 
 
 # When the command that runs now has started; limits count from there, through reading and loading.

@@ -6,14 +6,19 @@ done changes it. A row's score is therefore the same to the bit in every run on 
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from offline_align.config.sections import ComputeSection, DataSection, ParallelSection, RunSection, TooLong
+from offline_align.data.ahead import prepared_ahead
+from offline_align.data.batch import PackedBatch
 from offline_align.data.bins import SampleSource, shares_prompts
 from offline_align.data.context import share_of_context
 from offline_align.data.pack import pack
@@ -52,8 +57,7 @@ def score_samples(
         tokens = tokens_by_place([TrainingRow(s) for s in samples], checkpoint, data, run)
         source = SampleSource(tokens, shares_prompts(trainer, parallel))
         bins = plan_bins(source, trainer.micro_batch_size * data.max_length)
-        own = dict(score_bins(model, source, bins[ranks.dp_rank :: ranks.dp_size], ranks))
-        merged = {int(tokens.row_ids[row]): score for part in ranks.gather(own) for row, score in part.items()}
+        merged = {int(tokens.row_ids[row]): score for row, score in score_all(model, source, bins, ranks).items()}
         if len(merged) < len(samples):
             missing = len(samples) - len(merged)
             logger.warning("%d of %d answers have no score: %s", missing, len(samples), reasons(tokens.dropped))
@@ -129,19 +133,59 @@ def plan_bins(source: SampleSource, capacity: int) -> list[list[int]]:
     return bins
 
 
-def score_bins(
-    model: "RewardModel", source: SampleSource, bins: Sequence[list[int]], ranks: Ranks
-) -> Iterator[tuple[int, float]]:
-    """Yield (row, score) of every row of `bins`."""
-    for rows in bins:
-        yield from zip(rows, score_bin(model, source, rows, ranks), strict=True)
+def score_all(model: "RewardModel", source: SampleSource, bins: Sequence[list[int]], ranks: Ranks) -> dict[int, float]:
+    """Return the score of every row of `bins`, which are dealt to the ranks; all of them call it together."""
+    own = dict(chain.from_iterable(score_bins(model, source, bins[ranks.dp_rank :: ranks.dp_size], ranks)))
+    return {row: score for part in ranks.gather(own) for row, score in part.items()}
 
 
 @torch.inference_mode()
-def score_bin(model: "RewardModel", source: SampleSource, rows: list[int], ranks: Ranks) -> list[float]:
-    """Return the scores of the rows of one bin, in their order; all ranks that share the bin must call it together."""
-    config = model.config
-    multiple = padding_multiple(config.tensor_model_parallel_size, ranks.cp_size, config.sequence_parallel)
-    batch = share_of_context(source.collate(rows, multiple), ranks.cp_rank, ranks.cp_size)
-    scores: list[float] = model(batch.to(ranks.device)).float().tolist()
-    return scores
+def score_bins(
+    model: "RewardModel",
+    source: SampleSource,
+    bins: Sequence[list[int]],
+    ranks: Ranks,
+    stops: Callable[[], bool] = lambda: False,
+) -> Generator[list[tuple[int, float]]]:
+    """Yield (row, score) of the rows of each bin, in order; ranks that share the bins must go through them together.
+
+    A bin is launched before the scores of the one before it are read, so that the device always has work. After each
+    launch `stops` is asked, also for a bin without rows, which is not computed; once it says yes, none is launched any
+    more, and what has been is still read.
+    """
+    multiple = padding_multiple(model.config.tensor_model_parallel_size, ranks.cp_size, model.config.sequence_parallel)
+
+    def collated(number: int) -> PackedBatch:
+        batch = share_of_context(source.collate(bins[number], multiple), ranks.cp_rank, ranks.cp_size)
+        return batch.pin() if ranks.device.type == "cuda" else batch
+
+    launched: deque[Callable[[], list[tuple[int, float]]]] = deque()
+    with closing(prepared_ahead(collated, range(len(bins)))) as batches:
+        for rows, batch in zip(bins, batches, strict=True):
+            launched.append(_launch(model, rows, batch, ranks.device))
+            if len(launched) > 1:
+                yield launched.popleft()()
+            if stops():
+                break
+    while launched:
+        yield launched.popleft()()
+
+
+def _launch(
+    model: "RewardModel", rows: list[int], batch: PackedBatch, device: torch.device
+) -> Callable[[], list[tuple[int, float]]]:
+    """Launch the forward pass of a bin; the function that is returned waits for it and gives (row, score) of its rows.
+
+    It does not wait for what is launched later.
+    """
+    if not rows:
+        return list
+    scores = model(batch.to(device)).float().to("cpu", non_blocking=True)
+    copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def read() -> list[tuple[int, float]]:
+        if copied is not None:
+            copied.synchronize()
+        return list(zip(rows, scores.tolist(), strict=True))
+
+    return read

@@ -4,6 +4,8 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +72,8 @@ def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
 def _score_missing(config: LabelRun, samples: list[Sample], journal: Journal, ranks: Any) -> None:
     """Score the rows that the journal lacks; raises StoppedEarly, with all scores on disk, on request."""
     from offline_align.distributed.setup import uses_bf16
-    from offline_align.distributed.stopping import stop_requests
-    from offline_align.label.scoring import (
-        load_reward_model,
-        plan_bins,
-        renderer_of,
-        score_bin,
-        tokenized,
-    )
+    from offline_align.distributed.stopping import StopVote, stop_requests
+    from offline_align.label.scoring import load_reward_model, plan_bins, renderer_of, score_bins, tokenized
     from offline_align.progress import Meter
 
     done = ranks.from_main(lambda: read_scores(journal, len(samples)))
@@ -91,22 +87,25 @@ def _score_missing(config: LabelRun, samples: list[Sample], journal: Journal, ra
     ranks.require_same(source.fingerprint(), "data.input")
     bins = plan_bins(source, config.trainer.micro_batch_size * config.data.max_length)
     left = [b for b in bins if any(row not in done for row in b)]
+    # Ranks go round by round, so that all of them leave at the same bin when one is asked to. One that has no bin in
+    # the last round votes all the same.
+    rounds = list(batched(left, ranks.dp_size))
+    own = [share[ranks.dp_rank] if ranks.dp_rank < len(share) else [] for share in rounds]
     writes = ranks.tp_rank == 0 and ranks.cp_rank == 0
     with (
         stop_requests(config.trainer.max_time) as stop,
         ScoreWriter(journal, config.label.flush_rows, writes) as writer,
         Meter("labelling", len(samples), "rows", len(done), ranks.is_main) as meter,
     ):
-        # Ranks go round by round, so that all of them leave at the same bin when one is asked to.
-        for first in range(0, len(left), ranks.dp_size):
-            share = left[first : first + ranks.dp_size]
-            if ranks.dp_rank < len(share):
-                rows = share[ranks.dp_rank]
-                for row, score in zip(rows, score_bin(model, source, rows, ranks), strict=True):
+        vote = StopVote(stop, ranks)
+        with closing(score_bins(model, source, own, ranks, vote)) as scored:
+            # Fewer rounds than were planned where the vote is to stop.
+            for share, scores in zip(rounds, scored, strict=False):
+                for row, score in scores:
                     writer.add(row, score)
-            meter.advance(sum(len(b) for b in share))
-            if _any_rank(stop.reason is not None, ranks):
-                raise StoppedEarly(f"stopped after {meter.done} of {len(samples)} rows, saved: run it again")
+                meter.advance(sum(map(len, share)))
+        if vote.newest():
+            raise StoppedEarly(f"stopped after {meter.done} of {len(samples)} rows, saved: run it again")
     # The scores of all ranks are on disk before one of them reads them.
     ranks.barrier()
 
@@ -114,7 +113,7 @@ def _score_missing(config: LabelRun, samples: list[Sample], journal: Journal, ra
 def _score_again(config: LabelRun, samples: list[Sample], ranks: Any) -> dict[int, float]:
     """Return the scores of the certificate's rows, each alone in its bin and dealt to the ranks in another order."""
     from offline_align.distributed.setup import uses_bf16
-    from offline_align.label.scoring import load_reward_model, renderer_of, score_bins, tokenized
+    from offline_align.label.scoring import load_reward_model, renderer_of, score_all, tokenized
 
     rows = choose_rows(len(samples), config.label.certificate_fraction, config.run.seed)
     if not rows:
@@ -125,20 +124,8 @@ def _score_again(config: LabelRun, samples: list[Sample], ranks: Any) -> dict[in
     chosen = [samples[row] for row in rows]
     source = ranks.main_first(lambda: tokenized(chosen, renderer, config.data, common.cache_dir(config)))
     bins = [[place] for place in reversed(range(len(rows)))]
-    own = dict(score_bins(model, source, bins[ranks.dp_rank :: ranks.dp_size], ranks))
-    merged = {place: score for part in ranks.gather(own) for place, score in part.items()}
+    merged = score_all(model, source, bins, ranks)
     return {rows[place]: merged[place] for place in sorted(merged)}
-
-
-def _any_rank(flag: bool, ranks: Any) -> bool:
-    if ranks.world_size == 1:
-        return flag
-    import torch
-    import torch.distributed as dist
-
-    vote = torch.tensor([float(flag)], device=ranks.device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item())
 
 
 def _write_results(

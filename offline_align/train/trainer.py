@@ -4,7 +4,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ class Trainer:
             if self.state.validation_due:
                 self._validate(writer, None)
                 self.saver.settle(self.state)
-            upcoming = self.data.steps(self.state.step, pinned=self.ranks.device.type == "cuda")
+            upcoming = self.data.steps(self.state.step, self._pinned)
             while self.state.step < total:
                 started = time.monotonic()
                 data = next(upcoming)
@@ -128,6 +129,11 @@ class Trainer:
                 self.saver.poll()
             self.saver.finish()
         return self.state
+
+    @property
+    def _pinned(self) -> bool:
+        """Whether batches wait in pinned memory, from where copies to the device hold up nobody."""
+        return self.ranks.device.type == "cuda"
 
     def _stopped(self, stop: StopRequest) -> StoppedEarly:
         """Return the end of a run that was asked to stop and has saved, once the save is whole."""
@@ -200,8 +206,8 @@ class Trainer:
         One that was put off so listens to nobody (`stop` is None), or short attempts would never get past it.
         """
         try:
-            batches = self._validation_batches(stop)
-            metrics, count = evaluate(self.model, self.objective, batches, self.ranks.device)
+            with closing(self._validation_batches(stop)) as batches:
+                metrics, count = evaluate(self.model, self.objective, batches, self.ranks.device)
         except StoppedEarly:
             self._save(writer)
             self.saver.finish()
@@ -213,15 +219,17 @@ class Trainer:
         if self.state.best_value is None or metrics["loss"] < self.state.best_value:
             self.state.best_value, self.state.best_step = metrics["loss"], self.state.step
 
-    def _validation_batches(self, stop: StopRequest | None) -> Iterator[list[PackedBatch]]:
+    def _validation_batches(self, stop: StopRequest | None) -> Generator[list[PackedBatch]]:
         assert self.validation is not None
-        for data in self.validation.in_order(_VALIDATION_ROWS * self.ranks.dp_size):
-            started = time.monotonic()
-            if stop is not None and any(self.ranks.gather(stop.reason is not None)):
-                raise self._stopped(stop)
-            yield data.micro_batches
-            if stop is not None:
-                stop.expect(2 * (time.monotonic() - started) + self.saver.seconds)
+        with closing(self.validation.in_order(_VALIDATION_ROWS * self.ranks.dp_size, self._pinned)) as upcoming:
+            for data in upcoming:
+                started = time.monotonic()
+                # The answer comes when the share before is done, so that this clock shows what a share takes.
+                if stop is not None and self.ranks.any_rank(stop.reason is not None)():
+                    raise self._stopped(stop)
+                yield data.micro_batches
+                if stop is not None:
+                    stop.expect(2 * (time.monotonic() - started) + self.saver.seconds)
 
     def _save(self, writer: MetricsWriter) -> None:
         writer.sync()

@@ -1,4 +1,4 @@
-"""What can be done to a training run from inside, at a place that a clock would rarely hit."""
+"""What can be done to a run from inside, at a place that a clock would rarely hit."""
 
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
 from offline_align.distributed.stopping import StopRequest
+from offline_align.model.heads import RewardModel
 from offline_align.train import checkpoint, saving, trainer
 from offline_align.train.step import TrainStep
 
@@ -108,6 +109,7 @@ _PATCHES: dict[str, Callable[[Callable[[], None]], None]] = {
     "during delete": _during_delete,
     "step": _before(TrainStep, "_update"),
     "validation": _before(trainer, "evaluate"),
+    "bin": _before(RewardModel, "forward"),
 }
 
 

@@ -6,6 +6,7 @@ A kill counts where it left results in the journal and work to do: fifty of each
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -132,3 +133,21 @@ def test_a_signal_at_any_moment_ends_with_75(
         assert "Traceback" not in ended.said
         codes.append(ended.code)
     assert 75 in codes
+
+
+@pytest.mark.parametrize(("world", "tensor_parallel"), [(2, 1), (2, 2), *([(4, 2)] if ALL else [])])
+def test_one_rank_asks_and_all_leave_after_the_same_bin(
+    given: Path, forks: Forks, label: Words, world: int, tensor_parallel: int
+) -> None:
+    """What was computed by then is in the journal, and the next attempt makes the file of an uninterrupted run."""
+    layout = [f"parallel.tensor_model_parallel_size={tensor_parallel}"]
+    straight, cut = (given / f"label {name} {world} {tensor_parallel}" for name in ("straight", "cut"))
+    assert not any(forks.run([*label(str(straight)), *layout], world=world).codes)
+    words = [*label(str(cut)), *layout]
+    ended = forks.run(words, world=world, sabotage=("at", ["bin", 3, [signal.SIGTERM], world - 1]))
+    assert ended.codes == [75] * world, ended
+    (done,) = map(int, re.findall(r"stopped after (\d+) of", ended.said))
+    written = [line for path in cut.glob("journal/*/part_*.jsonl") for line in path.read_bytes().splitlines()]
+    assert 0 < done == len(written) < ROWS
+    assert not any(forks.run(words, world=world).codes)
+    assert (cut / "labelled.jsonl").read_bytes() == (straight / "labelled.jsonl").read_bytes()

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from offline_align.__main__ import run
 from offline_align.config.runs import LabelRun
 from offline_align.config.sections import ComputeSection, Device, ModelSection, Precision, RunSection
+from offline_align.data.batch import PackedBatch
 from offline_align.distributed.sizes import model_sizes
 from offline_align.stages.plan_text import print_label_plan
 from tests.small_tokenizers import sentencepiece_model
@@ -50,6 +53,13 @@ def scores(folder: Path, name: str) -> dict[str, float]:
     return {row["id"]: row["reward_raw"] for row in map(json.loads, lines)}
 
 
+def scores_of_all(value: float, monkeypatch: Any) -> None:
+    """Let reward models give every row the same score."""
+    from offline_align.model.heads import RewardModel
+
+    monkeypatch.setattr(RewardModel, "forward", lambda self, batch: torch.full((len(batch.last_index),), value))
+
+
 def test_labels_statistics_and_histogram(folder: Path, reward: Path) -> None:
     assert label(folder, "whole", reward) == 0
     rows = [json.loads(line) for line in (folder / "whole" / "labelled.jsonl").read_text().splitlines()]
@@ -73,25 +83,29 @@ def test_scores_do_not_depend_on_neighbours(folder: Path, reward: Path, words: l
     assert scores(folder, name) == pytest.approx(scores(folder, "whole"), abs=1e-5)
 
 
-def test_interrupted_labelling_is_the_same_to_the_byte(folder: Path, reward: Path, monkeypatch: Any) -> None:
-    from offline_align.label import scoring
+def test_interrupted_labelling_is_the_same_to_the_byte(
+    folder: Path, reward: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    from offline_align.model.heads import RewardModel
 
     assert label(folder, "whole", reward) == 0
-    original = scoring.score_bin
-    calls = 0
+    original = RewardModel.forward
+    computed = []
 
-    def stop_at_the_second(*arguments: Any) -> list[float]:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
+    def stop_at_the_second(self: RewardModel, batch: PackedBatch) -> Tensor:
+        computed.append(len(batch.last_index))
+        if len(computed) == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return original(*arguments)
+        return original(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "score_bin", stop_at_the_second)
+        patch.setattr(RewardModel, "forward", stop_at_the_second)
         assert label(folder, "cut", reward) == 75
+    assert f"stopped after {sum(computed)} of 64 rows" in capsys.readouterr().err
+    assert sum(computed) < 64
     assert not (folder / "cut" / "labelled.jsonl").exists()
     (part,) = (folder / "cut" / "journal").glob("*/part_*.jsonl")
+    assert part.read_bytes().count(b"\n") == sum(computed), "what was computed is there"
     # A kill tears the last line; the row it named is scored again.
     part.write_bytes(part.read_bytes()[:-7])
     assert label(folder, "cut", reward) == 0
@@ -174,9 +188,7 @@ def test_a_change_of_model_or_template_is_another_run(folder: Path, reward: Path
 
 
 def test_a_reward_model_that_has_no_numbers_is_named(folder: Path, reward: Path, monkeypatch: Any, capsys: Any) -> None:
-    from offline_align.label import scoring
-
-    monkeypatch.setattr(scoring, "score_bin", lambda model, source, rows, ranks: [float("nan")] * len(rows))
+    scores_of_all(math.nan, monkeypatch)
     assert label(folder, "nan", reward) == 65
     said = capsys.readouterr().err
     assert "row s0" in said and "not finite (64 such rows)" in said
@@ -187,9 +199,7 @@ def test_a_reward_model_that_has_no_numbers_is_named(folder: Path, reward: Path,
 def test_one_row_and_equal_rewards_are_labelled_with_zeros(
     folder: Path, reward: Path, rows: int, monkeypatch: Any
 ) -> None:
-    from offline_align.label import scoring
-
-    monkeypatch.setattr(scoring, "score_bin", lambda model, source, rows, ranks: [2.5] * len(rows))
+    scores_of_all(2.5, monkeypatch)
     path = write_jsonl(folder / f"constant{rows}.jsonl", samples(rows))
     words = [f"init.from={reward}", f"data.input={path}", "data.max_length=128", "run.device=cpu"]
     assert run(["label", f"run.dir={folder / f'constant{rows}'}", *words]) == 0

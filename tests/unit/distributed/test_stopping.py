@@ -3,10 +3,12 @@
 import os
 import signal
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from offline_align.distributed.stopping import interruptible, parse_duration, stop_requests
+from offline_align.distributed.stopping import StopVote, interruptible, parse_duration, stop_requests
 from offline_align.errors import ConfigError, StoppedEarly
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -43,6 +45,32 @@ def test_a_limit_is_kept_with_time_in_hand() -> None:
         assert stop.reason is None
         stop.expect(200)
         assert stop.reason == "trainer.max_time"
+
+
+def test_a_vote_is_heard_one_round_late_and_at_the_end() -> None:
+    heard: list[int] = []
+
+    class Ranks:
+        asked = 0
+
+        def any_rank(self, flag: bool) -> Callable[[], bool]:
+            number, self.asked = self.asked, self.asked + 1
+
+            def answer() -> bool:
+                heard.append(number)
+                return flag
+
+            return answer
+
+    ranks: Any = Ranks()
+    with stop_requests("100") as stop:
+        vote = StopVote(stop, ranks)
+        assert not vote.newest(), "nobody has voted"
+        assert [vote(), vote()] == [False, False]
+        stop.expect(200)
+        assert [vote(), vote()] == [False, True]
+        assert vote.newest()
+    assert heard == [0, 1, 2, 3], "each answer once, in order"
 
 
 @pytest.mark.parametrize("number", SIGNALS)
