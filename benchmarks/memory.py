@@ -174,7 +174,7 @@ def _rows(lengths: list[int]) -> TokenizedRows:
 def _planned(model: ModelSection, layout: Layout) -> float:
     assert model.vocab_size is not None
     ranks = ParallelSizes(layout.world, layout.tensor, layout.context)
-    sizes = model_sizes(model, model.vocab_size)
+    sizes = model_sizes(model, model.vocab_size, scalar_head=layout.kind == "reward_model")
     return training_memory(sizes, layout.parallel, ranks, layout.tokens, layout.bf16, layout.recompute).total
 
 

@@ -111,11 +111,14 @@ class MemoryEstimate:
     gradients: float
     optimizer: float
     activations: float
+    """Of one micro-batch, until its backward pass."""
+    update: float
+    """Copies of gradients that the optimizer works with, when activations are gone."""
 
     @property
     def total(self) -> float:
-        """Sum of all parts."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """The most at once."""
+        return self.weights + self.gradients + self.optimizer + max(self.activations, self.update)
 
 
 def training_memory(
@@ -125,11 +128,14 @@ def training_memory(
     tokens: int,
     bf16: bool,
     recompute: str,
+    lean_optimizer: bool = False,
 ) -> MemoryEstimate:
     """Estimate the bytes of one training rank with `tokens` in a micro-batch.
 
     Weights 2 or 4 bytes, gradients 4 (fp32 reduction) or 2, optimizer 12 (main weight and two moments; 8 where the
-    weights are fp32 already), sharded over data parallel ranks by the distributed optimizer. Activations are what the
+    weights are fp32 already; 6 with `lean_optimizer`, whose moments are bf16 and whose main weight is what bf16 lacks),
+    sharded over data parallel ranks by the distributed optimizer. Gradients in bf16 are copied to fp32 for the update,
+    sharded likewise, but for a lean optimizer. Activations are what the
     backward pass of a layer keeps: inputs and outputs of both norms, rotated queries and keys, the projection that
     values are a view of, the attention's output, and gate, up and product of a fused SwiGLU. With `full`
     recomputation they are one input for each layer and the inside of one.
@@ -145,9 +151,11 @@ def training_memory(
     logits = 2 * min(4 * targets, LOGITS_PIECE_BYTES["cuda"])
     logits += element * targets if element * targets <= LOGITS_KEPT_BYTES else 0
     activations = tokens * layers * element / ranks.context + logits
+    copied = 4 if gradient == 2 and not lean_optimizer else 0
     return MemoryEstimate(
         weights=sizes.rank_bytes(ranks.tensor, element),
         gradients=sizes.rank_bytes(ranks.tensor, gradient),
-        optimizer=sizes.rank_bytes(ranks.tensor, 12 if bf16 else 8, single=8) / shards,
+        optimizer=sizes.rank_bytes(ranks.tensor, (6 if lean_optimizer else 12) if bf16 else 8, single=8) / shards,
         activations=activations,
+        update=sizes.rank_bytes(ranks.tensor, copied, single=0) / shards,
     )

@@ -35,6 +35,8 @@ class Work:
     """Tokens that reach the output layer; 0 for a reward model."""
     micro_batch_tokens: int
     """Tokens of one bin on one rank."""
+    lean_optimizer: bool = False
+    """Whether moments are kept in bf16."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,9 @@ def label_seconds(sizes: ModelSizes, tokens: int, squared_lengths: int, gpus: in
 def layout(sizes: ModelSizes, parallel: ParallelSection, recompute: str, world: int, work: Work, node: Node) -> Layout:
     """Return memory and time of one way to divide `world` GPUs."""
     ranks = ParallelSizes(world, parallel.tensor_model_parallel_size, parallel.context_parallel_size)
-    memory = training_memory(sizes, parallel, ranks, work.micro_batch_tokens, True, recompute).total
+    memory = training_memory(
+        sizes, parallel, ranks, work.micro_batch_tokens, True, recompute, work.lean_optimizer
+    ).total
     time = step_time(sizes, parallel, ranks, work, node, recompute)
     fits = memory <= _USABLE_MEMORY * node.memory_bytes
     return Layout(parallel, recompute, memory, fits, time, work.tokens / time.total / world)

@@ -22,6 +22,7 @@ def layout_advice(config: TrainRun, model: ModelSection, sizes: ModelSizes) -> l
         squared_lengths=rows * length**2,
         targets=0 if sizes.scalar_head else rows * length,
         micro_batch_tokens=config.trainer.micro_batch_size * length,
+        lean_optimizer=config.optim.use_precision_aware_optimizer,
     )
     recompute = config.trainer.recompute.value
     asked = layout(sizes, config.parallel, recompute, world, work, node)

@@ -41,7 +41,8 @@ def print_training_plan(stage: str, config: TrainRun, explicit: frozenset[str]) 
     table.add_row("tokens a step", f"at most {per_step:,}; then {share} micro-batches on each data parallel rank")
     length = f"{trainer.max_steps} steps" if trainer.max_steps else f"{trainer.max_epochs} epochs"
     table.add_row("length", f"{length}, learning rate {config.optim.lr:g} ({config.optim.lr_decay_style})")
-    memory = training_memory(sizes, config.parallel, ranks, capacity, bf16, trainer.recompute.value)
+    lean = config.optim.use_precision_aware_optimizer
+    memory = training_memory(sizes, config.parallel, ranks, capacity, bf16, trainer.recompute.value, lean)
     _add_memory(table, memory)
     if bf16 and on_cuda:
         for title, text in layout_advice(config, model, sizes):
@@ -105,8 +106,9 @@ def _add_memory(table: Table, memory: MemoryEstimate) -> None:
         "weights": memory.weights,
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
-        "activations": memory.activations,
     }
+    name, most = max(("activations", memory.activations), ("update", memory.update), key=lambda part: part[1])
+    parts[name] = most
     text = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
     table.add_row("memory a rank", f"about {memory.total / _GIB:.2f} GiB: {text}")
 

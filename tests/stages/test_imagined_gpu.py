@@ -103,12 +103,17 @@ with imagined_rank(ParallelSection(), 1) as gpu:
 def test_a_plan_of_8b_is_what_a_step_holds(imagined: dict[str, str], engine: bool) -> None:
     code = """
 from benchmarks.memory import LLAMA3_8B, Layout, trace
-for layout in (Layout(tensor=4), Layout(tensor=2, context=2)):
+for layout in (
+    Layout(tensor=4),
+    Layout(tensor=4, recompute="full"),
+    Layout(tensor=2, context=2),
+    Layout(tensor=4, sequence_parallel=True, kind="reward_model"),
+):
     traced = trace(LLAMA3_8B, layout, micro_batches=1)
     print(traced.peak_bytes / traced.planned_bytes)
 """
     ratios = [float(line) for line in on_imagined_gpu(imagined, (ENGINE if engine else "") + code).splitlines()]
-    assert len(ratios) == 2
+    assert len(ratios) == 4
     assert all(0.98 < ratio < 1.03 for ratio in ratios), ratios
 
 
