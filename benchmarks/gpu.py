@@ -1,65 +1,74 @@
 """One GPU: correctness against fp32, SFT, reward model and labelling beside the peers, in one table.
 
-Called by `benchmarks/gpu.sh`, which sets everything up.
+Called by `benchmarks/gpu.sh`, which sets everything up. A result is a line of `gpu.jsonl` as soon as it is there, and
+the table is made from all lines, so that several calls with the same folder add up.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from benchmarks import harness
+from benchmarks import gpu_table, harness
+from benchmarks.gpu_table import CHECK, OUTPUTS, TASKS, Line
 from benchmarks.gpu_workload import DEVICE, SMOKE
 from benchmarks.harness import Contender
-from benchmarks.projection import table_3_lines
 from offline_align.model.backend import engine_is_installed
 
-CHECK, SFT, REWARD, LABEL = "correctness against fp32", "SFT, 8 layers", "reward model, 8 layers", "labelling, 8 B"
-# bf16 has 8 bits of mantissa: two layers of it stay well within these.
-LARGEST_ERROR, SMALLEST_COSINE = 0.01, 0.99
+ROWS = ("mixed",) if SMOKE else ("full", "mixed")
 
 
 def contenders(backends: list[str]) -> list[tuple[str, str, Contender]]:
-    """Return (task, kind of rows, contender) in the order of the table."""
-    found = [
-        (CHECK, "", Contender(f"offline-align, {b}, {title}", "gpu_ours", "correctness", arguments=(b, kind)))
-        for b in backends
-        for kind, title in (("policy", "likelihoods"), ("reward_model", "scores with shared prompts"))
-    ]
-    peers = {SFT: "sft", REWARD: "reward", LABEL: "label"}
-    for task, function in peers.items():
-        for rows in ("mixed",) if SMOKE else ("full", "mixed"):
-            own = (Contender(f"offline-align, {b}", "gpu_ours", function, arguments=(b, rows)) for b in backends)
-            found += [(task, rows, c) for c in own]
-            if task == REWARD:
-                apart = (f"offline-align, {backends[-1]}, a prompt an answer", (backends[-1], rows, "apart"))
-                found.append((task, rows, Contender(apart[0], "gpu_ours", function, arguments=apart[1])))
-            found.append((task, rows, Contender("transformers", "gpu_peers", function, arguments=(rows,))))
-            if task == LABEL:
+    """Return (task, kind of rows or of model, contender) in the order in which they run."""
+    found = [(CHECK, kind, _own("correctness", backend, kind)) for backend in backends for kind in OUTPUTS]
+    for task in ("sft", "reward", "label"):
+        for rows in ROWS:
+            found += [(task, rows, _own(task, backend, rows)) for backend in backends]
+            if task == "reward":
+                found.append((task, rows, _own(task, backends[-1], rows, "apart", title=", a prompt an answer")))
+            found.append((task, rows, Contender("transformers", "gpu_peers", task, arguments=(rows,))))
+            if task == "label" and importlib.util.find_spec("vllm") is not None:
                 found.append((task, rows, Contender("vLLM", "gpu_peers", "vllm_label", arguments=(rows,))))
-    return found
+    fp8 = [b for b in backends if b == "transformer_engine"]
+    return found + [("fp8", rows, _own("sft", b, rows, "fp8", title=", fp8")) for b in fp8 for rows in ROWS]
+
+
+def _own(function: str, backend: str, *arguments: str, title: str = "") -> Contender:
+    name = f"offline-align, {backend}{title}"
+    return Contender(name, "gpu_ours", function, ours=True, arguments=(backend, *arguments))
 
 
 def main() -> None:
-    """Measure everything, print the table, write `gpu.md` and `gpu.json`; exit 1 where a check fails."""
+    """Measure what is asked for and not there yet; print and write the table of all; exit 1 where a check failed."""
+    options = _options()
+    options.results.mkdir(parents=True, exist_ok=True)
+    # A machine's time limit ends this process; the contender at work must not keep the GPU.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    machine = _machine()
+    for task, rows, contender in contenders(_backends()):
+        if task in options.task and any(word in contender.name for word in options.only):
+            backend = contender.arguments[0] if contender.ours else ""
+            facts = {"machine": machine, "task": task, "rows": rows, "contender": contender.name, "backend": backend}
+            _take(contender, facts, options)
+    lines = _write_table(options.results)
+    print(f"\n{gpu_table.text(lines)}")
+    raise SystemExit(bool(gpu_table.failed_backends(line for line in lines if line["machine"] == machine)))
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    options = parser.parse_args()
-    options.results.mkdir(parents=True, exist_ok=True)
-    log = options.results / "gpu.log"
-    log.unlink(missing_ok=True)
-    found: list[tuple[str, str, str, dict[str, float] | str]] = []
-    for task, rows, contender in contenders(_backends()):
-        found.append((task, rows, contender.name, _result(contender, log)))
-        print(*found[-1], sep="  ", flush=True)
-    text = "\n".join([_machine(), "", *_table(found), "", *_checks(found), *table_3_lines(_measured(found))])
-    (options.results / "gpu.md").write_text(text + "\n", encoding="utf-8")
-    (options.results / "gpu.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{text}")
-    raise SystemExit(any("FAILED" in line for line in _checks(found)))
+    parser.add_argument("--task", choices=TASKS, nargs="+", default=list(TASKS))
+    parser.add_argument("--only", nargs="+", default=[""], help="contenders whose names contain one of these")
+    parser.add_argument("--again", action="store_true", help="also contenders whose results are there already")
+    parser.add_argument("--timeout-seconds", type=float, default=300, help="of each contender")
+    return parser.parse_args()
 
 
 def _backends() -> list[str]:
@@ -67,69 +76,52 @@ def _backends() -> list[str]:
     return ["torch", "transformer_engine"] if has_engine else ["torch"]
 
 
-def _result(contender: Contender, log: Path) -> dict[str, float] | str:
-    if contender.name == "vLLM" and importlib.util.find_spec("vllm") is None:
-        return "not installed"
+def _take(contender: Contender, facts: Line, options: argparse.Namespace) -> None:
+    """Run a contender and add its line, unless it is there already or its backend failed its check here."""
+    lines = gpu_table.read(options.results / "gpu.jsonl")
+    here = [line for line in lines if line["machine"] == facts["machine"]]
+    title = f"{facts['task']}  {facts['rows']}  {contender.name}"
+    if not options.again and gpu_table.key(facts) in map(gpu_table.key, here):
+        print(f"{title}  is there already", flush=True)
+        return
+    if facts["task"] != CHECK and facts["backend"] in gpu_table.failed_backends(here):
+        print(f"{title}  left out: its backend failed its check", flush=True)
+        return
+    found = _result(contender, options.results / "gpu.log", options.timeout_seconds)
+    print(title, *found.values(), sep="  ", flush=True)
+    with (options.results / "gpu.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(facts | found) + "\n")
+    _write_table(options.results)
+
+
+def _result(contender: Contender, log: Path, timeout_seconds: float) -> dict[str, Any]:
+    """Return `values`, or the `failure` that this contender ended with."""
     # What the published 56 % run of this shape sets too.
     settings = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
     settings |= {"SMOKE": os.environ.get("SMOKE", "")}
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            return harness.run(contender, Path(scratch), Path(scratch), log, settings)
-        except SystemExit as error:
-            return str(error)
+            return {"values": harness.run(contender, Path(scratch), Path(scratch), log, settings, timeout_seconds)}
+        except harness.ContenderFailed as error:
+            return {"failure": str(error)}
 
 
-def _table(found: list[tuple[str, str, str, dict[str, float] | str]]) -> list[str]:
-    titles = ("task", "rows", "contender", "tokens/s", "MFU", "p95 / median", "GPU memory")
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for task, rows, name, values in found:
-        if task == CHECK:
-            continue
-        if isinstance(values, str):
-            lines.append(f"| {task} | {rows} | {name} | {values} | | | |")
-            continue
-        mfu = f"{values['mfu']:.1%}" if "mfu" in values else "peak not known"
-        memory = f"{values['gpu_memory_bytes'] / 2**30:.1f} GiB"
-        rate, spread = f"{values['tokens_per_second']:,.0f}", f"{values['p95_over_median']:.2f}"
-        lines.append(f"| {task} | {rows} | {name} | {rate} | {mfu} | {spread} | {memory} |")
+def _write_table(results: Path) -> list[Line]:
+    lines = gpu_table.read(results / "gpu.jsonl")
+    (results / "gpu.md").write_text(gpu_table.text(lines) + "\n", encoding="utf-8")
     return lines
-
-
-def _checks(found: list[tuple[str, str, str, dict[str, float] | str]]) -> list[str]:
-    lines = []
-    for task, _, name, values in found:
-        if task != CHECK:
-            continue
-        if isinstance(values, str):
-            lines.append(f"{CHECK}, {name}: FAILED: {values}")
-            continue
-        error, cosine = values["relative_error"], values["gradient_cosine"]
-        verdict = "passed" if error < LARGEST_ERROR and cosine > SMALLEST_COSINE else "FAILED"
-        lines.append(f"{CHECK}, {name}: {verdict}: outputs differ by {error:.2e}, gradients' cosine {cosine:.6f}")
-    return lines
-
-
-def _measured(found: list[tuple[str, str, str, dict[str, float] | str]]) -> tuple[float, float] | None:
-    """Return the best shares of the peak of our training and of our labelling on mixed rows, or None on a CPU."""
-    own = [(t, v) for t, rows, n, v in found if isinstance(v, dict) and rows == "mixed" and n.startswith("offline")]
-    best = {task: max((v.get("mfu", 0.0) for t, v in own if t == task), default=0.0) for task in (SFT, LABEL)}
-    return (best[SFT], best[LABEL]) if all(best.values()) else None
 
 
 def _machine() -> str:
-    import torch
-
     facts = harness.machine()
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else facts["processor"]
-    command = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
-    driver = ""
-    if DEVICE.type == "cuda":
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        driver = f", driver and power limit {done.stdout.strip()}"
-    return f"{name}{driver}; torch {facts['torch']}, transformers {facts['transformers']}" + (
-        "; smoke test: the figures mean nothing" if SMOKE else ""
-    )
+    versions = f"torch {facts['torch']}, transformers {facts['transformers']}"
+    if DEVICE.type == "cpu":
+        return f"{facts['processor']}; {versions}; smoke test: the figures mean nothing"
+    # Not through torch, which would keep a context on the GPU beside the contenders.
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    first = done.stdout.partition("\n")[0]
+    return f"{first or 'unknown GPU'} (driver, power limit); {versions}"
 
 
 if __name__ == "__main__":

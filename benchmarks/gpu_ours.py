@@ -69,12 +69,12 @@ def random_pairs(lengths: list[int]) -> TokenizedPairs:
     return TokenizedPairs(chosen, rejected, np.zeros(len(lengths), np.float32), chosen.row_ids, {})
 
 
-def sft(_: str, __: str, backend: str, rows: str) -> None:
-    """Optimizer steps of SFT on the 8 B shape with a quarter of its layers."""
+def sft(_: str, __: str, backend: str, rows: str, precision: str = "bf16") -> None:
+    """Optimizer steps of SFT on the 8 B shape with a quarter of its layers, its products in bf16 or fp8."""
     lengths = row_lengths(rows == "full", BINS_PER_STEP * MAX_LENGTH)
     source = SampleSource(random_rows(lengths))
     targets = sum(n - max(n // 2, 1) for n in lengths)
-    _train("policy", source, backend, lengths, targets)
+    _train("policy", source, backend, lengths, targets, precision == "fp8")
 
 
 def reward(_: str, __: str, backend: str, rows: str, prompts: str = "once") -> None:
@@ -85,8 +85,9 @@ def reward(_: str, __: str, backend: str, rows: str, prompts: str = "once") -> N
     _train("reward_model", PairSource(random_pairs(lengths), prompts == "once"), backend, [*lengths, *lengths], 0)
 
 
-def _train(kind: str, source: RowSource, backend: str, lengths: list[int], targets: int) -> None:
+def _train(kind: str, source: RowSource, backend: str, lengths: list[int], targets: int, fp8: bool = False) -> None:
     with session(PARALLEL, RunSection(dir="unused", device=Device(DEVICE.type))) as ranks:
+        from offline_align.distributed.sizes import padding_multiple
         from offline_align.model.build import build_model
         from offline_align.objectives.next_token import next_token
         from offline_align.objectives.pairwise import pairwise
@@ -94,13 +95,13 @@ def _train(kind: str, source: RowSource, backend: str, lengths: list[int], targe
         from offline_align.train.step import TrainStep
 
         bf16, on_cuda = not SMOKE, DEVICE.type == "cuda"
-        model = wrap_model(
-            build_model(kind, model_section(TRAINED_LAYERS, backend), PARALLEL, ranks.device, bf16), PARALLEL, on_cuda
-        )
+        shape = model_section(TRAINED_LAYERS, backend)
+        model = wrap_model(build_model(kind, shape, PARALLEL, ranks.device, bf16, fp8=fp8), PARALLEL, on_cuda)
         optimizer = build_optimizer(model, OptimSection(), PARALLEL, bf16, on_cuda)
         step = TrainStep(model, optimizer, next_token if kind == "policy" else pairwise(), 1.0)
         count = len(source)
-        upcoming = Loader(source, count, count * 100, MAX_LENGTH, 0, 0, 1).steps(0, pinned=on_cuda)
+        multiple = padding_multiple(1, 1, False, fp8)
+        upcoming: Any = Loader(source, count, count * 100, MAX_LENGTH, 0, 0, 1, multiple).steps(0, pinned=on_cuda)
         timing = timed(lambda: step(next(upcoming).micro_batches, 1e-5))
         upcoming.close()
     computed = int(source.lengths(range(count)).sum()), source.squared_lengths(range(count))
@@ -125,12 +126,12 @@ def label(_: str, __: str, backend: str, rows: str) -> None:
 
 
 def correctness(_: str, __: str, backend: str, kind: str) -> None:
-    """Compare outputs and gradients on the device in its precision with fp32 on the CPU, same weights.
+    """Compare outputs and gradients on the device in bf16 with fp32 on the CPU, same weights.
 
     Outputs are likelihoods of a policy, or scores of a reward model whose answers share their prompts.
     """
     lengths = row_lengths(False, 2 * MAX_LENGTH, seed=3)
-    error, cosine = against_fp32(backend, kind, lengths, Device(DEVICE.type), not SMOKE)
+    error, cosine = against_fp32(backend, kind, lengths, Device(DEVICE.type), bf16=True)
     report(relative_error=error, gradient_cosine=cosine, gpu_memory_bytes=memory_bytes())
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,6 +21,10 @@ MARK = "RESULT "
 
 Found = dict[str, list[dict[str, float]]]
 """What each contender reported, round by round."""
+
+
+class ContenderFailed(SystemExit):
+    """A contender reported nothing: says how it ended, and ends a command that does not go on with the others."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +64,57 @@ def peak_memory_bytes() -> int:
 
 
 def run(
-    contender: Contender, workload: Path, scratch: Path, log: Path, environment: dict[str, str] | None = None
+    contender: Contender,
+    workload: Path,
+    scratch: Path,
+    log: Path,
+    environment: dict[str, str] | None = None,
+    timeout_seconds: float | None = None,
 ) -> dict[str, float]:
     """Run a contender once and return what it reported; its output goes to `log`.
 
-    `environment` is added to this process's; without it GPUs are hidden. Raises SystemExit where it failed.
+    `environment` is added to this process's; without it GPUs are hidden. Raises ContenderFailed where it
+    reported nothing, in `timeout_seconds` if given.
     """
     code = f"import benchmarks.{contender.module} as m; m.{contender.function}(*{[str(workload), str(scratch)]!r}"
     code += "".join(f", {a!r}" for a in contender.arguments) + ")"
     added = {"OMP_NUM_THREADS": str(os.cpu_count()), "CUDA_VISIBLE_DEVICES": ""} if environment is None else environment
     variables = os.environ | {"HF_HUB_OFFLINE": "1"} | added
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    out, errors, end = _run([sys.executable, "-c", code], variables, timeout_seconds)
     with log.open("a", encoding="utf-8") as file:
-        file.write(f"== {contender.name}\n{done.stdout}\n{done.stderr}\n")
-    found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+        file.write(f"== {contender.name} {' '.join(contender.arguments)}\n{out}\n{errors}\n")
+    found = [line for line in out.splitlines() if line.startswith(MARK)]
     if not found:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-        raise SystemExit(f"{contender.name} failed: {' '.join(last) or done.returncode}; see {log}")
+        why = ": ".join(word for word in (end, _last_error(errors)) if word)
+        raise ContenderFailed(f"{contender.name} failed: {why}; see {log}")
     result: dict[str, float] = json.loads(found[-1].removeprefix(MARK))
     return result
+
+
+def _run(command: list[str], variables: dict[str, str], timeout_seconds: float | None) -> tuple[str, str, str]:
+    """Return output, error output and how a command ended; after the timeout it is killed."""
+    # Its children, such as vLLM's engine, must end with it: they hold its pipes and the GPU.
+    with subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, errors = process.communicate(timeout=timeout_seconds)
+            end = f"exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, errors = process.communicate()
+            end = f"not done after {timeout_seconds:.0f} s"
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return out, errors, end
+
+
+def _last_error(errors: str) -> str:
+    """Return the last line that names an exception, else the last one: warnings may follow at the end of a process."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
+    return (named or lines or [""])[-1]
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:

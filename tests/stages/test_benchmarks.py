@@ -25,17 +25,64 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_script_for_one_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     environment = os.environ | {"SMOKE": "1", "PYTHON": sys.executable}
     script = [str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path)]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+
+    def measure(*options: str) -> str:
+        command = [*script, *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    measure("--task", "check", "sft")
+    assert "sft  mixed  transformers  is there already" in measure()
     text = (tmp_path / "gpu.md").read_text()
-    for outputs in ("likelihoods", "scores with shared prompts"):
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    found = {(line["task"], line["rows"], line["contender"]): line["values"] for line in lines}
+    assert len(found) == len(lines)
+    for kind, outputs in (("policy", "likelihoods"), ("reward_model", "scores with shared prompts")):
         assert f"correctness against fp32, offline-align, torch, {outputs}: passed" in text
-    found = {(task, name): values for task, _, name, values in json.loads((tmp_path / "gpu.json").read_text())}
-    for task in ("SFT, 8 layers", "reward model, 8 layers", "labelling, 8 B"):
-        apart = ["offline-align, torch, a prompt an answer"] if task.startswith("reward") else []
+        # In bf16 here too: fp32 agrees to 1e-6.
+        assert found["check", kind, "offline-align, torch"]["relative_error"] > 1e-4
+    for task, title in (("sft", "SFT, 8 layers"), ("reward", "reward model, 8 layers"), ("label", "labelling, 8 B")):
+        apart = ["offline-align, torch, a prompt an answer"] if task == "reward" else []
         for name in ("offline-align, torch", "transformers", *apart):
-            assert found[task, name]["tokens_per_second"] > 0, (task, name)
-            assert f"| {task} | mixed | {name} |" in text
+            assert found[task, "mixed", name]["tokens_per_second"] > 0, (task, name)
+            assert f"| {title} | mixed | {name} |" in text
+
+
+# In the place of Python: what a contender does goes by what is in its call.
+INTERPRETER = r"""#!/usr/bin/env bash
+rates='"tokens_per_second": 7, "p95_over_median": 1, "gradient_cosine": 1'
+case "$2" in
+    *hangs*) sleep 600 & sleep 600 ;;
+    *raises*) printf 'ValueError: a | b\n[W] a warning at the end\n' >&2; exit 3 ;;
+    *bad*) echo "RESULT {\"relative_error\": 0.02, $rates}" ;;
+    *) echo "RESULT {\"relative_error\": 0.001, $rates}" ;;
+esac
+"""
+
+
+def test_a_contender_that_fails_or_hangs_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend whose check failed is left out, and all others are measured."""
+    from benchmarks import gpu
+
+    (tmp_path / "python").write_text(INTERPRETER)
+    (tmp_path / "python").chmod(0o755)
+    own = [Contender(name, "m", "f", ours=True, arguments=(name,)) for name in ("bad", "good")]
+    peers = [Contender(name, name, "f") for name in ("raises", "hangs", "reports")]
+    pieces = [("check", "policy", c) for c in own] + [("sft", "mixed", c) for c in (*own, *peers)]
+    monkeypatch.setattr(gpu, "contenders", lambda _: pieces)
+    monkeypatch.setattr(gpu, "_machine", lambda: "a machine")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--results", str(tmp_path), "--timeout-seconds", "2"])
+    with pytest.raises(SystemExit, match="True"):
+        gpu.main()
+    text = (tmp_path / "gpu.md").read_text()
+    assert "bad: FAILED its check" in text
+    assert "| bad |" not in text
+    assert "| raises | raises failed: exit code 3: ValueError: a / b; see" in text
+    assert "| hangs | hangs failed: not done after 2 s; see" in text
+    for name in ("good", "reports"):
+        assert f"| SFT, 8 layers | mixed | {name} | 7 | peak not known | 1.00 |  |" in text
 
 
 def test_table_names_ratio_limit_and_fastest_peer() -> None:
