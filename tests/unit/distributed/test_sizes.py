@@ -44,6 +44,19 @@ def test_memory_of_a_scalar_head_by_hand() -> None:
     assert policy.activations - reward.activations == 64 * 128 / 2 * (4 + 4 + 2)
 
 
+def test_gradients_in_bf16_are_copied_for_the_update() -> None:
+    sizes, ranks = model_sizes(TINY, 100), ParallelSizes(world=4, tensor=2, context=1)
+    bf16, fp32 = (ParallelSection(grad_reduce_in_fp32=wide) for wide in (False, True))
+    local = sizes.parameters / 2
+    memory = training_memory(sizes, bf16, ranks, 1, True, "none")
+    # Two data parallel ranks hold half of the copies each; activations of one token are less.
+    assert memory.update == local * 4 / 2 > memory.activations
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.update
+    assert training_memory(sizes, fp32, ranks, 1, True, "none").update == 0
+    lean = training_memory(sizes, bf16, ranks, 1, True, "none", lean_optimizer=True)
+    assert (lean.update, lean.optimizer) == (0, memory.optimizer / 2)
+
+
 def test_the_papers_model_has_about_8_5_billion() -> None:
     config = compose("sft", ["run.dir=x"]).config
     assert isinstance(config, ModelRun)
