@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from offline_align.config.sections import ModelSection
@@ -14,10 +15,38 @@ from offline_align.convert.architecture import Architecture, read_architecture
 from offline_align.convert.files import open_tensors
 from offline_align.convert.names import Entry, Join, Part
 from offline_align.convert.tensors import join, pad_rows
-from offline_align.errors import ConfigError
+from offline_align.errors import AlignError, ConfigError
+
+if TYPE_CHECKING:
+    from offline_align.distributed.setup import Ranks
 
 # Old Llama checkpoints carry the rotary frequencies, which follow from config.json.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def load_into(
+    module: torch.nn.Module,
+    folder: Path,
+    ranks: "Ranks",
+    make_vocab_size_divisible_by: int = ModelSection.make_vocab_size_divisible_by,
+    fresh_prefixes: tuple[str, ...] = (),
+) -> None:
+    """Put the weights of a Hugging Face folder into a built model.
+
+    Parameters whose names start with one of `fresh_prefixes` stay as they are where the folder has none. Raises as
+    `load_huggingface`.
+    """
+    from offline_align.model.backend import torch_name
+
+    parameters = {torch_name(name): parameter for name, parameter in module.named_parameters()}
+    missing = {n for n in parameters if not n.startswith(fresh_prefixes or ("\0",))}
+    with torch.no_grad():
+        for name, shard in load_huggingface(folder, ranks.tp_rank, ranks.tp_size, make_vocab_size_divisible_by):
+            if name in parameters:
+                parameters[name].copy_(shard)
+                missing.discard(name)
+    if missing:
+        raise AlignError(f"init.from={folder}: no weights for {', '.join(sorted(missing)[:3])}")
 
 
 def load_huggingface(

@@ -20,6 +20,7 @@ from offline_align.errors import ConfigError, DataError, StorageError
 from offline_align.lineage.files import fsync_path
 
 UTF8_BOM = b"\xef\xbb\xbf"
+HUB_PREFIX = "hf:"
 BRACKETS_TO_CHECK = 500  # below this no line can be nested too deeply to be written again
 
 
@@ -36,7 +37,8 @@ class BadRows:
     def __init__(self, on_bad_row: OnBadRow, quarantine: Path | None) -> None:
         self.on_bad_row = on_bad_row
         self.quarantine = quarantine
-        self.counts: dict[str, int] = Counter()
+        self.counts: Counter[str] = Counter()
+        self._reported: Counter[str] = Counter()
 
     def reject(self, path: Path, line_no: int, reason: str, raw: str) -> None:
         """Count and quarantine one row, or raise DataError `file:line: field: reason`."""
@@ -47,10 +49,12 @@ class BadRows:
         self.counts[reason] += 1
 
     def report(self, log: logging.Logger) -> None:
-        """Say how many rows have been left out so far, and why."""
-        if self.counts:
+        """Say how many rows have been left out since the last report, and why."""
+        new = self.counts - self._reported
+        if new:
             where = f", see {self.quarantine}" if self.quarantine else ""
-            log.warning("%d bad rows are left out%s: %s", sum(self.counts.values()), where, dict(self.counts))
+            log.warning("%d bad rows are left out%s: %s", new.total(), where, dict(new))
+        self._reported = Counter(self.counts)
 
     def _write(self, quarantine: Path, row: dict[str, Any]) -> None:
         mode = "a" if self.counts else "w"
@@ -84,20 +88,22 @@ def readable(raw: bytes) -> str:
 def read_objects(paths: Sequence[Path], bad_rows: BadRows) -> Iterator[Line]:
     """Yield every JSON object of the files in order; other lines go to `bad_rows`.
 
-    Blank lines at the end of a file and a byte order mark at its start are allowed.
+    Blank lines count in line numbers and are nothing else; a byte order mark at the start of a file is allowed.
     """
     for path in paths:
-        blank: list[int] = []
         for number, raw in _numbered_lines(path, bad_rows):
             if not raw.strip():
-                blank.append(number)
                 continue
-            while blank:
-                bad_rows.reject(path, blank.pop(0), "json: blank line", "")
             try:
                 yield Line(path, number, raw, parse_object(raw))
             except RowError as error:
                 bad_rows.reject(path, number, str(error), readable(raw))
+
+
+def is_empty(paths: Sequence[Path]) -> bool:
+    """Return whether the files hold nothing but blank lines; StorageError."""
+    found = BadRows(OnBadRow.skip, None)
+    return not any(raw.strip() for path in paths for _, raw in _numbered_lines(path, found)) and not found.counts
 
 
 def _numbered_lines(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, bytes]]:
@@ -188,7 +194,9 @@ def _path_problem(path: Path) -> str | None:
     if path.is_dir():
         return "is a folder; name the files in it"
     if not path.exists():
-        return "no such file"
+        # A data set of the hub has rows of any form: `prepare` alone brings them to ours.
+        by_prepare = f"run `prepare data.input={path}` first and name the files that it writes"
+        return by_prepare if str(path).startswith(HUB_PREFIX) else "no such file"
     return None if os.access(path, os.R_OK) else "cannot be read; check its permissions"
 
 

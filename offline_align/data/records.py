@@ -7,12 +7,13 @@ then user and assistant in turn, the last one from the user.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from offline_align.data.jsonl import BadRows, RowError, input_paths, read_objects, write_jsonl
+from offline_align.config.sections import OnBadRow
+from offline_align.data.jsonl import BadRows, Line, RowError, input_paths, read_objects, write_jsonl
 from offline_align.errors import DataError
 
 __all__ = [
@@ -23,10 +24,12 @@ __all__ = [
     "Prompt",
     "RowError",
     "Sample",
+    "find_lines",
     "input_paths",
     "parse_row",
     "read_rows",
     "read_samples_and_pairs",
+    "text_id",
     "write_jsonl",
 ]
 
@@ -47,7 +50,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A prompt with one response; `columns` is the whole JSON object of the row, in its order."""
+    """A prompt with one response; `columns` is the whole JSON object of the row, in its order, ids as text."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -100,6 +103,12 @@ def read_samples_and_pairs(paths: Sequence[Path], bad_rows: BadRows) -> Iterator
     return _read(paths, bad_rows, _sample_or_pair)
 
 
+def find_lines(paths: Sequence[Path], ids: Collection[str]) -> dict[str, Line]:
+    """Return the lines of the rows with these ids, in order, among those that `read_samples_and_pairs` yields."""
+    quiet = BadRows(OnBadRow.skip, None)
+    return {row.id: line for line, row in _accepted(paths, quiet, _sample_or_pair) if row.id in ids}
+
+
 def _sample_or_pair(columns: dict[str, Any], row_id: str) -> Sample | PreferencePair:
     if "chosen" in columns or "rejected" in columns:
         return parse_row(columns, PreferencePair, row_id)
@@ -107,6 +116,19 @@ def _sample_or_pair(columns: dict[str, Any], row_id: str) -> Sample | Preference
 
 
 def _read[T](paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str, Any], str], T]) -> Iterator[T]:
+    found = False
+    for _, row in _accepted(paths, bad_rows, parse):
+        found = True
+        yield row
+    bad_rows.report(_log)
+    if not found:
+        raise DataError(f"{', '.join(map(str, paths))}: no usable row")
+
+
+def _accepted[T](
+    paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str, Any], str], T]
+) -> Iterator[tuple[Line, T]]:
+    """Yield each usable row and the line that it comes from."""
     names = Counter(path.name for path in paths)
     seen: dict[str, bytes] = {}
     for line in read_objects(paths, bad_rows):
@@ -117,10 +139,7 @@ def _read[T](paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str
         except RowError as error:
             line.reject(bad_rows, str(error))
         else:
-            yield row
-    bad_rows.report(_log)
-    if not seen:
-        raise DataError(f"{', '.join(map(str, paths))}: no usable row")
+            yield line, row
 
 
 def _names(row: Any) -> list[str]:
@@ -137,9 +156,16 @@ def _check_ids(names: list[str], raw: bytes, seen: dict[str, bytes]) -> None:
 
 
 def parse_row[T](columns: dict[str, Any], kind: type[T], default_id: str) -> T:
-    """Return one JSON object as `kind`; RowError `field: reason` where it does not fit."""
+    """Return one JSON object as `kind`, its ids as text; RowError `field: reason` where it does not fit."""
     parse = _PARSERS[kind]
+    numbered = [name for name in ("id", "source_id") if type(columns.get(name)) is int]
+    columns = columns | {name: text_id(columns[name]) for name in numbered} if numbered else columns
     return cast(T, parse(columns, _row_id(columns, default_id), _prompt(columns)))
+
+
+def text_id(value: Any) -> Any:
+    """Return an integer as the text that stands for it; data sets often number their rows."""
+    return str(value) if type(value) is int else value
 
 
 def _sample(columns: dict[str, Any], row_id: str, prompt: tuple[Message, ...]) -> Sample:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_align.data.jsonl import (
+    HUB_PREFIX,
     BadRows,
     Line,
     RowError,
@@ -23,7 +24,6 @@ from offline_align.data.jsonl import (
 from offline_align.errors import AlignError, ConfigError, DataError, StorageError
 
 DEMO = "demo"
-HUB_PREFIX = "hf:"
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,12 +34,20 @@ class StoredTokens:
     """Index of each kept row among those asked for."""
     columns: dict[str, npt.NDArray[Any]]
     """`ids_k` [T], `offsets_k` [n + 1] and `start_k` [n] of the k-th response."""
-    dropped: dict[str, int]
-    """Rows left out, by reason."""
+    left_out: list[tuple[int, str]]
+    """Index and status of each other row."""
     truncated: int
     """Rows whose prompt was cut."""
-    refused: list[tuple[int, str]]
-    """Index and message of the rows that the chat template refuses."""
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows left out, by reason."""
+        return dict(Counter(status.partition(":")[0] for _, status in self.left_out))
+
+    @property
+    def refused(self) -> list[tuple[int, str]]:
+        """Index and message of the rows that the chat template refuses."""
+        return [(row, status.removeprefix(REFUSED)) for row, status in self.left_out if status.startswith(REFUSED)]
 
 
 def stored(folder: Path, tokenize: Callable[[Path], Any]) -> StoredTokens:
@@ -111,12 +119,10 @@ def _write(table: Any, folder: Path) -> None:
     statuses: list[str] = table["status"].to_pylist()
     batch = _kept_batch(table, np.array([status in (KEPT, TRUNCATED) for status in statuses], dtype=bool))
     _write_batch(batch, folder / TOKENS_FILE)
-    counts = Counter(status.partition(":")[0] for status in statuses)
     summary = {
         "bytes": (folder / TOKENS_FILE).stat().st_size,
-        "truncated": counts.pop(TRUNCATED, 0),
-        "dropped": {reason: count for reason, count in counts.items() if reason != KEPT},
-        "refused": [(i, s.removeprefix(REFUSED)) for i, s in enumerate(statuses) if s.startswith(REFUSED)],
+        "truncated": statuses.count(TRUNCATED),
+        "left_out": [(i, status) for i, status in enumerate(statuses) if status not in (KEPT, TRUNCATED)],
     }
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
 
@@ -165,5 +171,5 @@ def _load(folder: Path) -> StoredTokens:
             array = array.values
         columns[name] = array.to_numpy(zero_copy_only=True)
     rows = columns.pop("row").tolist()
-    refused = [(index, message) for index, message in summary["refused"]]
-    return StoredTokens(rows, columns, summary["dropped"], summary["truncated"], refused)
+    left_out = [(index, status) for index, status in summary["left_out"]]
+    return StoredTokens(rows, columns, left_out, summary["truncated"])

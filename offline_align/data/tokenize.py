@@ -28,8 +28,8 @@ from offline_align.errors import DataError
 if TYPE_CHECKING:
     from offline_align.methods import TrainingRow
 
-FORMAT_VERSION = 1
-"""Part of every key: a change of how ids are made must change it."""
+FORMAT_VERSION = 2
+"""Part of every key: a change of how ids are made, or of what is stored beside them, must change it."""
 
 ROWS_PER_BATCH = 512
 ROWS_PER_WORKER = 4000
@@ -105,13 +105,33 @@ def tokenize_samples(
     DataError too where no row is left, ConfigError for an unusable chat template, StorageError where the
     cache cannot be written.
     """
-    dialogues = [_dialogue(r.sample.prompt, [r.sample.response], r.condition) for r in rows]
-    limits = _Limits(data.max_length, data.too_long, 1 if empty_answers else 2)
-    tokens = _cached(dialogues, renderer, limits, data.num_workers, cache_dir)
+    tokens = _sample_tokens(rows, renderer, data, cache_dir, empty_answers)
     _reject_refused(tokens, [(r.sample.id, r.sample.columns) for r in rows], bad_rows)
     _check_some_left(tokens, len(rows), data)
     weight = np.array([rows[i].weight for i in tokens.rows], dtype=np.float32)
     return _side(tokens, 0, [rows[i].sample.id for i in tokens.rows], weight)
+
+
+def unusable_samples(
+    rows: "Sequence[TrainingRow]",
+    renderer: Renderer,
+    data: DataSection,
+    cache_dir: Path,
+    empty_answers: bool = False,
+) -> dict[int, str]:
+    """Return the places of the rows that `tokenize_samples` would leave out, each with the reason that it counts.
+
+    After `chat_template: ` stands what the template says against a row. Raises as `tokenize_samples` for the rest.
+    """
+    return dict(_sample_tokens(rows, renderer, data, cache_dir, empty_answers).left_out)
+
+
+def _sample_tokens(
+    rows: "Sequence[TrainingRow]", renderer: Renderer, data: DataSection, cache_dir: Path, empty_answers: bool
+) -> StoredTokens:
+    dialogues = [_dialogue(r.sample.prompt, [r.sample.response], r.condition) for r in rows]
+    limits = _Limits(data.max_length, data.too_long, 1 if empty_answers else 2)
+    return _cached(dialogues, renderer, limits, data.num_workers, cache_dir)
 
 
 def tokenize_pairs(
@@ -154,6 +174,8 @@ def _reject_refused(tokens: StoredTokens, rows: Sequence[tuple[str, dict[str, An
         if bad_rows is None or bad_rows.on_bad_row is OnBadRow.fail:
             raise DataError(f"row {row_id}: {message}; mend the row, or set data.on_bad_row=skip")
         bad_rows.reject(Path(row_id), 0, message, json.dumps(columns, ensure_ascii=False))
+    if bad_rows is not None:
+        bad_rows.report(_log)
 
 
 def _check_some_left(tokens: StoredTokens, asked: int, data: DataSection) -> None:

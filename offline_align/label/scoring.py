@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from offline_align.config.sections import ComputeSection, DataSection, ParallelSection, RunSection, TooLong
+from offline_align.config.sections import ComputeSection, DataSection, ParallelSection, RunSection, Template, TooLong
+from offline_align.convert.describe import describe, tokenizer_of
 from offline_align.data.ahead import prepared_ahead
 from offline_align.data.batch import PackedBatch
 from offline_align.data.bins import SampleSource, shares_prompts
@@ -29,7 +30,7 @@ from offline_align.distributed.setup import Ranks, session, uses_bf16
 from offline_align.distributed.sizes import padding_multiple
 from offline_align.errors import DataError
 from offline_align.methods import TrainingRow
-from offline_align.model.description import ModelDescription
+from offline_align.model.description import is_huggingface
 
 if TYPE_CHECKING:
     from offline_align.model.heads import Policy, RewardModel
@@ -71,17 +72,16 @@ def tokens_by_place(rows: Sequence[TrainingRow], checkpoint: Path, data: DataSec
     """
     cache = Path(data.cache_dir) if data.cache_dir else Path(run.dir) / "cache"
     placed = [replace(row, sample=replace(row.sample, id=str(k))) for k, row in enumerate(rows)]
-    return tokenize_samples(placed, renderer_of(checkpoint), data, cache, empty_answers=True)
+    return tokenize_samples(placed, renderer_of(checkpoint, data.template), data, cache, empty_answers=True)
 
 
-def renderer_of(checkpoint: Path) -> Renderer:
-    """Return the renderer that the model of a checkpoint was trained with."""
-    description = ModelDescription.load(checkpoint)
-    return Renderer(description.load_tokenizer(checkpoint), description.template)
+def renderer_of(checkpoint: Path, template: Template | None = None) -> Renderer:
+    """Return the renderer that a model was trained with; `template` is for one that does not say, see `describe`."""
+    return Renderer(tokenizer_of(checkpoint), describe(checkpoint, template).template)
 
 
 def load_reward_model(checkpoint: Path, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> "RewardModel":
-    """Return the reward model of a checkpoint folder, ready to score, at any layout."""
+    """Return the reward model of a checkpoint or Hugging Face folder, ready to score, at any layout."""
     from offline_align.model.heads import RewardModel
 
     model = load_model("reward_model", checkpoint, parallel, ranks, bf16)
@@ -92,13 +92,15 @@ def load_reward_model(checkpoint: Path, parallel: ParallelSection, ranks: Ranks,
 def load_model(
     kind: str, checkpoint: Path, parallel: ParallelSection, ranks: Ranks, bf16: bool
 ) -> "Policy | RewardModel":
-    """Return the "policy" or "reward_model" of a checkpoint folder, for forward passes alone, at any layout."""
+    """Return the "policy" or "reward_model" of such a folder, for forward passes alone, at any layout."""
     # megatron-core is imported once the session has prepared this process for it.
+    from offline_align.convert.load import load_into
     from offline_align.model.build import build_model
     from offline_align.train.checkpoint import load_weights
 
-    model = build_model(kind, ModelDescription.load(checkpoint).model, parallel, ranks.device, bf16)
-    load_weights(model, checkpoint, ranks)
+    model = build_model(kind, describe(checkpoint).model, parallel, ranks.device, bf16)
+    load = load_into if is_huggingface(checkpoint) else load_weights
+    load(model, checkpoint, ranks)
     model.eval()
     return model
 

@@ -8,7 +8,7 @@ from typing import Any
 from offline_align.config.resume import Change, change_class
 from offline_align.errors import ConfigError
 from offline_align.lineage.files import canonical_json, file_size, real_path, record_files, text_sha256
-from offline_align.lineage.manifest import CONFIG, Manifest, describe_parent, read_manifest
+from offline_align.lineage.manifest import CONFIG, Manifest, check_unedited, describe_parent, read_manifest
 
 CHANGES = "changed_settings"
 """What the manifest calls the changes of a run that was continued with other settings."""
@@ -57,9 +57,11 @@ def run_settings(stage: str, config: dict[str, Any], inputs: Sequence[Path], par
     That is the stage, the settings that change results, and the content of the inputs and of the parents. A
     setting that names one of these files is replaced by its content, so that data and runs may be moved or
     renamed. Reads every input once: let one rank do it. Raises ConfigError for a parent that is neither a
-    finished run nor a model, StorageError for an unreadable file.
+    finished run nor a model, DataError for an input that is not what its run wrote, StorageError for an
+    unreadable file.
     """
     records = record_files(inputs)
+    check_unedited(records)
     digests = {record.path: record.sha256 for record in records}
     built_on = [describe_parent(path) for path in parents]
     for path, parent in zip(parents, built_on, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from offline_align.errors import ConfigError, StorageError
+from offline_align.errors import ConfigError, DataError, StorageError
 from offline_align.lineage.files import (
     FileRecord,
     canonical_json,
@@ -21,7 +21,6 @@ from offline_align.lineage.files import (
     file_sha256,
     folder_sha256,
     named_sha256,
-    real_path,
     record_files,
     text_sha256,
     write_atomically,
@@ -88,19 +87,20 @@ def write_manifest(
 
     `inputs` and `outputs` are files, or folders that stand for all files in them. `config.yaml` is an
     output by itself, and a finished run that wrote one of the inputs is a parent by itself. `extra` is kept
-    as it is. Raises ConfigError for a parent that is neither a finished run nor a model, StorageError, and
-    ValueError for an output outside the run folder.
+    as it is. Raises ConfigError for a parent that is neither a finished run nor a model, DataError for an input that
+    is not what its run wrote, StorageError, and ValueError for an output outside the run folder.
     """
     root = run_dir.resolve()
     if (root / CONFIG).is_file():
         outputs = [*outputs, root / CONFIG]
-    built_on = dict.fromkeys([*map(describe_parent, parents), *_producers(inputs)])
+    read = record_files(inputs)
+    built_on = dict.fromkeys([*map(describe_parent, parents), *_producers(read)])
     manifest = Manifest(
         stage=stage,
         key=key,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
-        inputs=[replace(r, path=_portable(Path(r.path), root)) for r in record_files(inputs)],
+        inputs=[replace(r, path=_portable(Path(r.path), root)) for r in read],
         parents=[replace(p, path=_portable(Path(p.path), root)) for p in built_on],
         outputs=_record_outputs(outputs, root),
         extra=extra,
@@ -209,12 +209,33 @@ def _content(manifest: Manifest, run_dir: Path, folder: Path) -> dict[str, str]:
     return {f.relative_to(folder).as_posix(): h for f, h in files.items() if f.is_relative_to(folder)}
 
 
-def _producers(inputs: Sequence[Path]) -> Iterator[ParentRecord]:
+def check_unedited(inputs: Sequence[FileRecord]) -> None:
+    """Raise DataError where a file lies in the folder of a finished run and is not what that run wrote.
+
+    What came of it would name that run as its parent, whose record says other things about the file.
+    """
+    for file, manifest, written in _written(inputs):
+        if file.sha256 != written.sha256:
+            folder = Path(file.path).parent
+            raise DataError(
+                f"{file.path}: is not the file that `{manifest.stage}` wrote into {folder}: run `{manifest.stage}` "
+                "again, or move it out of that folder, so that it counts as data of its own"
+            )
+
+
+def _producers(inputs: Sequence[FileRecord]) -> Iterator[ParentRecord]:
     """Yield the finished runs that wrote the inputs."""
-    for file in map(real_path, inputs):
-        manifest = read_manifest(file.parent)
-        if manifest and any(record.path == file.name for record in manifest.outputs):
-            yield describe_parent(file.parent)
+    check_unedited(inputs)
+    for file, _, _ in _written(inputs):
+        yield describe_parent(Path(file.path).parent)
+
+
+def _written(inputs: Sequence[FileRecord]) -> Iterator[tuple[FileRecord, Manifest, FileRecord]]:
+    """Yield the inputs that lie beside the manifest of a finished run which names them, with both its records."""
+    for file in inputs:
+        path = Path(file.path)
+        if manifest := read_manifest(path.parent):
+            yield from ((file, manifest, written) for written in manifest.outputs if written.path == path.name)
 
 
 def _portable(path: Path, run_dir: Path) -> str:

@@ -116,6 +116,11 @@ def is_huggingface(path: str | Path) -> bool:
     return (Path(path) / "config.json").is_file() and not (Path(path) / FILE_NAME).is_file()
 
 
+def find_model(path: str | Path, key: str = "init.from") -> Path:
+    """Return the Hugging Face folder or the checkpoint folder that `path` names; ConfigError naming `key`."""
+    return Path(path).resolve() if is_huggingface(path) else find_checkpoint(path, key)
+
+
 def find_checkpoint(path: str | Path, key: str = "init.from") -> Path:
     """Return the checkpoint folder for a run folder (its `checkpoints/latest`) or a checkpoint folder.
 

@@ -19,7 +19,7 @@ from offline_align.data.sources import input_sources
 from offline_align.distributed.run_lock import run_lock
 from offline_align.errors import ConfigError, StorageError
 from offline_align.launch import under_torchrun
-from offline_align.model.description import find_checkpoint, is_huggingface
+from offline_align.model.description import find_model
 from offline_align.stages.continuation import RunKey, begin_or_continue
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def parent_models(config: Run) -> list[Path]:
             named["judge.model"] = config.judge.model
         named["judge.second_model"] = config.judge.second_model
     given = [(key, source) for key, source in named.items() if source is not None]
-    return [Path(source) if is_huggingface(source) else find_checkpoint(source, key) for key, source in given]
+    return [find_model(source, key) for key, source in given]
 
 
 def needs_judge(config: EvaluateRun) -> bool:

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import batched
 from pathlib import Path
@@ -13,14 +12,16 @@ from offline_align import lineage
 from offline_align.config.runs import LabelRun
 from offline_align.data.bins import shares_prompts
 from offline_align.data.journal import Journal
-from offline_align.data.records import PreferencePair, Sample, read_samples_and_pairs, write_jsonl
+from offline_align.data.records import BadRows, PreferencePair, Sample, read_samples_and_pairs, write_jsonl
+from offline_align.data.template import Renderer
 from offline_align.errors import DataError, StoppedEarly, StorageError
 from offline_align.label.certificate import FILE_NAME, certify, choose_rows, in_words
 from offline_align.label.journal import ScoreWriter, read_scores
+from offline_align.label.rows import leave_out_unscorable, single_answers
 from offline_align.label.statistics import fit, normalise
-from offline_align.model.description import ModelDescription
 from offline_align.stages import common
 from offline_align.stages.continuation import RunKey
+from offline_align.stages.origin import resolve
 
 logger = logging.getLogger(__name__)
 
@@ -32,48 +33,43 @@ def run(config: LabelRun, explicit: frozenset[str]) -> int:
 
         print_label_plan(config, explicit)
         return 0
-    return common.run_on_ranks("label", config, lambda ranks, key: _label(config, ranks, key))
+    return common.run_on_ranks("label", config, lambda ranks, key: _label(config, explicit, ranks, key))
 
 
-def _label(config: LabelRun, ranks: Any, key: RunKey) -> None:
+def _label(config: LabelRun, explicit: frozenset[str], ranks: Any, key: RunKey) -> None:
+    from offline_align.stages.huggingface_form import describe
+
+    origin = resolve(config, explicit)
+    renderer = Renderer(origin.tokenizer, origin.template)
     if ranks.is_main:
         common.start_folder(config)
     ranks.barrier()
     bad_rows = common.bad_rows(config, ranks.is_main)
-    files = common.input_files(config)
-    rows = ranks.main_first(lambda: list(read_samples_and_pairs(files, bad_rows)))
+    rows = ranks.main_first(lambda: _rows(config, renderer, bad_rows))
     samples = list(single_answers(rows))
     # Named by content: scores of another model or other data are never taken for these.
     journal = Journal(Path(config.run.dir), key.continuation, ranks.dp_rank)
     with journal.timed(ranks.is_main):
-        _score_missing(config, samples, journal, ranks)
-        again = _score_again(config, samples, ranks)
-    facts: dict[str, Any] = {"bad_rows": dict(bad_rows.counts)}
+        _score_missing(config, samples, renderer, journal, ranks)
+        again = _score_again(config, samples, renderer, ranks)
+    facts: dict[str, Any] = {"bad_rows": dict(bad_rows.counts)} | describe(origin).text_form
     ranks.from_main(
         lambda: _write_results(config, rows, samples, journal, again, key, facts | common.effort(journal, ranks))
     )
 
 
-def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
-    """Yield a sample for each answer to be scored: one of an SFT row, two of a pair (chosen first).
-
-    Further columns are kept; an answer of a pair says in `answer` which it was.
-    """
-    for row in rows:
-        if isinstance(row, Sample):
-            yield row
-            continue
-        for answer, text in (("chosen", row.chosen), ("rejected", row.rejected)):
-            columns = {k: v for k, v in row.columns.items() if k not in ("chosen", "rejected")}
-            columns |= {"response": text, "answer": answer, "id": row.id}
-            yield Sample(f"{row.id}/{answer}", row.prompt, text, columns)
+def _rows(config: LabelRun, renderer: Renderer, bad_rows: BadRows) -> list[Sample | PreferencePair]:
+    """Return the rows that can be scored, all others being bad ones; raises DataError unless those are skipped."""
+    files = common.input_files(config)
+    rows = list(read_samples_and_pairs(files, bad_rows))
+    return leave_out_unscorable(rows, files, renderer, config.data, common.cache_dir(config), bad_rows)
 
 
-def _score_missing(config: LabelRun, samples: list[Sample], journal: Journal, ranks: Any) -> None:
+def _score_missing(config: LabelRun, samples: list[Sample], renderer: Renderer, journal: Journal, ranks: Any) -> None:
     """Score the rows that the journal lacks; raises StoppedEarly, with all scores on disk, on request."""
     from offline_align.distributed.setup import uses_bf16
     from offline_align.distributed.stopping import StopVote, stop_requests
-    from offline_align.label.scoring import load_reward_model, plan_bins, renderer_of, score_bins, tokenized
+    from offline_align.label.scoring import load_reward_model, plan_bins, score_bins, tokenized
     from offline_align.progress import Meter
 
     done = ranks.from_main(lambda: read_scores(journal, len(samples)))
@@ -81,7 +77,6 @@ def _score_missing(config: LabelRun, samples: list[Sample], journal: Journal, ra
         return
     (checkpoint,) = common.parent_models(config)
     model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
-    renderer = renderer_of(checkpoint)
     shares = shares_prompts(config.trainer, config.parallel)
     source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, common.cache_dir(config), shares))
     ranks.require_same(source.fingerprint(), "data.input")
@@ -110,17 +105,16 @@ def _score_missing(config: LabelRun, samples: list[Sample], journal: Journal, ra
     ranks.barrier()
 
 
-def _score_again(config: LabelRun, samples: list[Sample], ranks: Any) -> dict[int, float]:
+def _score_again(config: LabelRun, samples: list[Sample], renderer: Renderer, ranks: Any) -> dict[int, float]:
     """Return the scores of the certificate's rows, each alone in its bin and dealt to the ranks in another order."""
     from offline_align.distributed.setup import uses_bf16
-    from offline_align.label.scoring import load_reward_model, renderer_of, score_all, tokenized
+    from offline_align.label.scoring import load_reward_model, score_all, tokenized
 
     rows = choose_rows(len(samples), config.label.certificate_fraction, config.run.seed)
     if not rows:
         return {}
     (checkpoint,) = common.parent_models(config)
     model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
-    renderer = renderer_of(checkpoint)
     chosen = [samples[row] for row in rows]
     source = ranks.main_first(lambda: tokenized(chosen, renderer, config.data, common.cache_dir(config)))
     bins = [[place] for place in reversed(range(len(rows)))]
@@ -162,9 +156,7 @@ def _write_results(
         facts = facts | {"certificate": certificate}
         logger.info("label: %s", in_words(certificate))
     pairs = sum(isinstance(r, PreferencePair) for r in rows)
-    (checkpoint,) = common.parent_models(config)
     extra = {"rows": len(samples), "pairs": pairs, **facts, "statistics": stats.as_json()}
-    extra |= ModelDescription.load(checkpoint).text_form
     lineage.write_manifest(
         run_dir,
         "label",
@@ -185,8 +177,12 @@ def _check_finite(samples: list[Sample], raw: list[float]) -> None:
 
 
 def _labelled(sample: Sample, raw: float, normalised: float) -> dict[str, Any]:
-    """Return the labelled row: the original columns in their order, then what was added."""
-    source_id = sample.columns.get("id") or sample.id
+    """Return the labelled row: the original columns in their order, then what was added.
+
+    A row that was labelled before keeps the id of where it came from: that of its pair, if it is the answer of one.
+    """
+    known = sample.columns.get("source_id")
+    source_id = known if isinstance(known, str) and known.strip() else sample.columns.get("id") or sample.id
     own = {"reward_raw": raw, "reward": normalised, "source_id": source_id}
     kept = {k: v for k, v in sample.columns.items() if k not in own and k != "id"}
     return {"id": sample.id, **kept, **own}

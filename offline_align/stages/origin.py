@@ -4,12 +4,12 @@ import dataclasses
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from offline_align.config.runs import ModelRun
 from offline_align.config.sections import ModelSection, Template
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
-from offline_align.errors import AlignError, ConfigError
+from offline_align.errors import ConfigError
 from offline_align.model.description import Condition, ModelDescription, find_checkpoint, is_huggingface
 
 if TYPE_CHECKING:
@@ -96,12 +96,13 @@ def _fresh(config: ModelRun) -> Origin:
 
 def _from_huggingface(config: ModelRun, folder: Path, explicit: frozenset[str]) -> Origin:
     from offline_align.convert.architecture import read_architecture
+    from offline_align.convert.describe import exported
 
     architecture = read_architecture(folder)
     model = _merged(config.model, architecture.model, explicit, str(folder))
     given = config.model.tokenizer if "model.tokenizer" in explicit else None
     tokenizer = load_tokenizer(tokenizer_path(given) if given is not None else folder)
-    template, condition = _described(folder, architecture.extra)
+    template, condition = exported(folder, architecture.extra)
     return Origin(
         model=model,
         tokenizer=tokenizer,
@@ -112,15 +113,6 @@ def _from_huggingface(config: ModelRun, folder: Path, explicit: frozenset[str]) 
         condition=condition,
         method=str(architecture.extra.get("method", "")),
     )
-
-
-def _described(folder: Path, extra: dict[str, Any]) -> tuple[Template | None, Condition | None]:
-    """Return the template and the condition that our exporter wrote into `config.json`."""
-    try:
-        template = extra.get("template")
-        return Template(template) if template else None, Condition.from_values(extra.get("condition"))
-    except ValueError as error:
-        raise ConfigError(f"init.from: {folder / 'config.json'}: offline_align: {error}; export it again") from error
 
 
 def _merged(given: ModelSection, found: ModelSection, explicit: frozenset[str], source: str) -> ModelSection:
@@ -154,27 +146,8 @@ def load_origin(
 
         load_weights(module, origin.checkpoint, ranks, fresh_prefixes)
     elif origin.huggingface is not None:
-        _load_huggingface(module, origin, ranks, fresh_prefixes)
+        from offline_align.convert.load import load_into
+
+        load_into(module, origin.huggingface, ranks, origin.model.make_vocab_size_divisible_by, fresh_prefixes)
     else:
         logger.warning("init.from is not set: training starts from random weights")
-
-
-def _load_huggingface(
-    module: "torch.nn.Module", origin: Origin, ranks: "Ranks", fresh_prefixes: tuple[str, ...]
-) -> None:
-    import torch
-
-    from offline_align.convert.load import load_huggingface
-    from offline_align.model.backend import torch_name
-
-    assert origin.huggingface is not None
-    parameters = {torch_name(name): parameter for name, parameter in module.named_parameters()}
-    missing = {n for n in parameters if not n.startswith(fresh_prefixes or ("\0",))}
-    divisor = origin.model.make_vocab_size_divisible_by
-    with torch.no_grad():
-        for name, shard in load_huggingface(origin.huggingface, ranks.tp_rank, ranks.tp_size, divisor):
-            if name in parameters:
-                parameters[name].copy_(shard)
-                missing.discard(name)
-    if missing:
-        raise AlignError(f"init.from={origin.huggingface}: no weights for {', '.join(sorted(missing)[:3])}")

@@ -16,13 +16,14 @@ from omegaconf import MISSING
 from offline_align import lineage
 from offline_align.config.runs import PlanRun
 from offline_align.config.sections import Template
+from offline_align.convert.describe import describe, tokenizer_of
 from offline_align.data.records import BadRows, LabelledSample, input_paths, read_rows
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import ConfigError
 from offline_align.methods import ca, checked
 from offline_align.methods.planner import Settings, Sizes, plan
-from offline_align.model.description import ModelDescription, find_checkpoint
+from offline_align.model.description import find_model
 from offline_align.stages import common
 from offline_align.stages.origin import tokenizer_path
 from offline_align.stages.output import show
@@ -88,22 +89,20 @@ def _renderer(config: PlanRun, paths: Sequence[Path]) -> Renderer | None:
     if config.model.tokenizer is not None:
         tokenizer = load_tokenizer(tokenizer_path(config.model.tokenizer))
         return Renderer(tokenizer, config.data.template or Template.paper)
-    for folder in _models_behind(paths):
-        description = ModelDescription.load(folder)
-        return Renderer(description.load_tokenizer(folder), config.data.template or description.template)
-    return None
+    return next(_renderers_behind(paths, config.data.template), None)
 
 
-def _models_behind(paths: Sequence[Path]) -> Iterator[Path]:
-    """Yield the checkpoints that the manifests beside the files name, where they are still there."""
+def _renderers_behind(paths: Sequence[Path], template: Template | None) -> Iterator[Renderer]:
+    """Yield those of the models that the manifests beside the files name, where they are still there."""
     for run_dir in dict.fromkeys(path.resolve().parent for path in paths):
         manifest = lineage.read_manifest(run_dir)
         for parent in manifest.parents if manifest else []:
             folder = run_dir / parent.path / (parent.part or "")
             try:
-                yield find_checkpoint(folder)
+                model = find_model(folder)
+                yield Renderer(tokenizer_of(model), template or describe(model).template)
             except ConfigError:
-                logger.debug("%s: not a checkpoint", folder)
+                logger.debug("%s: not a model", folder)
 
 
 def _token_sizes(rows: Sequence[LabelledSample], renderer: Renderer, max_length: int) -> Sizes:

@@ -1,7 +1,9 @@
 """`prepare`: raw data sets, any JSONL or the demo corpus become the rows that the other stages read."""
 
 import json
+import logging
 import time
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +24,7 @@ PROMPTS = "prompts.jsonl"
 TOKENIZER = "tokenizer.model"
 REPORT = "report.json"
 QUARANTINE = "quarantine.jsonl"
+logger = logging.getLogger(__name__)
 
 
 def run(config: PrepareRun, explicit: frozenset[str]) -> int:
@@ -61,6 +64,7 @@ def _prepare(config: PrepareRun, sources: list[Source], run_dir: Path) -> tuple[
     bad_rows = BadRows(config.data.on_bad_row, quarantine)
     result = prepare_rows(sources, config.prepare, config.run.seed, bad_rows)
     outputs = write_rows(result, run_dir)
+    _say_what_is_missing(config, result, bad_rows)
     summary = {name: len(result.files[name]) for name in FILES}
     if any(source.is_demo for source in sources):
         rows = demo_prompts(config.prepare.demo_prompt_rows, config.run.seed)
@@ -72,6 +76,21 @@ def _prepare(config: PrepareRun, sources: list[Source], run_dir: Path) -> tuple[
     lineage.write_atomically(run_dir / REPORT, f"{text}\n".encode())
     outputs += [path for path in (run_dir / REPORT, quarantine) if path.exists()]
     return summary, outputs
+
+
+def _say_what_is_missing(config: PrepareRun, result: Preparation, bad_rows: BadRows) -> None:
+    """Warn of rows that were left out, and of a side of the split that got none."""
+    bad_rows.report(logger)
+    dropped = sum((counts.dropped for counts in result.inputs), Counter[str]())
+    if dropped:
+        logger.warning("%d rows are dropped, see %s: %s", dropped.total(), REPORT, dict(dropped.most_common()))
+    share = config.prepare.valid_fraction
+    for kind in ("sft", "preferences"):
+        sides = [f"{kind}_{part}.jsonl" for part in ("train", "valid")]
+        rows = sum(len(result.files[name]) for name in sides)
+        for name in sides if rows and share else []:
+            if not result.files[name]:
+                logger.warning("%s has no row: %d are few for prepare.valid_fraction=%s", name, rows, share)
 
 
 def _train_tokenizer(config: PrepareRun, result: Preparation, run_dir: Path) -> Path:

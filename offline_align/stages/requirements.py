@@ -129,15 +129,13 @@ def _judge(config: Run) -> list[str]:
         return []
     if config.judge.model is None:
         return ["judge.model is not set: give the run folder of a reward model"]
-    from offline_align.model.description import ModelDescription, find_checkpoint
+    from offline_align.evaluate.judges.reward_model import describe_reward_model
 
+    given = config.data.template
     try:
-        judge = ModelDescription.load(find_checkpoint(config.judge.model, "judge.model"))
+        _, judge = describe_reward_model(config.judge.model, "judge.model", given)
     except ConfigError as error:
         return error.problems
-    if judge.kind != "reward_model":
-        return [f"judge.model={config.judge.model}: is a policy; give a reward model"]
-    given = config.data.template
     if given is not None and given is not judge.template:
         return [f"data.template={given}: judge.model was trained with {judge.template}; leave data.template unset"]
     return []

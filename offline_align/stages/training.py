@@ -13,6 +13,7 @@ from typing import Any, Literal
 from offline_align import lineage
 from offline_align.config.runs import TrainRun
 from offline_align.config.sections import Precision
+from offline_align.data.jsonl import is_empty
 from offline_align.data.records import BadRows, LabelledSample, PreferencePair, Sample, input_paths, read_rows
 from offline_align.data.template import Renderer
 from offline_align.methods import TrainingRow
@@ -104,11 +105,14 @@ def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recip
 def _source(
     config: TrainRun, which: str, read: Any, renderer: Renderer, ranks: Any, bad_rows: BadRows
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the tokenised rows of `data.train` or `data.valid`, or None, and facts about them."""
+    """Return the tokenised rows of `data.train` or `data.valid`, or None where there are none, and facts about them."""
     named = getattr(config.data, which)
     if named is None:
         return None, {}
     paths = input_paths(named, f"data.{which}")
+    if which == "valid" and is_empty(paths):  # as `prepare` leaves it where rows are few
+        logger.warning("data.valid=%s: has no row; there is no validation", named)
+        return None, {}
     found: tuple[Any, dict[str, Any]] = ranks.main_first(lambda: _tokenized(config, paths, read, renderer, bad_rows))
     ranks.require_same(found[0].fingerprint(), f"data.{which}")
     return found

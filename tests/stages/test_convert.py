@@ -14,6 +14,7 @@ from offline_align import lineage
 from offline_align.__main__ import run
 from offline_align.model.description import ModelDescription
 from tests.small_tokenizers import write_sentencepiece
+from tests.training import samples, write_jsonl
 
 SIZES: dict[str, Any] = {
     "vocab_size": 400,
@@ -127,3 +128,17 @@ def test_a_damaged_folder_is_refused(save: Callable[..., Path], tmp_path: Path) 
     weights = theirs / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert convert(theirs, tmp_path / "out", "megatron") == 74
+
+
+def test_a_reward_model_of_others_labels_as_its_conversion_does(save: Callable[..., Path], tmp_path: Path) -> None:
+    theirs, ours = save("Qwen2ForSequenceClassification"), tmp_path / "ours"
+    assert convert(theirs, ours, "megatron") == 0
+    rows = write_jsonl(tmp_path / "rows.jsonl", samples(6))
+    found = []
+    for source in (theirs, ours):
+        words = [f"init.from={source}", f"data.input={rows}", "data.max_length=64", "run.device=cpu"]
+        target = tmp_path / f"label_{source.name}"
+        assert run(["label", f"run.dir={target}", *words]) == 0
+        found.append([json.loads(line)["reward_raw"] for line in (target / "labelled.jsonl").read_text().splitlines()])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    assert len(set(found[0])) > 1

@@ -127,16 +127,27 @@ def test_other_prompts_have_no_true_quality(start: Start, tmp_path: Path) -> Non
         start([path], "judge=ground_truth")
 
 
+def edit(path: Path, content: str) -> None:
+    """Write other content, so that the file is nobody's work but the user's."""
+    path.write_text(content)
+    (path.parent / "manifest.json").unlink()
+
+
+def test_answers_that_were_edited_in_their_run_are_refused(start: Start, files: list[Path]) -> None:
+    files[0].write_text(files[0].read_text().replace(".", "!", 1))
+    with pytest.raises(DataError, match="is not the file that `generate` wrote into"):
+        start(files, "judge=ground_truth")
+
+
 def test_a_prompt_that_one_file_lacks_is_named(start: Start, files: list[Path]) -> None:
     lines = files[1].read_text().splitlines(keepends=True)
-    files[1].write_text("".join(lines[:-1]))
+    edit(files[1], "".join(lines[:-1]))
     with pytest.raises(DataError, match=r"ca_high/generations\.jsonl: id: prompt demo-prompt-0012 is missing"):
         start(files, "judge=ground_truth")
 
 
 def test_bad_rows_can_be_skipped_into_quarantine(start: Start, files: list[Path], tmp_path: Path) -> None:
-    with files[0].open("a") as file:
-        file.write("{\n")
+    edit(files[0], files[0].read_text() + "{\n")
     with pytest.raises(DataError, match=rf"generations\.jsonl:{PROMPTS + 1}: json"):
         start(files, "judge=ground_truth")
     start(files, "judge=ground_truth", "data.on_bad_row=skip", name="skipped")

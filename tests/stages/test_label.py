@@ -17,6 +17,7 @@ from offline_align.config.runs import LabelRun
 from offline_align.config.sections import ComputeSection, Device, ModelSection, Precision, RunSection
 from offline_align.data.batch import PackedBatch
 from offline_align.distributed.sizes import model_sizes
+from offline_align.lineage import read_manifest
 from offline_align.stages.plan_text import print_label_plan
 from tests.small_tokenizers import sentencepiece_model
 from tests.training import continued, pairs, samples, train, write_jsonl
@@ -115,6 +116,90 @@ def test_interrupted_labelling_is_the_same_to_the_byte(
 def test_a_row_that_cannot_be_scored_stops_the_run(folder: Path, reward: Path, capsys: Any) -> None:
     assert label(folder, "short", reward, "data.max_length=12") == 65
     assert "raise data.max_length=12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["sample", "pair"])
+def test_a_row_that_cannot_be_scored_is_named_or_left_out(
+    folder: Path, reward: Path, kind: str, capsys: Any, caplog: Any
+) -> None:
+    (folder / kind).mkdir()
+    rows = samples(4) if kind == "sample" else pairs(4)
+    long = rows[1] | {"id": "long", "response" if kind == "sample" else "rejected": "red " * 200}
+    (folder / kind / "clean.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_jsonl(folder / kind / "rows.jsonl", [*rows[:2], long, *rows[2:]])
+    words = [f"init.from={reward}", "data.max_length=64", "run.device=cpu", "data.too_long=drop"]
+
+    def start(name: str, file: Path, *more: str) -> int:
+        return run(["label", f"run.dir={folder / kind / name}", f"data.input={file}", *words, *more])
+
+    assert start("out", path) == 65
+    assert f"{path}:3: response: too long to be scored, raise data.max_length=64; mend" in capsys.readouterr().err
+    assert start("out", path, "data.on_bad_row=skip") == 0
+    assert [r.message.partition(" are")[0] for r in caplog.records if "left out, see" in r.message] == ["1 bad rows"]
+    assert start("clean", folder / kind / "clean.jsonl") == 0
+    outputs = [(folder / kind / name / "labelled.jsonl").read_bytes() for name in ("out", "clean")]
+    assert outputs[0] == outputs[1]
+    (kept,) = map(json.loads, (folder / kind / "out" / "quarantine.jsonl").read_text().splitlines())
+    assert (kept["file"], kept["line"], json.loads(kept["raw"])) == (str(path), 3, long)
+    manifest = json.loads((folder / kind / "out" / "manifest.json").read_text())
+    assert manifest["extra"]["bad_rows"] == {kept["reason"]: 1}
+    assert start("none", path, "data.on_bad_row=skip", "data.max_length=3") == 65
+    assert "no row can be scored" in capsys.readouterr().err
+
+
+def test_labelling_again_keeps_where_rows_came_from(folder: Path, reward: Path) -> None:
+    assert label(folder, "whole", reward) == 0
+    path = folder / "whole" / "labelled.jsonl"
+    words = [f"init.from={reward}", f"data.input={path}", "data.max_length=128", "run.device=cpu"]
+    assert run(["label", f"run.dir={folder / 'second'}", *words]) == 0
+    first, second = (
+        [json.loads(line) for line in (folder / name / "labelled.jsonl").read_text().splitlines()]
+        for name in ("whole", "second")
+    )
+    assert [(row["id"], row["source_id"]) for row in second] == [(row["id"], row["source_id"]) for row in first]
+    assert ("p0/chosen", "p0") in {(row["id"], row["source_id"]) for row in second}
+
+
+def test_a_reward_model_in_hugging_face_form_scores_the_same(folder: Path, reward: Path) -> None:
+    theirs = folder / "theirs"
+    assert run(["convert", f"init.from={reward}", f"run.dir={theirs}", "run.device=cpu"]) == 0
+    assert label(folder, "whole", reward) == 0
+    assert label(folder, "of_theirs", theirs) == 0
+    assert scores(folder, "of_theirs") == pytest.approx(scores(folder, "whole"), abs=1e-5)
+    manifest = read_manifest(folder / "of_theirs")
+    assert manifest is not None
+    assert [parent.stage for parent in manifest.parents] == ["convert"]
+    assert manifest.extra["template"] == "paper"
+    assert run(["verify", f"run.dir={folder / 'of_theirs'}"]) == 0
+    assert label(folder, "never", theirs, "data.template=chat") == 78
+    plan = ["plan", f"run.dir={folder / 'plan'}", f"data.input={folder / 'of_theirs' / 'labelled.jsonl'}"]
+    assert run(plan) == 0
+    assert json.loads((folder / "plan" / "plan.json").read_text())["unit"] == "tokens"
+
+
+def test_a_reward_model_in_hugging_face_form_judges_the_same(folder: Path, reward: Path, capsys: Any) -> None:
+    theirs = folder / "judge_theirs"
+    assert run(["convert", f"init.from={reward}", f"run.dir={theirs}", "run.device=cpu"]) == 0
+    for name, text in (("a", "red please"), ("b", "blue")):
+        row = {"id": "x", "prompt": "Say red", "response": text, "finish_reason": "stop", "condition": None}
+        write_jsonl(folder / f"{name}.jsonl", [row])
+    found = []
+    for judge in (reward, theirs):
+        words = [f"judge.model={judge}", f"data.input=[{folder / 'a.jsonl'},{folder / 'b.jsonl'}]", "run.device=cpu"]
+        target = folder / f"report_{judge.name}"
+        assert run(["evaluate", f"run.dir={target}", *words, "evaluate.bootstrap_samples=20"]) == 0
+        overall = json.loads((target / "report.json").read_text())["overall"]
+        found.append([overall[name]["score"]["mean"] for name in sorted(overall)])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    policy = folder / "judge_policy"
+    assert run(["convert", f"init.from={folder / 'base'}", f"run.dir={policy}", "run.device=cpu"]) == 0
+    capsys.readouterr()
+    assert run(["evaluate", f"run.dir={folder / 'never'}", f"judge.model={policy}", words[1]]) == 78
+    assert f"judge.model={policy}: is a policy" in capsys.readouterr().err
+    config = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(config | {"architectures": ["Other"]}))
+    assert run(["evaluate", f"run.dir={folder / 'never'}", f"judge.model={theirs}", words[1]]) == 78
+    assert f"judge.model: {theirs}/config.json: architectures=['Other']" in capsys.readouterr().err
 
 
 def test_an_empty_answer_is_scored_at_its_end_of_sequence(folder: Path, reward: Path) -> None:

@@ -125,6 +125,23 @@ def test_bad_rows_stop_the_run_or_are_set_aside(start: Start, tmp_path: Path) ->
     assert "quarantine.jsonl" in {output["path"] for output in manifest["outputs"]}
 
 
+def test_what_is_left_out_is_said_once(start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "rows.jsonl", sample(1), {"prompt": "x"}, sample(1, id="again"), sample(2))
+    start(path, words=["data.on_bad_row=skip", "prepare.valid_fraction=1e-9"])
+    bad, dropped, split = (record.message for record in caplog.records)
+    assert bad.startswith("1 bad rows are left out, see ") and "quarantine.jsonl" in bad
+    assert dropped == "1 rows are dropped, see report.json: {'duplicate of an earlier row': 1}"
+    assert split == "sft_valid.jsonl has no row: 2 are few for prepare.valid_fraction=1e-09"
+
+
+def test_ids_that_are_numbers_or_null(start: Start, tmp_path: Path) -> None:
+    dolly = {"instruction": "Name a prime.", "context": "", "response": "2"}
+    rows = [sample(1, id=1), sample(2, id=None), sample(3, id=None), dolly | {"id": 7}]
+    folder = start(write(tmp_path / "rows.jsonl", *rows), words=["prepare.valid_fraction=0.0"])
+    ids = [row["id"] for row in load(folder / "sft_train.jsonl")]
+    assert ids == ["1", "rows.jsonl:2", "rows.jsonl:3", "7"]
+
+
 def test_no_usable_row_is_bad_data(start: Start, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"empty\.jsonl: no usable row"):
         start(write(tmp_path / "empty.jsonl"))

@@ -10,7 +10,7 @@ import pytest
 
 from offline_align.__main__ import run
 from offline_align.train.checkpoint import STATE_NAME, newest
-from tests.training import STEPS, TINY, continued, metrics, pairs, samples, train, write_jsonl
+from tests.training import STEPS, TINY, continued, labelled, metrics, pairs, samples, train, write_jsonl
 
 
 @pytest.fixture
@@ -333,3 +333,41 @@ def test_a_profile_of_the_steps_that_are_asked_for(tmp_path: Path, rows: Path) -
     folder = train("sft", tmp_path / "run", rows, "trainer.profile_steps=[2,3]")
     trace = json.loads((folder / "profile" / "rank_0_steps_2_3.json").read_text())
     assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_a_validation_file_without_rows_is_no_validation(tmp_path: Path, rows: Path, caplog: Any) -> None:
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    folder = train("sft", tmp_path / "run", rows, f"data.valid={empty}", "trainer.eval_interval=2")
+    assert metrics(folder, "valid_loss") == []
+    said = [record.message for record in caplog.records if "data.valid" in record.message]
+    assert said == [f"data.valid={empty}: has no row; there is no validation"]
+    assert run(["sft", f"run.dir={tmp_path / 'none'}", f"data.train={empty}", *TINY[:-1], *STEPS]) == 65
+
+
+def test_bad_rows_are_reported_once(tmp_path: Path, caplog: Any) -> None:
+    bad: dict[str, Any] = {"prompt": "x"}
+    data = write_jsonl(tmp_path / "data.jsonl", [*samples(), bad])
+    valid = write_jsonl(tmp_path / "valid.jsonl", samples())
+    train("sft", tmp_path / "run", data, f"data.valid={valid}", "data.on_bad_row=skip")
+    said = [record.message for record in caplog.records if "left out" in record.message and "bad" in record.message]
+    assert len(said) == 1 and said[0].startswith("1 bad rows")
+
+
+def test_a_labelled_file_that_was_edited_is_refused(tmp_path: Path, capsys: Any) -> None:
+    """Else the policy would name the run of `label` as its parent, which never wrote these rewards."""
+    from offline_align.lineage import read_manifest, write_manifest
+
+    folder = tmp_path / "label"
+    folder.mkdir()
+    path = write_jsonl(folder / "labelled.jsonl", labelled([float(i) for i in range(14)]))
+    write_manifest(folder, "label", "k", [], [], [path], {})
+    write_jsonl(path, labelled([float(-i) for i in range(14)]))
+    words = [*TINY[:-1], *STEPS]
+    assert run(["fa", f"run.dir={tmp_path / 'fa'}", f"data.train={path}", *words]) == 65
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert f"{path}: is not the file that `label` wrote into {folder}" in said
+    assert not (tmp_path / "fa" / "checkpoints").exists()
+    moved = path.rename(tmp_path / "mine.jsonl")
+    assert run(["fa", f"run.dir={tmp_path / 'fa'}", f"data.train={moved}", *words, "method.threshold=-5"]) == 0
+    manifest = read_manifest(tmp_path / "fa")
+    assert manifest is not None and manifest.parents == []

@@ -15,7 +15,7 @@ from offline_align.data.adapters.hh import hh
 from offline_align.data.adapters.instructions import dolly, flan, self_instruct
 from offline_align.data.adapters.oasst1 import Node, oasst1_nodes, oasst1_rows
 from offline_align.data.jsonl import BadRows, Line, RowError
-from offline_align.data.records import PreferencePair, Sample, parse_row
+from offline_align.data.records import PreferencePair, Sample, parse_row, text_id
 
 ROW_ADAPTERS: dict[str, Callable[[dict[str, Any]], list[dict[str, Any]]]] = {
     "hh": hh,
@@ -81,11 +81,12 @@ def convert(
 
 def _own(line: Line, form: str, row_id: str) -> Converted:
     row = parse_row(line.value, OWN_FORMS[form], row_id)
-    return Converted({"id": row.id, **line.value} if "id" not in line.value else line.value, line)
+    is_named = row.columns.get("id") is not None
+    return Converted(row.columns if is_named else {"id": row.id} | without(row.columns, "id"), line)
 
 
 def _adapted(line: Line, form: str, row_id: str, drops: Counter[str]) -> list[Converted]:
-    own_id = line.value.get("id")
+    own_id = text_id(line.value.get("id"))
     row_id = own_id if isinstance(own_id, str) and own_id.strip() else row_id
     rows = ROW_ADAPTERS[form](line.value)
     ids = [row_id] if len(rows) == 1 else [f"{row_id}-{number}" for number in range(1, len(rows) + 1)]

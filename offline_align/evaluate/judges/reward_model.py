@@ -1,4 +1,4 @@
-"""A reward model of ours as the judge: its raw scores."""
+"""A reward model as the judge: its raw scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from offline_align.config.runs import EvaluateRun
+from offline_align.config.sections import Template
+from offline_align.convert.describe import describe
 from offline_align.data.records import Message, Sample
 from offline_align.errors import ConfigError
-from offline_align.model.description import ModelDescription, find_checkpoint
+from offline_align.model.description import ModelDescription, find_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ def reward_model_judge(config: EvaluateRun) -> RewardModelJudge:
         raise ConfigError(
             "judge.model is not set: give the run folder of `reward`, or choose judge=openai or ground_truth"
         )
-    return RewardModelJudge(_reward_checkpoint(config.judge.model, "judge.model"), config)
+    return RewardModelJudge(describe_reward_model(config.judge.model, "judge.model")[0], config)
 
 
 def second_reward_model(config: EvaluateRun) -> RewardModelJudge | None:
@@ -60,12 +62,19 @@ def second_reward_model(config: EvaluateRun) -> RewardModelJudge | None:
     named = config.judge.second_model
     if named is None:
         return None
-    return RewardModelJudge(_reward_checkpoint(named, "judge.second_model"), config, "second reward model")
+    return RewardModelJudge(describe_reward_model(named, "judge.second_model")[0], config, "second reward model")
 
 
-def _reward_checkpoint(source: str, key: str) -> Path:
-    checkpoint = find_checkpoint(source, key)
-    kind = ModelDescription.load(checkpoint).kind
-    if kind != "reward_model":
-        raise ConfigError(f"{key}={source}: is a {kind}; give the run folder of a `reward` run")
-    return checkpoint
+def describe_reward_model(source: str, key: str, template: Template | None = None) -> tuple[Path, ModelDescription]:
+    """Return the checkpoint or Hugging Face folder that `key` names, and its description.
+
+    `template` is for a folder that does not say its own. Raises ConfigError, naming `key`, where it is no reward model.
+    """
+    folder = find_model(source, key)
+    try:
+        description = describe(folder, template)
+    except ConfigError as error:
+        raise ConfigError([problem.replace("init.from:", f"{key}:", 1) for problem in error.problems]) from error
+    if description.kind != "reward_model":
+        raise ConfigError(f"{key}={source}: is a {description.kind}; give a reward model, trained by `reward`")
+    return folder, description

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from offline_align.config.sections import OnBadRow
-from offline_align.data.jsonl import BadRows, input_paths, read_objects, write_jsonl
+from offline_align.data.jsonl import BadRows, input_paths, is_empty, read_objects, write_jsonl
 from offline_align.errors import ConfigError, DataError, StorageError
 
 GOOD = b'{"a": 1}'
@@ -92,14 +93,32 @@ def test_utf_16_is_refused_in_the_first_line(tmp_path: Path) -> None:
         read(path, BadRows(OnBadRow.fail, None))
 
 
-def test_blank_lines_are_allowed_at_the_end_only(tmp_path: Path) -> None:
+def test_blank_lines_count_in_line_numbers_alone(tmp_path: Path) -> None:
     strict = BadRows(OnBadRow.fail, None)
-    assert read(write(tmp_path / "end.jsonl", GOOD, b"", b"  "), strict) == [{"a": 1}]
-    with pytest.raises(DataError, match=r":2: json: blank line"):
-        read(write(tmp_path / "middle.jsonl", GOOD, b"", GOOD), strict)
-    bad_rows = BadRows(OnBadRow.skip, None)
-    assert len(read(write(tmp_path / "many.jsonl", b"", b"", GOOD), bad_rows)) == 1
-    assert bad_rows.counts == {"json: blank line": 2}
+    path = write(tmp_path / "rows.jsonl", b"", b" ", GOOD, b"\t", GOOD, b"", b"  ")
+    assert [(line.number, line.value) for line in read_objects([path], strict)] == [(3, {"a": 1}), (5, {"a": 1})]
+    with pytest.raises(DataError, match=r":3: json: not an object"):
+        read(write(tmp_path / "bad.jsonl", GOOD, b"", b"3"), strict)
+
+
+@pytest.mark.parametrize(("lines", "empty"), [([], True), ([b"", b" "], True), ([b"", GOOD], False), ([b"x"], False)])
+def test_a_file_without_rows_is_empty(tmp_path: Path, lines: list[bytes], empty: bool) -> None:
+    assert is_empty([write(tmp_path / "rows.jsonl", *lines), write(tmp_path / "rows.jsonl.gz")]) is empty
+
+
+def test_a_damaged_file_is_not_empty(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(GOOD)[:8])
+    assert not is_empty([path])
+
+
+def test_bad_rows_are_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad_rows, log = skipping(tmp_path), logging.getLogger("offline_align")
+    for line in (b"3", b"", b"x"):
+        read(write(tmp_path / "rows.jsonl", GOOD, line), bad_rows)
+        bad_rows.report(log)
+    assert [record.message.partition(" are")[0] for record in caplog.records] == ["1 bad rows", "1 bad rows"]
+    assert "not an object" in caplog.records[0].message and "not an object" not in caplog.records[1].message
 
 
 def test_a_last_line_without_line_end_counts(tmp_path: Path) -> None:
@@ -169,6 +188,11 @@ def test_input_paths_name_every_problem(tmp_path: Path) -> None:
         "given twice",
     ]
     assert all(problem.startswith("data.valid=") for problem in error.value.problems)
+
+
+def test_names_of_data_sets_are_for_prepare() -> None:
+    with pytest.raises(ConfigError, match=r"data\.train=hf:owner/set: run `prepare data\.input=hf:owner/set` first"):
+        input_paths("hf:owner/set", "data.train")
 
 
 def test_written_rows_read_back_the_same(tmp_path: Path) -> None:

@@ -81,7 +81,8 @@ FIELDS: dict[str, tuple[Row, str]] = {
         "prompt: the last message is not from the user",
     ),
     "empty content": ({"prompt": [{"role": "user", "content": ""}]}, "prompt: content of a message: empty"),
-    "id is a number": ({"id": 7}, "id: not a string"),
+    "id is a fraction": ({"id": 7.5}, "id: not a string"),
+    "id is a boolean": ({"id": True}, "id: not a string"),
     "id is a list": ({"id": ["x"]}, "id: not a string"),
     "id is empty": ({"id": ""}, "id: empty"),
 }
@@ -194,6 +195,7 @@ def test_harmless_oddities_change_nothing(tmp_path: Path, kind: type[Any]) -> No
         "crlf.jsonl": b"\r\n".join(lines) + b"\r\n",
         "mark.jsonl": b"\xef\xbb\xbf" + b"\n".join(lines),
         "blank_end.jsonl": b"\n".join(lines) + b"\n\n \n\n",
+        "blank_between.jsonl": b"\n\n \n".join(lines),
         "spaces.jsonl": b"\n".join(b"  " + line + b"\t" for line in lines),
         "two_members.jsonl.gz": gzip.compress(lines[0] + b"\n") + gzip.compress(b"\n".join(lines[1:])),
     }.items():

@@ -14,6 +14,7 @@ from offline_align.data.records import (
     PreferencePair,
     Prompt,
     Sample,
+    find_lines,
     read_rows,
     read_samples_and_pairs,
 )
@@ -57,6 +58,21 @@ def test_every_kind_keeps_its_columns_in_order(tmp_path: Path) -> None:
     assert prompt.id == "rows.jsonl:1"
 
 
+def test_integers_are_ids_as_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", LABELLED | {"id": 1, "source_id": 0}, LABELLED | {"id": -2})
+    first, second = read_rows([path], LabelledSample, STRICT)
+    assert (first.id, first.source_id, second.id) == ("1", "0", "-2")
+    assert first.columns == LABELLED | {"id": "1", "source_id": "0"}
+    assert list(first.columns) == list(LABELLED)
+    assert refusal(path, Prompt, {"id": 1, "prompt": "a"}, {"id": "1", "prompt": "b"}).startswith("id: duplicate id")
+
+
+def test_lines_of_rows_are_found_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"no": "row"}, SAMPLE, PAIR, SAMPLE | {"response": "other"}, {"prompt": "b"})
+    found = find_lines([path], {"s", "p", "absent"})
+    assert {row_id: (line.path, line.number) for row_id, line in found.items()} == {"s": (path, 2), "p": (path, 3)}
+
+
 def test_samples_and_pairs_are_told_apart_row_by_row(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", SAMPLE, PAIR)
     assert [type(row) for row in read_samples_and_pairs([path], STRICT)] == [Sample, PreferencePair]
@@ -75,7 +91,7 @@ def test_samples_and_pairs_are_told_apart_row_by_row(tmp_path: Path) -> None:
         (Sample, SAMPLE | {"response": 1}, "response: not a string"),
         (Sample, SAMPLE | {"response": ""}, "response: empty"),
         (Sample, SAMPLE | {"response": "\t "}, "response: empty"),
-        (Sample, SAMPLE | {"id": 7}, "id: not a string"),
+        (Sample, SAMPLE | {"id": True}, "id: not a string"),
         (Sample, SAMPLE | {"id": ""}, "id: empty"),
         (Sample, SAMPLE | {"prompt": []}, "prompt: no user message"),
         (Sample, SAMPLE | {"prompt": [SYSTEM]}, "prompt: no user message"),
@@ -114,7 +130,7 @@ def test_samples_and_pairs_are_told_apart_row_by_row(tmp_path: Path) -> None:
         (LabelledSample, LABELLED | {"reward": None}, "reward: null"),
         (LabelledSample, LABELLED | {"reward_raw": 10**400}, "reward_raw: number out of range"),
         (LabelledSample, SAMPLE, "reward_raw: missing"),
-        (LabelledSample, LABELLED | {"source_id": 1}, "source_id: not a string"),
+        (LabelledSample, LABELLED | {"source_id": 1.0}, "source_id: not a string"),
     ],
 )
 def test_the_reason_for_a_refusal(

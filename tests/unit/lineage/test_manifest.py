@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from offline_align.errors import StorageError
+from offline_align.errors import DataError, StorageError
 from offline_align.lineage import (
     Status,
     completed,
+    content_key,
     file_sha256,
     read_manifest,
     verify,
@@ -42,6 +43,22 @@ def test_a_parent_named_twice_is_recorded_once(chain: Path) -> None:
     manifest = read_manifest(chain / "runs/again")
     assert manifest is not None
     assert len(manifest.parents) == 1
+
+
+def test_an_input_that_its_run_did_not_write_so_is_refused(chain: Path) -> None:
+    """It would be recorded as that run's work; moved out of the folder it is data of its own."""
+    rows = chain / "runs/prepare/out.jsonl"
+    rows.write_text("edited\n")
+    said = rf"{rows}: is not the file that `prepare` wrote into {rows.parent}: run `prepare` again, or move it"
+    with pytest.raises(DataError, match=said):
+        content_key("sft", {}, [rows], [])
+    (chain / "runs/late").mkdir()
+    with pytest.raises(DataError, match=said):
+        write_manifest(chain / "runs/late", "sft", "k", [rows], [], [], {})
+    assert not (chain / "runs/late/manifest.json").exists()
+    make_run(chain / "runs/again", "sft", [rows.rename(chain / "data" / "edited.jsonl")], [])
+    manifest = read_manifest(chain / "runs/again")
+    assert manifest is not None and manifest.parents == []
 
 
 def test_a_checkpoint_as_parent_keeps_its_name(chain: Path) -> None:

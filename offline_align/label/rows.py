@@ -1,0 +1,66 @@
+"""Which answers are scored: one of an SFT row, two of a pair, and none of a row that does not fit."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from offline_align.config.sections import DataSection
+from offline_align.data.jsonl import BadRows
+from offline_align.data.records import PreferencePair, Sample, find_lines
+from offline_align.data.template import Renderer
+from offline_align.data.tokenize import unusable_samples
+from offline_align.errors import DataError
+from offline_align.methods import TrainingRow
+
+logger = logging.getLogger(__name__)
+
+
+def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
+    """Yield a sample for each answer to be scored: one of an SFT row, two of a pair (chosen first).
+
+    Further columns are kept; an answer of a pair says in `answer` which it was.
+    """
+    for row in rows:
+        if isinstance(row, Sample):
+            yield row
+            continue
+        for answer, text in (("chosen", row.chosen), ("rejected", row.rejected)):
+            columns = {k: v for k, v in row.columns.items() if k not in ("chosen", "rejected")}
+            columns |= {"response": text, "answer": answer, "id": row.id}
+            yield Sample(f"{row.id}/{answer}", row.prompt, text, columns)
+
+
+def leave_out_unscorable(
+    rows: Sequence[Sample | PreferencePair],
+    files: Sequence[Path],
+    renderer: Renderer,
+    data: DataSection,
+    cache_dir: Path,
+    bad_rows: BadRows,
+) -> list[Sample | PreferencePair]:
+    """Return the rows of `files` whose answers can all be scored; the others are bad rows, a pair as a whole.
+
+    Raises DataError, naming file and line, for the first of them unless bad rows are skipped, and where none is left.
+    """
+    reasons: dict[str, str] = {}
+    answers = [(row.id, answer) for row in rows for answer in single_answers([row])]
+    found = unusable_samples([TrainingRow(a) for _, a in answers], renderer, data, cache_dir, empty_answers=True)
+    for place, status in found.items():
+        reasons.setdefault(answers[place][0], _in_words(status, data))
+    # Where rows stand is kept for none of them: the files are read again for those few.
+    for row_id, line in (find_lines(files, reasons.keys()) if reasons else {}).items():
+        line.reject(bad_rows, reasons[row_id])
+    bad_rows.report(logger)
+    if len(reasons) == len(rows):
+        raise DataError(f"{', '.join(map(str, files))}: no row can be scored; see data.max_length={data.max_length}")
+    return [row for row in rows if row.id not in reasons]
+
+
+def _in_words(status: str, data: DataSection) -> str:
+    """Return the reason for which a row has no score, and what helps."""
+    if status == "response_too_long":
+        return f"response: too long to be scored, raise data.max_length={data.max_length}"
+    if status == "too_long":
+        fix = "or set data.too_long=truncate_prompt"
+        return f"prompt: too long to be scored, raise data.max_length={data.max_length} {fix}"
+    return status
