@@ -24,8 +24,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 SOURCE = Path(__file__).with_suffix(".c")
+# The one that works in place torch does not count, and of attention over packed rows it says what one long row costs.
+_PRODUCTS = {product: flop_registry[product] for product in (torch.ops.aten.mm, torch.ops.aten.addmm)}
+_PRODUCTS[torch.ops.aten.addmm_] = _PRODUCTS[torch.ops.aten.addmm]
 # What torch's allocator on CUDA rounds sizes up to.
 _BLOCK_BYTES = 512
 
@@ -51,8 +55,14 @@ def environment(folder: Path) -> dict[str, str]:
         raise Unavailable("no C compiler: cc") from error
     except subprocess.CalledProcessError as error:
         raise Unavailable(error.stderr.splitlines()[0]) from error
-    # Compilers would run kernels; the functions that megatron compiles run as they are written.
-    return {"LD_PRELOAD": str(library), "TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "0"}
+    return {
+        "LD_PRELOAD": str(library),
+        "CUDA_VISIBLE_DEVICES": "0",
+        # Compilers would run kernels; the functions that megatron compiles run as they are written.
+        "TORCHDYNAMO_DISABLE": "1",
+        # Memory that grows in place is the driver's.
+        "PYTORCH_ALLOC_CONF": "expandable_segments:False",
+    }
 
 
 def _headers() -> list[Path]:
@@ -70,12 +80,14 @@ def _source() -> str:
 
 
 class ImaginedGpu(TorchDispatchMode):
-    """Counts the memory that is held, and the times that the host asks for a value."""
+    """Counts the memory that is held, the work of products, and the times that the host asks for a value."""
 
     def __init__(self) -> None:
         super().__init__()
         self.held_bytes = 0
         self.peak_bytes = 0
+        self.product_flops = 0
+        """Floating-point operations of matrix products, without those inside of kernels for attention."""
         self.waits: Counter[str] = Counter()
         """How often each line of code asked for a value that is on the GPU."""
         self._storages: dict[int, weakref.ref[Any]] = {}
@@ -87,14 +99,17 @@ class ImaginedGpu(TorchDispatchMode):
         result = function(*arguments, **(named or {}))
         if function is torch.ops.aten._to_copy.default and result.device.type == "cpu":
             self._wait(arguments[0])
+        if (count := _PRODUCTS.get(function.overloadpacket)) is not None:
+            self.product_flops += count(*arguments, **(named or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.is_cuda:
                 self._hold(leaf.untyped_storage())
         return result
 
     def forget(self) -> None:
-        """Begin to count anew: the peak from what is held now, and the waits."""
+        """Begin to count anew, the peak from what is held now."""
         self.peak_bytes = self.held_bytes
+        self.product_flops = 0
         self.waits.clear()
 
     def _value(self, tensor: Tensor) -> float | bool:

@@ -104,6 +104,8 @@ class Traced:
     """Of the second step, when moments are there."""
     held_bytes: int
     """Between steps."""
+    product_flops: int
+    """Operations of matrix products in the second step."""
     waits: dict[str, int]
     """How often the host waited in the second step, by line."""
     seconds: float
@@ -120,7 +122,7 @@ def trace(model: ModelSection, layout: Layout, micro_batches: int = 2, rank: int
         held = gpu.held_bytes
         step(batches, 1e-5)
         seconds = time.monotonic() - started
-        return Traced(_planned(model, layout), gpu.peak_bytes, held, dict(gpu.waits), seconds)
+        return Traced(_planned(model, layout), gpu.peak_bytes, held, gpu.product_flops, dict(gpu.waits), seconds)
 
 
 def _micro_batches(layout: Layout, count: int, rank: int) -> list[PackedBatch]:
