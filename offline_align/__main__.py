@@ -112,6 +112,10 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
     _set_up_logging()
     module = importlib.import_module(f"offline_align.stages.{stage}")
     config = require(composed, _problems(stage, composed.config, composed.explicit))
+    if not config.dry_run:
+        from offline_align.stages.hub import with_files
+
+        config = with_files(config)
     if _becomes_a_job(config):
         return _submit(stage, config, words)
     if isinstance(config, (TrainRun, LabelRun)):

@@ -194,9 +194,8 @@ def _path_problem(path: Path) -> str | None:
     if path.is_dir():
         return "is a folder; name the files in it"
     if not path.exists():
-        # A data set of the hub has rows of any form: `prepare` alone brings them to ours.
-        by_prepare = f"run `prepare data.input={path}` first and name the files that it writes"
-        return by_prepare if str(path).startswith(HUB_PREFIX) else "no such file"
+        # A data set of the hub is read once all settings are known to be good.
+        return None if str(path).startswith(HUB_PREFIX) else "no such file"
     return None if os.access(path, os.R_OK) else "cannot be read; check its permissions"
 
 

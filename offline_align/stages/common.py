@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from offline_align.distributed.setup import Ranks
 
 logger = logging.getLogger(__name__)
-_DATA_KEYS = ("train", "valid", "input")
+DATA_KEYS = ("train", "valid", "input")
 
 
 def input_files(config: Run) -> list[Path]:
@@ -34,7 +34,7 @@ def input_files(config: Run) -> list[Path]:
     if isinstance(config, PrepareRun):  # whose inputs may also be names of data sets
         return [source.path for source in input_sources(config.data.input, "data.input") if source.path]
     data = getattr(config, "data", None)
-    named = {k: getattr(data, k, None) for k in _DATA_KEYS}
+    named = {k: getattr(data, k, None) for k in DATA_KEYS}
     named = {f"data.{k}": value for k, value in named.items()}
     if isinstance(config, EvaluateRun):
         named["judge.calibration"] = config.judge.calibration

@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
@@ -160,8 +162,11 @@ class Saver:
         form = dict(checkpoint.OPTIMIZER_FORM)
         if self.optimizer is not None:
             shards["optimizer"] = self.optimizer.sharded_state_dict(dict(shards), metadata=dict(form))
+        # What data parallel ranks hold alike is divided among them: weights, and the state that each has gathered.
+        everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), everyone)
         return dist_checkpointing.save(
-            shards, str(folder), async_sharded_save=True, async_strategy="mcore", content_metadata=form
+            shards, str(folder), strategy, async_sharded_save=True, async_strategy="mcore", content_metadata=form
         )
 
     def _commit(self, save: _Save, entries: dict[str, dict[str, Any]]) -> None:

@@ -53,6 +53,14 @@ def stopped(forks: Forks, given: Path, stage: str, tensor_parallel: int) -> Path
     return run_dir
 
 
+def test_ranks_share_the_writing(forks: Forks, given: Path) -> None:
+    """Tensor parallel ranks have other tensors, data parallel ranks the same: all four write about as much."""
+    checkpoint = stopped(forks, given, "sft", 2) / "checkpoints" / "latest"
+    sizes = [file.stat().st_size for file in checkpoint.resolve().glob("*.distcp")]
+    assert len(sizes) == 4
+    assert max(sizes) < 1.3 * min(sizes), sizes
+
+
 def tensors(checkpoint: Path) -> dict[str, Any]:
     """Return every tensor of a checkpoint, gathered: weights, fp32 copies and both moments."""
     from megatron.core import dist_checkpointing

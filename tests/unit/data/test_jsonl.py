@@ -190,11 +190,6 @@ def test_input_paths_name_every_problem(tmp_path: Path) -> None:
     assert all(problem.startswith("data.valid=") for problem in error.value.problems)
 
 
-def test_names_of_data_sets_are_for_prepare() -> None:
-    with pytest.raises(ConfigError, match=r"data\.train=hf:owner/set: run `prepare data\.input=hf:owner/set` first"):
-        input_paths("hf:owner/set", "data.train")
-
-
 def test_written_rows_read_back_the_same(tmp_path: Path) -> None:
     rows = [{"b": "naïve 日本\n\u2028", "a": [1, 2.5, None, True]}, {}]
     path = tmp_path / "new" / "rows.jsonl"

@@ -1,0 +1,89 @@
+"""Data sets of the hub as the input of stages; a local folder stands for one."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offline_align.__main__ import run
+from offline_align.config.compose import compose
+from offline_align.stages.hub import with_files
+from tests.training import STEPS, TINY, metrics, samples, train, write_jsonl
+
+
+def published(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """Write the rows in a published form and return the name of the data set."""
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", rows)
+    return f"hf:{folder}"
+
+
+def as_dolly() -> list[dict[str, Any]]:
+    return [{"instruction": s["prompt"], "context": "", "response": s["response"]} for s in samples()]
+
+
+def test_training_on_a_data_set_is_training_on_its_rows(tmp_path: Path) -> None:
+    name = published(tmp_path / "set", as_dolly())
+    expected = train("sft", tmp_path / "plain", write_jsonl(tmp_path / "rows.jsonl", samples()))
+    command = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={name}", *TINY, *STEPS]
+    assert run(command) == 0
+    assert metrics(tmp_path / "run") == metrics(expected)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    [file] = (tmp_path / "run" / "cache" / "hub").iterdir()
+    assert file.name in json.dumps(manifest["inputs"])
+    # A second run reads the file, whatever has become of the data set.
+    (tmp_path / "set" / "train.jsonl").unlink()
+    assert run(command) == 0
+
+
+def test_a_set_that_cannot_be_read_is_named_by_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train=hf:{tmp_path}", *TINY]
+    assert run(command) == 78
+    assert f"data.train=hf:{tmp_path}: cannot be loaded" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("*.jsonl"))
+    assert run([*command, "dry_run=true"]) == 0
+
+
+def test_rows_that_do_not_fit_are_bad_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = published(tmp_path / "set", [{"text": "only a text"}, *as_dolly()])
+    command = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={name}", *TINY, *STEPS]
+    assert run(command) == 65
+    assert f"{name}:1: instruction: not a string" in capsys.readouterr().err
+    assert run([*command, "data.on_bad_row=skip"]) == 0
+    [quarantine] = (tmp_path / "run" / "cache" / "hub").glob("*.quarantine.jsonl")
+    assert "only a text" in quarantine.read_text()
+
+
+def test_prompts_stay_as_they_are(tmp_path: Path) -> None:
+    name = published(tmp_path / "set", [{"prompt": "a", "more": 1}, {"prompt": "b", "id": "own", "more": 2}])
+    words = [f"run.dir={tmp_path / 'run'}", f"data.input=[{name},{write_jsonl(tmp_path / 'x.jsonl', [])}]"]
+    config: Any = with_files(compose("generate", words).config)
+    first, second = config.data.input
+    assert [json.loads(line) for line in Path(first).read_text().splitlines()] == [
+        {"prompt": "a", "more": 1, "id": f"{name}:1"},
+        {"prompt": "b", "more": 2, "id": "own"},
+    ]
+    assert second == str(tmp_path / "x.jsonl")
+
+
+def test_other_ranks_wait_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = published(tmp_path / "set", as_dolly())
+    config = compose("sft", [f"run.dir={tmp_path / 'run'}", f"data.train={name}"]).config
+    found: list[Any] = []
+    monkeypatch.setenv("RANK", "1")
+    waiting = threading.Thread(target=lambda: found.append(with_files(config)))
+    waiting.start()
+    time.sleep(0.5)
+    assert not found
+    monkeypatch.setenv("RANK", "0")
+    first: Any = with_files(config)
+    waiting.join(timeout=30)
+    assert [c.data.train for c in found] == [first.data.train]
+
+
+def test_a_plan_needs_a_place_for_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "data.input=hf:owner/set"]) == 78
+    assert "data.input=hf:owner/set: give run.dir or data.cache_dir" in capsys.readouterr().err
