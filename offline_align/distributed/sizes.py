@@ -121,6 +121,17 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + max(self.activations, self.update)
 
 
+def checkpoint_host_bytes(sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes) -> float:
+    """Return the bytes that one rank needs of its host's memory while a checkpoint is saved or loaded.
+
+    With the distributed optimizer every data parallel rank gathers main weights and two moments in fp32, and takes a
+    copy of the share that it writes; without it there is the copy alone.
+    """
+    shards = ranks.data * ranks.context
+    gathered = sizes.parameters / ranks.tensor * 12
+    return gathered * (parallel.use_distributed_optimizer + 1 / shards)
+
+
 def training_memory(
     sizes: ModelSizes,
     parallel: ParallelSection,

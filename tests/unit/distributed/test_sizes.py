@@ -8,7 +8,13 @@ from offline_align.config.compose import compose
 from offline_align.config.runs import ModelRun
 from offline_align.config.sections import ModelSection, ParallelSection
 from offline_align.distributed.hardware import peak_flops
-from offline_align.distributed.sizes import ParallelSizes, model_sizes, pad_vocabulary, training_memory
+from offline_align.distributed.sizes import (
+    ParallelSizes,
+    checkpoint_host_bytes,
+    model_sizes,
+    pad_vocabulary,
+    training_memory,
+)
 
 TINY = ModelSection(
     num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=4, num_query_groups=2, vocab_size=10
@@ -55,6 +61,14 @@ def test_gradients_in_bf16_are_copied_for_the_update() -> None:
     assert training_memory(sizes, fp32, ranks, 1, True, "none").update == 0
     lean = training_memory(sizes, bf16, ranks, 1, True, "none", lean_optimizer=True)
     assert (lean.update, lean.optimizer) == (0, memory.optimizer / 2)
+
+
+def test_a_checkpoint_is_gathered_on_every_rank_and_copied_in_shares() -> None:
+    sizes, ranks = model_sizes(TINY, 100), ParallelSizes(world=8, tensor=2, context=1)
+    state = sizes.parameters / 2 * 12
+    assert checkpoint_host_bytes(sizes, ParallelSection(), ranks) == state * (1 + 1 / 4)
+    plain = ParallelSection(use_distributed_optimizer=False)
+    assert checkpoint_host_bytes(sizes, plain, ranks) == state / 4
 
 
 def test_the_papers_model_has_about_8_5_billion() -> None:
