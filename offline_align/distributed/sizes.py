@@ -122,7 +122,7 @@ class MemoryEstimate:
 
 
 def checkpoint_host_bytes(sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes) -> float:
-    """Return the bytes that one rank needs of its host's memory while a checkpoint is saved or loaded.
+    """Return the bytes that one rank needs of its host's memory while a checkpoint is saved.
 
     With the distributed optimizer every data parallel rank gathers main weights and two moments in fp32, and takes a
     copy of the share that it writes; without it there is the copy alone.

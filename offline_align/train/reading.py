@@ -63,7 +63,8 @@ class MetadataUnpickler(pickle.Unpickler):
 def load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the tensors and objects that `wanted` describes, as megatron's loader does; raises StorageError."""
     with _nothing_executes(folder):
-        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+        # A rank asks for what it has a part of, so that the one to which megatron counts a tensor may not want it.
+        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
     return loaded
 
 
