@@ -46,7 +46,7 @@ def print_training_plan(stage: str, config: TrainRun, explicit: frozenset[str]) 
     memory = training_memory(sizes, config.parallel, ranks, capacity, bf16, trainer.recompute.value, lean)
     _add_memory(table, memory)
     host = checkpoint_host_bytes(sizes, config.parallel, ranks) * config.launcher.nproc_per_node
-    table.add_row("host memory", f"about {host / _GIB:,.0f} GiB on each node while a checkpoint is saved")
+    table.add_row("host memory", f"at least {host / _GIB:,.0f} GiB on each node while a checkpoint is saved")
     if bf16 and on_cuda:
         for title, text in layout_advice(config, model, sizes):
             table.add_row(title, text)
