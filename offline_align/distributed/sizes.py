@@ -125,8 +125,8 @@ def checkpoint_host_bytes(sizes: ModelSizes, parallel: ParallelSection, ranks: P
     """Return the bytes that one rank needs at least of its host's memory while a checkpoint is saved.
 
     With the distributed optimizer every data parallel rank gathers main weights and two moments in fp32, and takes a
-    copy of the share that it writes; without it there is the copy alone. Gathering takes more, a few times the size of a
-    bucket of gradients.
+    copy of the share that it writes; without it there is the copy alone. Gathering takes more: a few times the size of
+    a bucket of gradients.
     """
     shards = ranks.data * ranks.context
     gathered = sizes.parameters / ranks.tensor * 12
