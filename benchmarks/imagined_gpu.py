@@ -30,6 +30,8 @@ SOURCE = Path(__file__).with_suffix(".c")
 # The one that works in place torch does not count, and of attention over packed rows it says what one long row costs.
 _PRODUCTS = {product: flop_registry[product] for product in (torch.ops.aten.mm, torch.ops.aten.addmm)}
 _PRODUCTS[torch.ops.aten.addmm_] = _PRODUCTS[torch.ops.aten.addmm]
+# The first is the second in inference mode.
+_READS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
 # What torch's allocator on CUDA rounds sizes up to.
 _BLOCK_BYTES = 512
 
@@ -94,7 +96,7 @@ class ImaginedGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, _: Any, arguments: Any = (), named: Any = None) -> Any:
         """Run one operation; a value that nobody knows is 1."""
-        if function is torch.ops.aten._local_scalar_dense.default:
+        if function in _READS:
             return self._value(*arguments)
         result = function(*arguments, **(named or {}))
         if function is torch.ops.aten._to_copy.default and result.device.type == "cpu":

@@ -158,15 +158,15 @@ def _source(layout: Layout, bins: int) -> RowSource:
     """Return rows that fill so many bins; in each, rows of several lengths, or pairs."""
     parts = [layout.tokens // 2, layout.tokens // 4, layout.tokens // 4]
     if layout.kind == "policy":
-        return SampleSource(_rows(parts * bins), layout.share_prompts)
-    sides = [_rows([n // 2 for n in parts] * bins) for _ in range(2)]
+        return SampleSource(rows_of(parts * bins), layout.share_prompts)
+    sides = [rows_of([n // 2 for n in parts] * bins) for _ in range(2)]
     return PairSource(
         TokenizedPairs(*sides, np.zeros(len(sides[0]), np.float32), sides[0].row_ids, {}), layout.share_prompts
     )
 
 
-def _rows(lengths: list[int]) -> TokenizedRows:
-    """Return rows that are targets but for their first token."""
+def rows_of(lengths: list[int]) -> TokenizedRows:
+    """Return rows of such lengths, targets but for their first token."""
     ids = np.arange(sum(lengths), dtype=np.int32) % 64
     offsets, count = np.cumsum([0, *lengths]).astype(np.int64), len(lengths)
     starts, weights = np.ones(count, np.int32), np.ones(count, np.float32)

@@ -81,6 +81,29 @@ def test_steps_run_in_every_layout_and_wait_twice(imagined: dict[str, str], engi
         assert all("clip_grads" in line or "train/step" in line for line in traced["waits"])
 
 
+def test_labelling_asks_for_nothing_but_copies(imagined: dict[str, str]) -> None:
+    """Bins in pinned memory, prompts that rows share, scores that are copied while the next bin is computed."""
+    code = """
+import torch
+from benchmarks.imagined_gpu import imagined_rank
+from benchmarks.memory import Layout, rows_of
+from offline_align.data.bins import SampleSource
+from offline_align.distributed.setup import Ranks
+from tests.stages.test_imagined_gpu import SEVERAL_BUCKETS
+layout = Layout(world=8, tensor=4, sequence_parallel=True, kind="reward_model")
+source = SampleSource(rows_of([300, 40, 200, 100, 90, 500, 60] * 8), share_prompts=True)
+with imagined_rank(layout.parallel, layout.world) as gpu:
+    from offline_align.label.scoring import plan_bins, score_bins
+    from offline_align.model.build import build_model
+    ranks = Ranks(0, 8, 0, 2, 0, 4, 0, 1, torch.device("cuda", 0))
+    model = build_model("reward_model", SEVERAL_BUCKETS, layout.parallel, ranks.device, True).eval()
+    bins = plan_bins(source, 1024)
+    gpu.forget()
+    print(len(bins), sum(len(scores) for scores in score_bins(model, source, bins, ranks)), sum(gpu.waits.values()))
+"""
+    assert on_imagined_gpu(imagined, code).split() == ["12", "56", "0"]
+
+
 def test_a_tensor_on_the_wrong_device_is_found(imagined: dict[str, str]) -> None:
     code = """
 import torch
