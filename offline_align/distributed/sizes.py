@@ -121,6 +121,26 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + max(self.activations, self.update)
 
 
+def scoring_memory(
+    sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes, tokens: int, bf16: bool
+) -> MemoryEstimate:
+    """Estimate the bytes of one rank that scores bins of `tokens`: forward alone, one layer at a time.
+
+    The most is there in the MLP: what goes around it, its normed input, its output and that of all ranks together, and
+    gate, up, their activation and product.
+    """
+    element = 2 if bf16 else 4
+    split = ranks.tensor if parallel.sequence_parallel else 1
+    layer = 4 * sizes.hidden / split + 4 * sizes.ffn / ranks.tensor
+    return MemoryEstimate(
+        weights=sizes.rank_bytes(ranks.tensor, element),
+        gradients=0,
+        optimizer=0,
+        activations=tokens / ranks.context * layer * element,
+        update=0,
+    )
+
+
 def checkpoint_host_bytes(sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes) -> float:
     """Return the bytes that one rank needs at least of its host's memory while a checkpoint is saved.
 

@@ -13,6 +13,7 @@ from offline_align.distributed.sizes import (
     ParallelSizes,
     checkpoint_host_bytes,
     model_sizes,
+    scoring_memory,
     training_memory,
 )
 from offline_align.launch import torchrun_command
@@ -65,8 +66,7 @@ def print_label_plan(config: LabelRun, explicit: frozenset[str]) -> None:
     table.add_row("batch", f"packed bins of up to {capacity:,} tokens, forward only")
     on_cuda = config.run.device is not Device.cpu
     bf16 = config.trainer.precision.in_bf16(on_cuda)
-    weights = sizes.rank_bytes(ranks.tensor, 2 if bf16 else 4)
-    table.add_row("memory a rank", f"{weights / _GIB:.2f} GiB of weights")
+    _add_memory(table, scoring_memory(sizes, config.parallel, ranks, capacity, bf16))
     if bf16 and on_cuda:
         table.add_row("rate", scoring_rate(config.launcher.gpu, sizes, config.data.max_length))
     _finish(table, "label", config)
@@ -112,7 +112,7 @@ def _add_memory(table: Table, memory: MemoryEstimate) -> None:
     }
     name, most = max(("activations", memory.activations), ("update", memory.update), key=lambda part: part[1])
     parts[name] = most
-    text = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items())
+    text = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items() if size)
     table.add_row("memory a rank", f"about {memory.total / _GIB:.2f} GiB: {text}")
 
 

@@ -104,6 +104,33 @@ with imagined_rank(layout.parallel, layout.world) as gpu:
     assert on_imagined_gpu(imagined, code).split() == ["12", "56", "0"]
 
 
+def test_labelling_with_8b_holds_what_plans_say(imagined: dict[str, str]) -> None:
+    code = """
+import torch
+from benchmarks.imagined_gpu import imagined_rank
+from benchmarks.memory import LLAMA3_8B, Layout, rows_of
+from offline_align.data.bins import SampleSource
+from offline_align.distributed.setup import Ranks
+from offline_align.distributed.sizes import ParallelSizes, model_sizes, scoring_memory
+for tensor in (1, 4):
+    layout = Layout(world=tensor, tensor=tensor)
+    planned = scoring_memory(
+        model_sizes(LLAMA3_8B, 128256, scalar_head=True), layout.parallel, ParallelSizes(tensor, tensor, 1), 16384, True
+    )
+    with imagined_rank(layout.parallel, tensor) as gpu:
+        from offline_align.label.scoring import plan_bins, score_bins
+        from offline_align.model.build import build_model
+        ranks = Ranks(0, tensor, 0, 1, 0, tensor, 0, 1, torch.device("cuda", 0))
+        model = build_model("reward_model", LLAMA3_8B, layout.parallel, ranks.device, True).eval()
+        source = SampleSource(rows_of([4096] * 8))
+        scored = list(score_bins(model, source, plan_bins(source, 16384), ranks))
+        print(len(scored), gpu.peak_bytes / planned.total)
+"""
+    found = [line.split() for line in on_imagined_gpu(imagined, code).splitlines()]
+    assert [bins for bins, _ in found] == ["2", "2"]
+    assert all(0.99 < float(ratio) < 1.01 for _, ratio in found), found
+
+
 def test_a_tensor_on_the_wrong_device_is_found(imagined: dict[str, str]) -> None:
     code = """
 import torch

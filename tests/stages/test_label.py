@@ -355,4 +355,4 @@ def test_the_plan_counts_weights_in_the_precision_of_the_run(
     place = RunSection(dir="unused", device=device)
     print_label_plan(LabelRun(run=place, model=model, trainer=ComputeSection(precision=precision)), frozenset())
     expected = model_sizes(model, 32_000, scalar_head=True).rank_bytes(1, size) / 2**30
-    assert f"{expected:.2f} GiB of weights" in capsys.readouterr().out
+    assert f"weights {expected:.2f}, activations" in capsys.readouterr().out
