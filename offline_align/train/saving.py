@@ -117,7 +117,7 @@ class Saver:
     def poll(self) -> None:
         """Let a save in the background appear if all ranks have written their shards; do not wait for it."""
         thread = self._under_way.thread if self._under_way is not None else None
-        if thread is not None and not any(self.ranks.gather(thread.is_alive())):
+        if thread is not None and not self.ranks.any_rank(thread.is_alive())():
             self.finish()
 
     def finish(self) -> None:
