@@ -43,7 +43,7 @@ class Unavailable(Exception):
 def environment(folder: Path) -> dict[str, str]:
     """Return the variables of a process that is to see an imagined GPU, whose library is put into `folder`.
 
-    Raises Unavailable.
+    Raises Unavailable, and CalledProcessError where the library cannot be compiled, which is no lack of the machine.
     """
     library = folder / "imagined_gpu.so"
     if torch.version.cuda is None:
@@ -52,11 +52,9 @@ def environment(folder: Path) -> dict[str, str]:
     # One that says it is the driver is taken for it, by whoever asks for that name.
     command = ["cc", "-shared", "-fPIC", "-w", *headers, "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o", str(library)]
     try:
-        subprocess.run(command, input=_source(), text=True, check=True, capture_output=True)
+        subprocess.run(command, input=_source(), text=True, check=True)
     except FileNotFoundError as error:
         raise Unavailable("no C compiler: cc") from error
-    except subprocess.CalledProcessError as error:
-        raise Unavailable(error.stderr.splitlines()[0]) from error
     return {
         "LD_PRELOAD": str(library),
         "CUDA_VISIBLE_DEVICES": "0",

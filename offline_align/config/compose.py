@@ -5,7 +5,6 @@ no folders and sets up no logging. Each value is then checked against the datacl
 one wrong key does not hide the next one.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import os
@@ -18,7 +17,6 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -26,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from offline_align.config import runs
 from offline_align.config.runs import Run
+from offline_align.config.words import parse, split_flags, with_home
 from offline_align.errors import ConfigError
 
 STAGES: dict[str, type[Run]] = {
@@ -104,9 +103,9 @@ def compose(stage: str, words: list[str]) -> Composed:
     over the groups. Problems are collected, not raised.
     """
     problems: list[str] = []
-    words, folder, file = _split_flags(words, problems)
+    words, folder, file = split_flags(words, problems)
     searched = [folder, configs_dir()] if folder else [configs_dir()]
-    overrides, unreadable = _parse(words, problems)
+    overrides, unreadable = parse(words, problems)
     groups = [o for o in overrides if _is_group(o.key_or_group, searched)]
     chosen = [w for o in groups if (w := _group_choice(o, searched, problems))]
     tree = _compose_groups(stage, chosen, folder, problems)
@@ -151,61 +150,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return value
-
-
-def _split_flags(words: list[str], problems: list[str]) -> tuple[list[str], Path | None, Path | None]:
-    """Take `--config-dir DIR` and `--config FILE` (also with `=`) out of the words."""
-    rest: list[str] = []
-    found: dict[str, Path] = {}
-    queue = list(words)
-    while queue:
-        word = queue.pop(0)
-        name, _, value = word.partition("=")
-        if name not in ("--config-dir", "--config"):
-            rest.append(word)
-            continue
-        value = value or (queue.pop(0) if queue else "")
-        path = Path(_with_home(value))
-        if not path.exists() or not value:
-            problems.append(f"{name}={value}: no such path")
-        else:
-            found[name] = path.resolve()
-    return rest, found.get("--config-dir"), found.get("--config")
-
-
-def _parse(words: list[str], problems: list[str]) -> tuple[list[Override], set[str]]:
-    """Return what the words say, and the keys of those that cannot be read."""
-    parser = OverridesParser.create()
-    overrides: list[Override] = []
-    unreadable: set[str] = set()
-    for word in words:
-        override = _parse_word(parser, word)
-        if override is None:
-            problem = "cannot be read; write key=value, and quote what has special characters: 'key=\"a, b\"'"
-        elif not override.key_or_group or override.is_delete() or override.is_sweep_override():
-            problem = "only key=value can be used here; write a list as key=[a,b], a comma in a name as 'key=\"a,b\"'"
-        else:
-            overrides.append(override)
-            continue
-        problems.append(f"{word}: {problem}")
-        unreadable.add(word.partition("=")[0].lstrip("+"))
-    return overrides, unreadable
-
-
-def _parse_word(parser: OverridesParser, word: str) -> Override | None:
-    """Return an override, or None; what Hydra's grammar refuses is tried again as a quoted text.
-
-    That gives paths such as `~/a=b`. A list or a quoted text is meant to be read by the grammar, and a comma may be
-    one of a list: they stay as they are.
-    """
-    key, equals, value = word.partition("=")
-    value = value.strip()
-    quote = '"' if '"' not in value else "'"
-    quotable = equals and "," not in value and not value.startswith(("[", "{", '"', "'"))
-    for form in (word, f"{key}={quote}{value}{quote}" if quotable else None):
-        with contextlib.suppress(HydraException):
-            return parser.parse_override(form) if form else None
-    return None
 
 
 def _is_group(key: str, searched: list[Path]) -> bool:
@@ -289,23 +233,13 @@ def _assign(config: DictConfig, item: _Value, problems: list[str]) -> bool:
     if known.get(key) is bool and not isinstance(item.value, bool):
         problems.append(f"{shown}{where}: expected true or false")
         return False
-    value = _with_home(item.value) if item.key in _PATHS else item.value
+    value = with_home(item.value) if item.key in _PATHS else item.value
     try:
         OmegaConf.update(config, key, value, merge=False, force_add=is_open)
     except OmegaConfBaseException as error:
         problems.append(f"{shown}{where}: {_reason(error)}")
         return False
     return True
-
-
-def _with_home(value: Any) -> Any:
-    """Return a path, or each of a list, with `~` replaced."""
-    if isinstance(value, list):
-        return [_with_home(item) for item in value]
-    if isinstance(value, str) and value.startswith("~"):
-        with contextlib.suppress(RuntimeError):  # no user of this name: it is one of a file
-            return str(Path(value).expanduser())
-    return value
 
 
 def _schema_keys(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -32,12 +32,15 @@ def with_files[R: Run](config: R) -> R:
 
     Raises ConfigError where a data set cannot be loaded, DataError for rows that are none of ours.
     """
-    data: Any = getattr(config, "data", None)
+    # Not every stage has data, and which keys depends on the stage.
+    whole: Any = config
+    data = getattr(whole, "data", None)
     if data is None or isinstance(config, PrepareRun):  # which reads them itself
         return config
     values = {key: getattr(data, key, None) for key in common.DATA_KEYS}
-    changed = {key: _filed(config, f"data.{key}", value) for key, value in values.items() if _names_a_set(value)}
-    return replace(config, data=replace(data, **changed)) if changed else config  # type: ignore[call-arg]
+    changed = {key: _filed(whole, f"data.{key}", value) for key, value in values.items() if _names_a_set(value)}
+    found: R = replace(whole, data=replace(data, **changed)) if changed else config
+    return found
 
 
 def _names_a_set(value: Any) -> bool:
@@ -45,16 +48,15 @@ def _names_a_set(value: Any) -> bool:
     return any(isinstance(name, str) and name.startswith(HUB_PREFIX) for name in names)
 
 
-def _filed(config: Run, key: str, value: Any) -> Any:
+def _filed(config: Any, key: str, value: Any) -> Any:
     if isinstance(value, list):
         return [_filed(config, key, name) for name in value]
     return str(_file_of(config, key, value)) if _names_a_set(value) else value
 
 
-def _file_of(config: Run, key: str, name: str) -> Path:
+def _file_of(config: Any, key: str, name: str) -> Path:
     """Return the file of a data set, which rank 0 makes; the others wait for it, as there are no groups yet."""
-    data: Any = config.data  # type: ignore[attr-defined]
-    if data.cache_dir is None and config.run.dir in (MISSING, None):  # as `plan` may leave it
+    if config.data.cache_dir is None and config.run.dir in (MISSING, None):  # as `plan` may leave it
         raise ConfigError(f"{key}={name}: give run.dir or data.cache_dir, into which it can be read")
     readable = re.sub(r"[^\w.]+", "-", name.removeprefix(HUB_PREFIX))[-60:].strip("-")
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -71,9 +73,8 @@ def _file_of(config: Run, key: str, name: str) -> Path:
     return path
 
 
-def _make(path: Path, config: Run, key: str, name: str) -> None:
-    data: Any = config.data  # type: ignore[attr-defined]
-    bad_rows = BadRows(data.on_bad_row, path.with_suffix(".quarantine.jsonl"))
+def _make(path: Path, config: Any, key: str, name: str) -> None:
+    bad_rows = BadRows(config.data.on_bad_row, path.with_suffix(".quarantine.jsonl"))
     drops: Counter[str] = Counter()
     try:
         count = write_jsonl(path, _rows(config, name, bad_rows, drops))
