@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.imagined_gpu import environment, imagined_rank
+from offline_align.config.compose import compose
 from offline_align.config.sections import ModelSection, OptimSection, ParallelSection, Recompute
 from offline_align.data.batch import PackedBatch
 from offline_align.data.bins import PairSource, RowSource, SampleSource
@@ -27,16 +28,6 @@ from offline_align.data.loader import Loader
 from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
 from offline_align.distributed.sizes import ParallelSizes, model_sizes, padding_multiple, training_memory
 
-LLAMA3_8B = ModelSection(
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    vocab_size=128256,
-    max_position_embeddings=8192,
-    rotary_base=500000.0,
-)
 _GIB = 2**30
 
 
@@ -109,6 +100,13 @@ class Traced:
     waits: dict[str, int]
     """How often the host waited in the second step, by line."""
     seconds: float
+
+
+def llama3_8b() -> ModelSection:
+    """Return the architecture of `model=llama3_8b`."""
+    config: Any = compose("sft", ["run.dir=unused", "model=llama3_8b"]).config
+    section: ModelSection = config.model
+    return section
 
 
 def trace(model: ModelSection, layout: Layout, micro_batches: int = 2, rank: int = 0) -> Traced:
@@ -201,7 +199,7 @@ def main() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     found = {}
     for layout in LAYOUTS:
-        found[layout] = traced = trace(LLAMA3_8B, layout)
+        found[layout] = traced = trace(llama3_8b(), layout)
         print(f"{layout}: {traced.peak_bytes / _GIB:.2f} GiB, {traced.seconds:.0f} s", file=sys.stderr, flush=True)
     given.results.mkdir(parents=True, exist_ok=True)
     lines = [asdict(layout) | asdict(traced) for layout, traced in found.items()]

@@ -39,7 +39,7 @@ LAYOUTS = [
 TRACE = """
 import json, sys
 from dataclasses import asdict
-from benchmarks.memory import LLAMA3_8B, Layout, trace
+from benchmarks.memory import trace
 from tests.stages.test_imagined_gpu import LAYOUTS, SEVERAL_BUCKETS
 print("FOUND", json.dumps([asdict(trace(SEVERAL_BUCKETS, layout, rank=layout.world - 1)) for layout in LAYOUTS]))
 """
@@ -108,20 +108,19 @@ def test_labelling_with_8b_holds_what_plans_say(imagined: dict[str, str]) -> Non
     code = """
 import torch
 from benchmarks.imagined_gpu import imagined_rank
-from benchmarks.memory import LLAMA3_8B, Layout, rows_of
+from benchmarks.memory import Layout, llama3_8b, rows_of
 from offline_align.data.bins import SampleSource
 from offline_align.distributed.setup import Ranks
 from offline_align.distributed.sizes import ParallelSizes, model_sizes, scoring_memory
 for tensor in (1, 4):
     layout = Layout(world=tensor, tensor=tensor)
-    planned = scoring_memory(
-        model_sizes(LLAMA3_8B, 128256, scalar_head=True), layout.parallel, ParallelSizes(tensor, tensor, 1), 16384, True
-    )
+    sizes, ranks = model_sizes(llama3_8b(), 128256, scalar_head=True), ParallelSizes(tensor, tensor, 1)
+    planned = scoring_memory(sizes, layout.parallel, ranks, 16384, True)
     with imagined_rank(layout.parallel, tensor) as gpu:
         from offline_align.label.scoring import plan_bins, score_bins
         from offline_align.model.build import build_model
         ranks = Ranks(0, tensor, 0, 1, 0, tensor, 0, 1, torch.device("cuda", 0))
-        model = build_model("reward_model", LLAMA3_8B, layout.parallel, ranks.device, True).eval()
+        model = build_model("reward_model", llama3_8b(), layout.parallel, ranks.device, True).eval()
         source = SampleSource(rows_of([4096] * 8))
         scored = list(score_bins(model, source, plan_bins(source, 16384), ranks))
         print(len(scored), gpu.peak_bytes / planned.total)
@@ -153,7 +152,7 @@ with imagined_rank(ParallelSection(), 1) as gpu:
 def test_a_step_of_8b_holds_and_computes_what_plans_and_meters_say(imagined: dict[str, str], engine: bool) -> None:
     """Memory, and the work that `mfu` is made of, but for that of attention."""
     code = """
-from benchmarks.memory import LLAMA3_8B, Layout, trace
+from benchmarks.memory import Layout, llama3_8b, trace
 from offline_align.distributed.sizes import model_sizes
 for layout in (
     Layout(tensor=4),
@@ -161,12 +160,12 @@ for layout in (
     Layout(tensor=2, context=2),
     Layout(tensor=4, sequence_parallel=True, kind="reward_model"),
 ):
-    traced = trace(LLAMA3_8B, layout, micro_batches=1)
+    traced = trace(llama3_8b(), layout, micro_batches=1)
     # A bin of three rows, or three pairs: all tokens but the first of each row are targets, or six are read.
     scalar = layout.kind == "reward_model"
     targets = 6 if scalar else layout.tokens - 3
     read = layout.tokens if layout.sequence_parallel else targets
-    flops = model_sizes(LLAMA3_8B, 128256, scalar_head=scalar).train_flops(layout.tokens, 0, targets, read)
+    flops = model_sizes(llama3_8b(), 128256, scalar_head=scalar).train_flops(layout.tokens, 0, targets, read)
     # Full recomputation does the forward pass of the layers again.
     flops += (flops - 6 * 128256 * 4096 * targets) / 3 if layout.recompute == "full" else 0
     print(traced.peak_bytes / traced.planned_bytes, traced.product_flops * layout.tensor * layout.context / flops)
