@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import IO, Any
 
 NEVER = 1 << 40
+_SECONDS_TO_FAIL_TOGETHER = 5.0
 
 
 @dataclass(frozen=True)
@@ -122,19 +123,27 @@ def _fork(request: Request, writing: int) -> list[int]:
 
 
 def _wait(request: Request, ranks: list[int]) -> list[int]:
-    """Send the signal when it is due and return the exit codes; where one rank has failed, the others are killed."""
+    """Send the signal when it is due and return the exit codes.
+
+    Where a rank was killed, the others are too; where one has failed they have a moment to say so themselves, as a
+    launcher grants.
+    """
     victims = [ranks[k] for k in request.victims or range(len(ranks))]
     due = None if request.signal_after_seconds is None else time.monotonic() + request.signal_after_seconds
     codes: dict[int, int] = {}
+    last_moment = float("inf")
     while len(codes) < len(ranks):
         for rank in (r for r in ranks if r not in codes):
             done, status = os.waitpid(rank, os.WNOHANG)
             if done:
-                codes[rank] = os.waitstatus_to_exitcode(status)
+                code = codes[rank] = os.waitstatus_to_exitcode(status)
+                if code not in (0, 75):
+                    moment = 0.0 if code < 0 else _SECONDS_TO_FAIL_TOGETHER
+                    last_moment = min(last_moment, time.monotonic() + moment)
         if due is not None and time.monotonic() >= due:
             _signal([r for r in victims if r not in codes], request.signal_number)
             due = None
-        if any(codes.values()) and not all(code == 75 for code in codes.values()):
+        if time.monotonic() >= last_moment:
             _signal([r for r in ranks if r not in codes], signal.SIGKILL)
         time.sleep(0.002)
     return [codes[rank] for rank in ranks]
