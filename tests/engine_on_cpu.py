@@ -290,8 +290,12 @@ def main() -> None:
     install()
     from offline_align.__main__ import run
 
-    if sys.argv[1] == "engine":
+    if sys.argv[1].startswith("engine"):
         build_from_its_layers()
+    if sys.argv[1] == "engine without a first update":
+        from tests.faults.sabotage import not_finite
+
+        not_finite("gradient", float("nan"), rank=0, first=1, steps=1)
     sys.exit(run(sys.argv[2:]))
 
 

@@ -141,16 +141,13 @@ def scoring_memory(
     )
 
 
-def checkpoint_host_bytes(sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes) -> float:
-    """Return the bytes that one rank needs at least of its host's memory while a checkpoint is saved.
+def checkpoint_host_bytes(sizes: ModelSizes, ranks: ParallelSizes, bf16: bool) -> float:
+    """Return the bytes that one rank takes of its host's memory while a checkpoint is saved.
 
-    With the distributed optimizer every data parallel rank gathers main weights and two moments in fp32, and takes a
-    copy of the share that it writes; without it there is the copy alone. Gathering takes more: a few times the size of
-    a bucket of gradients.
+    That is a copy of what it writes: its share, among the data parallel ranks, of the weights and of main weights and
+    two moments in fp32.
     """
-    shards = ranks.data * ranks.context
-    gathered = sizes.parameters / ranks.tensor * 12
-    return gathered * (parallel.use_distributed_optimizer + 1 / shards)
+    return sizes.parameters / ranks.tensor / (ranks.data * ranks.context) * ((2 if bf16 else 4) + 12)
 
 
 def training_memory(

@@ -46,8 +46,8 @@ def print_training_plan(stage: str, config: TrainRun, explicit: frozenset[str]) 
     lean = config.optim.use_precision_aware_optimizer
     memory = training_memory(sizes, config.parallel, ranks, capacity, bf16, trainer.recompute.value, lean)
     _add_memory(table, memory)
-    host = checkpoint_host_bytes(sizes, config.parallel, ranks) * config.launcher.nproc_per_node
-    table.add_row("host memory", f"at least {host / _GIB:,.0f} GiB on each node while a checkpoint is saved")
+    host = checkpoint_host_bytes(sizes, ranks, bf16) * config.launcher.nproc_per_node
+    table.add_row("host memory", f"about {host / _GIB:,.3g} GiB on each node while a checkpoint is saved")
     if bf16 and on_cuda:
         for title, text in layout_advice(config, model, sizes):
             table.add_row(title, text)

@@ -7,7 +7,6 @@ run is damaged, the one before it takes its place.
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import re
@@ -26,12 +25,11 @@ from offline_align.errors import FailedOnMainRank, StorageError
 from offline_align.lineage import file_sha256
 from offline_align.lineage.files import canonical_json, fsync_path, text_sha256
 from offline_align.lineage.manifest import LONGEST_PATH
-from offline_align.train import reading
+from offline_align.train import optimizer_state, reading
 
 FOLDER = "checkpoints"
 FILES_NAME = "checkpoint.json"
 STATE_NAME = "state.json"
-OPTIMIZER_FORM = {"distrib_optim_sharding_type": "fully_reshardable"}
 _STEP_NAME = re.compile(r"step_\d{8}")
 
 logger = logging.getLogger(__name__)
@@ -281,29 +279,11 @@ def load_weights(model: nn.Module, folder: Path, ranks: Ranks, fresh_prefixes: t
 def load(model: nn.Module, optimizer: MegatronOptimizer, folder: Path) -> TrainState:
     """Load weights, moments and state of a checkpoint saved at any layout, which `newest_whole` has verified."""
     shards = sharded_weights(model)
-    shards["optimizer"] = optimizer.sharded_state_dict(dict(shards), is_loading=True, metadata=dict(OPTIMIZER_FORM))
-    _leave_out_others(shards["optimizer"], optimizer)
+    shards["optimizer"] = optimizer_state.to_load(optimizer, shards)
     loaded = reading.load(shards, folder)
-    optimizer.load_state_dict(loaded.pop("optimizer"))
+    optimizer_state.take(optimizer, loaded.pop("optimizer"))
     _load_into(model, loaded)
     return read_state(folder)
-
-
-def _leave_out_others(shards: dict[str, Any], optimizer: MegatronOptimizer) -> None:
-    """Take out of an optimizer's description what this rank has no part of: it is neither read nor held.
-
-    megatron asks on every data parallel rank for the state of all parameters, and drops the most of it afterwards.
-    """
-    if "param_state" not in shards:  # which is there where the state is divided among ranks
-        return
-    (divided,) = optimizer.chained_optimizers
-    number = itertools.count()
-    for buffer, ranges in zip(divided.buffers, divided.gbuf_ranges, strict=True):
-        own = {parameter for buckets in ranges.values() for bucket in buckets for parameter in bucket["param_map"]}
-        for parameter in buffer.param_index_map:
-            place = next(number)
-            if parameter not in own:
-                del shards["param_state"][place]
 
 
 def _load_into(model: nn.Module, loaded: dict[str, Any]) -> None:

@@ -21,6 +21,10 @@ class EngineAdam(FusedAdam):  # type: ignore[misc]
 
     _whole = True
 
+    def initialize_state(self, param: Tensor, store_param_remainders: bool | None = None) -> None:
+        """Make moments of zero, and what the weight lacks; megatron does not say whether that is a remainder."""
+        super().initialize_state(param, self._has_remainder(param))
+
     def state_dict(self) -> Any:
         """Return the states as they are kept; megatron asks for each weight by itself."""
         self._whole = False

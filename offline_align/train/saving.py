@@ -29,7 +29,7 @@ from offline_align.distributed.setup import Ranks
 from offline_align.errors import AlignError, StorageError
 from offline_align.lineage.files import fsync_path
 from offline_align.model.description import ModelDescription
-from offline_align.train import checkpoint
+from offline_align.train import checkpoint, optimizer_state
 from offline_align.train.checkpoint import TrainState
 
 # fp32 main weights and two moments.
@@ -159,12 +159,12 @@ class Saver:
         # Its writers are threads of this process; only their result queue would start a manager process.
         filesystem_async._results_queue = queue.Queue()
         shards = checkpoint.sharded_weights(self.model)
-        form = dict(checkpoint.OPTIMIZER_FORM)
         if self.optimizer is not None:
-            shards["optimizer"] = self.optimizer.sharded_state_dict(dict(shards), metadata=dict(form))
-        # What data parallel ranks hold alike is divided among them: weights, and the state that each has gathered.
+            shards["optimizer"] = optimizer_state.to_save(self.optimizer, shards)
+        # What data parallel ranks hold alike is divided among them.
         everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
         strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), everyone)
+        form = dict(optimizer_state.FORM)
         return dist_checkpointing.save(
             shards, str(folder), strategy, async_sharded_save=True, async_strategy="mcore", content_metadata=form
         )

@@ -61,6 +61,11 @@ def test_ranks_share_the_writing(forks: Forks, given: Path) -> None:
     assert max(sizes) < 1.3 * min(sizes), sizes
 
 
+def test_a_save_sends_nothing_of_the_state(forks: Forks, given: Path) -> None:
+    ended = forks.run(words("sft", given, given / "silent", 1), world=4, sabotage=("saves_send_no_tensors", []))
+    assert not any(ended.codes), ended.said
+
+
 def tensors(checkpoint: Path) -> dict[str, Any]:
     """Return every tensor of a checkpoint, gathered: weights, fp32 copies and both moments."""
     from megatron.core import dist_checkpointing
@@ -73,22 +78,42 @@ def tensors(checkpoint: Path) -> dict[str, Any]:
         return found
 
 
-@pytest.mark.parametrize(("saved_at", "loaded_at"), CHANGES if ALL else [(4, 2), (2, 1), (1, 4)])
-def test_another_layout_goes_on_from_the_same_numbers(given: Path, forks: Forks, saved_at: int, loaded_at: int) -> None:
+def same(one: Path, other: Path) -> bool:
+    """Return whether two checkpoints hold the same tensors, to the bit; both hold moments."""
     import torch
 
+    before, after = tensors(one), tensors(other)
+    # Beside the tensors there are the groups of the optimizer.
+    held = [name for name, tensor in before.items() if isinstance(tensor, torch.Tensor)]
+    assert sum("exp_avg" in name for name in held) >= 2
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in held)
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_megatrons_own_form_holds_the_same_tensors(given: Path, forks: Forks, tensor_parallel: int) -> None:
+    """Ours is loaded and saved by megatron's own code for any layout, and that by ours again."""
+    source = stopped(forks, given, "sft", tensor_parallel)
+    step = max((source / "checkpoints").glob("step_*"))
+    for by_megatron in (True, False):
+        copy = given / f"{tensor_parallel} {by_megatron}"
+        run_dir = given / f"{tensor_parallel} {by_megatron} from"
+        shutil.copytree(source, run_dir, symlinks=True)
+        command = words("sft", given, run_dir, tensor_parallel)
+        ended = forks.run(command, world=4, sabotage=("saved_again", [str(copy), by_megatron]))
+        assert not any(ended.codes), ended.said
+        assert same(step, copy / "checkpoints" / step.name)
+        source = copy
+
+
+@pytest.mark.parametrize(("saved_at", "loaded_at"), CHANGES if ALL else [(4, 2), (2, 1), (1, 4)])
+def test_another_layout_goes_on_from_the_same_numbers(given: Path, forks: Forks, saved_at: int, loaded_at: int) -> None:
     source = stopped(forks, given, "sft", saved_at)
     step = max((source / "checkpoints").glob("step_*"))
     run_dir, copy = given / f"{saved_at} to {loaded_at}", given / f"{saved_at} to {loaded_at} again"
     shutil.copytree(source, run_dir, symlinks=True)
     ended = forks.run(words("sft", given, run_dir, loaded_at), world=4, sabotage=("saved_again", [str(copy)]))
     assert not any(ended.codes), ended.said
-    before, after = tensors(step), tensors(copy / "checkpoints" / step.name)
-    assert before.keys() == after.keys()
-    # Beside the tensors there are the groups of the optimizer.
-    held = [name for name, tensor in before.items() if isinstance(tensor, torch.Tensor)]
-    assert sum("exp_avg" in name for name in held) >= 2
-    assert all(torch.equal(before[name], after[name]) for name in held)
+    assert same(step, copy / "checkpoints" / step.name)
     straight = given / f"straight {saved_at}"
     if not straight.exists():
         shutil.copytree(source, straight, symlinks=True)

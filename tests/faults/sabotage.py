@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 
+from benchmarks.checkpoints import use_megatrons_form
 from offline_align.distributed.stopping import StopRequest
 from offline_align.model.heads import RewardModel
 from offline_align.train import checkpoint, saving, trainer
@@ -189,8 +191,32 @@ def not_finite_and_weights(folder: str, *poison: Any) -> None:
     not_finite(*poison)
 
 
-def saved_again(run_dir: str) -> None:
-    """Save what has been loaded at once, into another run folder."""
+def saves_send_no_tensors() -> None:
+    """Let collectives of tensors fail while a save is planned; objects go by torch's own names of them."""
+    begin = saving.Saver._begin
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a save sends tensors")
+
+    def alone(self: saving.Saver, *arguments: Any) -> Any:
+        names = ("all_gather", "all_gather_into_tensor", "gather", "broadcast", "all_reduce")
+        kept = {name: getattr(torch.distributed, name) for name in names}
+        try:
+            for name in names:
+                setattr(torch.distributed, name, fail)
+            return begin(self, *arguments)
+        finally:
+            for name, collective in kept.items():
+                setattr(torch.distributed, name, collective)
+
+    saver: Any = saving.Saver
+    saver._begin = alone
+
+
+def saved_again(run_dir: str, by_megatron: bool = False) -> None:
+    """Save what has been loaded at once, into another run folder; in megatron's own form where asked for."""
+    if by_megatron:
+        use_megatrons_form()
     original = trainer.Trainer._continue
 
     def loaded(self: trainer.Trainer) -> None:

@@ -115,3 +115,13 @@ def test_a_run_with_half_an_optimizer_goes_on_to_the_bit(
     parts = on_engine("engine", stage, tmp_path / "parts", data, *words)
     assert metrics(parts) == metrics(straight)
     assert metrics(parts, "grad_norm") == metrics(straight, "grad_norm")
+
+
+def test_half_an_optimizer_is_saved_before_its_first_update(tmp_path: Path, rows: Path) -> None:
+    words = [*TINY, "trainer.precision=bf16", "optim.use_precision_aware_optimizer=true"]
+    skipping = "engine without a first update"
+    straight = on_engine(skipping, "sft", tmp_path / "straight", rows, *words)
+    on_engine(skipping, "sft", tmp_path / "parts", rows, *words, "trainer.max_time=0.001", code=75)
+    parts = on_engine("engine", "sft", tmp_path / "parts", rows, *words)
+    assert metrics(parts, "skipped_steps") == metrics(straight, "skipped_steps") == [1] * 5
+    assert metrics(parts) == metrics(straight)

@@ -63,12 +63,12 @@ def test_gradients_in_bf16_are_copied_for_the_update() -> None:
     assert (lean.update, lean.optimizer) == (0, memory.optimizer / 2)
 
 
-def test_a_checkpoint_is_gathered_on_every_rank_and_copied_in_shares() -> None:
-    sizes, ranks = model_sizes(TINY, 100), ParallelSizes(world=8, tensor=2, context=1)
-    state = sizes.parameters / 2 * 12
-    assert checkpoint_host_bytes(sizes, ParallelSection(), ranks) == state * (1 + 1 / 4)
-    plain = ParallelSection(use_distributed_optimizer=False)
-    assert checkpoint_host_bytes(sizes, plain, ranks) == state / 4
+def test_a_rank_copies_to_its_host_what_it_writes() -> None:
+    sizes = model_sizes(TINY, 100)
+    for world, tensor, context, share in ((8, 2, 1, 8), (8, 1, 2, 8), (1, 1, 1, 1)):
+        ranks = ParallelSizes(world=world, tensor=tensor, context=context)
+        assert checkpoint_host_bytes(sizes, ranks, bf16=True) == sizes.parameters * 14 / share
+        assert checkpoint_host_bytes(sizes, ranks, bf16=False) == sizes.parameters * 16 / share
 
 
 def test_the_papers_model_has_about_8_5_billion() -> None:

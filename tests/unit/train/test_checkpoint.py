@@ -2,8 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -125,19 +123,3 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_start_again(tmp_path: Path
     folder.rename(tmp_path / "elsewhere")
     with pytest.raises(StorageError, match="points to step_00000002, which is gone"):
         checkpoint.newest_whole(tmp_path, ALONE)
-
-
-def test_a_rank_asks_for_the_state_that_it_has_a_part_of() -> None:
-    """Two buffers of three and two parameters, in two buckets and one, numbered through."""
-    one, two, three, four, five = "abcde"
-    divided = SimpleNamespace(
-        buffers=[SimpleNamespace(param_index_map=dict.fromkeys(names)) for names in ((one, two, three), (four, five))],
-        gbuf_ranges=[{"bf16": [{"param_map": {two: ()}}, {"param_map": {}}]}, {"fp32": [{"param_map": {four: ()}}]}],
-    )
-    optimizer: Any = SimpleNamespace(chained_optimizers=[divided])
-    shards: dict[str, Any] = {"param_state": dict(enumerate("abcde")), "more": 1}
-    checkpoint._leave_out_others(shards, optimizer)
-    assert shards == {"param_state": {1: two, 3: four}, "more": 1}
-    whole = {"optimizer": 1}
-    checkpoint._leave_out_others(whole, optimizer)
-    assert whole == {"optimizer": 1}
