@@ -99,6 +99,8 @@ class Traced:
     """Operations of matrix products in the second step."""
     waits: dict[str, int]
     """How often the host waited in the second step, by line."""
+    left_to_autograd: list[str]
+    """Weight matrices whose gradient is not added up by the product that makes it."""
     seconds: float
 
 
@@ -120,7 +122,10 @@ def trace(model: ModelSection, layout: Layout, micro_batches: int = 2, rank: int
         held = gpu.held_bytes
         step(batches, 1e-5)
         seconds = time.monotonic() - started
-        return Traced(_planned(model, layout), gpu.peak_bytes, held, gpu.product_flops, dict(gpu.waits), seconds)
+        matrices = {name: weight for name, weight in step.model.module.named_parameters() if weight.ndim == 2}
+        left = [name for name, weight in matrices.items() if not weight.grad_added_to_main_grad]
+        planned = _planned(model, layout)
+        return Traced(planned, gpu.peak_bytes, held, gpu.product_flops, dict(gpu.waits), left, seconds)
 
 
 def _micro_batches(layout: Layout, count: int, rank: int) -> list[PackedBatch]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from offline_align.distributed.sizes import LOGITS_KEPT_BYTES, LOGITS_PIECE_BYTES
+from offline_align.model.weight_gradients import add_product, added
 
 
 def target_nll(hidden: Tensor, weight: Tensor, ids: Tensor, group: dist.ProcessGroup, vocab_size: int) -> Tensor:
@@ -57,13 +58,14 @@ class _TargetNll(torch.autograd.Function):
                 residual = _residual(probabilities, own_log_sum - log_sum[piece], local[piece], own)
                 kept.append(residual.to(weight.dtype))
         ctx.save_for_backward(hidden, weight, local, is_own, log_sum, *kept)
-        ctx.rows = rows
+        ctx.rows, ctx.weight = rows, weight
         return log_sum - target
 
     @staticmethod
     def backward(ctx: Any, nll_grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, weight, local, is_own, log_sum, *kept = ctx.saved_tensors
-        hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
+        hidden_grad, total = torch.empty_like(hidden), getattr(ctx.weight, "main_grad", None)
+        weight_grad = torch.zeros_like(weight) if total is None else total
         weighted = (hidden * nll_grad[:, None]).to(weight.dtype)
         for number, piece in enumerate(_pieces(hidden.size(0), ctx.rows)):
             if kept:
@@ -74,7 +76,9 @@ class _TargetNll(torch.autograd.Function):
                 residual = _residual(probabilities, own_log_sum - log_sum[piece], local[piece], own)
                 residual = residual.to(weight.dtype)
             torch.mm(residual, weight, out=hidden_grad[piece])
-            weight_grad.addmm_(residual.t(), weighted[piece])
+            add_product(weight_grad, residual, weighted[piece])
+        if total is not None:
+            weight_grad = added(ctx.weight)
         return hidden_grad * nll_grad[:, None].to(hidden.dtype), weight_grad, None, None, None
 
 

@@ -20,6 +20,7 @@ from megatron.core.utils import local_multi_tensor_applier
 from torch import Tensor, nn
 
 from offline_align.config.sections import DecayStyle, OptimSection, ParallelSection
+from offline_align.model.weight_gradients import add_in_place
 from offline_align.train.adam import Adam
 
 
@@ -49,7 +50,9 @@ def wrap_model(model: nn.Module, parallel: ParallelSection, on_cuda: bool) -> Di
         overlap_grad_reduce=parallel.overlap_grad_reduce and on_cuda,
         overlap_param_gather=_overlaps_param_gather(parallel, on_cuda),
     )
-    return DistributedDataParallel(model.config, config, model)
+    wrapped = DistributedDataParallel(model.config, config, model)
+    add_in_place(model)
+    return wrapped
 
 
 def _overlaps_param_gather(parallel: ParallelSection, on_cuda: bool) -> bool:

@@ -79,6 +79,8 @@ def test_steps_run_in_every_layout_and_wait_twice(imagined: dict[str, str], engi
     for layout, traced in zip(LAYOUTS, found, strict=True):
         assert len(traced["waits"]) == 2, f"{layout}: {traced['waits']}"
         assert all("clip_grads" in line or "train/step" in line for line in traced["waits"])
+        head = ["reward_head.weight"] if layout.kind == "reward_model" else []
+        assert traced["left_to_autograd"] == ["embedding.word_embeddings.weight", *head]
 
 
 def test_labelling_asks_for_nothing_but_copies(imagined: dict[str, str]) -> None:
