@@ -144,11 +144,15 @@ def against_fp32(backend: str, kind: str, lengths: list[int], device: Device, bf
 
 
 def outputs(kind: str, lengths: list[int], device: Device, bf16: bool, backend: str) -> tuple[Any, Any]:
-    """Return the outputs of a small model with fixed weights for such rows, and the gradient of their sum, in fp32."""
+    """Return the outputs of a small model with fixed weights for such rows, and the gradient of their sum, in fp32.
+
+    The gradient is the one that training would apply, of two micro-batches that are alike.
+    """
     import torch
 
     with session(PARALLEL, RunSection(dir="unused", device=device)) as ranks:
         from offline_align.model.build import build_model
+        from offline_align.train.optim import wrap_model
 
         small = ModelSection(
             num_layers=2,
@@ -164,9 +168,15 @@ def outputs(kind: str, lengths: list[int], device: Device, bf16: bool, backend: 
         source: RowSource = SampleSource(random_rows(lengths))
         if kind == "reward_model":
             source = PairSource(random_pairs(lengths), share_prompts=True)
-        output = model(source.collate(range(len(lengths)), 16).to(ranks.device))
+        batch = source.collate(range(len(lengths)), 16).to(ranks.device)
+        wrapped = wrap_model(model, PARALLEL, ranks.device.type == "cuda")
+        wrapped.zero_grad_buffer()
+        with wrapped.no_sync():
+            wrapped(batch).sum().backward()
+        output = wrapped(batch)
         output.sum().backward()
-        gradient = torch.cat([p.grad.flatten().float().cpu() for _, p in sorted(_canonical(model).items())])
+        wrapped.finish_grad_sync()
+        gradient = torch.cat([p.main_grad.flatten().float().cpu() for _, p in sorted(_canonical(model).items())])
         return output.detach().float().cpu().numpy(), gradient.numpy()
 
 

@@ -1,6 +1,9 @@
 """What several tests share."""
 
+import contextlib
 import os
+import random
+import socket
 from pathlib import Path
 
 import pytest
@@ -15,3 +18,24 @@ def real_data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set OFFLINE_ALIGN_DATA")
     return folder
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens at, lowest first, and that stay so until they are used.
+
+    They are none of those that the kernel gives to connections, nor of those that another worker of pytest may take.
+    """
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first_given = int(given.read_text().split()[0]) if given.exists() else 32_768
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = list(range(10_000 + worker % 16, first_given, 16))
+    random.SystemRandom().shuffle(ports)
+    free = (port for port in ports if _is_free(port))
+    return sorted(next(free) for _ in range(count))
+
+
+def _is_free(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.socket() as tried:
+        tried.bind(("", port))
+        return True
+    return False

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import free_ports
+
 pytestmark = pytest.mark.distributed
 
 CHECK = """
@@ -24,9 +26,7 @@ STOPS_LATER = "import os; check._reduce = lambda *_: os._exit(9)"
 
 def ranks(folder: Path, damage: list[str | None], *options: str) -> list[tuple[int, str]]:
     """Run the check as so many ranks, each on a node of its own; None: it never comes. Returns codes and messages."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(*free_ports(1))
     processes = []
     for rank, what in enumerate(damage):
         if what is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import free_ports
 from tests.training import STEPS, TINY, samples, write_jsonl
 
 pytestmark = pytest.mark.distributed
@@ -15,9 +16,7 @@ pytestmark = pytest.mark.distributed
 
 def ranks(folder: Path, counts: list[int], *words: str) -> list[subprocess.CompletedProcess[str]]:
     """Train with a rank on each of two nodes, whose file of the same name has so many rows."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(*free_ports(1))
     processes = []
     for rank, count in enumerate(counts):
         node = folder / f"node{rank}"

@@ -10,7 +10,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+from tests.support import free_ports
 
 NEVER = 1 << 40
 _SECONDS_TO_FAIL_TOGETHER = 5.0
@@ -106,9 +107,7 @@ def _serve(requests: IO[str], replies: IO[str]) -> None:
 
 
 def _fork(request: Request, writing: int) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     ranks = []
     for rank in range(request.world):
         child = os.fork()

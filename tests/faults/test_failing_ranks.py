@@ -2,13 +2,14 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.support import free_ports
 
 ALL = os.environ.get("FAULTS") == "all"
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -19,10 +20,8 @@ BOOM = "internal error: RuntimeError: boom; debug=true shows where"
 
 def start(case: str, folder: Path) -> list["subprocess.CompletedProcess[str]"]:
     """Run two ranks as srun does, without anybody who would end one after the other: rank 0 holds the store."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        address, port = found.getsockname()
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    (port,) = free_ports(1)
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = []
     for rank in range(2):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(folder / str(rank))}

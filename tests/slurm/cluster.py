@@ -12,6 +12,8 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+from tests.support import free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
 # What Slurm gives a requeued job to settle.
 _REQUEUE_SECONDS = 120
@@ -155,7 +157,7 @@ class Cluster:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("state", "spool.n1", "spool.n2"):
             (self.folder / name).mkdir(exist_ok=True)
-        first, *others = _free_ports(3)
+        first, *others = free_ports(3)
         text = CONFIGURATION.format(
             host=socket.gethostname(),
             user=getpass.getuser(),
@@ -197,16 +199,6 @@ class Cluster:
 def missing_programs() -> list[str]:
     """Return what a private Slurm needs and this machine lacks."""
     return [program for program in PROGRAMS if shutil.which(program, path=SEARCHED) is None]
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = sorted(s.getsockname()[1] for s in sockets)
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def _signal(process: int, number: int) -> None:
