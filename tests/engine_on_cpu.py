@@ -1,8 +1,5 @@
 """Transformer Engine's layers without a GPU: its own Python code, with torch in the place of its compiled kernels.
 
-    python -m tests.engine_on_cpu engine sft run.dir=...    models are built from those layers, as on a GPU
-    python -m tests.engine_on_cpu torch sft run.dir=...     they are merely installed
-
 What megatron and this project do with the layers is tested so (names, shapes, gradients, collectives, checkpoints);
 the kernels themselves need a GPU (`tests/gpu`). `make test` unpacks the sources.
 """
@@ -208,7 +205,10 @@ def _stand_in(name: str) -> Any:
 
 
 def install() -> None:
-    """Let `import transformer_engine` find the sources, for the rest of this process."""
+    """Let `import transformer_engine` find the sources, for the rest of this process.
+
+    Models are built from its layers after `build_from_its_layers`; until then it is merely installed.
+    """
     cuda: Any = torch.cuda
     cuda.get_device_properties = lambda *_: SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     cuda.get_device_capability = lambda *_: (9, 0)
@@ -283,21 +283,3 @@ def build_from_its_layers() -> None:
     optimizers._offer_own_adam = lambda *_: None
     refusals: Any = checks
     refusals._engine = lambda _: []
-
-
-def main() -> None:
-    # Before megatron is imported, which looks for it then.
-    install()
-    from offline_align.__main__ import run
-
-    if sys.argv[1].startswith("engine"):
-        build_from_its_layers()
-    if sys.argv[1] == "engine without a first update":
-        from tests.faults.sabotage import not_finite
-
-        not_finite("gradient", float("nan"), rank=0, first=1, steps=1)
-    sys.exit(run(sys.argv[2:]))
-
-
-if __name__ == "__main__":
-    main()

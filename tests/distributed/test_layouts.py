@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from offline_align.__main__ import run
 from offline_align.train.checkpoint import newest
+from tests.faults.forks import Forks
 from tests.training import STEPS, TINY, continued, labelled, metrics, pairs, samples, train, write_jsonl
 
 pytestmark = pytest.mark.distributed
@@ -67,13 +69,32 @@ def weights_of(run: Path) -> dict[str, list[float]]:
         return {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
 
 
+@pytest.fixture(scope="module")
+def forks(folder: Path) -> Iterator[Forks]:
+    with Forks(folder) as made:
+        yield made
+
+
+def ranks_of(words: list[str]) -> int:
+    return next((int(word.partition("=")[2]) for word in words if word.startswith("launcher.")), 1)
+
+
+def by_ranks(forks: Forks, *words: str) -> None:
+    """Run a command by ranks that a launcher would have started."""
+    ended = forks.run(list(words), world=ranks_of(list(words)))
+    assert not any(ended.codes), ended.said
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_agree(folder: Path, alone: Path, layout: str) -> None:
+def test_layouts_agree(folder: Path, forks: Forks, alone: Path, layout: str) -> None:
     run = folder / layout
-    done = command("sft", f"run.dir={run}", f"data.train={folder / 'rows.jsonl'}", *TINY, *STEPS, *LAYOUTS[layout])
-    assert done.returncode == 0, done.stderr
-    ranks = int(LAYOUTS[layout][0].partition("=")[2])
-    assert sorted(p.name for p in (run / "logs").iterdir()) == [f"rank_{rank:03d}.log" for rank in range(ranks)]
+    words = ["sft", f"run.dir={run}", f"data.train={folder / 'rows.jsonl'}", *TINY, *STEPS, *LAYOUTS[layout]]
+    if layout == "tp2_dp2":
+        done = command(*words)
+        assert done.returncode == 0, done.stderr
+        assert sorted(p.name for p in (run / "logs").iterdir()) == [f"rank_{rank:03d}.log" for rank in range(4)]
+    else:
+        by_ranks(forks, *words)
     assert metrics(run) == pytest.approx(metrics(alone), abs=1e-5)
     assert metrics(run, "grad_norm") == pytest.approx(metrics(alone, "grad_norm"), rel=1e-4)
     assert metrics(run, "consumed_samples") == metrics(alone, "consumed_samples")
@@ -88,7 +109,7 @@ def computed_tokens(run: Path) -> float:
     return sum(r * s for r, s in zip(metrics(run, "tokens_per_second"), metrics(run, "step_seconds"), strict=True))
 
 
-def test_reward_model_and_labels_agree_between_layouts(folder: Path, alone: Path) -> None:
+def test_reward_model_and_labels_agree_between_layouts(folder: Path, forks: Forks, alone: Path) -> None:
     # Long enough that both answers of a pair share it.
     data = write_jsonl(folder / "pairs.jsonl", [{**row, "prompt": f"{row['prompt']} " * 12} for row in pairs()])
     words = ["trainer.global_batch_size=4", "trainer.max_steps=5", "optim.lr=1e-3", f"data.valid={data}"]
@@ -97,8 +118,7 @@ def test_reward_model_and_labels_agree_between_layouts(folder: Path, alone: Path
     assert metrics(apart) == pytest.approx(metrics(one), abs=1e-5)
     assert computed_tokens(one) < 0.7 * computed_tokens(apart)
     split = folder / "reward_tp2_dp2"
-    done = command("reward", f"run.dir={split}", f"data.train={data}", *continued(alone), *words, *LAYOUTS["tp2_dp2"])
-    assert done.returncode == 0, done.stderr
+    by_ranks(forks, "reward", f"run.dir={split}", f"data.train={data}", *continued(alone), *words, *LAYOUTS["tp2_dp2"])
     assert metrics(split) == pytest.approx(metrics(one), abs=1e-5)
     for name in ("valid_accuracy", "valid_ties", "valid_count"):
         assert metrics(split, name) == metrics(one, name)
@@ -108,16 +128,8 @@ def test_reward_model_and_labels_agree_between_layouts(folder: Path, alone: Path
     scores = {}
     for name, layout in (("one", []), ("four", LAYOUTS["tp2_dp2"])):
         run = folder / f"label_{name}"
-        done = command(
-            "label",
-            f"run.dir={run}",
-            f"init.from={split}",
-            both,
-            "data.max_length=128",
-            "run.device=cpu",
-            *layout,
-        )
-        assert done.returncode == 0, done.stderr
+        cpu = ["data.max_length=128", "run.device=cpu"]
+        by_ranks(forks, "label", f"run.dir={run}", f"init.from={split}", both, *cpu, *layout)
         rows = [json.loads(line) for line in (run / "labelled.jsonl").read_text().splitlines()]
         scores[name] = {row["id"]: row["reward_raw"] for row in rows}
         assert [row["id"] for row in rows] == [
@@ -127,7 +139,7 @@ def test_reward_model_and_labels_agree_between_layouts(folder: Path, alone: Path
     assert scores["one"] == pytest.approx(scores["four"], abs=1e-5)
 
 
-def test_the_distance_between_policies_agrees_between_layouts(folder: Path, alone: Path) -> None:
+def test_the_distance_between_policies_agrees_between_layouts(folder: Path, forks: Forks, alone: Path) -> None:
     rows, data = folder / "rows.jsonl", write_jsonl(folder / "preferences.jsonl", pairs())
     reward = train("reward", folder / "judge", data, "optim.lr=1e-3", model=continued(alone))
     moved = train("sft", folder / "moved", rows, "run.seed=7", "optim.lr=3e-3", model=continued(alone))
@@ -140,11 +152,7 @@ def test_the_distance_between_policies_agrees_between_layouts(folder: Path, alon
     for layout in ("one", "tp2_sequence", "cp2"):
         target = folder / f"evaluate_{layout}"
         words = [f"run.dir={target}", f"judge.model={reward}", f"data.input=[{files}]", "evaluate.bootstrap_samples=20"]
-        if layout == "one":
-            assert run(["evaluate", *words, *cpu]) == 0
-        else:
-            done = command("evaluate", *words, *cpu, *LAYOUTS[layout])
-            assert done.returncode == 0, done.stderr
+        by_ranks(forks, "evaluate", *words, *cpu, *LAYOUTS.get(layout, []))
         (method,) = json.loads((target / "report.json").read_text())["optimisation"]["methods"].values()
         found[layout] = [method["kl_per_token"], method["kl_prompts"], *method["kl"].values(), *method["gain"].values()]
     assert abs(found["one"][0]) > 1e-3

@@ -61,12 +61,13 @@ class Ended:
 class Forks:
     """Runs commands of offline-align in forks of one server."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None, engine: bool = False) -> None:
+        """Start the server, with Transformer Engine installed if wanted (see `tests.engine_on_cpu`)."""
         self._said = folder / "said"
         # One thread a rank: so many ranks share few cores, and results do not depend on how many they are.
         more = {"OMP_NUM_THREADS": "1", **(environment or {})}
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.forks"],
+            [sys.executable, "-m", "tests.faults.forks", *(["engine"] if engine else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -90,7 +91,12 @@ class Forks:
         return Ended(codes, self._said.read_text(errors="replace"), changes, seconds)
 
 
-def _serve(requests: IO[str], replies: IO[str]) -> None:
+def _serve(requests: IO[str], replies: IO[str], engine: bool) -> None:
+    if engine:
+        from tests import engine_on_cpu
+
+        # Before megatron is imported, which looks for it then.
+        engine_on_cpu.install()
     _import_everything()
     for line in requests:
         request = Request(**json.loads(line))
@@ -207,4 +213,4 @@ def _import_everything() -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.stdin, sys.stdout)
+    _serve(sys.stdin, sys.stdout, engine=sys.argv[1:] == ["engine"])

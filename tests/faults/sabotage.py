@@ -191,6 +191,15 @@ def not_finite_and_weights(folder: str, *poison: Any) -> None:
     not_finite(*poison)
 
 
+def built_from_engine(without_first_update: bool = False) -> None:
+    """Build models from the layers of Transformer Engine, where `Forks` has installed it."""
+    from tests.engine_on_cpu import build_from_its_layers
+
+    build_from_its_layers()
+    if without_first_update:
+        not_finite("gradient", float("nan"), rank=0, first=1, steps=1)
+
+
 def saves_send_no_tensors() -> None:
     """Let collectives of tensors fail while a save is planned; objects go by torch's own names of them."""
     begin = saving.Saver._begin

@@ -1,14 +1,15 @@
 """Transformer Engine's layers and optimizer give what the torch backend gives, and read its checkpoints."""
 
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from offline_align.__main__ import run
 from tests.engine_on_cpu import SOURCES
+from tests.faults.forks import Forks
 from tests.training import STEPS, TINY, continued, metrics, pairs, samples, train, write_jsonl
 
 pytestmark = [
@@ -31,20 +32,28 @@ def trained(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
     return train("sft", tmp_path_factory.mktemp("torch") / "run", rows)
 
 
-def on_engine(backend: str, stage: str, folder: Path, data: Path, *words: str, ranks: int = 1, code: int = 0) -> Path:
-    """Train in a process of its own where Transformer Engine is installed, and return the run folder."""
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Commands where Transformer Engine is installed."""
+    # megatron tells it its choices by variables, those of this process too.
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("NVTE_")]:
+            patch.delenv(name)
+        with Forks(tmp_path_factory.mktemp("forks"), engine=True) as made:
+            yield made
+
+
+BUILT_FROM_IT: Any = {"sabotage": ("built_from_engine", [])}
+
+
+def on_engine(
+    forks: Forks, folder: Path, data: Path, *words: str, stage: str = "sft", ranks: int = 1, code: int = 0, **how: Any
+) -> Path:
+    """Train where Transformer Engine is installed, with its layers unless `how` says otherwise."""
     command = [stage, f"run.dir={folder}", f"data.train={data}", *(words or TINY), *STEPS]
-    run_on_engine(backend, command, ranks, code)
+    ended = forks.run(command, world=ranks, **(how or BUILT_FROM_IT))
+    assert ended.codes == [code] * ranks, ended.said
     return folder
-
-
-def run_on_engine(backend: str, command: list[str], ranks: int = 1, code: int = 0) -> None:
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
-    start = [sys.executable, "-m", *torchrun, "tests.engine_on_cpu", backend]
-    # megatron tells Transformer Engine its choices so, those of this process too.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("NVTE_")}
-    done = subprocess.run([*start, *command], env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == code, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize(
@@ -55,48 +64,53 @@ def run_on_engine(backend: str, command: list[str], ranks: int = 1, code: int = 
     ],
     ids=["query-key norms, a window, full recomputation", "biases, selective recomputation"],
 )
-def test_a_step_is_that_of_the_torch_backend(tmp_path: Path, rows: Path, words: list[str]) -> None:
+def test_a_step_is_that_of_the_torch_backend(forks: Forks, tmp_path: Path, rows: Path, words: list[str]) -> None:
     expected = metrics(train("sft", tmp_path / "torch", rows, *words))
-    found = metrics(on_engine("engine", "sft", tmp_path / "engine", rows, *TINY, *words))
+    found = metrics(on_engine(forks, tmp_path / "engine", rows, *TINY, *words))
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
     "words", [[TP2], [TP2, "parallel.sequence_parallel=true"], ["parallel.context_parallel_size=2"], []]
 )
-def test_layouts_give_the_same_losses(tmp_path: Path, rows: Path, trained: Path, words: list[str]) -> None:
-    found = on_engine("engine", "sft", tmp_path / "run", rows, *TINY, *words, ranks=2)
+def test_layouts_give_the_same_losses(
+    forks: Forks, tmp_path: Path, rows: Path, trained: Path, words: list[str]
+) -> None:
+    found = on_engine(forks, tmp_path / "run", rows, *TINY, *words, ranks=2)
     assert metrics(found) == pytest.approx(metrics(trained), rel=1e-5)
     assert metrics(found, "grad_norm") == pytest.approx(metrics(trained, "grad_norm"), rel=1e-4)
 
 
-def test_each_backend_goes_on_from_checkpoints_of_the_other(tmp_path: Path, rows: Path, trained: Path) -> None:
-    engine = on_engine("engine", "sft", tmp_path / "engine", rows)
+def test_each_backend_goes_on_from_checkpoints_of_the_other(
+    forks: Forks, tmp_path: Path, rows: Path, trained: Path
+) -> None:
+    engine = on_engine(forks, tmp_path / "engine", rows)
     expected = metrics(train("sft", tmp_path / "torch", rows, model=continued(trained)))
-    crossed = metrics(on_engine("engine", "sft", tmp_path / "crossed", rows, *continued(trained)))
+    crossed = metrics(on_engine(forks, tmp_path / "crossed", rows, *continued(trained)))
     back = metrics(train("sft", tmp_path / "back", rows, model=continued(engine)))
     assert crossed == pytest.approx(expected, rel=1e-5)
     assert back == pytest.approx(expected, rel=1e-4)
 
 
-def test_reward_models_share_prompts(tmp_path: Path, trained: Path) -> None:
+def test_reward_models_share_prompts(forks: Forks, tmp_path: Path, trained: Path) -> None:
     data = write_jsonl(tmp_path / "pairs.jsonl", pairs())
     expected = metrics(train("reward", tmp_path / "torch", data, model=continued(trained)))
     layout = (TP2, "parallel.sequence_parallel=true")
-    found = on_engine("engine", "reward", tmp_path / "engine", data, *continued(trained), *layout, ranks=2)
+    found = on_engine(forks, tmp_path / "engine", data, *continued(trained), *layout, stage="reward", ranks=2)
     assert metrics(found) == pytest.approx(expected, rel=1e-4)
 
 
-def test_its_presence_changes_nothing_on_the_cpu(tmp_path: Path, rows: Path, trained: Path) -> None:
+def test_its_presence_changes_nothing_on_the_cpu(forks: Forks, tmp_path: Path, rows: Path, trained: Path) -> None:
     """Its optimizer and its norms are for CUDA alone, and megatron takes them wherever it finds them."""
-    assert metrics(on_engine("torch", "sft", tmp_path / "run", rows)) == metrics(trained)
+    assert metrics(on_engine(forks, tmp_path / "run", rows, sabotage=None)) == metrics(trained)
 
 
-def test_conversion_does_not_depend_on_the_engine(tmp_path: Path, trained: Path) -> None:
+def test_conversion_does_not_depend_on_the_engine(forks: Forks, tmp_path: Path, trained: Path) -> None:
     """Weights that are written, and the comparison with transformers that follows."""
     command = ["convert", f"init.from={trained}", "convert.to=huggingface", "run.device=cpu"]
     assert run([*command, f"run.dir={tmp_path / 'torch'}"]) == 0
-    run_on_engine("engine", [*command, f"run.dir={tmp_path / 'engine'}"])
+    ended = forks.run([*command, f"run.dir={tmp_path / 'engine'}"], **BUILT_FROM_IT)
+    assert ended.code == 0, ended.said
     expected, found = (tmp_path / name / "model.safetensors" for name in ("torch", "engine"))
     assert found.read_bytes() == expected.read_bytes()
 
@@ -105,23 +119,23 @@ def test_conversion_does_not_depend_on_the_engine(tmp_path: Path, trained: Path)
     ("stage", "more"), [("sft", []), ("reward", []), ("reward", ["parallel.grad_reduce_in_fp32=false"])]
 )
 def test_a_run_with_half_an_optimizer_goes_on_to_the_bit(
-    tmp_path: Path, rows: Path, stage: str, more: list[str]
+    forks: Forks, tmp_path: Path, rows: Path, stage: str, more: list[str]
 ) -> None:
     """Weights in bf16 and their remainders, and beside them the fp32 head of a reward model."""
     data = rows if stage == "sft" else write_jsonl(tmp_path / "pairs.jsonl", pairs())
     words = [*TINY, "trainer.precision=bf16", "optim.use_precision_aware_optimizer=true", *more]
-    straight = on_engine("engine", stage, tmp_path / "straight", data, *words)
-    on_engine("engine", stage, tmp_path / "parts", data, *words, "trainer.max_time=0.001", code=75)
-    parts = on_engine("engine", stage, tmp_path / "parts", data, *words)
+    straight = on_engine(forks, tmp_path / "straight", data, *words, stage=stage)
+    on_engine(forks, tmp_path / "parts", data, *words, "trainer.max_time=0.001", stage=stage, code=75)
+    parts = on_engine(forks, tmp_path / "parts", data, *words, stage=stage)
     assert metrics(parts) == metrics(straight)
     assert metrics(parts, "grad_norm") == metrics(straight, "grad_norm")
 
 
-def test_half_an_optimizer_is_saved_before_its_first_update(tmp_path: Path, rows: Path) -> None:
+def test_half_an_optimizer_is_saved_before_its_first_update(forks: Forks, tmp_path: Path, rows: Path) -> None:
     words = [*TINY, "trainer.precision=bf16", "optim.use_precision_aware_optimizer=true"]
-    skipping = "engine without a first update"
-    straight = on_engine(skipping, "sft", tmp_path / "straight", rows, *words)
-    on_engine(skipping, "sft", tmp_path / "parts", rows, *words, "trainer.max_time=0.001", code=75)
-    parts = on_engine("engine", "sft", tmp_path / "parts", rows, *words)
+    skipping: Any = {"sabotage": ("built_from_engine", [True])}
+    straight = on_engine(forks, tmp_path / "straight", rows, *words, **skipping)
+    on_engine(forks, tmp_path / "parts", rows, *words, "trainer.max_time=0.001", code=75, **skipping)
+    parts = on_engine(forks, tmp_path / "parts", rows, *words)
     assert metrics(parts, "skipped_steps") == metrics(straight, "skipped_steps") == [1] * 5
     assert metrics(parts) == metrics(straight)
