@@ -111,12 +111,12 @@ def llama3_8b() -> ModelSection:
     return section
 
 
-def trace(model: ModelSection, layout: Layout, micro_batches: int = 2, rank: int = 0) -> Traced:
-    """Run two steps of rank `rank` on an imagined GPU, every micro-batch full, and return what the second one held."""
+def trace(model: ModelSection, layout: Layout, count: int = 2, rank: int = 0) -> Traced:
+    """Return what the second step of rank `rank` holds on an imagined GPU, with `count` full micro-batches."""
     started = time.monotonic()
-    batches = _micro_batches(layout, micro_batches, rank)
+    batches = micro_batches(layout, count, rank)
     with imagined_rank(layout.parallel, layout.world, rank) as gpu:
-        step = _step(model, layout)
+        step = train_step(model, layout)
         step(batches, 1e-5)
         gpu.forget()
         held = gpu.held_bytes
@@ -128,7 +128,7 @@ def trace(model: ModelSection, layout: Layout, micro_batches: int = 2, rank: int
         return Traced(planned, gpu.peak_bytes, held, gpu.product_flops, dict(gpu.waits), left, seconds)
 
 
-def _micro_batches(layout: Layout, count: int, rank: int) -> list[PackedBatch]:
+def micro_batches(layout: Layout, count: int, rank: int) -> list[PackedBatch]:
     """Return those of a rank; tensor parallel ranks are neighbours, then come context parallel ones."""
     cp_rank, dp_rank = rank // layout.tensor % layout.context, rank // layout.tensor // layout.context
     dp_size = layout.world // layout.tensor // layout.context
@@ -141,7 +141,8 @@ def _micro_batches(layout: Layout, count: int, rank: int) -> list[PackedBatch]:
     return loader.step(0).micro_batches
 
 
-def _step(model: ModelSection, layout: Layout) -> Any:
+def train_step(model: ModelSection, layout: Layout) -> Any:
+    """Return the step of a randomly initialised model; inside of `imagined_rank`."""
     import torch
 
     from offline_align.model.build import build_model
