@@ -10,7 +10,7 @@ same names, with the distributed optimizer or without it, and megatron's form lo
 import math
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -40,7 +40,8 @@ def to_save(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> dict[str, 
         for kind, boxes in kinds.items():
             pieces = torch.split(tensors[kind].detach().flatten(), [math.prod(box.local_shape) for box in boxes])
             for box, piece in zip(boxes, pieces, strict=True):
-                box.data = piece.view(box.local_shape)
+                # One by one: boxes of one copy would be copied again for the file. Others may write what all have.
+                box.data = piece.view(box.local_shape).cpu() if held.alone else piece.view(box.local_shape)
     form = {"param_state_sharding_type": FORM["distrib_optim_sharding_type"]}
     return held.groups() | form | {_PARTS: parts}
 
@@ -65,6 +66,8 @@ class _Divided:
     """What this rank holds of an optimizer that is divided among data parallel ranks."""
 
     optimizer: DistributedOptimizer
+    alone: ClassVar[bool] = True
+    """Whether no other data parallel rank holds the same."""
 
     def ranges(self) -> dict[nn.Parameter, tuple[int, int]]:
         """Return the parameters that this rank has elements of, with the first of them and the end."""
@@ -76,15 +79,10 @@ class _Divided:
             for parameter, ranges in bucket["param_map"].items()
         }
 
-    def replica(self, weight: ShardedTensor) -> tuple[int, ...]:
-        """Return the number of the copy that this rank has; only one data parallel rank has any."""
-        return (*weight.replica_id[:2], 0)
-
     def tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return main weight and moments, as far as they are here, in fp32 on the CPU."""
+        """Return main weight and moments, as far as they are here, in fp32; a lean optimizer makes them for this."""
         found: dict[str, Tensor] = self.optimizer._get_main_param_and_optimizer_states(parameter)
-        # A lean optimizer makes them for the call: together they would take twice the memory that it saves.
-        return {kind: tensor.cpu() for kind, tensor in found.items()}
+        return found
 
     def take(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
         """Set what `tensors` gives."""
@@ -105,13 +103,10 @@ class _Whole:
     """The same of an optimizer that every data parallel rank has whole."""
 
     optimizer: Any
+    alone: ClassVar[bool] = False
 
     def ranges(self) -> dict[nn.Parameter, tuple[int, int]]:
         return {parameter: (0, parameter.numel()) for parameter in self._main_weights()}
-
-    def replica(self, weight: ShardedTensor) -> tuple[int, ...]:
-        copy: tuple[int, ...] = weight.replica_id
-        return copy
 
     def tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         main = self._main_weights()[parameter]
@@ -155,7 +150,8 @@ def _parts(held: _Divided | _Whole, weights: dict[str, Any]) -> dict[int, dict[s
     return {
         number: {
             kind: [
-                replace(box, replica_id=held.replica(box))
+                # Weights count their copies by data parallel rank too.
+                replace(box, replica_id=(*box.replica_id[:2], 0)) if held.alone else box
                 for tensor, first in _pieces(described[parameter], f"optimizer.state.{kind}")
                 for box in _boxes(tensor, start - first, stop - first)
             ]
