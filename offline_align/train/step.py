@@ -189,7 +189,9 @@ def evaluate(
     # Weights in fp8 are made anew: those at hand are from before the last update.
     model.set_is_first_microbatch()
     stored: list[dict[str, Any]] = []
-    with weights_in_place(model), torch.inference_mode():
+    # Not in inference mode: no later training step could write to the buffers that megatron and Transformer Engine make
+    # here and keep.
+    with weights_in_place(model), torch.no_grad():
         for share in batches:
             for batch in share:
                 moved = batch.to(device)

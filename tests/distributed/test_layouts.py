@@ -104,6 +104,22 @@ def test_layouts_agree(folder: Path, forks: Forks, alone: Path, layout: str) -> 
         assert ours[name] == pytest.approx(values, abs=2e-4), name
 
 
+@pytest.mark.parametrize("layout", ["tp2_sequence", "cp2_tp2"])
+def test_training_goes_on_after_a_validation_with_larger_bins(folder: Path, forks: Forks, layout: str) -> None:
+    """What is kept from pass to pass, such as the buffer of a gathered sequence, grows with the first of them."""
+    rows = write_jsonl(folder / "few.jsonl", samples())
+    longer = [{**row, "id": f"v{row['id']}", "prompt": f"{row['prompt']} " * 9} for row in samples()]
+    valid = write_jsonl(folder / "longer.jsonl", longer)
+    more = [f"data.train={rows}", f"data.valid={valid}", "trainer.eval_interval=2", *TINY, *STEPS]
+    found = {}
+    for name, words in (("one", []), (layout, LAYOUTS[layout])):
+        run_dir = folder / f"validated {layout} {name}"
+        by_ranks(forks, "sft", f"run.dir={run_dir}", *more, *words)
+        found[name] = [*metrics(run_dir), *metrics(run_dir, "valid_loss")]
+    assert len(found["one"]) == 5 + 3
+    assert found[layout] == pytest.approx(found["one"], abs=1e-5)
+
+
 def computed_tokens(run: Path) -> float:
     """Return the tokens of rows that the steps of a run computed."""
     return sum(r * s for r, s in zip(metrics(run, "tokens_per_second"), metrics(run, "step_seconds"), strict=True))
