@@ -9,6 +9,7 @@ same names, with the distributed optimizer or without it, and megatron's form lo
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -98,7 +99,7 @@ class _Divided:
         self.optimizer.load_state_dict(found)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Whole:
     """The same of an optimizer that every data parallel rank has whole."""
 
@@ -106,10 +107,10 @@ class _Whole:
     alone: ClassVar[bool] = False
 
     def ranges(self) -> dict[nn.Parameter, tuple[int, int]]:
-        return {parameter: (0, parameter.numel()) for parameter in self._main_weights()}
+        return {parameter: (0, parameter.numel()) for parameter in self.main_weights}
 
     def tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        main = self._main_weights()[parameter]
+        main = self.main_weights[parameter]
         return {"param": main, **self.optimizer.optimizer.state[main]}
 
     def take(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
@@ -126,7 +127,8 @@ class _Whole:
         for group, other in zip(own, self.optimizer._filter_and_reorder_param_groups(own, theirs), strict=True):
             group.update(other | {"params": group["params"]})
 
-    def _main_weights(self) -> dict[nn.Parameter, Tensor]:
+    @cached_property
+    def main_weights(self) -> dict[nn.Parameter, Tensor]:
         """Return the weight in fp32 of each parameter: of an fp32 one the parameter itself."""
         if isinstance(self.optimizer, FP32Optimizer):
             return {parameter: parameter for group in self.optimizer.param_groups for parameter in group["params"]}

@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 
 from offline_align.__main__ import run
-from offline_align.config.runs import LabelRun
-from offline_align.config.sections import ComputeSection, Device, ModelSection, Precision, RunSection
+from offline_align.config.sections import ComputeSection, Device, RunSection
 from offline_align.data.batch import PackedBatch
-from offline_align.distributed.sizes import model_sizes
 from offline_align.lineage import read_manifest
-from offline_align.stages.plan_text import print_label_plan
 from tests.small_tokenizers import sentencepiece_model
 from tests.training import continued, pairs, samples, train, write_jsonl
 
@@ -204,7 +201,7 @@ def test_a_reward_model_in_hugging_face_form_judges_the_same(folder: Path, rewar
 
 def test_an_empty_answer_is_scored_at_its_end_of_sequence(folder: Path, reward: Path) -> None:
     """A policy may answer nothing; that is an answer, and `evaluate` must not leave it out."""
-    from offline_align.config.sections import ComputeSection, DataSection, Device, ParallelSection, RunSection
+    from offline_align.config.sections import DataSection, ParallelSection
     from offline_align.data.records import Message, Sample
     from offline_align.label.scoring import score_samples
     from offline_align.model.description import find_checkpoint
@@ -225,7 +222,7 @@ def test_scores_do_not_depend_on_batch_order_or_packing(folder: Path, reward: Pa
     """Batches of 1 to 32 full rows, sorted, shuffled, and each row alone: within 1e-5, and the same ranking."""
     from random import Random
 
-    from offline_align.config.sections import ComputeSection, DataSection, Device, ParallelSection, RunSection
+    from offline_align.config.sections import DataSection, ParallelSection
     from offline_align.data.records import Message, Sample
     from offline_align.label.scoring import score_samples
     from offline_align.model.description import find_checkpoint
@@ -340,19 +337,3 @@ def test_a_part_of_the_rows_is_scored_again_for_the_certificate(folder: Path, re
     assert "certificate.json" in {record["path"] for record in manifest["outputs"]}
     assert label(folder, "uncertified", reward, "label.certificate_fraction=0") == 0
     assert not (folder / "uncertified" / "certificate.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("device", "precision", "size"),
-    [(Device.auto, Precision.auto, 2), (Device.cpu, Precision.auto, 4), (Device.cpu, Precision.bf16, 2)],
-)
-def test_the_plan_counts_weights_in_the_precision_of_the_run(
-    device: Device, precision: Precision, size: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = ModelSection(
-        vocab_size=32_000, num_layers=2, hidden_size=4096, ffn_hidden_size=8192, num_attention_heads=32
-    )
-    place = RunSection(dir="unused", device=device)
-    print_label_plan(LabelRun(run=place, model=model, trainer=ComputeSection(precision=precision)), frozenset())
-    expected = model_sizes(model, 32_000, scalar_head=True).rank_bytes(1, size) / 2**30
-    assert f"weights {expected:.2f}, activations" in capsys.readouterr().out

@@ -252,51 +252,6 @@ def test_architecture_comes_with_the_weights(tmp_path: Path, rows: Path, capsys:
     assert "model.num_layers=3: the weights of init.from" in capsys.readouterr().err
 
 
-def test_dry_run_writes_nothing(tmp_path: Path, rows: Path, capsys: Any) -> None:
-    assert (
-        run(
-            [
-                "sft",
-                f"run.dir={tmp_path / 'run'}",
-                "model=gpt_8b",
-                "parallel=tp4",
-                "launcher.nproc_per_node=8",
-                "dry_run=true",
-            ]
-        )
-        == 0
-    )
-    text = capsys.readouterr().out
-    for expected in (
-        "8,523,091,968",
-        "tensor 4 x context 1 x data 2",
-        "torchrun --nproc-per-node=8",
-        "memory a rank",
-    ):
-        assert expected in text
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "weights", "advises"),
-    [
-        ([], 3.97, True),
-        (["trainer.precision=fp32"], 7.94, False),
-        (["run.device=cpu"], 7.94, False),
-        # Advice is for GPUs.
-        (["run.device=cpu", "trainer.precision=bf16"], 3.97, False),
-    ],
-)
-def test_the_plan_counts_weights_in_the_precision_of_the_run(
-    words: list[str], weights: float, advises: bool, tmp_path: Path, capsys: Any
-) -> None:
-    common = [f"run.dir={tmp_path / 'run'}", "model=gpt_8b", "parallel=tp4", "launcher.nproc_per_node=8"]
-    assert run(["sft", *common, *words, "dry_run=true"]) == 0
-    text = capsys.readouterr().out
-    assert f"weights {weights}," in text
-    assert ("step time" in text) is advises
-
-
 def test_an_unknown_override_is_refused_before_anything_starts(tmp_path: Path, rows: Path, capsys: Any) -> None:
     words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
     assert run([*words, "model.overrides.fp9=true", "optim.lr=0"]) == 78
