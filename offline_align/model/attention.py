@@ -77,9 +77,9 @@ class PackedAttention(nn.Module):
     """Rotary positions and causal attention inside each segment of a bin, without Transformer Engine.
 
     CUDA uses torch's variable-length flash attention; the CPU one fused call for each row, as does CUDA in fp32 or with
-    heads of other widths than that kernel knows; and training on the CPU batched products of each row that is neither
-    long nor has a window. Under context parallelism keys and values of the whole bin are gathered, and each rank
-    attends from its own queries.
+    heads of other widths than that kernel knows; and on the CPU batched products of each row that is neither long nor
+    has a window, while training and where answers share a prompt. Under context parallelism keys and values of the
+    whole bin are gathered, and each rank attends from its own queries.
     """
 
     def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
@@ -146,9 +146,10 @@ class PackedAttention(nn.Module):
     def _attend_by_row(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
         parts = []
         queries = query.chunk(len(packed.slices))
+        by_products = query.requires_grad or packed.shared_keys is not None
+        by_products = by_products and not query.is_cuda and self.window is None
         for q, part, lengths in zip(queries, packed.slices, packed.lengths, strict=True):
             first, last = part.key_range
-            by_products = q.requires_grad and not q.is_cuda and self.window is None
             if by_products and part.max_seqlen_k <= LONGEST_ROW:
                 parts.append(attend_by_products(q, key[first:last], value[first:last], lengths, self.scale))
             else:

@@ -1,7 +1,9 @@
-"""Attention over the rows of a bin while training on the CPU: batched products, without what a causal mask hides.
+"""Attention over the rows of a bin on the CPU: batched products, without what a causal mask hides.
 
 torch's fused kernel keeps no probabilities, for the sake of long rows, and makes them again for the gradient; rows of
-some hundred tokens train a quarter faster with what is kept (docs/benchmarks.md).
+some hundred tokens train a quarter faster with what is kept (docs/benchmarks.md). Without a gradient nothing is kept,
+and the kernel is as fast, but for answers that look back on a prompt: it wants their mask written out, and computes
+what that hides.
 
 Shape legend: T queries of the bin, K keys, H query heads of this rank, G key/value heads, R = H / G, D width of a head,
 l queries of a block.
@@ -48,9 +50,10 @@ class _Attention(torch.autograd.Function):
             # Queries are the last of what they see: the mask hides a triangle at the end.
             count = rows.stop - rows.start
             scores.view(scores.size(0), -1, count, scores.size(2))[..., -count:] += _triangle()[:count, :count]
-            probabilities = torch.softmax(scores, dim=-1)
+            probabilities = torch.softmax(scores, dim=-1, out=scores)
             out[:, :, rows] = torch.bmm(probabilities, v).view_as(out[:, :, rows])
-            kept.append(probabilities)
+            if any(ctx.needs_input_grad):
+                kept.append(probabilities)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.lengths, ctx.scale = lengths, scale
         return _by_token(out)

@@ -1,5 +1,6 @@
 """Attention by products against torch's own, outputs and gradients, at every place where a block can begin or end."""
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,3 +55,22 @@ def test_outputs_and_gradients(attend: Any, groups: int, lengths: tuple[list[int
     ours, theirs = (torch.autograd.grad(out, given, direction) for out in (found, expected))
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.allclose(mine, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_probabilities_are_kept_for_a_gradient_alone(
+    attend: Any, monkeypatch: pytest.MonkeyPatch, trains: bool
+) -> None:
+    softmax, made = torch.softmax, []
+
+    def watched(*arguments: Any, **named: Any) -> Tensor:
+        found: Tensor = softmax(*arguments, **named)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr("torch.softmax", watched)
+    inputs = torch.randn(3, 16, HEADS, WIDTH, requires_grad=trains)
+    out = attend(*inputs.unbind(0), ([16], [16]), 0.3)
+    assert len(made) == 4
+    assert sum(reference() is not None for reference in made) == (4 if trains else 0)
+    assert out.requires_grad is trains

@@ -89,6 +89,27 @@ def test_likelihoods_of_answers_to_one_prompt(ranks: Ranks) -> None:
     assert_same(model, *(model(b) for b in bins))
 
 
+def test_scores_without_gradients_spare_the_mask(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that look back on a prompt are scored by products; rows of their own by torch's kernel, as before."""
+    from offline_align.model.attention_products import attend_by_products
+    from offline_align.model.build import build_model
+
+    model = build_model("reward_model", MODEL, ParallelSection(), ranks.device, bf16=False)
+    called = []
+
+    def watched(*arguments: Any) -> Tensor:
+        called.append(arguments)
+        return attend_by_products(*arguments)
+
+    monkeypatch.setattr("offline_align.model.attention.attend_by_products", watched)
+    with torch.inference_mode():
+        shared = model(PairSource(pairs(), True).collate(range(len(PAIRS)), 8))[: 2 * len(PAIRS)]
+        assert len(called) == MODEL.num_layers
+        apart = model(PairSource(pairs(), False).collate(range(len(PAIRS)), 8))[: 2 * len(PAIRS)]
+        assert len(called) == MODEL.num_layers
+    assert torch.allclose(shared, apart, atol=1e-5)
+
+
 def test_the_same_bits_in_every_run(ranks: Ranks) -> None:
     from offline_align.model.build import build_model
 
