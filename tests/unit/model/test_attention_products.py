@@ -61,7 +61,8 @@ def test_outputs_and_gradients(attend: Any, groups: int, lengths: tuple[list[int
 def test_probabilities_are_kept_for_a_gradient_alone(
     attend: Any, monkeypatch: pytest.MonkeyPatch, trains: bool
 ) -> None:
-    softmax, made, alive = torch.softmax, [], []
+    softmax, alive = torch.softmax, []
+    made: list[weakref.ref[Tensor]] = []
 
     def watched(*arguments: Any, **named: Any) -> Tensor:
         alive.append(sum(reference() is not None for reference in made))
