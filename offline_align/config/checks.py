@@ -92,10 +92,9 @@ def _run(run: s.RunSection) -> list[str]:
 
 
 def _data(data: s.DataSection) -> list[str]:
-    found = _positive(data, "data", "num_workers")
     if data.max_length < 2:
-        found.append(f"data.max_length={data.max_length}: a row needs at least 2 tokens")
-    return found
+        return [f"data.max_length={data.max_length}: a row needs at least 2 tokens"]
+    return []
 
 
 def _limit(trainer: s.LimitSection) -> list[str]:

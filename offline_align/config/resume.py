@@ -31,7 +31,6 @@ _WHY: dict[Change, dict[str, str]] = {
         "launcher": "who starts the ranks, and how many",
         "parallel": "results do not depend on the layout",
         "data.cache_dir": "where tokens are kept",
-        "data.num_workers": "how many processes tokenise",
         "trainer.max_time": "when to stop and go on later",
         "trainer.micro_batch_size": "results do not depend on it",
         "trainer.share_prompts": "results do not depend on it",

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import lru_cache, partial
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
@@ -35,6 +36,8 @@ class ChatTemplate:
         self._named_tokens = dict(named_tokens)
         longest_first = sorted(set(special_texts), key=len, reverse=True)
         self._special_texts = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        # All answers to a prompt are compared with its rendering, after it was rendered for its own sake.
+        self._prompt_text = lru_cache(maxsize=1)(partial(self._run, generation_prompt=True))
 
     def prompt(self, messages: Sequence[Message], generation_prompt: bool = True) -> list[Piece]:
         """Return the pieces of a dialogue, with what asks for the answer at its end.
@@ -42,7 +45,8 @@ class ChatTemplate:
         Raises DataError where the template refuses the dialogue.
         """
         shielded, shields = self._shield(messages)
-        return _pieces(self._run(shielded, generation_prompt), shields)
+        text = self._prompt_text(tuple(shielded)) if generation_prompt else self._run(shielded, generation_prompt)
+        return _pieces(text, shields)
 
     def answer(self, messages: Sequence[Message], response: str) -> list[Piece]:
         """Return the pieces that the template writes after `prompt(messages)` for this response.
@@ -51,7 +55,7 @@ class ChatTemplate:
         dialogue does not begin with that of the prompt.
         """
         shielded, shields = self._shield([*messages, Message("assistant", response)])
-        context = self._run(shielded[:-1], generation_prompt=True)
+        context = self._prompt_text(tuple(shielded[:-1]))
         whole = self._run(shielded, generation_prompt=False)
         if not whole.startswith(context):
             raise ConfigError(

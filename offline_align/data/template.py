@@ -37,10 +37,6 @@ class Renderer:
         self.template = template
         self._chat = _chat_template(tokenizer) if template is Template.chat else None
 
-    # A compiled chat template cannot be pickled, so workers compile it anew.
-    def __reduce__(self) -> tuple[type, tuple[Tokenizer, Template]]:
-        return (type(self), (self.tokenizer, self.template))
-
     def context(self, prompt: Sequence[Message], condition: str = "") -> list[int]:
         """Return the ids of all that stands before the response.
 

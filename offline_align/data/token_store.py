@@ -50,8 +50,8 @@ class StoredTokens:
         return [(row, status.removeprefix(REFUSED)) for row, status in self.left_out if status.startswith(REFUSED)]
 
 
-def stored(folder: Path, tokenize: Callable[[Path], Any]) -> StoredTokens:
-    """Return what the folder holds; `tokenize(work folder)` makes it where it is not there in full length.
+def stored(folder: Path, tokenize: Callable[[], Any]) -> StoredTokens:
+    """Return what the folder holds; `tokenize()` makes it where it is not there in full length.
 
     `tokenize` returns an Arrow table with the columns `status`, `ids_k` and `start_k`, and a row for each
     row asked for. Raises StorageError.
@@ -68,7 +68,7 @@ def stored(folder: Path, tokenize: Callable[[Path], Any]) -> StoredTokens:
 
 
 def _storage_failure(error: BaseException | None) -> OSError | None:
-    """Return the failed write behind an error: closing its file, `datasets` may fail once more in another way."""
+    """Return the failed write behind an error: closing its file, Arrow may fail once more in another way."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
@@ -96,14 +96,14 @@ def _whole(folder: Path) -> bool:
         return False
 
 
-def _build(folder: Path, tokenize: Callable[[Path], Any]) -> None:
+def _build(folder: Path, tokenize: Callable[[], Any]) -> None:
     """Write the folder whole or not at all; of several processes the first to finish wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         ready = work / "ready"
         ready.mkdir()
-        _write(tokenize(work), ready)
+        _write(tokenize(), ready)
         if folder.exists() and not _whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -159,10 +159,10 @@ def _joined(column: Any) -> Any:
 
 
 def _load(folder: Path) -> StoredTokens:
-    from datasets import Dataset
+    import pyarrow as pa
 
     summary = json.loads((folder / SUMMARY_FILE).read_bytes())
-    table = Dataset.from_file(str(folder / TOKENS_FILE)).data
+    table = pa.ipc.open_stream(pa.memory_map(str(folder / TOKENS_FILE))).read_all()
     columns: dict[str, npt.NDArray[Any]] = {}
     for name in table.column_names:
         array = table.column(name).chunk(0)

@@ -7,12 +7,10 @@ Shapes: n rows, T tokens of all rows together.
 import hashlib
 import json
 import logging
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import batched, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from offline_align.config.sections import DataSection, OnBadRow, TooLong
+from offline_align.data.ahead import prepared_ahead
 from offline_align.data.records import BadRows, Message, PreferencePair
 from offline_align.data.template import Part, Renderer
 from offline_align.data.token_store import KEPT, REFUSED, TRUNCATED, StoredTokens, id_lists, stored
 from offline_align.errors import DataError
+from offline_align.progress import Meter
 
 if TYPE_CHECKING:
     from offline_align.methods import TrainingRow
@@ -32,10 +32,8 @@ FORMAT_VERSION = 2
 """Part of every key: a change of how ids are made, or of what is stored beside them, must change it."""
 
 ROWS_PER_BATCH = 512
-ROWS_PER_WORKER = 4000
-"""Rows that make a further process worth its start."""
 
-_Dialogue = tuple[list[tuple[str, str]], list[str], str]  # turns, responses, condition
+_Dialogue = tuple[Sequence[Message], list[str], str]  # prompt, responses, condition
 _Side = tuple[list[int], int]  # ids of context and target, position of the first target token
 
 _log = logging.getLogger(__name__)
@@ -49,6 +47,17 @@ class _Limits:
     too_long: TooLong
     least_target: int = 2
     """Tokens of the shortest target, end of sequence included."""
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """One dialogue as text, before it is encoded."""
+
+    sequences: list[list[Part]]
+    """The context and every target; nothing where the template refuses the dialogue."""
+    status: str
+    responses: int
+    condition: str
 
 
 @dataclass(frozen=True)
@@ -129,9 +138,9 @@ def unusable_samples(
 def _sample_tokens(
     rows: "Sequence[TrainingRow]", renderer: Renderer, data: DataSection, cache_dir: Path, empty_answers: bool
 ) -> StoredTokens:
-    dialogues = [_dialogue(r.sample.prompt, [r.sample.response], r.condition) for r in rows]
+    dialogues = [(r.sample.prompt, [r.sample.response], r.condition) for r in rows]
     limits = _Limits(data.max_length, data.too_long, 1 if empty_answers else 2)
-    return _cached(dialogues, renderer, limits, data.num_workers, cache_dir)
+    return _cached(dialogues, renderer, limits, cache_dir)
 
 
 def tokenize_pairs(
@@ -145,9 +154,8 @@ def tokenize_pairs(
 
     A pair is left out as a whole, and both its sides have the same, possibly cut, context.
     """
-    dialogues = [_dialogue(pair.prompt, [pair.chosen, pair.rejected], "") for pair in rows]
-    limits = _Limits(data.max_length, data.too_long)
-    tokens = _cached(dialogues, renderer, limits, data.num_workers, cache_dir)
+    dialogues = [(pair.prompt, [pair.chosen, pair.rejected], "") for pair in rows]
+    tokens = _cached(dialogues, renderer, _Limits(data.max_length, data.too_long), cache_dir)
     _reject_refused(tokens, [(pair.id, pair.columns) for pair in rows], bad_rows)
     _check_some_left(tokens, len(rows), data)
     kept = [rows[i] for i in tokens.rows]
@@ -161,11 +169,6 @@ def tokenize_pairs(
 def _side(tokens: StoredTokens, k: int, row_ids: list[str], weight: npt.NDArray[np.float32]) -> TokenizedRows:
     ids, offsets, start = (tokens.columns[f"{name}_{k}"] for name in ("ids", "offsets", "start"))
     return TokenizedRows(ids, offsets, start, weight, row_ids, dict(tokens.dropped), tokens.truncated)
-
-
-def _dialogue(prompt: Sequence[Message], responses: list[str], condition: str) -> str:
-    turns = [[message.role, message.content] for message in prompt]
-    return json.dumps([turns, responses, condition], ensure_ascii=False)
 
 
 def _reject_refused(tokens: StoredTokens, rows: Sequence[tuple[str, dict[str, Any]]], bad_rows: BadRows | None) -> None:
@@ -193,16 +196,14 @@ def reasons(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in dropped.items())
 
 
-def _cached(
-    dialogues: list[str], renderer: Renderer, limits: _Limits, num_workers: int | None, cache_dir: Path
-) -> StoredTokens:
+def _cached(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits, cache_dir: Path) -> StoredTokens:
     if not dialogues:
         raise DataError("no row to tokenise; the files of data.* have none of this form")
     folder = cache_dir / f"tokens-{_key(dialogues, renderer, limits)[:32]}"
-    return stored(folder, lambda work: _tokenize(dialogues, renderer, limits, num_workers, work))
+    return stored(folder, lambda: _tokenize(dialogues, renderer, limits))
 
 
-def _key(dialogues: list[str], renderer: Renderer, limits: _Limits) -> str:
+def _key(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) -> str:
     rules = [
         FORMAT_VERSION,
         renderer.tokenizer.content_hash,
@@ -212,96 +213,60 @@ def _key(dialogues: list[str], renderer: Renderer, limits: _Limits) -> str:
         limits.least_target,
     ]
     digest = hashlib.sha256(json.dumps(rules).encode())
-    for dialogue in dialogues:
-        digest.update(b"\n" + dialogue.encode())
+    for batch in batched(dialogues, ROWS_PER_BATCH):
+        rows = [([(m.role, m.content) for m in prompt], responses, condition) for prompt, responses, condition in batch]
+        digest.update(json.dumps(rows, ensure_ascii=False).encode())
     return digest.hexdigest()
 
 
-def _tokenize(dialogues: list[str], renderer: Renderer, limits: _Limits, num_workers: int | None, work: Path) -> Any:
-    """Return an Arrow table with one row a dialogue, memory-mapped from `work`."""
-    from datasets import Dataset, Features, Value
+def _tokenize(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) -> Any:
+    """Return an Arrow table with one row a dialogue: `status`, and `ids_k`, `start_k` of its k-th response.
 
-    source = Dataset.from_dict({"dialogue": dialogues}, features=Features({"dialogue": Value("large_string")}))
-    processes = min(num_workers or min(8, len(os.sched_getaffinity(0))), len(source) // ROWS_PER_WORKER)
-    with _quiet(), _single_threaded(processes > 1):
-        made = source.map(
-            _tokenize_batch,
-            batched=True,
-            batch_size=ROWS_PER_BATCH,
-            writer_batch_size=ROWS_PER_BATCH,
-            num_proc=processes if processes > 1 else None,
-            remove_columns=["dialogue"],
-            fn_kwargs={"renderer": renderer, "limits": limits},
-            cache_file_name=str(work / "parts.arrow"),
-            new_fingerprint="tokens",  # else datasets would hash the tokenizer; the folder is ours alone
-            desc="tokenising",
-        )
-    return made.data.table
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Show the progress bar of `datasets` to people only, not to log files."""
-    import datasets
-
-    silence = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
-    if silence:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if silence:
-            datasets.enable_progress_bars()
-
-
-@contextmanager
-def _single_threaded(wanted: bool) -> Iterator[None]:
-    """Keep the threads of `tokenizers` out of processes that are forked from this one."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    if wanted:
-        os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if wanted:
-            del os.environ[name]
-            os.environ |= {name: before} if before is not None else {}
-
-
-def _tokenize_batch(batch: dict[str, list[str]], renderer: Renderer, limits: _Limits) -> Any:
-    """Return an Arrow table: `status` of each dialogue, and `ids_k`, `start_k` of its k-th response."""
+    A thread encodes, on all cores, while this one renders the rows to come and fits those that are encoded. Templates
+    are foreign code: here a stop ends one of them in the middle.
+    """
     import pyarrow as pa
 
-    dialogues = [json.loads(text) for text in batch["dialogue"]]
-    rendered = [_render(dialogue, renderer) for dialogue in dialogues]
-    encoded = iter(renderer.encode([parts for sequences, _ in rendered for parts in sequences]))
+    def encode(rows: list[_Rendered]) -> tuple[list[_Rendered], list[list[int]]]:
+        return rows, renderer.encode([parts for row in rows for parts in row.sequences])
+
+    tables = []
+    batches = ([_render(dialogue, renderer) for dialogue in batch] for batch in batched(dialogues, ROWS_PER_BATCH))
+    with closing(prepared_ahead(encode, batches)) as ahead, Meter("tokenising", len(dialogues), "rows") as meter:
+        for rows, ids in ahead:
+            tables.append(_table(rows, ids, renderer, limits))
+            meter.advance(len(rows))
+    return pa.concat_tables(tables)
+
+
+def _render(dialogue: _Dialogue, renderer: Renderer) -> _Rendered:
+    prompt, responses, condition = dialogue
+    try:
+        sequences = [renderer.context_parts(prompt, condition)]
+        sequences += [renderer.target_parts(prompt, response) for response in responses]
+        return _Rendered(sequences, KEPT, len(responses), condition)
+    except DataError as error:
+        return _Rendered([], f"{REFUSED}{error}", len(responses), condition)
+
+
+def _table(rows: Sequence[_Rendered], ids: Iterable[list[int]], renderer: Renderer, limits: _Limits) -> Any:
+    """Return what `_tokenize` does, of a few rows and the ids of all their sequences."""
+    import pyarrow as pa
+
+    upcoming = iter(ids)
     statuses: list[str] = []
     sides: list[list[_Side]] = []
-    for (_, responses, condition), (sequences, status) in zip(dialogues, rendered, strict=True):
-        made: list[_Side] = [([], 0)] * len(responses)
-        if sequences:
-            ids = list(islice(encoded, len(sequences)))
-            fitted, status = _fit(ids, condition, renderer, limits)
-            made = fitted or made
+    for row in rows:
+        status, made = row.status, list[_Side]()
+        if row.sequences:
+            made, status = _fit(list(islice(upcoming, len(row.sequences))), row.condition, renderer, limits)
         statuses.append(status)
-        sides.append(made)
+        sides.append(made or [([], 0)] * row.responses)
     columns: dict[str, Any] = {"status": pa.array(statuses, pa.string())}
     for k, column in enumerate(zip(*sides, strict=True)):
         columns[f"ids_{k}"] = id_lists([ids for ids, _ in column])
         columns[f"start_{k}"] = pa.array([start for _, start in column], pa.int32())
     return pa.table(columns)
-
-
-def _render(dialogue: _Dialogue, renderer: Renderer) -> tuple[list[list[Part]], str]:
-    """Return the parts of the context and of every target, or none and the reason for it."""
-    turns, responses, condition = dialogue
-    prompt = [Message(role, content) for role, content in turns]
-    try:
-        targets = [renderer.target_parts(prompt, response) for response in responses]
-        return [renderer.context_parts(prompt, condition), *targets], KEPT
-    except DataError as error:
-        return [], f"{REFUSED}{error}"
 
 
 def _fit(ids: list[list[int]], condition: str, renderer: Renderer, limits: _Limits) -> tuple[list[_Side], str]:

@@ -159,9 +159,6 @@ class SentencePieceTokenizer:
         self.named_tokens = {r: self._special.id_to_piece(i) for r, i in roles.items() if i is not None}
         self.content_hash = _sha256([b"sentencepiece", model])
 
-    def __reduce__(self) -> tuple[type, tuple[bytes]]:
-        return (type(self), (self._model,))
-
     def encode(self, text: str, special: bool = False) -> list[int]:
         """See `Tokenizer.encode`."""
         return self.encode_batch([text], special)[0]
@@ -219,6 +216,7 @@ class HuggingFaceTokenizer:
         self.named_tokens = _named_tokens(config, definition)
         self.special_texts = _flag_special(definition, set(self.named_tokens.values()))
         self._special, self._plain = _backend(definition), _backend(definition)
+        self._plain.encode_special_tokens = True  # as the characters that they consist of
         self.vocab_size = max(self._special.get_vocab(with_added_tokens=True).values(), default=0) + 1
         if self.vocab_size > MOST_ENTRIES:
             raise ValueError(f"has the id {self.vocab_size - 1}: no vocabulary is that large, the file is damaged")
@@ -232,10 +230,6 @@ class HuggingFaceTokenizer:
         self.chat_template = _chat_template(config, self._files)
         rules = [definition, self.named_tokens, self.adds_bos, self.chat_template]
         self.content_hash = _sha256(json.dumps(rule, sort_keys=True).encode() for rule in rules)
-
-    # The backend forgets `encode_special_tokens` when it is pickled, so workers build it anew.
-    def __reduce__(self) -> tuple[type, tuple[dict[str, bytes]]]:
-        return (type(self), (self._files,))
 
     def _id_of(self, role: str) -> int | None:
         text = self.named_tokens.get(role)
@@ -255,7 +249,6 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """See `Tokenizer.encode_batch`."""
         backend = self._special if special else self._plain
-        backend.encode_special_tokens = not special
         return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:

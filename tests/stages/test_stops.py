@@ -10,6 +10,7 @@ import pytest
 from offline_align.__main__ import run
 from offline_align.data import tokenize
 from offline_align.data.preparation import write_rows
+from offline_align.data.template import Renderer
 from tests.training import TINY, labelled, samples, write_jsonl
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -25,18 +26,19 @@ def sft(tmp_path: Path, rows: Path) -> list[str]:
     return ["sft", f"run.dir={tmp_path / 'out'}", f"data.train={rows}", *words, "trainer.global_batch_size=4"]
 
 
+@pytest.mark.parametrize("owner, name", [(tokenize, "_render"), (Renderer, "encode"), (tokenize, "_table")])
 @pytest.mark.parametrize("number", SIGNALS)
 def test_tokenising_stops_at_once(
-    tmp_path: Path, rows: Path, number: signal.Signals, monkeypatch: Any, capsys: Any
+    tmp_path: Path, rows: Path, number: signal.Signals, owner: Any, name: str, monkeypatch: Any, capsys: Any
 ) -> None:
-    original = tokenize._tokenize_batch
+    original = getattr(owner, name)
 
-    def interrupted(*arguments: Any, **more: Any) -> Any:
+    def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), number)
-        return original(*arguments, **more)
+        return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "_tokenize_batch", interrupted)
+        patch.setattr(owner, name, interrupted)
         assert run(sft(tmp_path, rows)) == 75
     assert f"stopped by {number.name}" in capsys.readouterr().err
     assert list((tmp_path / "out" / "cache").iterdir()) == []

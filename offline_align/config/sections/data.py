@@ -54,8 +54,6 @@ class DataSection(RowDataSection):
     """`paper` or `chat`; unset: that of the model in `init.from`, else `paper`."""
     cache_dir: str | None = None
     """Folder of tokenised data, keyed by content; unset: `cache/` in `run.dir`."""
-    num_workers: int | None = None
-    """Processes that tokenise; unset: one per core, at most 8."""
 
 
 @dataclass(frozen=True)

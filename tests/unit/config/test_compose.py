@@ -165,7 +165,7 @@ def test_a_key_that_cannot_be_read_is_not_called_unset(word: str) -> None:
     assert second.startswith("init.from is not set")
 
 
-@pytest.mark.parametrize("key", ["max_length", "too_long", "template", "num_workers", "cache_dir"])
+@pytest.mark.parametrize("key", ["max_length", "too_long", "template", "cache_dir"])
 def test_prepare_has_no_keys_that_do_nothing_there(key: str) -> None:
     (problem,) = compose("prepare", ["run.dir=x", f"data.{key}=1"]).problems
     assert f"data.{key}=1: unknown key" in problem

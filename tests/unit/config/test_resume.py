@@ -25,7 +25,6 @@ CELLS = [
     ("trainer.max_time", "1h", Change.allow),
     ("trainer.keep_checkpoints", 5, Change.allow),
     ("trainer.log_interval", 5, Change.allow),
-    ("data.num_workers", 3, Change.allow),
     ("data.cache_dir", "c", Change.allow),
     ("label.flush_rows", 3, Change.allow),
     ("generate.batch_size", 3, Change.allow),

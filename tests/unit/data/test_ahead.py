@@ -2,6 +2,8 @@
 
 import itertools
 import threading
+from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -34,6 +36,26 @@ def test_it_runs_ahead_but_not_without_bound() -> None:
     assert reached.wait(5)
     assert made == [0, 1, 2]
     upcoming.close()
+
+
+def test_items_are_taken_by_who_asks_and_no_more_than_are_needed() -> None:
+    takers, makers = [], []
+
+    def items() -> Iterator[int]:
+        for number in range(10):
+            takers.append(threading.current_thread())
+            yield number
+
+    def make(number: int) -> int:
+        makers.append(threading.current_thread())
+        return number
+
+    with closing(prepared_ahead(make, items(), depth=2)) as upcoming:
+        assert next(upcoming) == 0
+        assert takers == [threading.current_thread()] * 3
+        assert list(upcoming) == list(range(1, 10))
+    assert len(takers) == len(makers) == 10
+    assert threading.current_thread() not in makers
 
 
 def test_an_error_is_raised_in_its_place() -> None:

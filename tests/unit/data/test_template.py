@@ -1,12 +1,13 @@
 """Templates: the paper's text, the tokenizer's chat template against transformers, and boundaries."""
 
-import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from offline_align.config.sections import Template
+from offline_align.data.chat import ChatTemplate
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
@@ -229,8 +230,21 @@ def test_chat_needs_a_chat_template(tmp_path: Path) -> None:
             Renderer(load_tokenizer(tokenizer), Template.chat)
 
 
-def test_renderers_travel_to_workers(chat: Renderer, paper: Renderer) -> None:
-    for renderer in (chat, paper):
-        copy = pickle.loads(pickle.dumps(renderer))
-        assert copy.context(HOSTILE, "<rm_score>1.0") == renderer.context(HOSTILE, "<rm_score>1.0")
-        assert copy.target(HOSTILE, "yes") == renderer.target(HOSTILE, "yes")
+def test_a_prompt_is_rendered_once_for_all_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = []
+    run = ChatTemplate._run
+
+    def watched(self: ChatTemplate, messages: Sequence[Message], generation_prompt: bool) -> str:
+        rendered.append((messages[-1].content, generation_prompt))
+        return run(self, messages, generation_prompt)
+
+    monkeypatch.setattr(ChatTemplate, "_run", watched)
+    renderer = chat_renderer(tmp_path, CHATML)
+    for question in ("one?", "two?"):
+        prompt = (Message("user", question),)
+        assert question in renderer.tokenizer.decode(renderer.context(prompt))
+        for answer in ("yes", "no"):
+            target = renderer.target(prompt, answer)
+            assert renderer.tokenizer.decode(target).strip() == answer
+    one, two = ([(q, True), ("yes", False), ("no", False)] for q in ("one?", "two?"))
+    assert rendered == [*one, *two]

@@ -116,7 +116,12 @@ def test_long_prompts_are_dropped_on_request(renderer: Renderer, cache: Path, ca
     rows = [training_row(0, "word " * 90), training_row(1)]
     made = tokenize_samples(rows, renderer, DataSection(max_length=32, too_long=TooLong.drop), cache)
     tokenize_samples(rows[1:], renderer, DataSection(max_length=32), cache)
-    assert caplog.messages == ["1 of 2 rows, 0 cut, left out: 1 too_long", "1 of 1 rows, 0 cut"]
+    said = [record.getMessage() for record in caplog.records if record.name == tokenize.__name__]
+    assert said == ["1 of 2 rows, 0 cut, left out: 1 too_long", "1 of 1 rows, 0 cut"]
+    assert [line.partition(", ")[0] for line in caplog.messages if line not in said] == [
+        "tokenising: 2/2 rows",
+        "tokenising: 1/1 rows",
+    ]
     assert made.row_ids == ["row-1"]
     assert made.dropped == {"too_long": 1}
     assert made.weight.tolist() == [1 / 8]
@@ -182,7 +187,7 @@ def test_the_cache_is_used_again(renderer: Renderer, cache: Path, monkeypatch: p
     first = tokenize_samples(rows, renderer, DataSection(), cache)
     monkeypatch.setattr(tokenize, "_tokenize", None)
     other = [replace(row, weight=7.0, sample=replace(row.sample, id=f"new-{row.sample.id}")) for row in rows]
-    second = tokenize_samples(other, renderer, DataSection(num_workers=3), cache)
+    second = tokenize_samples(other, renderer, DataSection(), cache)
     assert second.ids.tolist() == first.ids.tolist()
     assert second.weight.tolist() == [7.0] * 4
     assert second.row_ids[0] == "new-row-0"
@@ -244,33 +249,33 @@ def test_several_may_ask_at_once(renderer: Renderer, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["renderer", "chat"])
-def test_more_processes_make_the_same_ids(
+def test_ids_do_not_depend_on_the_rows_that_are_encoded_together(
     kind: str, cache: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     renderer: Renderer = request.getfixturevalue(kind)
     rows = [training_row(i, f"Question {i}", "word " * (i % 60)) for i in range(1, 200)]
-    data = DataSection(max_length=64, num_workers=2)
-    alone = tokenize_samples(rows, renderer, data, cache / "alone")
-    monkeypatch.setattr(tokenize, "ROWS_PER_WORKER", 10)
-    monkeypatch.setattr(tokenize, "ROWS_PER_BATCH", 16)
+    data = DataSection(max_length=64)
     together = tokenize_samples(rows, renderer, data, cache / "together")
-    assert together.ids.tolist() == alone.ids.tolist()
-    assert together.offsets.tolist() == alone.offsets.tolist()
-    assert together.target_start.tolist() == alone.target_start.tolist()
-    assert (together.row_ids, together.dropped) == (alone.row_ids, alone.dropped)
+    monkeypatch.setattr(tokenize, "ROWS_PER_BATCH", 16)
+    parts = tokenize_samples(rows, renderer, data, cache / "parts")
+    assert together.dropped and together.truncated
+    assert parts.ids.tolist() == together.ids.tolist()
+    assert parts.offsets.tolist() == together.offsets.tolist()
+    assert parts.target_start.tolist() == together.target_start.tolist()
+    assert (parts.row_ids, parts.dropped) == (together.row_ids, together.dropped)
 
 
 REFUSING = "{% if 'no' in messages[0].content %}{{ raise_exception('never') }}{% endif %}" + CHATML
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("rows_per_batch", [1, 512])
 def test_rows_that_the_template_refuses(
-    processes: int, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    rows_per_batch: int, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenize, "ROWS_PER_WORKER", 1)
+    monkeypatch.setattr(tokenize, "ROWS_PER_BATCH", rows_per_batch)
     refusing = Renderer(load_tokenizer(write_hugging_face(tmp_path, chat_template=REFUSING)), Template.chat)
     rows = [training_row(0, "yes"), training_row(1, "no"), training_row(2, "well")]
-    data = DataSection(num_workers=processes)
+    data = DataSection()
     for bad_rows in (None, BadRows(OnBadRow.fail, None)):
         with pytest.raises(DataError, match=r"row row-1: chat template: never; mend the row"):
             tokenize_samples(rows, refusing, data, cache, bad_rows)

@@ -1,7 +1,6 @@
 """Tokenizers: ids, special strings in text, files, and every way in which a file can be unusable."""
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +58,15 @@ def test_ids_fit_the_vocabulary(tokenizer: Tokenizer) -> None:
     assert tokenizer.pad_id is None or tokenizer.pad_id != tokenizer.eos_id
 
 
-def test_saved_and_pickled_tokenizers_are_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_saved_tokenizer_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "saved")
+    copy = load_tokenizer(tmp_path / "saved")
     text = "</s> <|im_end|> fox <rm_score>5.0"
-    for copy in (load_tokenizer(tmp_path / "saved"), pickle.loads(pickle.dumps(tokenizer))):
-        assert copy.content_hash == tokenizer.content_hash
-        assert copy.encode(text) == tokenizer.encode(text)
-        assert copy.encode(text, special=True) == tokenizer.encode(text, special=True)
-        assert (copy.eos_id, copy.bos_id, copy.pad_id) == (
-            tokenizer.eos_id,
-            tokenizer.bos_id,
-            tokenizer.pad_id,
-        )
-        assert (copy.vocab_size, copy.chat_template) == (tokenizer.vocab_size, tokenizer.chat_template)
+    assert copy.content_hash == tokenizer.content_hash
+    assert copy.encode(text) == tokenizer.encode(text)
+    assert copy.encode(text, special=True) == tokenizer.encode(text, special=True)
+    assert (copy.eos_id, copy.bos_id, copy.pad_id) == (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id)
+    assert (copy.vocab_size, copy.chat_template) == (tokenizer.vocab_size, tokenizer.chat_template)
 
 
 def test_saving_survives_the_loss_of_the_original(tmp_path: Path) -> None:

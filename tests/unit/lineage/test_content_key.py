@@ -37,7 +37,6 @@ def key_with(tmp_path: Path, key: str, value: Any) -> str:
         ("launcher.nodes", 4),
         ("parallel.tensor_model_parallel_size", 2),
         ("trainer.max_time", "1h"),
-        ("data.num_workers", 7),
     ],
 )
 def test_key_ignores_where_and_how_fast(tmp_path: Path, key: str, value: Any) -> None:
