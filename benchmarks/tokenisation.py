@@ -53,8 +53,8 @@ def ours(workload: str, scratch: str) -> None:
     from offline_align.data.tokenize import tokenize_samples
     from offline_align.data.tokenizer import load_tokenizer
 
-    # Before the clock starts, as for the peer.
-    importlib.import_module("datasets")
+    # Before the clock starts, as for the peer and the limit.
+    importlib.import_module("pyarrow")
     rows = _rows(workload)
     renderer = Renderer(load_tokenizer(Path(workload) / "tokenizer"), Template.paper)
     data = DataSection(max_length=4096)

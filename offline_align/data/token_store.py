@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,22 @@ KEPT, TRUNCATED, REFUSED = "kept", "truncated", "chat_template: "
 """Statuses of rows; after `REFUSED` stands the chat template's message. Others are reasons to leave out."""
 
 TOKENS_FILE, SUMMARY_FILE = "tokens.arrow", "summary.json"
+
+
+@dataclass(frozen=True)
+class Responses:
+    """The k-th response to each of some dialogues, after its context."""
+
+    ids: npt.NDArray[np.int32]
+    """[T] one after the other."""
+    lengths: npt.NDArray[np.int64]
+    """[n] ids of each."""
+    start: npt.NDArray[np.int32]
+    """[n] position of its first target token."""
+
+
+Fresh = tuple[list[str], list[Responses]]
+"""The status of each of a few rows, and the k-th responses of those that are kept."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +66,10 @@ class StoredTokens:
         return [(row, status.removeprefix(REFUSED)) for row, status in self.left_out if status.startswith(REFUSED)]
 
 
-def stored(folder: Path, tokenize: Callable[[], Any]) -> StoredTokens:
-    """Return what the folder holds; `tokenize()` makes it where it is not there in full length.
+def stored(folder: Path, tokenize: Callable[[], Iterable[Fresh]]) -> StoredTokens:
+    """Return what the folder holds; `tokenize()` makes it, a few rows at a time, where it is not there in full length.
 
-    `tokenize` returns an Arrow table with the columns `status`, `ids_k` and `start_k`, and a row for each
-    row asked for. Raises StorageError.
+    Raises StorageError.
     """
     try:
         if not _whole(folder):
@@ -74,17 +89,11 @@ def _storage_failure(error: BaseException | None) -> OSError | None:
     return error
 
 
-def id_lists(rows: Sequence[list[int]]) -> Any:
-    """Return rows of ids as an Arrow array of lists."""
-    flat = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=sum(map(len, rows)))
-    return _lists(flat, [len(ids) for ids in rows])
-
-
-def _lists(flat: npt.NDArray[np.int32], lengths: Sequence[int] | npt.NDArray[np.int64]) -> Any:
-    import pyarrow as pa
-
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
+def responses(sides: Sequence[tuple[list[int], int]]) -> Responses:
+    """Return ids and starts of single responses together."""
+    lengths = np.array([len(ids) for ids, _ in sides], dtype=np.int64)
+    flat = np.fromiter(chain.from_iterable(ids for ids, _ in sides), dtype=np.int32, count=int(lengths.sum()))
+    return Responses(flat, lengths, np.array([start for _, start in sides], dtype=np.int32))
 
 
 def _whole(folder: Path) -> bool:
@@ -96,7 +105,7 @@ def _whole(folder: Path) -> bool:
         return False
 
 
-def _build(folder: Path, tokenize: Callable[[], Any]) -> None:
+def _build(folder: Path, tokenize: Callable[[], Iterable[Fresh]]) -> None:
     """Write the folder whole or not at all; of several processes the first to finish wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -115,33 +124,30 @@ def _build(folder: Path, tokenize: Callable[[], Any]) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(table: Any, folder: Path) -> None:
-    statuses: list[str] = table["status"].to_pylist()
-    batch = _kept_batch(table, np.array([status in (KEPT, TRUNCATED) for status in statuses], dtype=bool))
-    _write_batch(batch, folder / TOKENS_FILE)
+def _write(parts: Iterable[Fresh], folder: Path) -> None:
+    statuses: list[str] = []
+    made: list[list[Responses]] = []
+    for some, of_each in parts:
+        statuses += some
+        made.append(of_each)
+    kept = np.array([status in (KEPT, TRUNCATED) for status in statuses], dtype=bool)
+    columns: dict[str, Any] = {"row": _arrow(np.flatnonzero(kept))}
+    for k, pieces in enumerate(zip(*made, strict=True)):
+        columns[f"ids_{k}"] = _arrow_lists(pieces)
+        columns[f"start_{k}"] = _arrow(np.concatenate([piece.start for piece in pieces]))
+    _write_columns(columns, folder / TOKENS_FILE)
     summary = {
         "bytes": (folder / TOKENS_FILE).stat().st_size,
         "truncated": statuses.count(TRUNCATED),
-        "left_out": [(i, status) for i, status in enumerate(statuses) if status not in (KEPT, TRUNCATED)],
+        "left_out": [(i, status) for i, status in enumerate(statuses) if not kept[i]],
     }
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
 
 
-def _kept_batch(table: Any, kept: npt.NDArray[np.bool_]) -> Any:
+def _write_columns(columns: dict[str, Any], path: Path) -> None:
     import pyarrow as pa
 
-    columns: dict[str, Any] = {"row": pa.array(np.flatnonzero(kept), pa.int64())}
-    for name in table.column_names[1:]:
-        if name.startswith("ids_"):
-            columns[name] = _joined(table[name])
-        else:
-            columns[name] = pa.array(table[name].to_numpy()[kept], pa.int32())
-    return pa.record_batch(columns)
-
-
-def _write_batch(batch: Any, path: Path) -> None:
-    import pyarrow as pa
-
+    batch = pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
     with path.open("wb") as file:
         with pa.ipc.new_stream(file, batch.schema) as writer:
             writer.write_batch(batch)
@@ -149,27 +155,39 @@ def _write_batch(batch: Any, path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _joined(column: Any) -> Any:
-    """Return a chunked list column as one list array, its empty lists (rows left out) removed."""
-    chunks = [(chunk.offsets.to_numpy(), chunk.values) for chunk in column.chunks]
-    lengths = np.concatenate([np.diff(offsets) for offsets, _ in chunks] or [np.zeros(0, np.int64)])
-    pieces = [values.to_numpy()[offsets[0] : offsets[-1]] for offsets, values in chunks]
-    flat = np.concatenate(pieces or [np.zeros(0, np.int32)])
-    return _lists(flat, lengths[lengths > 0])
+def _arrow_lists(pieces: Sequence[Responses]) -> Any:
+    import pyarrow as pa
+
+    lengths = np.concatenate([np.zeros(1, np.int64), *(piece.lengths for piece in pieces)])
+    flat = np.concatenate([piece.ids for piece in pieces])
+    return pa.LargeListArray.from_arrays(_arrow(np.cumsum(lengths)), _arrow(flat))
+
+
+# Arrow's own ways from and to numpy import pandas where it is installed: a quarter of a second and 45 MiB a rank.
+def _arrow(values: npt.NDArray[Any]) -> Any:
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def _numpy(array: Any) -> npt.NDArray[Any]:
+    """Return an Arrow array of numbers, without a copy."""
+    dtype = np.dtype(array.type.to_pandas_dtype())
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
 
 def _load(folder: Path) -> StoredTokens:
     import pyarrow as pa
 
     summary = json.loads((folder / SUMMARY_FILE).read_bytes())
-    table = pa.ipc.open_stream(pa.memory_map(str(folder / TOKENS_FILE))).read_all()
+    batch = pa.ipc.open_stream(pa.memory_map(str(folder / TOKENS_FILE))).read_next_batch()
     columns: dict[str, npt.NDArray[Any]] = {}
-    for name in table.column_names:
-        array = table.column(name).chunk(0)
+    for name in batch.schema.names:
+        array = batch.column(name)
         if name.startswith("ids_"):
-            columns[name.replace("ids", "offsets")] = array.offsets.to_numpy()
+            columns[name.replace("ids", "offsets")] = _numpy(array.offsets)
             array = array.values
-        columns[name] = array.to_numpy(zero_copy_only=True)
+        columns[name] = _numpy(array)
     rows = columns.pop("row").tolist()
     left_out = [(index, status) for index, status in summary["left_out"]]
     return StoredTokens(rows, columns, left_out, summary["truncated"])

@@ -7,7 +7,7 @@ Shapes: n rows, T tokens of all rows together.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import batched, islice
@@ -21,7 +21,7 @@ from offline_align.config.sections import DataSection, OnBadRow, TooLong
 from offline_align.data.ahead import prepared_ahead
 from offline_align.data.records import BadRows, Message, PreferencePair
 from offline_align.data.template import Part, Renderer
-from offline_align.data.token_store import KEPT, REFUSED, TRUNCATED, StoredTokens, id_lists, stored
+from offline_align.data.token_store import KEPT, REFUSED, TRUNCATED, Fresh, StoredTokens, responses, stored
 from offline_align.errors import DataError
 from offline_align.progress import Meter
 
@@ -219,24 +219,21 @@ def _key(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) ->
     return digest.hexdigest()
 
 
-def _tokenize(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) -> Any:
-    """Return an Arrow table with one row a dialogue: `status`, and `ids_k`, `start_k` of its k-th response.
+def _tokenize(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) -> Iterator[Fresh]:
+    """Yield the status of every dialogue and the tokens of those that are kept, some dialogues at a time.
 
     A thread encodes, on all cores, while this one renders the rows to come and fits those that are encoded. Templates
     are foreign code: here a stop ends one of them in the middle.
     """
-    import pyarrow as pa
 
     def encode(rows: list[_Rendered]) -> tuple[list[_Rendered], list[list[int]]]:
         return rows, renderer.encode([parts for row in rows for parts in row.sequences])
 
-    tables = []
     batches = ([_render(dialogue, renderer) for dialogue in batch] for batch in batched(dialogues, ROWS_PER_BATCH))
     with closing(prepared_ahead(encode, batches)) as ahead, Meter("tokenising", len(dialogues), "rows") as meter:
         for rows, ids in ahead:
-            tables.append(_table(rows, ids, renderer, limits))
+            yield _fitted(rows, ids, renderer, limits)
             meter.advance(len(rows))
-    return pa.concat_tables(tables)
 
 
 def _render(dialogue: _Dialogue, renderer: Renderer) -> _Rendered:
@@ -249,24 +246,18 @@ def _render(dialogue: _Dialogue, renderer: Renderer) -> _Rendered:
         return _Rendered([], f"{REFUSED}{error}", len(responses), condition)
 
 
-def _table(rows: Sequence[_Rendered], ids: Iterable[list[int]], renderer: Renderer, limits: _Limits) -> Any:
-    """Return what `_tokenize` does, of a few rows and the ids of all their sequences."""
-    import pyarrow as pa
-
+def _fitted(rows: Sequence[_Rendered], ids: Iterable[list[int]], renderer: Renderer, limits: _Limits) -> Fresh:
+    """Return what `_tokenize` yields, of rows and the ids of all their sequences."""
     upcoming = iter(ids)
     statuses: list[str] = []
-    sides: list[list[_Side]] = []
+    kept: list[list[_Side]] = []
     for row in rows:
-        status, made = row.status, list[_Side]()
+        status = row.status
         if row.sequences:
-            made, status = _fit(list(islice(upcoming, len(row.sequences))), row.condition, renderer, limits)
+            sides, status = _fit(list(islice(upcoming, len(row.sequences))), row.condition, renderer, limits)
+            kept += [sides] if sides else []
         statuses.append(status)
-        sides.append(made or [([], 0)] * row.responses)
-    columns: dict[str, Any] = {"status": pa.array(statuses, pa.string())}
-    for k, column in enumerate(zip(*sides, strict=True)):
-        columns[f"ids_{k}"] = id_lists([ids for ids, _ in column])
-        columns[f"start_{k}"] = pa.array([start for _, start in column], pa.int32())
-    return pa.table(columns)
+    return statuses, [responses([sides[k] for sides in kept]) for k in range(rows[0].responses)]
 
 
 def _fit(ids: list[list[int]], condition: str, renderer: Renderer, limits: _Limits) -> tuple[list[_Side], str]:

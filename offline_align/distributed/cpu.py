@@ -110,10 +110,14 @@ def _skip_compilation() -> None:
     """Let megatron's fused functions run as they are written.
 
     It decorates them with `torch.compile` while it is imported, which loads the whole compiler; for the element-wise
-    functions concerned that costs a CPU process more than it can win.
+    functions concerned that costs a CPU process more than it can win. And torch's optimizers load the compiler to tell
+    it to leave their methods alone.
     """
     torch_module: Any = torch
     torch_module.compile = lambda function=None, **_: function if function is not None else (lambda f: f)
+    for name in ("add_param_group", "state_dict", "load_state_dict"):
+        method: Any = getattr(torch.optim.Optimizer, name)
+        setattr(torch.optim.Optimizer, name, getattr(method, "__wrapped__", method))
 
 
 def _skip_lonely_collectives() -> None:

@@ -26,7 +26,7 @@ def sft(tmp_path: Path, rows: Path) -> list[str]:
     return ["sft", f"run.dir={tmp_path / 'out'}", f"data.train={rows}", *words, "trainer.global_batch_size=4"]
 
 
-@pytest.mark.parametrize("owner, name", [(tokenize, "_render"), (Renderer, "encode"), (tokenize, "_table")])
+@pytest.mark.parametrize("owner, name", [(tokenize, "_render"), (Renderer, "encode"), (tokenize, "_fitted")])
 @pytest.mark.parametrize("number", SIGNALS)
 def test_tokenising_stops_at_once(
     tmp_path: Path, rows: Path, number: signal.Signals, owner: Any, name: str, monkeypatch: Any, capsys: Any
