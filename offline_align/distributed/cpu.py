@@ -8,6 +8,7 @@ Switched on by `enable()` alone, which `distributed.setup` calls when the device
 import contextlib
 import ctypes
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -85,6 +86,7 @@ def enable() -> None:
     with torch.device("meta"):
         torch.empty(0)
     _keep_freed_memory()
+    _keep_few_kernels()
     _skip_compilation()
     _patch_device()
     _skip_lonely_collectives()
@@ -104,6 +106,15 @@ def _keep_freed_memory() -> None:
         libc.mallopt(mmap_threshold, 32 * 2**20)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 64 * 2**20)
+
+
+def _keep_few_kernels() -> None:
+    """Let oneDNN, which multiplies in bf16, forget kernels of shapes that do not come again.
+
+    It generates one for each shape and keeps 1,024 of them, at a MiB each. Bins differ in length, so that only those of
+    the same bin are used again; a model asks for some 20 of a bin.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 
 def _skip_compilation() -> None:
