@@ -7,7 +7,7 @@ then user and assistant in turn, the last one from the user.
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,11 +24,11 @@ __all__ = [
     "Prompt",
     "RowError",
     "Sample",
-    "find_lines",
     "input_paths",
     "parse_row",
     "read_rows",
     "read_samples_and_pairs",
+    "reject_rows",
     "text_id",
     "write_jsonl",
 ]
@@ -103,10 +103,18 @@ def read_samples_and_pairs(paths: Sequence[Path], bad_rows: BadRows) -> Iterator
     return _read(paths, bad_rows, _sample_or_pair)
 
 
-def find_lines(paths: Sequence[Path], ids: Collection[str]) -> dict[str, Line]:
-    """Return the lines of the rows with these ids, in order, among those that `read_samples_and_pairs` yields."""
-    quiet = BadRows(OnBadRow.skip, None)
-    return {row.id: line for line, row in _accepted(paths, quiet, _sample_or_pair) if row.id in ids}
+def reject_rows(paths: Sequence[Path], kind: type | None, reasons: Mapping[str, str], bad_rows: BadRows) -> None:
+    """Reject rows that were read as `kind`, or as samples and pairs, each id for its reason, by file and line.
+
+    Raises DataError as `BadRows.reject`. Where rows stand is kept for none of them: the files are read again.
+    """
+    if not reasons:
+        return
+    parse = _sample_or_pair if kind is None else lambda columns, row_id: parse_row(columns, kind, row_id)
+    for line, row in _accepted(paths, BadRows(OnBadRow.skip, None), parse):
+        if row.id in reasons:
+            line.reject(bad_rows, reasons[row.id])
+    bad_rows.report(_log)
 
 
 def _sample_or_pair(columns: dict[str, Any], row_id: str) -> Sample | PreferencePair:

@@ -7,19 +7,19 @@ Shapes: n rows, T tokens of all rows together.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import batched, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from offline_align.config.sections import DataSection, OnBadRow, TooLong
+from offline_align.config.sections import DataSection, TooLong
 from offline_align.data.ahead import prepared_ahead
-from offline_align.data.records import BadRows, Message, PreferencePair
+from offline_align.data.records import Message, PreferencePair
 from offline_align.data.template import Part, Renderer
 from offline_align.data.token_store import KEPT, REFUSED, TRUNCATED, Fresh, StoredTokens, responses, stored
 from offline_align.errors import DataError
@@ -32,6 +32,9 @@ FORMAT_VERSION = 2
 """Part of every key: a change of how ids are made, or of what is stored beside them, must change it."""
 
 ROWS_PER_BATCH = 512
+
+OnRefused = Callable[[dict[str, str]], None]
+"""What is done about rows that the chat template refuses, by id: with what it says against them."""
 
 _Dialogue = tuple[Sequence[Message], list[str], str]  # prompt, responses, condition
 _Side = tuple[list[int], int]  # ids of context and target, position of the first target token
@@ -103,19 +106,18 @@ def tokenize_samples(
     renderer: Renderer,
     data: DataSection,
     cache_dir: Path,
-    bad_rows: BadRows | None = None,
+    on_refused: OnRefused | None = None,
     empty_answers: bool = False,
 ) -> TokenizedRows:
     """Return the token ids of the rows, in their order, from the cache where it has them.
 
     Rows over `data.max_length` are cut or left out (`dropped`: too_long, response_too_long, no_target). A target of
     end of sequence alone is left out too, unless `empty_answers`: it can be scored, but there is nothing to learn.
-    Rows that the chat template refuses raise DataError, or are rejected where `bad_rows` skips. Raises
-    DataError too where no row is left, ConfigError for an unusable chat template, StorageError where the
-    cache cannot be written.
+    So are those that the chat template refuses, where `on_refused` takes them. Raises DataError where it is not given,
+    and where no row is left, ConfigError for an unusable chat template, StorageError where the cache cannot be written.
     """
     tokens = _sample_tokens(rows, renderer, data, cache_dir, empty_answers)
-    _reject_refused(tokens, [(r.sample.id, r.sample.columns) for r in rows], bad_rows)
+    _report_refused({rows[i].sample.id: message for i, message in tokens.refused}, on_refused)
     _check_some_left(tokens, len(rows), data)
     weight = np.array([rows[i].weight for i in tokens.rows], dtype=np.float32)
     return _side(tokens, 0, [rows[i].sample.id for i in tokens.rows], weight)
@@ -148,7 +150,7 @@ def tokenize_pairs(
     renderer: Renderer,
     data: DataSection,
     cache_dir: Path,
-    bad_rows: BadRows | None = None,
+    on_refused: OnRefused | None = None,
 ) -> TokenizedPairs:
     """Return the token ids of both sides of the pairs; see `tokenize_samples`.
 
@@ -156,7 +158,7 @@ def tokenize_pairs(
     """
     dialogues = [(pair.prompt, [pair.chosen, pair.rejected], "") for pair in rows]
     tokens = _cached(dialogues, renderer, _Limits(data.max_length, data.too_long), cache_dir)
-    _reject_refused(tokens, [(pair.id, pair.columns) for pair in rows], bad_rows)
+    _report_refused({rows[i].id: message for i, message in tokens.refused}, on_refused)
     _check_some_left(tokens, len(rows), data)
     kept = [rows[i] for i in tokens.rows]
     margin = np.array([np.nan if pair.margin is None else pair.margin for pair in kept], dtype=np.float32)
@@ -171,14 +173,12 @@ def _side(tokens: StoredTokens, k: int, row_ids: list[str], weight: npt.NDArray[
     return TokenizedRows(ids, offsets, start, weight, row_ids, dict(tokens.dropped), tokens.truncated)
 
 
-def _reject_refused(tokens: StoredTokens, rows: Sequence[tuple[str, dict[str, Any]]], bad_rows: BadRows | None) -> None:
-    for index, message in tokens.refused:
-        row_id, columns = rows[index]
-        if bad_rows is None or bad_rows.on_bad_row is OnBadRow.fail:
-            raise DataError(f"row {row_id}: {message}; mend the row, or set data.on_bad_row=skip")
-        bad_rows.reject(Path(row_id), 0, message, json.dumps(columns, ensure_ascii=False))
-    if bad_rows is not None:
-        bad_rows.report(_log)
+def _report_refused(refused: dict[str, str], on_refused: OnRefused | None) -> None:
+    if refused and on_refused is None:
+        row_id, message = next(iter(refused.items()))
+        raise DataError(f"row {row_id}: {message}; mend the row")
+    if refused and on_refused is not None:
+        on_refused(refused)
 
 
 def _check_some_left(tokens: StoredTokens, asked: int, data: DataSection) -> None:

@@ -1,15 +1,13 @@
 """From prompts to what an engine is asked: token ids, room for the answer, and a place in the output."""
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, Protocol
 
-from offline_align.config.sections import DataSection, GenerateSection, OnBadRow, TooLong
-from offline_align.data.records import BadRows, Prompt
+from offline_align.config.sections import DataSection, GenerateSection, TooLong
+from offline_align.data.records import Prompt
 from offline_align.data.template import Renderer
 from offline_align.errors import DataError
 
@@ -67,16 +65,17 @@ def build_requests(
     conditions: Sequence[str],
     data: DataSection,
     generate: GenerateSection,
-    bad_rows: BadRows | None = None,
+    on_refused: Callable[[dict[str, str]], None],
 ) -> Workload:
     """Return `generate.n` requests for each prompt under each of `conditions` (one, empty, for most policies).
 
     Prompt and answer share `data.max_length` tokens, of which a quarter (or `max_new_tokens`, if less) is
-    kept for the answer; longer prompts lose their left or are left out, as `data.too_long` says. Raises
-    DataError for a prompt that the chat template refuses, unless `bad_rows` skips, and where no prompt
-    is left.
+    kept for the answer; longer prompts lose their left or are left out, as `data.too_long` says. Left out are those
+    too that the chat template refuses; `on_refused` is told of them, by id, and what it says. Raises DataError where
+    no prompt is left.
     """
     requests: list[Request] = []
+    refused: dict[str, str] = {}
     dropped: Counter[str] = Counter()
     truncated = 0
     longest = data.max_length - min(generate.max_new_tokens, data.max_length // 4)
@@ -84,10 +83,7 @@ def build_requests(
         try:
             whole = [renderer.context(prompt.prompt, condition) for condition in conditions]
         except DataError as error:
-            if bad_rows is None or data.on_bad_row is OnBadRow.fail:
-                raise DataError(f"row {prompt.id}: {error}; mend it, or set data.on_bad_row=skip") from error
-            bad_rows.reject(Path(prompt.id), 0, str(error), json.dumps(prompt.columns))
-            dropped["refused by the chat template"] += 1
+            refused[prompt.id] = str(error)
             continue
         contexts = [_fit(w, longest, renderer, c, data.too_long) for w, c in zip(whole, conditions, strict=True)]
         if None in contexts:
@@ -99,6 +95,9 @@ def build_requests(
             assert context is not None
             room = min(generate.max_new_tokens, data.max_length - len(context))
             requests += [Request(row, sample, context, room, variant) for sample in range(generate.n)]
+    if refused:
+        on_refused(refused)
+        dropped["refused by the chat template"] = len(refused)
     if not requests:
         raise DataError(f"data.input: no prompt is left of {len(prompts)}: {dict(dropped)}")
     if dropped or truncated:

@@ -1,18 +1,16 @@
 """Which answers are scored: one of an SFT row, two of a pair, and none of a row that does not fit."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from offline_align.config.sections import DataSection
 from offline_align.data.jsonl import BadRows
-from offline_align.data.records import PreferencePair, Sample, find_lines
+from offline_align.data.records import PreferencePair, Sample, reject_rows
 from offline_align.data.template import Renderer
+from offline_align.data.token_store import REFUSED
 from offline_align.data.tokenize import unusable_samples
 from offline_align.errors import DataError
 from offline_align.methods import TrainingRow
-
-logger = logging.getLogger(__name__)
 
 
 def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
@@ -47,10 +45,7 @@ def leave_out_unscorable(
     found = unusable_samples([TrainingRow(a) for _, a in answers], renderer, data, cache_dir, empty_answers=True)
     for place, status in found.items():
         reasons.setdefault(answers[place][0], _in_words(status, data))
-    # Where rows stand is kept for none of them: the files are read again for those few.
-    for row_id, line in (find_lines(files, reasons.keys()) if reasons else {}).items():
-        line.reject(bad_rows, reasons[row_id])
-    bad_rows.report(logger)
+    reject_rows(files, None, reasons, bad_rows)
     if len(reasons) == len(rows):
         raise DataError(f"{', '.join(map(str, files))}: no row can be scored; see data.max_length={data.max_length}")
     return [row for row in rows if row.id not in reasons]
@@ -63,4 +58,4 @@ def _in_words(status: str, data: DataSection) -> str:
     if status == "too_long":
         fix = "or set data.too_long=truncate_prompt"
         return f"prompt: too long to be scored, raise data.max_length={data.max_length} {fix}"
-    return status
+    return status.removeprefix(REFUSED)

@@ -14,7 +14,15 @@ from offline_align import lineage
 from offline_align.config.runs import TrainRun
 from offline_align.config.sections import Precision
 from offline_align.data.jsonl import is_empty
-from offline_align.data.records import BadRows, LabelledSample, PreferencePair, Sample, input_paths, read_rows
+from offline_align.data.records import (
+    BadRows,
+    LabelledSample,
+    PreferencePair,
+    Sample,
+    input_paths,
+    read_rows,
+    reject_rows,
+)
 from offline_align.data.template import Renderer
 from offline_align.methods import TrainingRow
 from offline_align.model.description import Condition, ModelDescription
@@ -129,11 +137,17 @@ def _tokenized(
     cache = common.cache_dir(config)
     tokenized: Any
     source: Any
-    if rows.rows and isinstance(rows.rows[0], PreferencePair):
-        tokenized = tokenize_pairs(rows.rows, renderer, config.data, cache, bad_rows)
+    kinds = {type(row.sample if isinstance(row, TrainingRow) else row) for row in rows.rows}
+
+    def reject(refused: dict[str, str]) -> None:
+        (kind,) = kinds
+        reject_rows(paths, kind, refused, bad_rows)
+
+    if kinds == {PreferencePair}:
+        tokenized = tokenize_pairs(rows.rows, renderer, config.data, cache, reject)
         source = PairSource(tokenized, shares_prompts(config.trainer, config.parallel))
     else:
-        tokenized = tokenize_samples(rows.rows, renderer, config.data, cache, bad_rows)
+        tokenized = tokenize_samples(rows.rows, renderer, config.data, cache, reject)
         source = SampleSource(tokenized)
     facts = {
         **rows.facts,

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from offline_align.__main__ import run
-from tests.small_tokenizers import write_sentencepiece
-from tests.training import continued, labelled, metrics, pairs, samples, train, write_jsonl
+from offline_align.data.tokenizer import load_tokenizer
+from tests.random_llama import save_random_llama
+from tests.small_tokenizers import CHATML, write_hugging_face, write_sentencepiece
+from tests.training import STEPS, TINY, continued, labelled, metrics, pairs, samples, train, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +121,38 @@ def test_a_judge_keeps_its_template(folder: Path, capsys: pytest.CaptureFixture[
     assert run(["evaluate", f"run.dir={folder / 'never'}", *words, "data.template=chat"]) == 78
     assert "data.template=chat: judge.model was trained with paper" in capsys.readouterr().err
     assert not (folder / "never").exists()
+
+
+REFUSING = "{% if 'never' in messages[0].content %}{{ raise_exception('no such word') }}{% endif %}" + CHATML
+STRANGE = {"prompt": "never say", "response": "so", "chosen": "yes", "rejected": "no", "reward_raw": 1.0, "reward": 1.0}
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ca", "label", "generate"])
+def test_a_row_that_the_chat_template_refuses_is_named_by_its_line(
+    stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_hugging_face(tmp_path / "policy", chat_template=REFUSING)
+    columns = {"reward": ("chosen", "rejected"), "ca": ("response", "reward_raw", "reward"), "generate": ()}
+    rows = {"reward": pairs(6), "ca": labelled([0.0, 1.0, 2.0, 3.0])}.get(stage, samples(6))
+    strange = {name: STRANGE[name] for name in ("prompt", *columns.get(stage, ("response",)))}
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"source_id": "x", **strange}])
+    chat = [f"model.tokenizer={folder}", "data.template=chat"]
+    if stage == "generate":
+        described = {"method": "sft", "template": "chat", "condition": None}
+        policy = save_random_llama(folder, load_tokenizer(folder), offline_align=described)
+        given = [f"init.from={policy}", f"data.input={path}", "data.max_length=128", "generate.max_new_tokens=4"]
+    elif stage == "label":
+        usable = write_jsonl(tmp_path / "pairs.jsonl", pairs(4))
+        model = train("reward", tmp_path / "model", usable, "trainer.max_steps=1", model=[*TINY, *chat])
+        given = [f"init.from={model}", f"data.input={path}"]
+    else:
+        given = [f"data.train={path}", *TINY, *chat, *STEPS, "trainer.max_steps=1"]
+    words = [stage, f"run.dir={tmp_path / 'out'}", *(w for w in given if w != "debug=true"), "run.device=cpu"]
+    capsys.readouterr()
+    assert run(words) == 65
+    line = f"{path}:{len(rows) + 1}"
+    assert f"{line}: chat template: no such word; mend the row, or set data.on_bad_row=skip" in capsys.readouterr().err
+    assert run([*words, "data.on_bad_row=skip"]) == 0
+    (kept,) = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
+    assert f"{kept['file']}:{kept['line']}" == line
+    assert json.loads(kept["raw"])["prompt"] == "never say"

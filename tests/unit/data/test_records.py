@@ -14,9 +14,9 @@ from offline_align.data.records import (
     PreferencePair,
     Prompt,
     Sample,
-    find_lines,
     read_rows,
     read_samples_and_pairs,
+    reject_rows,
 )
 from offline_align.errors import DataError
 from tests.support import real_data_dir
@@ -67,10 +67,34 @@ def test_integers_are_ids_as_text(tmp_path: Path) -> None:
     assert refusal(path, Prompt, {"id": 1, "prompt": "a"}, {"id": "1", "prompt": "b"}).startswith("id: duplicate id")
 
 
-def test_lines_of_rows_are_found_again(tmp_path: Path) -> None:
+def test_rows_are_rejected_by_their_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", {"no": "row"}, SAMPLE, PAIR, SAMPLE | {"response": "other"}, {"prompt": "b"})
-    found = find_lines([path], {"s", "p", "absent"})
-    assert {row_id: (line.path, line.number) for row_id, line in found.items()} == {"s": (path, 2), "p": (path, 3)}
+    reasons = {"p": "second", "s": "first", "absent": "none"}
+    with pytest.raises(DataError, match=rf"^{path}:2: first; mend the row"):
+        reject_rows([path], None, reasons, STRICT)
+    skipping = BadRows(OnBadRow.skip, tmp_path / "quarantine.jsonl")
+    reject_rows([path], None, reasons, skipping)
+    quarantined = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [(row["file"], row["line"], row["reason"]) for row in quarantined] == [
+        (str(path), 2, "first"),
+        (str(path), 3, "second"),
+    ]
+    assert json.loads(quarantined[0]["raw"]) == SAMPLE
+
+
+def test_ids_are_those_of_the_kind_that_was_read(tmp_path: Path) -> None:
+    answer = LABELLED | {"id": "x/0", "finish_reason": "stop", "sample_index": 0}
+    path = write(tmp_path / "rows.jsonl", answer)
+    (labelled,), (sample,) = (read_rows([path], kind, STRICT) for kind in (LabelledSample, Sample))
+    assert (labelled.id, sample.id) == ("x/0", "x/0/0")
+    for row in (labelled, sample):
+        with pytest.raises(DataError, match=r"rows.jsonl:1: no;"):
+            reject_rows([path], type(row), {row.id: "no"}, STRICT)
+    reject_rows([path], LabelledSample, {sample.id: "no"}, STRICT)
+
+
+def test_nothing_is_read_again_where_nothing_is_rejected(tmp_path: Path) -> None:
+    reject_rows([tmp_path / "absent.jsonl"], None, {}, STRICT)
 
 
 def test_samples_and_pairs_are_told_apart_row_by_row(tmp_path: Path) -> None:

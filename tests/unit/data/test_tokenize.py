@@ -1,6 +1,5 @@
 """Tokenised rows: content, length policy, the cache, and what happens when it is damaged or shared."""
 
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -276,16 +275,13 @@ def test_rows_that_the_template_refuses(
     refusing = Renderer(load_tokenizer(write_hugging_face(tmp_path, chat_template=REFUSING)), Template.chat)
     rows = [training_row(0, "yes"), training_row(1, "no"), training_row(2, "well")]
     data = DataSection()
-    for bad_rows in (None, BadRows(OnBadRow.fail, None)):
-        with pytest.raises(DataError, match=r"row row-1: chat template: never; mend the row"):
-            tokenize_samples(rows, refusing, data, cache, bad_rows)
-    skipping = BadRows(OnBadRow.skip, tmp_path / "quarantine.jsonl")
-    made = tokenize_samples(rows, refusing, data, cache, skipping)
+    with pytest.raises(DataError, match=r"row row-1: chat template: never; mend the row"):
+        tokenize_samples(rows, refusing, data, cache)
+    told: list[dict[str, str]] = []
+    made = tokenize_samples(rows, refusing, data, cache, told.append)
+    assert told == [{"row-1": "chat template: never"}]
     assert made.row_ids == ["row-0", "row-2"]
     assert made.dropped == {"chat_template": 1}
-    quarantined = json.loads((tmp_path / "quarantine.jsonl").read_text())
-    assert (quarantined["file"], quarantined["reason"]) == ("row-1", "chat template: never")
-    assert skipping.counts == {"chat template: never": 1}
 
 
 def test_nothing_to_tokenise_is_refused(renderer: Renderer, cache: Path) -> None:
