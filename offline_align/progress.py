@@ -12,10 +12,15 @@ _LINE_SECONDS = 15.0
 
 
 class Meter:
-    """Counts units of work that are done; silent where `enabled` is False (all ranks but one)."""
+    """Counts units of work that are done; silent where `enabled` is False (all ranks but one).
 
-    def __init__(self, title: str, total: int, unit: str, done: int = 0, enabled: bool = True) -> None:
-        self.title, self.total, self.unit = title, total, unit
+    Work of less than `least_seconds` leaves no line in a log.
+    """
+
+    def __init__(
+        self, title: str, total: int, unit: str, done: int = 0, enabled: bool = True, least_seconds: float = 0.0
+    ) -> None:
+        self.title, self.total, self.unit, self._least_seconds = title, total, unit, least_seconds
         self.done = self._first = done
         self._start = self._last_line = time.monotonic()
         self._bar = _bar() if enabled and sys.stderr.isatty() else None
@@ -30,7 +35,7 @@ class Meter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._lines and kind is None:
+        elif self._lines and kind is None and time.monotonic() - self._start >= self._least_seconds:
             self._line("")
 
     @property

@@ -110,6 +110,7 @@ def _build(folder: Path, tokenize: Callable[[], Iterable[Fresh]]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
+        # A temporary folder is closed to other users, who may share the cache; one inside it is as any other.
         ready = work / "ready"
         ready.mkdir()
         _write(tokenize(), ready)

@@ -174,11 +174,12 @@ def _side(tokens: StoredTokens, k: int, row_ids: list[str], weight: npt.NDArray[
 
 
 def _report_refused(refused: dict[str, str], on_refused: OnRefused | None) -> None:
-    if refused and on_refused is None:
+    if not refused:
+        return
+    if on_refused is None:
         row_id, message = next(iter(refused.items()))
         raise DataError(f"row {row_id}: {message}; mend the row")
-    if refused and on_refused is not None:
-        on_refused(refused)
+    on_refused(refused)
 
 
 def _check_some_left(tokens: StoredTokens, asked: int, data: DataSection) -> None:
@@ -230,7 +231,10 @@ def _tokenize(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limit
         return rows, renderer.encode([parts for row in rows for parts in row.sequences])
 
     batches = ([_render(dialogue, renderer) for dialogue in batch] for batch in batched(dialogues, ROWS_PER_BATCH))
-    with closing(prepared_ahead(encode, batches)) as ahead, Meter("tokenising", len(dialogues), "rows") as meter:
+    with (
+        closing(prepared_ahead(encode, batches)) as ahead,
+        Meter("tokenising", len(dialogues), "rows", least_seconds=1.0) as meter,
+    ):
         for rows, ids in ahead:
             yield _fitted(rows, ids, renderer, limits)
             meter.advance(len(rows))

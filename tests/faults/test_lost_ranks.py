@@ -28,6 +28,8 @@ if "RANK" in os.environ and "FAULT" in os.environ:
     advance, calls = Meter.advance, []
     def faulty(self, *arguments, **more):
         advance(self, *arguments, **more)
+        if self.title == "tokenising":
+            return
         calls.append(1)
         time.sleep(0.05)
         path = pathlib.Path(marker)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from offline_align.__main__ import run
-from tests.training import continued, pairs, samples, train, write_jsonl
+from tests.training import STEPS, TINY, continued, pairs, samples, train, write_jsonl
 
 # A sitecustomize that refuses every connection; sockets of this machine are needed by process groups.
 NO_NETWORK = """
@@ -84,3 +84,14 @@ def test_a_clock_that_runs_backwards_changes_nothing(folder: Path, monkeypatch: 
     monkeypatch.setattr(time, "time", lambda: start - 3600.0 * next(calls))
     assert run(label(folder, "backwards")) == 0
     assert (folder / "backwards" / "labelled.jsonl").read_bytes() == (folder / "usual" / "labelled.jsonl").read_bytes()
+
+
+def test_training_loads_nothing_that_it_does_not_use(tmp_path: Path) -> None:
+    """Each rank of each stage would pay: `datasets`, pandas and torch's compiler take a second and 85 MiB."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", samples())
+    words = ["sft", f"run.dir={tmp_path / 'out'}", f"data.train={rows}", *TINY, *STEPS, "trainer.max_steps=1"]
+    code = "import sys; from offline_align.__main__ import run; assert run(sys.argv[1:]) == 0; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, text=True)
+    modules = set(loaded.stdout.split())
+    assert "megatron.core.optimizer" in modules
+    assert not modules & {"datasets", "pandas", "torch._dynamo", "torch._inductor"}
