@@ -87,7 +87,7 @@ def test_a_clock_that_runs_backwards_changes_nothing(folder: Path, monkeypatch: 
 
 
 def test_training_loads_nothing_that_it_does_not_use(tmp_path: Path) -> None:
-    """Each rank of each stage would pay: `datasets`, pandas and torch's compiler take a second and 85 MiB."""
+    """Each rank of each stage would pay: `datasets`, pandas and torch's compiler take more than a second and 85 MiB."""
     rows = write_jsonl(tmp_path / "rows.jsonl", samples())
     words = ["sft", f"run.dir={tmp_path / 'out'}", f"data.train={rows}", *TINY, *STEPS, "trainer.max_steps=1"]
     code = "import sys; from offline_align.__main__ import run; assert run(sys.argv[1:]) == 0; print(*sys.modules)"
