@@ -2,13 +2,14 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from offline_align.config.sections import DataSection, GenerateSection, TooLong
 from offline_align.data.records import Prompt
 from offline_align.data.template import Renderer
+from offline_align.data.tokenize import OnRefused
 from offline_align.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def build_requests(
     conditions: Sequence[str],
     data: DataSection,
     generate: GenerateSection,
-    on_refused: Callable[[dict[str, str]], None],
+    on_refused: OnRefused,
 ) -> Workload:
     """Return `generate.n` requests for each prompt under each of `conditions` (one, empty, for most policies).
 

@@ -137,13 +137,13 @@ def _tokenized(
     cache = common.cache_dir(config)
     tokenized: Any
     source: Any
-    kinds = {type(row.sample if isinstance(row, TrainingRow) else row) for row in rows.rows}
+    first = next(iter(rows.rows), None)
+    kind = type(first.sample if isinstance(first, TrainingRow) else first)
 
     def reject(refused: dict[str, str]) -> None:
-        (kind,) = kinds
         reject_rows(paths, kind, refused, bad_rows)
 
-    if kinds == {PreferencePair}:
+    if kind is PreferencePair:
         tokenized = tokenize_pairs(rows.rows, renderer, config.data, cache, reject)
         source = PairSource(tokenized, shares_prompts(config.trainer, config.parallel))
     else:

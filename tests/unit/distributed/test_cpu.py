@@ -1,5 +1,6 @@
-"""Collectives on the CPU: a rank that is alone keeps what it has, and nothing else is left out."""
+"""The CPU in place of CUDA: a rank that is alone keeps what it has, and nothing else is left out; few kernels stay."""
 
+import os
 from typing import Any
 
 import pytest
@@ -35,3 +36,15 @@ def test_a_slice_of_a_buffer_is_not_the_buffer(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 1)
     buffer = torch.arange(4.0)
     assert cpu._unless_alone(lambda *_, **__: "handle")(buffer[:2], buffer) == "handle"
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "32"), ("7", "7")])
+def test_few_kernels_are_kept_unless_somebody_wants_more(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
+) -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    cpu._keep_few_kernels()
+    assert os.environ[name] == kept
