@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from offline_align.config.sections import ModelSection, ParallelSection
 
-# fp32 logits, and their gradients, that are in memory at once: longer lists of targets are computed in pieces. Large
-# ones keep a GPU busy; small ones stay near the caches of a CPU.
+# Logits, counted in fp32, that are in memory at once where they are not kept: longer lists of targets are computed in
+# pieces. Large ones keep a GPU busy; small ones stay near the caches of a CPU.
 LOGITS_PIECE_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
 # Logits of a bin, in the model's precision, that are kept for the backward pass; more are computed again.
 LOGITS_KEPT_BYTES = 2 * 2**30
@@ -165,20 +165,23 @@ def training_memory(
     weights are fp32 already; 6 with `lean_optimizer`, whose moments are bf16 and whose main weight is what bf16 lacks),
     sharded over data parallel ranks by the distributed optimizer. Gradients in bf16 are copied to fp32 for the update,
     sharded likewise, but for a lean optimizer. Activations are what the
-    backward pass of a layer keeps: inputs and outputs of both norms, rotated queries and keys, the projection that
-    values are a view of, the attention's output, and gate, up and product of a fused SwiGLU. With `full`
-    recomputation they are one input for each layer and the inside of one.
+    backward pass of a layer keeps: inputs and outputs of both norms, queries, keys and values, the attention's output,
+    and gate, up and product of a fused SwiGLU. With `full` recomputation they are one input for each layer and the
+    inside of one.
     """
     shards = ranks.data * ranks.context if parallel.use_distributed_optimizer else 1
     element = 2 if bf16 else 4
     gradient = 4 if parallel.grad_reduce_in_fp32 or not bf16 else 2
     split = ranks.tensor if parallel.sequence_parallel else 1
-    kept = 4 * sizes.hidden / split + (3 * sizes.query_width + 3 * sizes.kv_width + 3 * sizes.ffn) / ranks.tensor
+    kept = 4 * sizes.hidden / split + (2 * sizes.query_width + 2 * sizes.kv_width + 3 * sizes.ffn) / ranks.tensor
     layers = kept * sizes.layers if recompute != "full" else sizes.hidden / split * sizes.layers + kept
     targets = 0 if sizes.scalar_head else sizes.padded_vocab / ranks.tensor * tokens / ranks.context
-    # A piece in fp32 and its gradient, and what is kept of all.
-    logits = 2 * min(4 * targets, LOGITS_PIECE_BYTES["cuda"])
-    logits += element * targets if element * targets <= LOGITS_KEPT_BYTES else 0
+    # All of them are kept, and become gradients in place, or a piece at a time; then comes what autograd is handed as
+    # the gradient of the output layer.
+    keeps = element * targets <= LOGITS_KEPT_BYTES
+    logits = element * (targets if keeps else min(targets, LOGITS_PIECE_BYTES["cuda"] / 4))
+    if targets:
+        logits = max(logits, element * sizes.padded_vocab / ranks.tensor * sizes.hidden)
     activations = tokens * layers * element / ranks.context + logits
     copied = 4 if gradient == 2 and not lean_optimizer else 0
     return MemoryEstimate(

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from offline_align.data.batch import AttentionSlice, PackedBatch, SharedKeys
 from offline_align.model.attention_products import LONGEST_ROW, attend_by_products
-from offline_align.model.rotary import rotate
 
 # megatron reshapes for "thd"; here the layout stays sequence first and only this module reads the boundaries.
 PACKED_FORMAT = "sbhd"
@@ -74,7 +73,7 @@ def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 class PackedAttention(nn.Module):
-    """Rotary positions and causal attention inside each segment of a bin, without Transformer Engine.
+    """Causal attention inside each segment of a bin, without Transformer Engine.
 
     CUDA uses torch's variable-length flash attention; the CPU one fused call for each row, as does CUDA in fp32 or with
     heads of other widths than that kernel knows; and on the CPU batched products of each row that is neither long nor
@@ -99,19 +98,14 @@ class PackedAttention(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Return [T, 1, H * D] from query [T, 1, H, D] and key, value [T, 1, G, D]."""
+        """Return [T, 1, H * D] from query [T, H, D] and key, value [T, G, D]."""
         assert isinstance(packed_seq_params, Segments), "every batch of this project is packed"
-        assert packed_seq_params.rotary is not None
-        cosine, sine = packed_seq_params.rotary
-        dtype, inner = query.dtype, attention_dtype(query.dtype, query.device)
-        query, key, value = (t.squeeze(1).to(inner) for t in (query, key, value))
-        query, key = (rotate(t, cosine, sine) for t in (query, key))
         if self.context_size > 1:
             key, value = _whole_context(torch.stack((key, value), dim=1)).unbind(1)
         if packed_seq_params.shared_keys is not None:
             key, value = (_of_all_rows(t, packed_seq_params.shared_keys) for t in (key, value))
         attend = self._attend_by_kernel if _kernel_takes(query) else self._attend_by_row
-        return attend(query, key, value, packed_seq_params).to(dtype).flatten(1).unsqueeze(1)
+        return attend(query, key, value, packed_seq_params).flatten(1).unsqueeze(1)
 
     def _attend_by_kernel(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
         slices = packed.slices

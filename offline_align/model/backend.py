@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from offline_align.config.sections import Backend
 from offline_align.errors import ConfigError
@@ -54,9 +55,15 @@ def choose_backend(asked: Backend, device: torch.device, bf16: bool = True) -> B
 
 @cache
 def can_compile() -> bool:
-    """Whether `torch.compile` can work on CUDA: Triton builds its launchers with a C compiler and Python's headers."""
+    """Whether Triton, and with it `torch.compile`, can work: it needs a C compiler and Python's headers."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return compiler is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return compiler is not None and has_headers and importlib.util.find_spec("triton") is not None
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether this project's Triton kernels work on `tensor`."""
+    return tensor.is_cuda and can_compile()
 
 
 @cache

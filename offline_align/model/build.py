@@ -25,6 +25,7 @@ from offline_align.model.heads import Policy, RewardHead, RewardModel
 from offline_align.model.layers import stacked
 from offline_align.model.norm import RMSNorm
 from offline_align.model.rotary import PackedRotaryEmbedding, inverse_frequencies
+from offline_align.model.self_attention import PackedSelfAttention
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ def _block_spec(model: ModelSection, config: TransformerConfig, backend: Backend
         spec.submodules,
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
-        self_attention=ModuleSpec(attention.module, attention.params, inner),
+        self_attention=ModuleSpec(PackedSelfAttention, attention.params, inner),
         mlp=partial(mlp, submodules=replace(mlp.keywords["submodules"], activation_func=SwiGLU)),
     )
     return TransformerBlockSubmodules(layer_specs=stacked(layer, config.num_layers), layer_norm=RMSNorm)

@@ -17,11 +17,11 @@ from torch import Tensor
 from offline_align.config.sections import ModelSection
 from offline_align.model.attention import PackedAttention, Segments
 from offline_align.model.layers import stacked
-from offline_align.model.rotary import rotate
+from offline_align.model.self_attention import PackedSelfAttention
 
 
 class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
-    """Rotary positions and Transformer Engine's attention inside each segment of a bin.
+    """Transformer Engine's attention inside each segment of a bin.
 
     Rows that look back on the tokens of others are left to the attention of the torch backend.
     Shape legend: T tokens of the bin, H query heads, G key/value heads of this rank, D width of a head.
@@ -42,18 +42,15 @@ class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
         packed_seq_params: PackedSeqParams | None = None,
         num_splits: int | None = None,
     ) -> Tensor:
-        """Return [T, 1, H * D] from query [T, 1, H, D] and key, value [T, 1, G, D]."""
+        """Return [T, 1, H * D] from query [T, H, D] and key, value [T, G, D]."""
         assert isinstance(packed_seq_params, Segments), "every batch of this project is packed"
         if packed_seq_params.shared_keys is not None:
             looked_back: Tensor = self._looking_back(query, key, value, None, packed_seq_params=packed_seq_params)
             return looked_back
-        assert packed_seq_params.rotary is not None
-        cosine, sine = packed_seq_params.rotary
-        query, key = (rotate(t.squeeze(1), cosine, sine) for t in (query, key))
         out: Tensor = super().forward(
             query,
             key,
-            value.squeeze(1),
+            value,
             None,
             attn_mask_type,
             packed_seq_params=_packed(packed_seq_params),
@@ -87,6 +84,6 @@ def engine_block_spec(model: ModelSection, config: TransformerConfig) -> Transfo
     inner = replace(attention.submodules, core_attention=core)
     layer = replace(
         spec.submodules,
-        self_attention=ModuleSpec(module=attention.module, params=attention.params, submodules=inner),
+        self_attention=ModuleSpec(module=PackedSelfAttention, params=attention.params, submodules=inner),
     )
     return TransformerBlockSubmodules(layer_specs=stacked(layer, config.num_layers), layer_norm=TENorm)

@@ -3,13 +3,14 @@
 Shape legend: N targets, n targets of a piece, C hidden width, V vocabulary rows of this rank.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from offline_align.distributed.sizes import LOGITS_KEPT_BYTES, LOGITS_PIECE_BYTES
+from offline_align.model.backend import has_kernels
 from offline_align.model.weight_gradients import add_product, added
 
 
@@ -27,7 +28,7 @@ class _TargetNll(torch.autograd.Function):
     """What the backward pass multiplies by is made in the forward pass, where the logits are at hand.
 
     That is `softmax - one at the target`, in the model's precision; it is kept where all of it fits LOGITS_KEPT_BYTES,
-    and made again where not, so that never more than one piece of fp32 is in memory. Weights of targets are multiplied
+    and made again where not, so that never more than one piece is in memory. Weights of targets are multiplied
     onto rows [C], not onto rows of the vocabulary. With a sharded vocabulary a piece costs two all-reduces of a few
     bytes a target.
     """
@@ -36,50 +37,47 @@ class _TargetNll(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, group: dist.ProcessGroup, vocab_size: int
     ) -> Tensor:
-        rows = max(1, LOGITS_PIECE_BYTES[weight.device.type] // (4 * weight.size(0)))
         kept_bytes = hidden.size(0) * weight.size(0) * weight.element_size()
         keeps = ctx.needs_input_grad[0] and kept_bytes <= LOGITS_KEPT_BYTES
+        # Kernels put what is kept where the logits were: then pieces would save nothing.
+        rows = max(1, hidden.size(0)) if keeps and has_kernels(weight) else _rows_of_piece(weight)
         first_row = group.rank() * weight.size(0)
         local, ctx.num_tokens = ids - first_row, vocab_size - first_row
-        is_own = (local >= 0) & (local < weight.size(0)) if group.size() > 1 else None
-        # Targets of other ranks' rows read row 0 here, and count nothing.
-        local = local if is_own is None else torch.where(is_own, local, 0)
         log_sum, target = hidden.new_empty((2, hidden.size(0)), dtype=torch.float32).unbind(0)
         kept = []
         for piece in _pieces(hidden.size(0), rows):
-            own = None if is_own is None else is_own[piece]
-            logits = _logits(hidden[piece], weight, ctx.num_tokens)
-            probabilities, own_log_sum = _softmax(logits)
-            log_sum[piece], target[piece] = _over_vocabulary(
-                own_log_sum, logits.gather(1, local[piece, None])[:, 0], own, group
-            )
-            del logits
+            scores = _scores(hidden[piece], weight, ctx.num_tokens, local[piece], group.size() > 1)
+            log_sum[piece], target[piece] = _over_vocabulary(scores.log_sum, scores.target, group)
             if keeps:
-                residual = _residual(probabilities, own_log_sum - log_sum[piece], local[piece], own)
-                kept.append(residual.to(weight.dtype))
-        ctx.save_for_backward(hidden, weight, local, is_own, log_sum, *kept)
-        ctx.rows, ctx.weight = rows, weight
+                kept.append(scores.residual(log_sum[piece]))
+            del scores
+        ctx.save_for_backward(hidden, weight, local, log_sum)
+        ctx.rows, ctx.weight, ctx.is_shared, ctx.kept = rows, weight, group.size() > 1, kept
         return log_sum - target
 
     @staticmethod
     def backward(ctx: Any, nll_grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden, weight, local, is_own, log_sum, *kept = ctx.saved_tensors
+        hidden, weight, local, log_sum = ctx.saved_tensors
         hidden_grad, total = torch.empty_like(hidden), getattr(ctx.weight, "main_grad", None)
         weight_grad = torch.zeros_like(weight) if total is None else total
         weighted = (hidden * nll_grad[:, None]).to(weight.dtype)
-        for number, piece in enumerate(_pieces(hidden.size(0), ctx.rows)):
-            if kept:
-                residual = kept[number]
+        for piece in _pieces(hidden.size(0), ctx.rows):
+            if ctx.kept:
+                # Let go when it has been used: autograd is given a tensor as large as the weight in the end.
+                residual = ctx.kept.pop(0)
             else:
-                own = None if is_own is None else is_own[piece]
-                probabilities, own_log_sum = _softmax(_logits(hidden[piece], weight, ctx.num_tokens))
-                residual = _residual(probabilities, own_log_sum - log_sum[piece], local[piece], own)
-                residual = residual.to(weight.dtype)
+                scores = _scores(hidden[piece], weight, ctx.num_tokens, local[piece], ctx.is_shared)
+                residual = scores.residual(log_sum[piece])
             torch.mm(residual, weight, out=hidden_grad[piece])
             add_product(weight_grad, residual, weighted[piece])
+            del residual
         if total is not None:
             weight_grad = added(ctx.weight)
         return hidden_grad * nll_grad[:, None].to(hidden.dtype), weight_grad, None, None, None
+
+
+def _rows_of_piece(weight: Tensor) -> int:
+    return max(1, LOGITS_PIECE_BYTES[weight.device.type] // (4 * weight.size(0)))
 
 
 def _pieces(count: int, rows: int) -> list[slice]:
@@ -97,34 +95,63 @@ def _logits(hidden: Tensor, weight: Tensor, num_tokens: int) -> Tensor:
     return logits
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return softmax [n, V] over this rank's rows and its log-sum-exp [n], both in fp32.
+class _Scores(Protocol):
+    """Logits of a piece, on this rank's rows of the vocabulary."""
 
-    The largest probability is one over the sum of exponentials above the highest logit: two maxima are all it takes.
-    """
-    probabilities = torch.softmax(logits, dim=1, dtype=torch.float32)
-    return probabilities, logits.amax(1).float() - probabilities.amax(1).log()
+    log_sum: Tensor
+    """Log-sum-exp over these rows: [n] in fp32."""
+    target: Tensor
+    """Logits of the targets [n] in fp32, 0 of those that other ranks have."""
 
-
-def _residual(probabilities: Tensor, log_share: Tensor, local: Tensor, is_own: Tensor | None) -> Tensor:
-    """Return softmax over the whole vocabulary less one at the target: [n, V], in place.
-
-    `log_share` [n] is the logarithm of this rank's share of the sum of exponentials.
-    """
-    if is_own is None:
-        return probabilities.scatter_add_(1, local[:, None], -torch.ones_like(log_share)[:, None])
-    probabilities.mul_(log_share.exp()[:, None])
-    return probabilities.scatter_add_(1, local[:, None], -is_own[:, None].float())
+    def residual(self, log_sum: Tensor) -> Tensor:
+        """Return softmax less one at the target, [n, V], from `log_sum` [n] of the whole vocabulary; asked once."""
 
 
-def _over_vocabulary(
-    own_log_sum: Tensor, own_target: Tensor, is_own: Tensor | None, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def _scores(hidden: Tensor, weight: Tensor, num_tokens: int, local: Tensor, is_shared: bool) -> _Scores:
+    logits = _logits(hidden, weight, num_tokens)
+    return _ByKernels(logits, local) if has_kernels(weight) else _ByTorch(logits, local, is_shared)
+
+
+class _ByTorch:
+    """In fp32, by operations of torch."""
+
+    def __init__(self, logits: Tensor, local: Tensor, is_shared: bool) -> None:
+        self._dtype, self._is_shared = logits.dtype, is_shared
+        self._is_own = (local >= 0) & (local < logits.size(1))
+        # Targets of other ranks' rows read row 0 here, and count nothing.
+        self._local = torch.where(self._is_own, local, 0)[:, None]
+        self._probabilities = torch.softmax(logits, dim=1, dtype=torch.float32)
+        # The largest probability is one over the sum of exponentials above the highest logit: two maxima are enough.
+        self.log_sum = logits.amax(1).float() - self._probabilities.amax(1).log()
+        self.target = torch.where(self._is_own, logits.gather(1, self._local)[:, 0].float(), 0.0)
+
+    def residual(self, log_sum: Tensor) -> Tensor:
+        found = self._probabilities
+        if self._is_shared:
+            found.mul_((self.log_sum - log_sum).exp()[:, None])
+        return found.scatter_add_(1, self._local, -self._is_own[:, None].float()).to(self._dtype)
+
+
+class _ByKernels:
+    """In the place of the logits."""
+
+    def __init__(self, logits: Tensor, local: Tensor) -> None:
+        from offline_align.model import kernels
+
+        self._logits, self._local, self._kernels = logits, local, kernels
+        self.log_sum, self.target = kernels.log_sum(logits, local)
+
+    def residual(self, log_sum: Tensor) -> Tensor:
+        self._kernels.residual_(self._logits, log_sum, self._local)
+        return self._logits
+
+
+def _over_vocabulary(own_log_sum: Tensor, own_target: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Return log-sum-exp over the whole vocabulary and the logit of the target: [n] each, in fp32."""
-    if is_own is None:
-        return own_log_sum, own_target.float()
+    if group.size() == 1:
+        return own_log_sum, own_target
     highest = own_log_sum.clone()
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    sums = torch.stack(((own_log_sum - highest).exp(), torch.where(is_own, own_target.float(), 0.0)))
+    sums = torch.stack(((own_log_sum - highest).exp(), own_target))
     dist.all_reduce(sums, group=group)
     return highest + sums[0].log(), sums[1]

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -43,11 +44,11 @@ def learning_rate(step: int, optim: OptimSection, total_steps: int) -> float:
 
 
 def wrap_model(model: nn.Module, parallel: ParallelSection, on_cuda: bool) -> DistributedDataParallel:
-    """Return `model` in megatron's data parallel wrapper; overlap needs CUDA streams, so it is off on the CPU."""
+    """Return `model` in megatron's data parallel wrapper; overlap needs CUDA streams and somebody to talk to."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_grad_reduce=parallel.overlap_grad_reduce and on_cuda,
+        overlap_grad_reduce=parallel.overlap_grad_reduce and on_cuda and _has_replicas(),
         overlap_param_gather=_overlaps_param_gather(parallel, on_cuda),
     )
     wrapped = DistributedDataParallel(model.config, config, model)
@@ -57,7 +58,13 @@ def wrap_model(model: nn.Module, parallel: ParallelSection, on_cuda: bool) -> Di
 
 def _overlaps_param_gather(parallel: ParallelSection, on_cuda: bool) -> bool:
     wanted = parallel.overlap_param_gather and parallel.overlap_grad_reduce
-    return wanted and parallel.use_distributed_optimizer and on_cuda
+    return wanted and parallel.use_distributed_optimizer and on_cuda and _has_replicas()
+
+
+def _has_replicas() -> bool:
+    """Whether anything is exchanged: a single rank only pays for the calls."""
+    size: int = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    return size > 1
 
 
 def build_optimizer(
@@ -119,15 +126,18 @@ def _l2_norm(_: int, __: Tensor, tensors: list[list[Tensor]], ___: bool) -> tupl
     return torch.stack(torch._foreach_norm(tensors[0], 2.0, torch.float32)).norm().view(1), None
 
 
-def _scale(_: int, __: Tensor, tensors: list[list[Tensor]], factor: float) -> None:
-    """Multiply all tensors by `factor`, in place as clipping asks for it."""
-    gradients, out = tensors
-    assert all(one is other for one, other in zip(gradients, out, strict=True)), "clipping works in place"
-    torch._foreach_mul_(out, factor)
+def multiply_gradients(optimizer: MegatronOptimizer, factor: float) -> None:
+    """Multiply the gradients that are ready for `optimizer` by `factor`, in place."""
+    # Where moments are in bf16, gradients wait beside the weights under a name of their own.
+    name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
+    found = (getattr(weight, name, None) for weight in optimizer.get_parameters())
+    gradients = [gradient for gradient in found if gradient is not None]
+    if gradients and factor != 1.0:
+        torch._foreach_mul_(gradients, factor)
 
 
 def _offer_own_norm() -> None:
-    """Let megatron take and clip the norm of gradients by torch's operations over many tensors.
+    """Let megatron take the norm of gradients by torch's operations over many tensors.
 
     Transformer Engine's and apex's take the type of the first gradient for that of all, and where gradients stay in
     bf16 those of a scalar head are in fp32.
@@ -135,7 +145,7 @@ def _offer_own_norm() -> None:
     norms: Any = clip_grads
     norms.multi_tensor_applier = local_multi_tensor_applier
     norms.l2_norm_impl = _l2_norm
-    norms.multi_tensor_scale_impl = _scale
+    # With it megatron would return the norm as a tensor.
     norms.multi_tensor_scale_tensor_impl = None
 
 

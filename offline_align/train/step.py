@@ -12,12 +12,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from offline_align.data.batch import PackedBatch
 from offline_align.objectives import LossSum, Objective
+from offline_align.train.optim import multiply_gradients
 from offline_align.train.speed import OwnTime
 
 
@@ -72,9 +72,10 @@ def reduce_sums(
     return GlobalSums(means, round(total / copies), stops > 0, values[len(names) + len(counted) :])
 
 
-def _finish_gradients(own_time: OwnTime, *arguments: Any, **named: Any) -> None:
+def _finish_gradients(own_time: OwnTime, model: list[Any], _: Tensor, **named: Any) -> None:
+    """Reduce the sums over all ranks; not told of the count of targets, megatron leaves them undivided."""
     own_time.stop()
-    finalize_model_grads(*arguments, **named)
+    finalize_model_grads(model, None, **named)
 
 
 class TrainStep:
@@ -127,7 +128,7 @@ class TrainStep:
             forward_only=False,
         )
         sums = reduce_sums(*_add_up(stored), self.device, stop, own_seconds)
-        grad_norm, applied = self._update(math.isfinite(sums.means["loss"]))
+        grad_norm, applied = self._update(sums.count, math.isfinite(sums.means["loss"]))
         return StepResult(sums.means, sums.count, grad_norm, applied, sums.stop, sums.rank_seconds)
 
     @property
@@ -142,22 +143,24 @@ class TrainStep:
         def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
             result = self.objective(output, batch)
             count = torch.full((), result.count, dtype=torch.int, device=self.device)
-            # Three values tell megatron that the loss is a sum: it divides gradients by the global count.
+            # Three values tell megatron that the loss is a sum, not to be divided by the number of micro-batches.
             return result.total, count, _report(result)
 
         return model(batch), loss_func
 
-    def _update(self, loss_is_finite: bool) -> tuple[float, bool]:
-        """Clip and apply the gradient unless it is not finite, on all ranks alike; return its norm."""
+    def _update(self, count: int, loss_is_finite: bool) -> tuple[float, bool]:
+        """Divide the gradient of the summed loss by `count`, clip and apply it; return its norm before clipping.
+
+        Unless loss or norm are not finite, on all ranks alike.
+        """
         self.optimizer.prepare_grads()
         # The norm is reduced over all ranks, so that all of them decide the same.
-        norm = float(self.optimizer.get_grad_norm())
+        norm = float(self.optimizer.get_grad_norm()) / max(count, 1)
         if not (loss_is_finite and math.isfinite(norm)):
             return norm, False
-        if self.clip_grad > 0:
-            # Where moments are in bf16, gradients wait beside the weights under a name of their own.
-            beside = self.optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-            clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), self.clip_grad, norm, beside)
+        clipped = min(1.0, self.clip_grad / (norm + 1e-6)) if self.clip_grad > 0 else 1.0
+        # Both in one pass over the gradients.
+        multiply_gradients(self.optimizer, clipped / max(count, 1))
         self.optimizer.step_with_ready_grads()
         return norm, True
 
