@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from offline_align.config.sections import Backend, ModelSection, ParallelSection, Recompute
@@ -137,6 +138,8 @@ def _fields(model: ModelSection, parallel: ParallelSection, device: torch.device
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
+        # Of Transformer Engine: cuDNN's, and none rather than the one that pads rows.
+        "attention_backend": AttnBackend.fused,
     }
 
 

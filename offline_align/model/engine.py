@@ -3,6 +3,7 @@
 Imported only where Transformer Engine is installed. The heads and the checkpoints are those of the torch backend.
 """
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -19,17 +20,25 @@ from offline_align.model.attention import PackedAttention, Segments
 from offline_align.model.layers import stacked
 from offline_align.model.self_attention import PackedSelfAttention
 
+logger = logging.getLogger(__name__)
+
+# How Transformer Engine begins to say that no kernel takes what it was given.
+_NO_KERNEL = "No dot product attention backend"
+_refusals: list[str] = []
+"""What it said; the answer is the same for every layer."""
+
 
 class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
     """Transformer Engine's attention inside each segment of a bin.
 
-    Rows that look back on the tokens of others are left to the attention of the torch backend.
+    Rows that look back on the tokens of others are left to the attention of the torch backend; so are all, where cuDNN
+    refuses: Transformer Engine's own way without it would pad every row to the longest and keep all scores.
     Shape legend: T tokens of the bin, H query heads, G key/value heads of this rank, D width of a head.
     """
 
     def __init__(self, config: TransformerConfig, *arguments: Any, **named: Any) -> None:
         super().__init__(config, *arguments, **named)
-        self._looking_back = PackedAttention(config, softmax_scale=named.get("softmax_scale"))
+        self._torch_attention = PackedAttention(config, softmax_scale=named.get("softmax_scale"))
 
     def forward(
         self,
@@ -44,19 +53,25 @@ class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
     ) -> Tensor:
         """Return [T, 1, H * D] from query [T, H, D] and key, value [T, G, D]."""
         assert isinstance(packed_seq_params, Segments), "every batch of this project is packed"
-        if packed_seq_params.shared_keys is not None:
-            looked_back: Tensor = self._looking_back(query, key, value, None, packed_seq_params=packed_seq_params)
-            return looked_back
-        out: Tensor = super().forward(
-            query,
-            key,
-            value,
-            None,
-            attn_mask_type,
-            packed_seq_params=_packed(packed_seq_params),
-            num_splits=num_splits,
-        )
-        return out.reshape(out.size(0), 1, -1)
+        if packed_seq_params.shared_keys is None and not _refusals:
+            try:
+                out: Tensor = super().forward(
+                    query,
+                    key,
+                    value,
+                    None,
+                    attn_mask_type,
+                    packed_seq_params=_packed(packed_seq_params),
+                    num_splits=num_splits,
+                )
+                return out.reshape(out.size(0), 1, -1)
+            except ValueError as error:
+                if _NO_KERNEL not in str(error):
+                    raise
+                _refusals.append(str(error))
+                logger.warning("Transformer Engine has no attention for packed rows here: torch's is used. %s", error)
+        found: Tensor = self._torch_attention(query, key, value, None, packed_seq_params=packed_seq_params)
+        return found
 
 
 def _packed(segments: Segments) -> PackedSeqParams:

@@ -1,0 +1,114 @@
+"""Triton kernels give what torch's operations give; here Triton interprets them, on a GPU they run (tests/gpu)."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.harness import apart
+
+DTYPES = {"fp32": (torch.float32, 1e-6), "bf16": (torch.bfloat16, 1e-2)}
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the processes that are started; Triton asks when a kernel is defined."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def heads(device: str, precision: str, groups: int, each: int, width: int) -> list[float]:
+    """How far from torch's results are query, key, value and the gradient of the projection, relative to their size."""
+    from offline_align.model.rotary import rotate
+    from offline_align.model.self_attention import _SplitHeads
+
+    torch.manual_seed(0)
+    mixed = torch.randn(5, groups * (each + 2) * width, device=device).to(DTYPES[precision][0]).requires_grad_()
+    angles = torch.randn(5, 1, width // 2, device=device)
+    turn = angles.cos().to(mixed.dtype), angles.sin().to(mixed.dtype)
+    grads = [torch.randn(5, n, width, device=device).to(mixed.dtype) for n in (groups * each, groups, groups)]
+    found = _SplitHeads.apply(mixed, *turn, groups)  # type: ignore[no-untyped-call]
+    whole = mixed.float().view(5, groups, -1)
+    query, key, value = whole.split([each * width, width, width], dim=-1)
+    turns = [t.float() for t in turn]
+    expected = (rotate(query.reshape(5, -1, width), *turns), rotate(key, *turns), value)
+    (gradient,) = torch.autograd.grad(found, mixed, grads)
+    (right,) = torch.autograd.grad(expected, mixed, [g.float() for g in grads])
+    assert not any(t.untyped_storage().data_ptr() == mixed.untyped_storage().data_ptr() for t in found)
+    return [_distance(a, b) for a, b in zip((*found, gradient), (*expected, right), strict=True)]
+
+
+def vocabulary(device: str, precision: str, kept_bytes: int, num_tokens: int) -> list[float]:
+    """The same of likelihoods and of the gradients of hidden states and weights, for rows that pad the vocabulary."""
+    from offline_align.model import vocabulary as module
+
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    patched: Any = module
+    patched.has_kernels, patched.LOGITS_KEPT_BYTES = lambda _: True, kept_bytes
+    patched.LOGITS_PIECE_BYTES = dict.fromkeys(("cpu", "cuda"), 4 * 5000 * 4)
+    torch.manual_seed(0)
+    dtype = DTYPES[precision][0]
+    hidden, weight = (torch.randn(n, 16, device=device).to(dtype).requires_grad_() for n in (9, 5000))
+    ids, weights = torch.randint(0, num_tokens, (9,), device=device), torch.rand(9, device=device)
+    nll = module.target_nll(hidden, weight, ids, dist.group.WORLD, num_tokens)
+    found = (nll, *torch.autograd.grad((nll * weights).sum(), (hidden, weight)))
+    logits = (hidden @ weight.t()).float()[:, :num_tokens]
+    right = torch.nn.functional.cross_entropy(logits, ids, reduction="none")
+    expected = (right, *torch.autograd.grad((right * weights).sum(), (hidden, weight)))
+    return [_distance(a, b) for a, b in zip(found, expected, strict=True)]
+
+
+def rows_of_other_ranks() -> list[list[float]]:
+    """Sums and targets of logits of which some targets are elsewhere, and of rows that stand for no token."""
+    from offline_align.model import kernels
+
+    logits = torch.stack((torch.arange(50.0), torch.arange(50.0), torch.full((50,), torch.finfo(torch.float32).min)))
+    return [t.tolist() for t in kernels.log_sum(logits, torch.tensor([-3, 50, 7]))]
+
+
+def whole_model(kind: str) -> float:
+    """How far outputs and gradients of a small model with kernels are from those without."""
+    from benchmarks.gpu_ours import outputs
+    from offline_align.config.sections import Device
+    from offline_align.model import backend, self_attention
+    from offline_align.model import vocabulary as head
+
+    without = outputs(kind, [7, 30, 12], Device.cpu, False, "torch")
+    assert not backend.has_kernels(torch.empty(0))
+    patched: Any
+    for patched in (self_attention, head):
+        patched.has_kernels = lambda _: True
+    found = outputs(kind, [7, 30, 12], Device.cpu, False, "torch")
+    return max(float(abs(a - b).max() / abs(b).max()) for a, b in zip(found, without, strict=True))
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize(("groups", "each", "width"), [(2, 3, 16), (1, 4, 12), (3, 1, 64)])
+def test_heads_are_split_and_turned(precision: str, groups: int, each: int, width: int) -> None:
+    assert max(apart(heads, "cpu", precision, groups, each, width)) < DTYPES[precision][1]
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
+def test_likelihoods_and_their_gradients(precision: str, kept_bytes: int) -> None:
+    assert max(apart(vocabulary, "cpu", precision, kept_bytes, 4900)) < DTYPES[precision][1]
+
+
+def test_targets_of_other_ranks_count_nothing() -> None:
+    (*sums, nothing), targets = apart(rows_of_other_ranks)
+    assert sums == pytest.approx([float(torch.arange(50.0).logsumexp(0))] * 2)
+    # Of no token at all: the other ranks' sums are all there is.
+    assert nothing == -float("inf")
+    assert targets[:2] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["policy", "reward_model"])
+def test_a_model_with_kernels_is_the_model_without(kind: str) -> None:
+    assert apart(whole_model, kind) < 1e-5
