@@ -265,8 +265,11 @@ def _import(read_as: dict[str, str]) -> None:
     importlib.import_module("transformer_engine.pytorch")
 
 
-def build_from_its_layers() -> None:
-    """Let commands on the CPU use Transformer Engine as those on CUDA do, its optimizer too."""
+def build_from_its_layers(attention: str = "unfused") -> None:
+    """Let commands on the CPU use Transformer Engine as those on CUDA do, its optimizer too.
+
+    Its attention is the one made of products, unless it is asked for `fused`, which the CPU has not.
+    """
     from megatron.core.transformer.enums import AttnBackend
 
     from offline_align.config import checks
@@ -275,7 +278,7 @@ def build_from_its_layers() -> None:
     from offline_align.train import optim
 
     fields = build._fields
-    of_cuda = {"use_te_activation_func": False, "attention_backend": AttnBackend.unfused}
+    of_cuda = {"use_te_activation_func": False, "attention_backend": AttnBackend[attention]}
     patched: Any = build
     patched.choose_backend = lambda asked, *_: asked if asked is Backend.torch else Backend.transformer_engine
     patched._fields = lambda *given: fields(*given) | of_cuda

@@ -191,11 +191,11 @@ def not_finite_and_weights(folder: str, *poison: Any) -> None:
     not_finite(*poison)
 
 
-def built_from_engine(without_first_update: bool = False) -> None:
+def built_from_engine(without_first_update: bool = False, attention: str = "unfused") -> None:
     """Build models from the layers of Transformer Engine, where `Forks` has installed it."""
     from tests.engine_on_cpu import build_from_its_layers
 
-    build_from_its_layers()
+    build_from_its_layers(attention)
     if without_first_update:
         not_finite("gradient", float("nan"), rank=0, first=1, steps=1)
 

@@ -70,6 +70,16 @@ def test_a_step_is_that_of_the_torch_backend(forks: Forks, tmp_path: Path, rows:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_where_no_kernel_takes_packed_rows_torchs_attention_does(
+    forks: Forks, tmp_path: Path, rows: Path, trained: Path
+) -> None:
+    """As where cuDNN cannot be loaded; said once, not by each layer."""
+    command = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY, *STEPS]
+    ended = forks.run(command, sabotage=("built_from_engine", [False, "fused"]))
+    assert (ended.codes, ended.said.count("no attention for packed rows here")) == ([0], 1)
+    assert metrics(tmp_path / "run") == pytest.approx(metrics(trained), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "words", [[TP2], [TP2, "parallel.sequence_parallel=true"], ["parallel.context_parallel_size=2"], []]
 )

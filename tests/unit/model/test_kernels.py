@@ -30,7 +30,7 @@ def heads(device: str, precision: str, groups: int, each: int, width: int) -> li
     grads = [torch.randn(5, n, width, device=device).to(mixed.dtype) for n in (groups * each, groups, groups)]
     found = _SplitHeads.apply(mixed, *turn, groups)  # type: ignore[no-untyped-call]
     whole = mixed.float().view(5, groups, -1)
-    query, key, value = whole.split([each * width, width, width], dim=-1)
+    query, key, value = torch.split(whole, [each * width, width, width], dim=-1)
     turns = [t.float() for t in turn]
     expected = (rotate(query.reshape(5, -1, width), *turns), rotate(key, *turns), value)
     (gradient,) = torch.autograd.grad(found, mixed, grads)
