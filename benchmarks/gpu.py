@@ -1,7 +1,7 @@
 """One GPU: correctness against fp32, SFT, reward model and labelling beside the peers, in one table.
 
 Called by `benchmarks/gpu.sh`, which sets everything up. A result is a line of `gpu.jsonl` as soon as it is there, and
-the table is made from all lines, so that several calls with the same folder add up.
+the table and the picture are made from all lines, so that several calls with the same folder add up.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_table, harness
+from benchmarks import gpu_figure, gpu_table, harness
 from benchmarks.gpu_table import CHECK, OUTPUTS, TASKS, Line
 from benchmarks.gpu_workload import DEVICE, SMOKE
 from benchmarks.harness import Contender
@@ -57,6 +57,7 @@ def main() -> None:
             facts = {"machine": machine, "task": task, "rows": rows, "contender": contender.name, "backend": backend}
             _take(contender, facts, options)
     lines = _write_table(options.results)
+    gpu_figure.draw([line for line in lines if line["machine"] == machine], options.results / "gpu.png")
     print(f"\n{gpu_table.text(lines)}")
     raise SystemExit(bool(gpu_table.failed_backends(line for line in lines if line["machine"] == machine)))
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Everything that one GPU can tell: sets up, checks results against fp32, measures beside the peers, prints one table.
+# Everything that one GPU can tell: sets up, checks results against fp32, measures beside the peers, prints one table and
+# draws it (gpu.png).
 #
 #   benchmarks/gpu.sh [RESULTS] [OPTIONS of python -m benchmarks.gpu]
 #   benchmarks/gpu.sh out                      all of it, with one H100 or A100 of 80 GB
 #   benchmarks/gpu.sh out --task check sft     a piece; the table is made from all pieces in the same folder
 #   SMOKE=1 benchmarks/gpu.sh                  tiny shapes on the CPU: shows that the script works
 #
-# Pieces that fit ten minutes each, beside the setup, in minutes on an H100 (estimated, not measured; an A100 takes two
-# to three times as long):
+# Pieces that fit ten minutes each, beside the setup, in minutes on an H100 and 16 cores (a contender on rows of one kind
+# took 20 to 55 s, vLLM two minutes; an A100 should take two to three times as long):
 #
 #   --task check                               5 to 7, tests/gpu among them
 #   --task sft                                 4, 6 with Transformer Engine

@@ -1,7 +1,7 @@
 """On a GPU: both backends against fp32 on the CPU, attention between slices, and training.
 
 Each in a process of its own: other tests let megatron run on the CPU, which stays in their process for good.
-These have not run yet: no GPU was at hand when they were written. `benchmarks/gpu.sh` runs them first.
+`benchmarks/gpu.sh` runs them first.
 """
 
 import subprocess

@@ -44,6 +44,25 @@ def test_a_7b_on_a100_is_within_a_tenth_of_the_published_rate() -> None:
     assert rate == pytest.approx(4641, rel=0.10)
 
 
+@pytest.mark.parametrize(
+    ("scalar_head", "tokens", "squared", "targets", "measured"),
+    [(False, 33085, 26496727, 16558, 0.745), (True, 25683, 18028715, 0, 0.495)],
+    ids=["sft", "reward"],
+)
+def test_steps_that_were_measured_on_one_h100(
+    llama: ModelSizes, scalar_head: bool, tokens: int, squared: int, targets: int, measured: float
+) -> None:
+    """Eight layers and rows of mixed lengths (docs/benchmarks.md), seconds a step with the torch backend."""
+    eight = replace(llama, layers=8, scalar_head=scalar_head)
+    found = step_time(eight, BF16_GRADIENTS, ParallelSizes(1, 1, 1), Work(tokens, squared, targets, 4096), H100)
+    assert found.total == pytest.approx(measured, rel=0.07)
+
+
+def test_labelling_that_was_measured_on_one_h100(llama: ModelSizes) -> None:
+    seconds = label_seconds(replace(llama, scalar_head=True), 65830, 53444250, 1, H100)
+    assert seconds == pytest.approx(1.509, rel=0.03)
+
+
 @pytest.mark.parametrize(("tensor", "low", "high"), [(2, 0.85, 0.95), (4, 0.70, 0.85), (8, 0.55, 0.75)])
 def test_tensor_parallelism_costs_what_is_usual_inside_a_node(
     llama: ModelSizes, tensor: int, low: float, high: float

@@ -1,5 +1,6 @@
 """Triton kernels give what torch's operations give; here Triton interprets them, on a GPU they run (tests/gpu)."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +86,31 @@ def whole_model(kind: str) -> float:
     return max(float(abs(a - b).max() / abs(b).max()) for a, b in zip(found, without, strict=True))
 
 
+def sizes_of_machine_code() -> list[int]:
+    """Bytes of each kernel, as compiled for an H100, which needs none."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from offline_align.model import kernels
+
+    heads_of_8b = {"each": 4, "groups": 8, "width": 128, "slots": 64, "lanes": 64}
+    halves = dict.fromkeys(("mixed", "query", "key", "value", "cosine", "sine"), "*bf16")
+    row = {"logits": "*bf16", "local": "*i64", "vocabulary": "i32"}
+    asked: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
+        (kernels._heads_kernel, halves, heads_of_8b | {"joins": False}),
+        (kernels._heads_kernel, halves, heads_of_8b | {"joins": True}),
+        (kernels._log_sum_kernel, row | {"sums": "*fp32", "target": "*fp32"}, {"block": 4096}),
+        (kernels._residual_kernel, row | {"log_sums": "*fp32"}, {"block": 4096}),
+    ]
+    found = []
+    for kernel, types, constants in asked:
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        built = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+        found.append(len(built.asm["cubin"]))
+    return found
+
+
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
@@ -112,3 +138,11 @@ def test_targets_of_other_ranks_count_nothing() -> None:
 @pytest.mark.parametrize("kind", ["policy", "reward_model"])
 def test_a_model_with_kernels_is_the_model_without(kind: str) -> None:
     assert apart(whole_model, kind) < 1e-5
+
+
+def test_kernels_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The interpreter takes what the compiler refuses."""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert len(sizes := apart(sizes_of_machine_code)) == 4
+    assert min(sizes) > 1000
