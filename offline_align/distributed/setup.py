@@ -204,7 +204,9 @@ def _model_parallel(parallel: ParallelSection) -> Iterator[None]:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+    """Return the cores of this machine that this job may use; Slurm may count them out without binding to them."""
+    allowed = len(os.sched_getaffinity(0))
+    return min(allowed, int(os.environ.get("SLURM_CPUS_ON_NODE", allowed)))
 
 
 def _init_process_group(device: torch.device) -> str:

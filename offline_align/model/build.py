@@ -75,11 +75,20 @@ def build_model(
     return built
 
 
+# What would change the forward pass of megatron's attention, whose place ours has taken.
+_NOT_FOLLOWED = frozenset({"attention_output_gate", "multi_latent_attention", "no_rope_freq", "rotary_interleaved"})
+
+
 def unknown_overrides(model: ModelSection) -> list[str]:
-    """Return a line for each of `model.overrides` that megatron's configuration does not have."""
+    """Return a line for each of `model.overrides` that megatron's configuration or our attention does not know."""
     known = set(TransformerConfig.__dataclass_fields__)
-    wrong = {k: v for k, v in model.overrides.items() if k not in known}
-    return [f"model.overrides.{k}={v}: TransformerConfig has no such field" for k, v in wrong.items()]
+    lines = []
+    for name, value in model.overrides.items():
+        if name not in known:
+            lines.append(f"model.overrides.{name}={value}: TransformerConfig has no such field")
+        elif name in _NOT_FOLLOWED and value:
+            lines.append(f"model.overrides.{name}={value}: this attention cannot do that; leave the key out")
+    return lines
 
 
 def transformer_config(

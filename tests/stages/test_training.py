@@ -254,8 +254,10 @@ def test_architecture_comes_with_the_weights(tmp_path: Path, rows: Path, capsys:
 
 def test_an_unknown_override_is_refused_before_anything_starts(tmp_path: Path, rows: Path, capsys: Any) -> None:
     words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
-    assert run([*words, "model.overrides.fp9=true", "optim.lr=0"]) == 78
-    assert "model.overrides.fp9=True: TransformerConfig has no such field" in capsys.readouterr().err
+    assert run([*words, "model.overrides.fp9=true", "model.overrides.no_rope_freq=2", "optim.lr=0"]) == 78
+    said = capsys.readouterr().err
+    assert "model.overrides.fp9=True: TransformerConfig has no such field" in said
+    assert "model.overrides.no_rope_freq=2: this attention cannot do that" in said
     assert not (tmp_path / "run").exists()
 
 

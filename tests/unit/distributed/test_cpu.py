@@ -1,4 +1,4 @@
-"""The CPU in place of CUDA: a rank that is alone keeps what it has, and nothing else is left out; few kernels stay."""
+"""The CPU in place of CUDA: a rank that is alone keeps what it has, and nothing else is left out; few kernels stay; cores are shared."""
 
 import os
 from typing import Any
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from offline_align.distributed import cpu
+from offline_align.distributed.setup import _cores
 
 
 @pytest.mark.parametrize(
@@ -48,3 +49,14 @@ def test_few_kernels_are_kept_unless_somebody_wants_more(
         monkeypatch.delenv(name)
     cpu._keep_few_kernels()
     assert os.environ[name] == kept
+
+
+def test_a_job_takes_the_cores_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs of a shared node would otherwise each start a thread for every core of it."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
+    assert _cores() == 8
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "3")
+    assert _cores() == 3
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "64")
+    assert _cores() == 8
