@@ -1,4 +1,4 @@
-"""The CPU in place of CUDA: a rank that is alone keeps what it has, and nothing else is left out; few kernels stay; cores are shared."""
+"""The CPU in place of CUDA: a rank that is alone keeps what it has, few kernels stay, and cores are shared."""
 
 import os
 from typing import Any
