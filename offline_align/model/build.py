@@ -138,7 +138,7 @@ def _fields(model: ModelSection, parallel: ParallelSection, device: torch.device
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "use_cpu_initialization": device.type == "cpu",
-        # Losses are sums; megatron divides gradients by the global count of targets.
+        # Losses are sums, and so are their gradients until the step divides them by the global count.
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False,
         # megatron's fused SwiGLU is compiled for CUDA; elsewhere ours takes the place of Transformer Engine's.
