@@ -10,24 +10,54 @@ from benchmarks import harness, workload
 from benchmarks.harness import Contender
 
 SFT = [
-    Contender("offline-align sft, packed", "ours", "sft", ours=True),
-    Contender("the same on two ranks", "ours", "sft", arguments=("launcher.nproc_per_node=2",), ours=True),
+    Contender("offline-align sft, packed", "ours", "sft", arguments=("sft",), ours=True),
+    Contender("the same on two ranks", "ours", "sft", arguments=("sft", "launcher.nproc_per_node=2"), ours=True),
     Contender(
-        "TRL SFTTrainer, its defaults", "peers", "trl_sft", arguments=("8", "random", "no", "checkpointing"), slow=True
+        "TRL SFTTrainer, its defaults",
+        "peers",
+        "trl_sft",
+        arguments=("sft", "8", "random", "no", "checkpointing"),
+        slow=True,
     ),
     Contender(
         "TRL SFTTrainer, length-grouped",
         "peers",
         "trl_sft",
-        arguments=("8", "group_by_length", "no", "plain"),
+        arguments=("sft", "8", "group_by_length", "no", "plain"),
         slow=True,
     ),
-    Contender("TRL SFTTrainer, one row at a time", "peers", "trl_sft", arguments=("1", "random", "no", "plain")),
-    Contender("TRL SFTTrainer, packing", "peers", "trl_sft", arguments=("1", "random", "packing", "plain"), slow=True),
-    Contender("transformers + DDP, sorted, 4 rows", "peers", "transformers_ddp", arguments=("4",)),
-    Contender("transformers + DDP, one row at a time", "peers", "transformers_ddp", arguments=("1",)),
-    Contender("transformers + DDP, one row, two ranks", "peers", "transformers_ddp", arguments=("1", "2")),
-    Contender("bare matrix products", "matrices", "training", limit=True),
+    Contender("TRL SFTTrainer, one row at a time", "peers", "trl_sft", arguments=("sft", "1", "random", "no", "plain")),
+    Contender(
+        "TRL SFTTrainer, packing", "peers", "trl_sft", arguments=("sft", "1", "random", "packing", "plain"), slow=True
+    ),
+    Contender("transformers + DDP, sorted, 4 rows", "peers", "transformers_ddp", arguments=("sft", "4")),
+    Contender("transformers + DDP, one row at a time", "peers", "transformers_ddp", arguments=("sft", "1")),
+    Contender("transformers + DDP, one row, two ranks", "peers", "transformers_ddp", arguments=("sft", "1", "2")),
+    Contender("bare matrix products", "matrices", "training", arguments=("sft",), limit=True),
+]
+# The loss of SFT on both answers to each prompt, as the methods have them.
+TOGETHER = [
+    Contender(
+        "offline-align sft, answers together",
+        "ours",
+        "sft",
+        arguments=("answers", "data.group_by_prompt=true"),
+        ours=True,
+    ),
+    Contender("the same in a random order", "ours", "sft", arguments=("answers",), ours=True),
+    Contender(
+        "the same, a prompt an answer",
+        "ours",
+        "sft",
+        arguments=("answers", "trainer.share_prompts=false"),
+        ours=True,
+    ),
+    Contender(
+        "TRL SFTTrainer, one row at a time", "peers", "trl_sft", arguments=("answers", "1", "random", "no", "plain")
+    ),
+    Contender("transformers + DDP, one row at a time", "peers", "transformers_ddp", arguments=("answers", "1")),
+    Contender("transformers + DDP, one row, two ranks", "peers", "transformers_ddp", arguments=("answers", "1", "2")),
+    Contender("bare matrix products", "matrices", "training", arguments=("answers",), limit=True),
 ]
 REWARD = [
     Contender("offline-align reward, packed, prompts once", "ours", "reward", ours=True),
@@ -73,6 +103,7 @@ METHODS = [
 TASKS = {
     "methods": (METHODS, "tokens_per_second", "tokens/s"),
     "sft": (SFT, "targets_per_second", "target tokens/s"),
+    "together": (TOGETHER, "targets_per_second", "target tokens/s"),
     "reward": (REWARD, "pairs_per_second", "pairs/s"),
     "label": (LABEL, "tokens_per_second", "tokens/s"),
     # Two answers to each prompt, which ours computes once.

@@ -104,7 +104,8 @@ def _train(kind: str, source: RowSource, backend: str, lengths: list[int], targe
         upcoming: Any = Loader(source, count, count * 100, MAX_LENGTH, 0, 0, 1, multiple).steps(0, pinned=on_cuda)
         timing = timed(lambda: step(next(upcoming).micro_batches, 1e-5))
         upcoming.close()
-    computed = int(source.lengths(range(count)).sum()), source.squared_lengths(range(count))
+    size = source.size(range(count))
+    computed = size.tokens, size.squared_lengths
     report(**result(timing, sum(lengths), computed, targets, TRAINED_LAYERS, training=True))
 
 
@@ -121,7 +122,7 @@ def label(_: str, __: str, backend: str, rows: str) -> None:
         ).eval()
         bins = plan_bins(source, 4 * MAX_LENGTH)
         timing = timed(lambda: score_all(model, source, bins, ranks))
-    computed = source.num_tokens(), source.squared_lengths(range(len(source)))
+    computed = source.num_tokens(), source.size(range(len(source))).squared_lengths
     report(**result(timing, sum(lengths), computed, 0, FULL_LAYERS, training=False))
 
 

@@ -23,14 +23,16 @@ Row = tuple[int, int]
 """Tokens of a row that are computed, and those that they see with them."""
 
 
-def training(workload: str, scratch: str) -> None:
+def training(workload: str, scratch: str, name: str) -> None:
     """Products of the second epoch of SFT: each linear layer three times, the output layer for targets only."""
-    rows = load(Path(workload) / "sft_tokens.json")
-    lengths = [len(r["ids"]) for r in rows]
+    rows = load(Path(workload) / f"{name}_tokens.json")
     targets = [len(r["ids"]) - r["target_start"] for r in rows]
-    bins = [[((n := lengths[i]), n) for i in b] for b in _bins_of_steps(lengths)]
-    read = [sum(targets[i] for i in b) for b in _bins_of_steps(lengths)]
-    _measure(workload, bins, read, True, True, "targets_per_second", sum(targets))
+    groups = _sides(workload) if name == "answers" else [[(len(r["ids"]), len(r["ids"]))] for r in rows]
+    size = len(rows) // len(groups)
+    read = [sum(targets[i * size : (i + 1) * size]) for i in range(len(groups))]
+    bins = list(_bins_of_steps([sum(own for own, _ in group) for group in groups], GLOBAL_BATCH // size))
+    computed = [[row for i in b for row in groups[i]] for b in bins]
+    _measure(workload, computed, [sum(read[i] for i in b) for b in bins], True, True, "targets_per_second", sum(read))
 
 
 def pairs(workload: str, scratch: str) -> None:
@@ -60,10 +62,10 @@ def _sides(workload: str) -> list[list[Row]]:
     return sides
 
 
-def _bins_of_steps(lengths: list[int]) -> Iterator[list[int]]:
+def _bins_of_steps(lengths: list[int], batch: int = GLOBAL_BATCH) -> Iterator[list[int]]:
     count = len(lengths)
-    for step in range(count // GLOBAL_BATCH, 2 * count // GLOBAL_BATCH):
-        rows = rows_of_step(step, GLOBAL_BATCH, count, 2 * count, seed=1234)
+    for step in range(count // batch, 2 * count // batch):
+        rows = rows_of_step(step, batch, count, 2 * count, seed=1234)
         yield from ([rows[i] for i in b] for b in pack([lengths[r] for r in rows], MAX_LENGTH) if b)
 
 

@@ -63,7 +63,7 @@ def contenders(rows: TokenizedRows, ranks: Any) -> dict[str, Callable[[int], flo
     from offline_align.train.step import TrainStep
 
     parallel, source, count = ParallelSection(), SampleSource(rows), len(rows)
-    lengths, starts = source.lengths(range(count)).tolist(), rows.target_start.tolist()
+    lengths, starts = np.diff(rows.offsets).tolist(), rows.target_start.tolist()
     plain = [
         {"ids": rows.ids[a:b].tolist(), "target_start": s}
         for a, b, s in zip(rows.offsets[:-1], rows.offsets[1:], starts, strict=True)

@@ -55,9 +55,9 @@ def _rates(steps: list[dict[str, Any]], unit: str) -> dict[str, float]:
     }
 
 
-def sft(workload: str, scratch: str, *words: str) -> None:
+def sft(workload: str, scratch: str, rows: str, *words: str) -> None:
     """Train on packed rows; bins of up to MAX_LENGTH tokens."""
-    report(**_rates(_train("sft", workload, scratch, "sft.jsonl", *words), "targets_per_second"))
+    report(**_rates(_train("sft", workload, scratch, f"{rows}.jsonl", *words), "targets_per_second"))
 
 
 def reward(workload: str, scratch: str, *words: str) -> None:

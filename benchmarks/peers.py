@@ -84,13 +84,15 @@ def _tokenizer(workload: str) -> Any:
     return tokenizer
 
 
-def trl_sft(workload: str, scratch: str, micro: str, strategy: str, packing: str, checkpointing: str) -> None:
+def trl_sft(
+    workload: str, scratch: str, name: str, micro: str, strategy: str, packing: str, checkpointing: str
+) -> None:
     """SFTTrainer on tokenised rows with a completion mask."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    rows = load(Path(workload) / "sft_tokens.json")
+    rows = load(Path(workload) / f"{name}_tokens.json")
     columns = [
         {"input_ids": r["ids"], "completion_mask": [int(i >= r["target_start"]) for i in range(len(r["ids"]))]}
         for r in rows
@@ -147,24 +149,24 @@ def _padded(rows: list[list[int]], padding: int = 0) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def transformers_ddp(workload: str, scratch: str, micro: str, ranks: str = "1") -> None:
+def transformers_ddp(workload: str, scratch: str, name: str, micro: str, ranks: str = "1") -> None:
     """A plain loop: torch's DDP around a transformers model, rows sorted by length inside each global batch."""
     import torch.multiprocessing as mp
 
     if ranks == "1":
-        _ddp_rank(0, workload, scratch, micro, 1)
+        _ddp_rank(0, workload, scratch, name, micro, 1)
     else:
-        mp.spawn(_ddp_rank, (workload, scratch, micro, int(ranks)), nprocs=int(ranks))
+        mp.spawn(_ddp_rank, (workload, scratch, name, micro, int(ranks)), nprocs=int(ranks))
 
 
-def _ddp_rank(rank: int, workload: str, scratch: str, micro: str, ranks: int) -> None:
+def _ddp_rank(rank: int, workload: str, scratch: str, name: str, micro: str, ranks: int) -> None:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     dist.init_process_group("gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=ranks)
-    rows = load(Path(workload) / "sft_tokens.json")
+    rows = load(Path(workload) / f"{name}_tokens.json")
     model = DistributedDataParallel(AutoModelForCausalLM.from_pretrained(Path(workload) / "model", dtype=torch.float32))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
 """Which rows each step takes, and their packed batches on this data parallel rank.
 
-The order of rows is a pure function of (seed, epoch, index): nothing is consumed from a generator, so a run continues
-at any step, at any number of ranks, with the same rows.
+The order of rows is a pure function of (seed, epoch, index), and of prompts where rows go by them: nothing is consumed
+from a generator, so a run continues at any step, at any number of ranks, with the same rows.
 """
 
 from collections.abc import Generator
@@ -12,7 +12,8 @@ import numpy as np
 
 from offline_align.data.ahead import prepared_ahead
 from offline_align.data.batch import PackedBatch
-from offline_align.data.bins import Indices, RowSource
+from offline_align.data.bins import RowSource
+from offline_align.data.collate import Indices
 from offline_align.data.context import share_of_context
 from offline_align.data.pack import pack
 
@@ -42,11 +43,29 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> Indices:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
 
 
-def rows_of_step(step: int, global_batch_size: int, num_rows: int, total_samples: int, seed: int) -> list[int]:
-    """Return the rows of optimizer step `step` (from 0): samples are counted on through the epochs."""
+@lru_cache(maxsize=2)
+def order_by_prompt(source: RowSource, seed: int, epoch: int) -> Indices:
+    """Return the order of rows in `epoch` with all rows of a prompt where `epoch_order` has the first of them."""
+    order = epoch_order(len(source), seed, epoch)
+    _, first, number = np.unique(source.prompts[order], return_index=True, return_inverse=True)
+    together: Indices = order[np.argsort(first[number], kind="stable")]
+    return together
+
+
+def rows_of_step(
+    step: int, global_batch_size: int, num_rows: int, total_samples: int, seed: int, by_prompt: RowSource | None = None
+) -> list[int]:
+    """Return the rows of optimizer step `step` (from 0): samples are counted on through the epochs.
+
+    Rows of a prompt of `by_prompt` follow one another.
+    """
+
+    def order(epoch: int) -> Indices:
+        return epoch_order(num_rows, seed, epoch) if by_prompt is None else order_by_prompt(by_prompt, seed, epoch)
+
     first = step * global_batch_size
     samples = range(first, min(first + global_batch_size, total_samples))
-    return [int(epoch_order(num_rows, seed, k // num_rows)[k % num_rows]) for k in samples]
+    return [int(order(k // num_rows)[k % num_rows]) for k in samples]
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,8 @@ class Loader:
     pad_to_multiple: int = 1
     cp_rank: int = 0
     cp_size: int = 1
+    by_prompt: bool = False
+    """Whether a step takes all rows of a prompt, as far as it has room."""
 
     @property
     def total_steps(self) -> int:
@@ -72,8 +93,9 @@ class Loader:
 
     def step(self, step: int) -> StepData:
         """Return the data of optimizer step `step`, counted from 0."""
-        rows = rows_of_step(step, self.global_batch_size, len(self.source), self.total_samples, self.seed)
-        return self.pack_rows(rows)
+        source = self.source if self.by_prompt else None
+        size, total = self.global_batch_size, self.total_samples
+        return self.pack_rows(rows_of_step(step, size, len(self.source), total, self.seed, source))
 
     def steps(self, first: int, pinned: bool = False) -> Generator[StepData]:
         """Yield the data of step `first` and of all after it, prepared ahead; `pinned` memory is for a GPU."""
@@ -85,19 +107,27 @@ class Loader:
 
     def pack_rows(self, rows: list[int]) -> StepData:
         """Return `rows` packed into bins, those of this rank collated."""
-        lengths = self.source.lengths(rows)
+        groups = self.source.groups(rows, self._most_together(rows))
+        tokens = [group.tokens for group in groups]
         # A bin must hold at least its longest row, whatever the budget.
-        bins = pack(lengths.tolist(), max(self.capacity, int(lengths.max(initial=1))), self.dp_size)
-        own = [[rows[i] for i in b] for b in bins[self.dp_rank :: self.dp_size]]
-        tokens = int(lengths.sum())
-        computed = sum(self._padded(int(lengths[b].sum())) for b in bins)
+        packed = pack(tokens, max(self.capacity, max(tokens, default=1)), self.dp_size)
+        bins = [[row for i in b for row in groups[i].rows] for b in packed]
+        sizes = [self.source.size(b) for b in bins]
+        computed = sum(self._padded(size.tokens) for size in sizes)
+        total = sum(size.tokens for size in sizes)
         return StepData(
-            micro_batches=[self._collate(b) for b in own],
+            micro_batches=[self._collate(b) for b in bins[self.dp_rank :: self.dp_size]],
             num_rows=len(rows),
-            num_tokens=tokens,
-            num_padding=computed - tokens,
-            squared_lengths=self.source.squared_lengths(rows),
+            num_tokens=total,
+            num_padding=computed - total,
+            squared_lengths=sum(size.squared_lengths for size in sizes),
         )
+
+    def _most_together(self, rows: list[int]) -> int:
+        """Return the tokens of the largest group: half of what a rank gets, so that ranks finish together."""
+        if self.dp_size == 1:
+            return self.capacity
+        return min(self.capacity, self.source.size(rows).tokens // (2 * self.dp_size))
 
     def _collate(self, rows: list[int]) -> PackedBatch:
         return share_of_context(self.source.collate(rows, self.pad_to_multiple), self.cp_rank, self.cp_size)

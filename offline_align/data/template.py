@@ -108,8 +108,11 @@ class Renderer:
 
     def tail_tokens(self, condition: str) -> int:
         """Return how many tokens at the end of a context ask for the answer, the condition among them."""
-        extra = len(self.tokenizer.encode(condition, special=True)) if condition else 0
-        return self._assistant_tokens + extra
+        return self._assistant_tokens + self.condition_tokens(condition)
+
+    def condition_tokens(self, condition: str) -> int:
+        """Return how many tokens of a context are its condition."""
+        return len(self.tokenizer.encode(condition, special=True)) if condition else 0
 
     @cached_property
     def _assistant_tokens(self) -> int:

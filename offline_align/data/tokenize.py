@@ -9,7 +9,8 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import batched, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,9 +82,16 @@ class TokenizedRows:
     """Rows left out, by reason."""
     truncated: int
     """Rows whose prompt was cut."""
+    condition_length: npt.NDArray[np.int32] | int = 0
+    """[n] tokens of the condition that each prompt ends with; 0: no row has one."""
 
     def __len__(self) -> int:
         return len(self.row_ids)
+
+    @cached_property
+    def prompt_length(self) -> npt.NDArray[np.int32]:
+        """[n] tokens before the response and its condition: what answers to one prompt have in common."""
+        return self.target_start - self.condition_length
 
 
 @dataclass(frozen=True)
@@ -119,8 +127,11 @@ def tokenize_samples(
     tokens = _sample_tokens(rows, renderer, data, cache_dir, empty_answers)
     _report_refused({rows[i].sample.id: message for i, message in tokens.refused}, on_refused)
     _check_some_left(tokens, len(rows), data)
-    weight = np.array([rows[i].weight for i in tokens.rows], dtype=np.float32)
-    return _side(tokens, 0, [rows[i].sample.id for i in tokens.rows], weight)
+    kept = [rows[i] for i in tokens.rows]
+    weight = np.array([row.weight for row in kept], dtype=np.float32)
+    found = _side(tokens, 0, [row.sample.id for row in kept], weight)
+    lengths = {text: renderer.condition_tokens(text) for text in {row.condition for row in kept}}
+    return replace(found, condition_length=np.array([lengths[row.condition] for row in kept], dtype=np.int32))
 
 
 def unusable_samples(

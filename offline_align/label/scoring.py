@@ -129,9 +129,9 @@ def plan_bins(source: SampleSource, capacity: int) -> list[list[int]]:
     bins: list[list[int]] = []
     for first in range(0, len(source), _WINDOW_ROWS):
         groups = source.groups(range(first, min(first + _WINDOW_ROWS, len(source))), capacity)
-        lengths = [tokens for _, tokens in groups]
+        lengths = [group.tokens for group in groups]
         packed = pack(lengths, max(capacity, *lengths))
-        bins += [[row for i in b for row in groups[i][0]] for b in packed if b]
+        bins += [[row for i in b for row in groups[i].rows] for b in packed if b]
     return bins
 
 

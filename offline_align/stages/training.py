@@ -32,6 +32,9 @@ from offline_align.stages.origin import Origin, load_origin, resolve
 
 logger = logging.getLogger(__name__)
 
+# Share of the tokens from which on the hint pays for its line.
+_WORTH_GROUPING = 0.1
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -92,6 +95,8 @@ def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recip
     bad_rows = common.bad_rows(config, ranks.is_main)
     data, facts = _source(config, "train", recipe.read, renderer, ranks, bad_rows)
     valid, _ = _source(config, "valid", recipe.read_validation, renderer, ranks, bad_rows)
+    if ranks.is_main and data.share_prompts and not config.data.group_by_prompt:
+        _say_what_grouping_saves(data.repeated_share())
     trainer = _assemble(config, recipe, origin, data, valid, ranks, key)
     with stop_requests(config.trainer.max_time) as stop:
         state = trainer.fit(stop)
@@ -108,6 +113,12 @@ def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recip
         )
         logger.info("%s: done after %d steps, %.0f s: %s", stage, state.step, state.seconds, run_dir)
     ranks.barrier()
+
+
+def _say_what_grouping_saves(share: float) -> None:
+    if share >= _WORTH_GROUPING:
+        fix = "data.group_by_prompt=true takes the rows of a prompt together and computes it once"
+        logger.info("data.train: %.0f %% of the tokens are prompts that come again; %s", 100 * share, fix)
 
 
 def _source(
@@ -129,14 +140,15 @@ def _source(
 def _tokenized(
     config: TrainRun, paths: list[Path], read: Any, renderer: Renderer, bad_rows: BadRows
 ) -> tuple[Any, dict[str, Any]]:
-    from offline_align.data.bins import PairSource, SampleSource, shares_prompts
+    from offline_align.data.bins import MOST_KEYS_IN_TRAINING, PairSource, RowSource, SampleSource, shares_prompts
     from offline_align.data.tokenize import tokenize_pairs, tokenize_samples
 
     before = Counter(bad_rows.counts)
     rows = read(paths, bad_rows, renderer)
     cache = common.cache_dir(config)
+    shares = shares_prompts(config.trainer, config.parallel)
     tokenized: Any
-    source: Any
+    source: RowSource
     first = next(iter(rows.rows), None)
     kind = type(first.sample if isinstance(first, TrainingRow) else first)
 
@@ -145,10 +157,10 @@ def _tokenized(
 
     if kind is PreferencePair:
         tokenized = tokenize_pairs(rows.rows, renderer, config.data, cache, reject)
-        source = PairSource(tokenized, shares_prompts(config.trainer, config.parallel))
+        source = PairSource(tokenized, shares, MOST_KEYS_IN_TRAINING)
     else:
         tokenized = tokenize_samples(rows.rows, renderer, config.data, cache, reject)
-        source = SampleSource(tokenized)
+        source = SampleSource(tokenized, shares, MOST_KEYS_IN_TRAINING)
     facts = {
         **rows.facts,
         "rows": len(source),
@@ -222,6 +234,7 @@ def _loader(config: TrainRun, source: Any, ranks: Any, max_steps: int | None) ->
         ),
         cp_rank=ranks.cp_rank,
         cp_size=ranks.cp_size,
+        by_prompt=config.data.group_by_prompt,
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 from offline_align.__main__ import run
 from offline_align.train.checkpoint import newest
 from tests.faults.forks import Forks
-from tests.training import STEPS, TINY, continued, labelled, metrics, pairs, samples, train, write_jsonl
+from tests.training import STEPS, TINY, WORDS, continued, labelled, metrics, pairs, samples, train, write_jsonl
 
 pytestmark = pytest.mark.distributed
 
@@ -153,6 +153,27 @@ def test_reward_model_and_labels_agree_between_layouts(folder: Path, forks: Fork
             *(f"s{i}" for i in range(14)),
         ]
     assert scores["one"] == pytest.approx(scores["four"], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["rwr", "ca"])
+def test_methods_compute_a_prompt_once_for_the_answers_of_a_step(folder: Path, forks: Forks, stage: str) -> None:
+    # Three answers to each prompt, apart from one another in the file.
+    rows = [
+        {**row, "prompt": f"Say {WORDS[i % 5]} " * 12} for i, row in enumerate(labelled([i / 3 for i in range(15)]))
+    ]
+    data = write_jsonl(folder / f"{stage}.jsonl", rows)
+    words = ["data.group_by_prompt=true", "trainer.global_batch_size=6", f"data.valid={data}"]
+    one = train(stage, folder / f"{stage}_one", data, *words)
+    apart = train(stage, folder / f"{stage}_apart", data, *words, "trainer.share_prompts=false")
+    assert metrics(apart) == pytest.approx(metrics(one), abs=1e-5)
+    assert metrics(apart, "valid_loss") == pytest.approx(metrics(one, "valid_loss"), abs=1e-5)
+    assert metrics(apart, "count") == metrics(one, "count")
+    assert computed_tokens(one) < 0.6 * computed_tokens(apart)
+    split = folder / f"{stage}_split"
+    command = [stage, f"run.dir={split}", f"data.train={data}", *TINY, *STEPS, *words, *LAYOUTS["tp2_dp2"]]
+    by_ranks(forks, *command)
+    assert metrics(split) == pytest.approx(metrics(one), abs=1e-5)
+    assert metrics(split, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-4)
 
 
 def test_the_distance_between_policies_agrees_between_layouts(folder: Path, forks: Forks, alone: Path) -> None:

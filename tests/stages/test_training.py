@@ -139,6 +139,21 @@ def test_a_run_goes_on_longer_and_at_another_rate(tmp_path: Path, rows: Path, ca
     assert run(["verify", f"run.dir={tmp_path / 'run'}"]) == 0
 
 
+def test_answers_that_could_share_a_step_are_named(tmp_path: Path, rows: Path, caplog: Any) -> None:
+    again = [{**row, "id": f"{row['id']}b", "response": "again"} for row in samples()]
+    twice = write_jsonl(tmp_path / "twice.jsonl", [*samples(), *again])
+    for name, data, words, said in (
+        ("twice", twice, [], True),
+        ("together", twice, ["data.group_by_prompt=true"], False),
+        ("apart", twice, ["trainer.share_prompts=false"], False),
+        ("once", rows, [], False),
+    ):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            train("sft", tmp_path / name, data, "trainer.max_steps=1", *words)
+        assert any("data.group_by_prompt=true" in line for line in caplog.messages) is said, name
+
+
 def test_a_run_cannot_become_shorter_than_it_is(tmp_path: Path, rows: Path, capsys: Any) -> None:
     words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
     words += ["optim.lr_decay_style=constant", "trainer.save_interval=1"]

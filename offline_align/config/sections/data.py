@@ -64,6 +64,8 @@ class TrainDataSection(DataSection):
     """Path or list of paths of JSONL rows (`.gz` too)."""
     valid: Any = None
     """Path or list of paths of validation rows; unset: no validation."""
+    group_by_prompt: bool = False
+    """Take all rows of a prompt in the same step, where `trainer.share_prompts` computes it once; false: any order."""
 
 
 @dataclass(frozen=True)

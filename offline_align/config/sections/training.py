@@ -47,7 +47,7 @@ class ComputeSection(LimitSection):
     micro_batch_size: int = 1
     """Rows of full length in one forward pass: a packed bin holds up to `micro_batch_size * data.max_length` tokens."""
     share_prompts: bool = True
-    """Compute a prompt once for both answers of a pair, and for all answers to it that are scored together."""
+    """Compute a prompt once for both answers of a pair, and for all answers to it that share a step or are scored."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 
 from offline_align.config.sections import ComputeSection, ParallelSection
 from offline_align.data import bins
-from offline_align.data.bins import PairSource, SampleSource, shares_prompts
+from offline_align.data.bins import BinSize, PairSource, RowSource, SampleSource, shares_prompts
 from offline_align.data.tokenize import TokenizedPairs
 from tests.unit.data.test_loader import tokenized
 
@@ -24,6 +24,10 @@ def pairs(chosen: list[list[int]], rejected: list[list[int]]) -> TokenizedPairs:
     margin = np.full(len(chosen), np.nan, np.float32)
     names = [f"p{i}" for i in range(len(chosen))]
     return TokenizedPairs(tokenized(chosen, starts), tokenized(rejected, starts), margin, names, {})
+
+
+def grouped(source: RowSource, capacity: int) -> list[tuple[list[int], int]]:
+    return [(group.rows, group.tokens) for group in source.groups(range(len(source)), capacity)]
 
 
 def test_a_pair_has_its_prompt_once() -> None:
@@ -44,8 +48,7 @@ def test_a_pair_has_its_prompt_once() -> None:
     assert keys.own.tolist() == [0, 1, 2, 3, 4, 9, 10, 11]
     assert keys.again.tolist() == [5, 6, 7, 8]
     assert keys.again_index.tolist() == [0, 1, 2, 3]
-    assert source.lengths([0]).tolist() == [7]
-    assert source.squared_lengths([0]) == 5**2 + 6**2 - 4**2
+    assert source.size([0]) == BinSize(7, 5**2 + 6**2 - 4**2)
 
 
 def test_each_pair_looks_back_on_its_own_prompt_alone() -> None:
@@ -56,7 +59,7 @@ def test_each_pair_looks_back_on_its_own_prompt_alone() -> None:
     assert batch.last_index.tolist() == [3, 5, 9, 10]
     assert batch.shared_keys is not None
     assert batch.shared_keys.again_index.tolist() == [6, 7, 8]
-    assert source.lengths([1, 0]).tolist() == [6, 5]
+    assert [source.size([row]).tokens for row in (1, 0)] == [6, 5]
 
 
 @pytest.mark.parametrize("rejected", [[*PROMPT, 1, 2], [*PROMPT, 1], [*PROMPT, 1, 2, 3]])
@@ -73,7 +76,7 @@ def test_nothing_is_shared_where_it_is_short_or_not_wanted() -> None:
     for source, tokens in ((short, 6), (unwanted, 8)):
         batch = source.collate([0], 1)
         assert (batch.shared_keys, batch.slices) == (None, ())
-        assert batch.tokens.numel() == source.lengths([0]).sum() == tokens
+        assert batch.tokens.numel() == source.size([0]).tokens == tokens
 
 
 def test_targets_of_rows_that_begin_alike() -> None:
@@ -90,11 +93,48 @@ def test_answers_to_one_prompt_are_a_group_as_far_as_they_fit() -> None:
     other = [5, 5, 5]
     rows = [[*PROMPT, 1], [*other, 1], [*PROMPT, 2, 2], [*PROMPT, 3], [*other, 2]]
     source = SampleSource(tokenized(rows, [3] * 5), share_prompts=True)
-    assert source.groups(range(5), 100) == [([0, 2, 3], 7), ([1, 4], 5)]
-    assert source.groups(range(5), 6) == [([0, 2], 6), ([1, 4], 5), ([3], 4)]
+    assert grouped(source, 100) == [([0, 2, 3], 7), ([1, 4], 5)]
+    assert grouped(source, 6) == [([0, 2], 6), ([1, 4], 5), ([3], 4)]
     assert source.collate([0, 2, 3], 1).tokens.numel() == 7
     alone = SampleSource(source.rows)
-    assert alone.groups(range(5), 100) == [([i], len(row)) for i, row in enumerate(rows)]
+    assert grouped(alone, 100) == [([i], len(row)) for i, row in enumerate(rows)]
+
+
+def test_answers_under_conditions_have_their_prompt_in_common() -> None:
+    """Conditional alignment writes the reward behind the prompt, which ends before it."""
+    rows = tokenized([[*PROMPT, 50, 1], [*PROMPT, 51, 52, 2], [*PROMPT, 50, 3]], [4, 5, 4])
+    source = SampleSource(replace(rows, condition_length=np.array([1, 2, 1], np.int32)), share_prompts=True)
+    assert grouped(source, 100) == [([0, 1, 2], 9)]
+    batch = source.collate([0, 1, 2], 1)
+    # The third has the condition of the first too.
+    assert batch.tokens.tolist() == [[*PROMPT, 50, 1, 51, 52, 2, 3]]
+    assert batch.target_index.tolist() == [3, 6, 3]
+    assert batch.target_ids.tolist() == [1, 2, 3]
+    assert source.prompts.tolist() == [0, 0, 0]
+
+
+def test_pairs_of_one_prompt_look_back_on_the_first_of_them() -> None:
+    chosen, rejected = tokenized([[*PROMPT, 1], [*PROMPT, 2]], [3, 3]), tokenized([[*PROMPT, 3], [*PROMPT, 4]], [3, 3])
+    margin = np.zeros(2, np.float32)
+    source = PairSource(TokenizedPairs(chosen, rejected, margin, ["p0", "p1"], {}), share_prompts=True)
+    assert grouped(source, 100) == [([0, 1], 7)]
+    batch = source.collate([0, 1], 1)
+    assert batch.tokens.tolist() == [[*PROMPT, 1, 3, 2, 4]]
+    assert batch.last_index.tolist() == [3, 4, 5, 6]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 3, 3, 3]]
+    assert source.size([0, 1]) == BinSize(7, 16 + 3 * (16 - 9))
+    assert (source.num_tokens(), source.repeated_share()) == (10, 0.3)
+
+
+def test_no_more_keys_are_kept_than_asked_for() -> None:
+    rows = [[*PROMPT, i] for i in range(6)]
+    source = SampleSource(tokenized(rows, [3] * 6), share_prompts=True, most_keys=2.0)
+    # Three rows see twelve keys with six tokens, four would see sixteen with seven.
+    assert grouped(source, 100) == [([0, 1, 2], 6), ([3, 4, 5], 6)]
+    batch = source.collate(range(6), 1)
+    assert batch.tokens.numel() == source.size(range(6)).tokens == 12
+    assert batch.shared_keys is not None
+    assert batch.shared_keys.index.numel() == 24
 
 
 def test_another_prompt_between_two_answers_ends_the_sharing() -> None:

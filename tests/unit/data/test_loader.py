@@ -1,10 +1,12 @@
 """Order of rows, batches by hand, and independence of ranks."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from offline_align.data.bins import PairSource, SampleSource
-from offline_align.data.loader import Loader, epoch_order, rows_of_step
+from offline_align.data.loader import Loader, epoch_order, order_by_prompt, rows_of_step
 from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
 
 
@@ -119,6 +121,58 @@ def test_a_run_stopped_anywhere_goes_on_with_the_same_rows(rows: int, before: in
     order = [f"r{i}" for step in range(steps) for i in rows_of_step(step, 4, rows, 3 * rows, 9)]
     for epoch in range(3):
         assert sorted(order[epoch * rows : (epoch + 1) * rows]) == sorted(f"r{i}" for i in range(rows))
+
+
+def answers(rows: int, prompts: int, share: bool) -> SampleSource:
+    """Return rows of 20 tokens of prompt and 1 to 5 of answer, whose prompts come in turn."""
+    ids = [[1000 + i % prompts] * 20 + [i] * (1 + i % 5) for i in range(rows)]
+    return SampleSource(tokenized(ids, [20] * rows), share)
+
+
+def test_rows_of_a_prompt_stand_where_the_first_of_them_does() -> None:
+    source = answers(30, 7, share=True)
+    for epoch in range(2):
+        order = order_by_prompt(source, 3, epoch).tolist()
+        assert sorted(order) == list(range(30))
+        prompts = [row % 7 for row in order]
+        met = list(dict.fromkeys(prompts))
+        assert prompts == sorted(prompts, key=met.index)
+        assert met == list(dict.fromkeys(int(row) % 7 for row in epoch_order(30, 3, epoch)))
+    assert order_by_prompt(source, 3, 0).tolist() != order_by_prompt(source, 3, 1).tolist()
+
+
+def test_a_step_goes_by_prompts_and_a_run_continues_anywhere() -> None:
+    source = answers(30, 7, share=True)
+    loader = Loader(source, 8, 60, 64, 3, 0, 1, by_prompt=True)
+    seen = [sorted(i for b in loader.step(step).micro_batches for i in b.row_ids) for step in range(8)]
+    order = [f"r{i}" for epoch in range(2) for i in order_by_prompt(source, 3, epoch)]
+    assert seen == [sorted(order[at : at + 8]) for at in range(0, 60, 8)]
+
+
+@pytest.mark.parametrize("by_prompt", [False, True])
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
+def test_what_a_step_says_is_what_its_ranks_compute(dp_size: int, by_prompt: bool) -> None:
+    source = answers(40, 4, share=True)
+    for step in range(4):
+        loaders = [Loader(source, 12, 40, 64, 5, r, dp_size, 4, by_prompt=by_prompt) for r in range(dp_size)]
+        shares = [loader.step(step) for loader in loaders]
+        assert len({len(share.micro_batches) for share in shares}) == 1
+        batches = [b for share in shares for b in share.micro_batches]
+        computed = sum(b.tokens.numel() for b in batches)
+        assert {share.num_tokens + share.num_padding for share in shares} == {computed}
+        assert {share.num_padding for share in shares} == {sum(b.num_padding for b in batches)}
+        positions = [b.positions[0, : b.tokens.numel() - b.num_padding] for b in batches]
+        # A token at position p sees p + 1 keys; twice their sum over a row of n tokens is n^2 + n.
+        seen = sum(int((2 * p + 1).sum()) for p in positions)
+        assert {share.squared_lengths for share in shares} == {seen}
+
+
+def test_ranks_finish_together_even_where_one_prompt_has_all_the_answers() -> None:
+    source = answers(16, 1, share=True)
+    shares = [Loader(source, 16, 16, 4096, 0, r, 4, by_prompt=True).step(0).micro_batches for r in range(4)]
+    tokens = [sum(b.tokens.numel() for b in share) for share in shares]
+    assert max(tokens) <= 1.5 * min(tokens)
+    assert sum(tokens) < sum(len(source.rows.ids[a:b]) for a, b in pairwise(source.rows.offsets))
 
 
 def test_the_order_does_not_depend_on_what_was_drawn_before() -> None:

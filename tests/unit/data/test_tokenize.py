@@ -66,6 +66,8 @@ def test_rows_are_context_and_target(kind: str, cache: Path, request: pytest.Fix
         context, target = split(made, i)
         assert context == renderer.context(row.sample.prompt, row.condition)
         assert target == renderer.target(row.sample.prompt, row.sample.response)
+        prompt = made.ids[made.offsets[i] : made.offsets[i] + made.prompt_length[i]].tolist()
+        assert prompt == renderer.context(row.sample.prompt)
     assert made.row_ids == [row.sample.id for row in rows]
     assert made.weight.tolist() == [i / 8 for i in range(9)]
     assert (made.dropped, made.truncated) == ({}, 0)

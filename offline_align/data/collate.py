@@ -1,0 +1,114 @@
+"""A bin laid out: rows side by side, and who looks back on whose tokens.
+
+Shape legend: S segments (rows of a bin, two for a pair), T tokens of the bin, K keys of its rows, N targets.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offline_align.data.batch import AttentionSlice, PackedBatch, SharedKeys
+
+Indices = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A row of a bin."""
+
+    ids: Ids
+    """The whole row."""
+    head: int
+    """Number of the segment that brings the tokens it begins with; its own number where none does."""
+    shared: int
+    """How many tokens those are."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Of each segment: where its targets begin, and their weight."""
+
+    start: npt.NDArray[np.int32]
+    weight: npt.NDArray[np.float32]
+
+
+def assemble(
+    segments: list[Segment],
+    row_ids: list[str],
+    targets: Targets | None,
+    margins: npt.NDArray[np.float32],
+    multiple: int,
+) -> PackedBatch:
+    """Lay the segments' own tokens side by side, and fill up to a multiple of `multiple` tokens."""
+    own = [s.ids[s.shared :] for s in segments]
+    total = sum(map(len, own))
+    # A rank without rows still takes part in collectives, with one padding segment that nothing is read from.
+    padding = -total % multiple if total else multiple
+    if padding:
+        own.append(np.zeros(padding, dtype=np.int32))
+    tokens = np.concatenate(own).astype(np.int64)
+    lengths = np.array([len(ids) for ids in own])
+    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    shared = np.array([s.shared for s in segments] + [0] * (len(own) - len(segments)))
+    positions = np.arange(len(tokens)) + np.repeat(shared - bounds[:-1], lengths)
+    index, ids, weights = _places(segments, targets, bounds)
+    keys, attention = _shared_keys(segments, bounds) if shared.any() else (None, ())
+    return PackedBatch(
+        tokens=torch.from_numpy(tokens)[None],
+        positions=torch.from_numpy(positions)[None],
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        target_index=torch.from_numpy(index),
+        target_ids=torch.from_numpy(ids),
+        target_weights=torch.from_numpy(weights),
+        last_index=torch.from_numpy(bounds[1 : len(segments) + 1] - 1),
+        margins=torch.from_numpy(margins),
+        row_ids=tuple(row_ids),
+        num_padding=padding,
+        slices=attention,
+        shared_keys=keys,
+    )
+
+
+def _places(
+    segments: list[Segment], targets: Targets | None, bounds: Indices
+) -> tuple[Indices, Indices, npt.NDArray[np.float32]]:
+    """Return the places whose next token is a target, those tokens, and the weight of each: [N] each."""
+    if targets is None or not segments:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
+    starts = targets.start.tolist()
+    counts = np.array([len(s.ids) - start for s, start in zip(segments, starts, strict=True)])
+    ids = np.concatenate([s.ids[start:] for s, start in zip(segments, starts, strict=True)]).astype(np.int64)
+    first = np.repeat(targets.start.astype(np.int64) - np.cumsum(counts) + counts, counts)
+    before = np.arange(counts.sum()) + first - 1
+    number = np.repeat(np.arange(len(segments)), counts)
+    shared, heads = np.array([s.shared for s in segments])[number], np.array([s.head for s in segments])[number]
+    places = np.where(before < shared, bounds[heads] + before, bounds[number] + before - shared)
+    return places.astype(np.int64), ids, np.repeat(targets.weight, counts).astype(np.float32)
+
+
+def _shared_keys(segments: list[Segment], bounds: Indices) -> tuple[SharedKeys, tuple[AttentionSlice, ...]]:
+    """Return the keys of all rows side by side, and which of them the queries of each row see."""
+    # A padding segment is the last, and begins with nothing of others.
+    parts = [(bounds[s.head], s.shared) for s in segments] + [(0, 0)] * (len(bounds) - 1 - len(segments))
+    index, own, again, begin = [], [], [], 0
+    lengths = np.diff(bounds)
+    for (head, shared), start, length in zip(parts, bounds[:-1], lengths, strict=True):
+        index += [np.arange(head, head + shared), np.arange(start, start + length)]
+        again.append(np.arange(begin, begin + shared))
+        own.append(np.arange(begin + shared, begin + shared + length))
+        begin += shared + int(length)
+    every, repeated = np.concatenate(index), np.concatenate(again)
+    seen = lengths + np.array([shared for _, shared in parts])
+    attention = AttentionSlice(
+        key_range=(0, len(every)),
+        cu_seqlens_q=torch.from_numpy(bounds.astype(np.int32)),
+        cu_seqlens_k=torch.from_numpy(np.concatenate(([0], np.cumsum(seen))).astype(np.int32)),
+        max_seqlen_q=int(lengths.max()),
+        max_seqlen_k=int(seen.max()),
+    )
+    keys = SharedKeys(*(torch.from_numpy(a) for a in (every, np.concatenate(own), repeated, every[repeated])))
+    return keys, (attention,)
