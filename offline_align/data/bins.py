@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -45,38 +46,47 @@ class BinSize:
 
 
 class Family:
-    """Rows that have their prompt once: the first brings it, and the others stand behind it."""
+    """Rows that have their prompt once: the first brings it, and the others stand behind it.
 
-    def __init__(self, prompt: bytes, shares: bool) -> None:
+    `sequences` are those of the first row. Where `shares` is not set nothing is computed once, not even inside a row.
+    """
+
+    def __init__(self, prompt: bytes, row: int, sequences: Sequence[Ids], shares: bool) -> None:
         self.prompt = prompt
-        """What they have in common; empty: nothing, and no row joins another."""
-        self._shares = shares
-        self.rows: list[int] = []
-        self.sequences: list[tuple[Ids, int]] = []
+        """What the rows have in common; empty: nothing, and no row joins another."""
+        self.rows = [row]
+        self._head, *others = sequences
+        self.sequences = [(self._head, 0), *((ids, _common_beginning(self._head, ids, shares)) for ids in others)]
         """Ids, and how many of them are those that the first sequence begins with."""
-        self.tokens = self.squared_lengths = self._keys = 0
+        self.tokens, self._keys, self.squared_lengths = _costs(self.sequences)
 
     def joined_by(self, row: int, sequences: Sequence[Ids], capacity: float, most_keys: float) -> bool:
-        """Take the sequences of `row`, unless that makes more than `capacity` tokens or too many keys.
-
-        The first row is always taken. Return whether it was.
-        """
-        head = self.sequences[0][0] if self.sequences else sequences[0]
-        added = [(ids, _common_beginning(head, ids) if self._shares and ids is not head else 0) for ids in sequences]
-        tokens = self.tokens + sum(len(ids) - shared for ids, shared in added)
-        keys = self._keys + sum(len(ids) for ids, _ in added)
-        if self.rows and (tokens > capacity or keys > most_keys * tokens):
+        """Take `row`, unless that makes more than `capacity` tokens or too many keys; return whether it was taken."""
+        added = [(ids, _common_beginning(self._head, ids)) for ids in sequences]
+        tokens, keys, squared_lengths = _costs(added)
+        tokens, keys = self.tokens + tokens, self._keys + keys
+        if tokens > capacity or keys > most_keys * tokens:
             return False
         self.rows.append(row)
         self.sequences += added
         self.tokens, self._keys = tokens, keys
-        self.squared_lengths += sum(len(ids) ** 2 - shared**2 for ids, shared in added)
+        self.squared_lengths += squared_lengths
         return True
 
     def segments(self, first: int) -> Iterator[Segment]:
         """Yield the segments of a bin, the first of them being its `first`."""
         for number, (ids, shared) in enumerate(self.sequences, first):
             yield Segment(ids, first if shared else number, shared)
+
+
+def _costs(sequences: Sequence[tuple[Ids, int]]) -> tuple[int, int, int]:
+    """Return the tokens that are computed of sequences, the keys that they see, and their squared lengths."""
+    tokens = keys = squared_lengths = 0
+    for ids, shared in sequences:
+        length = len(ids)
+        tokens, keys = tokens + length - shared, keys + length
+        squared_lengths += length * length - shared * shared
+    return tokens, keys, squared_lengths
 
 
 class RowSource(ABC):
@@ -125,6 +135,13 @@ class RowSource(ABC):
         families = self._families(rows)
         return BinSize(sum(f.tokens for f in families), sum(f.squared_lengths for f in families))
 
+    def size_of_groups(self, groups: Sequence[Family]) -> BinSize:
+        """Return what the bin of the rows of `groups` costs, which were made with this source."""
+        # In a bin, where there is no limit to a group, neighbours of one prompt become one.
+        if any(left.prompt and left.prompt == right.prompt for left, right in pairwise(groups)):
+            return self.size([row for group in groups for row in group.rows])
+        return BinSize(sum(g.tokens for g in groups), sum(g.squared_lengths for g in groups))
+
     @cached_property
     def prompts(self) -> Indices:
         """The number of each row's prompt: [rows]. Rows with the same prompt have the same."""
@@ -168,9 +185,7 @@ class RowSource(ABC):
         return prompt.tobytes() if len(prompt) >= _LEAST_SHARED else b""
 
     def _begin(self, prompt: bytes, row: int) -> Family:
-        family = Family(prompt, self.share_prompts)
-        family.joined_by(row, self._sequences(row), math.inf, math.inf)
-        return family
+        return Family(prompt, row, self._sequences(row), self.share_prompts)
 
     def _join(self, family: Family, row: int, capacity: float) -> bool:
         return bool(family.prompt) and family.joined_by(row, self._sequences(row), capacity, self.most_keys)
@@ -231,11 +246,13 @@ def _ids(rows: TokenizedRows, row: int) -> Ids:
     return rows.ids[rows.offsets[row] : rows.offsets[row + 1]]
 
 
-def _common_beginning(head: Ids, ids: Ids) -> int:
-    """Return how many of `ids` are those of `head`, or 0 where they are few.
+def _common_beginning(head: Ids, ids: Ids, shares: bool = True) -> int:
+    """Return how many of `ids` are those of `head`, or 0 where they are few or nothing is shared.
 
     The last is always its own, for a score is read there.
     """
+    if not shares:
+        return 0
     most = min(len(head), len(ids) - 1)
     differs = np.flatnonzero(head[:most] != ids[:most])
     common = int(differs[0]) if differs.size else max(most, 0)

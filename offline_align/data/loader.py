@@ -12,7 +12,7 @@ import numpy as np
 
 from offline_align.data.ahead import prepared_ahead
 from offline_align.data.batch import PackedBatch
-from offline_align.data.bins import RowSource
+from offline_align.data.bins import Family, RowSource
 from offline_align.data.collate import Indices
 from offline_align.data.context import share_of_context
 from offline_align.data.pack import pack
@@ -107,29 +107,31 @@ class Loader:
 
     def pack_rows(self, rows: list[int]) -> StepData:
         """Return `rows` packed into bins, those of this rank collated."""
-        groups = self.source.groups(rows, self._most_together(rows))
-        tokens = [group.tokens for group in groups]
+        groups = self._groups(rows)
+        lengths = [group.tokens for group in groups]
         # A bin must hold at least its longest row, whatever the budget.
-        packed = pack(tokens, max(self.capacity, max(tokens, default=1)), self.dp_size)
-        bins = [[row for i in b for row in groups[i].rows] for b in packed]
-        sizes = [self.source.size(b) for b in bins]
-        computed = sum(self._padded(size.tokens) for size in sizes)
-        total = sum(size.tokens for size in sizes)
+        packed = pack(lengths, max(self.capacity, max(lengths, default=1)), self.dp_size)
+        bins = [[groups[i] for i in b] for b in packed]
+        sizes = [self.source.size_of_groups(b) for b in bins]
+        tokens = sum(size.tokens for size in sizes)
         return StepData(
             micro_batches=[self._collate(b) for b in bins[self.dp_rank :: self.dp_size]],
             num_rows=len(rows),
-            num_tokens=total,
-            num_padding=computed - total,
+            num_tokens=tokens,
+            num_padding=sum(self._padded(size.tokens) for size in sizes) - tokens,
             squared_lengths=sum(size.squared_lengths for size in sizes),
         )
 
-    def _most_together(self, rows: list[int]) -> int:
-        """Return the tokens of the largest group: half of what a rank gets, so that ranks finish together."""
-        if self.dp_size == 1:
-            return self.capacity
-        return min(self.capacity, self.source.size(rows).tokens // (2 * self.dp_size))
+    def _groups(self, rows: list[int]) -> list[Family]:
+        """Return what is packed: none larger than half of what a rank gets, or ranks would wait for the largest."""
+        groups = self.source.groups(rows, self.capacity)
+        most = sum(group.tokens for group in groups) // (2 * self.dp_size)
+        if self.dp_size == 1 or all(group.tokens <= most or len(group.rows) == 1 for group in groups):
+            return groups
+        return self.source.groups(rows, min(self.capacity, most))
 
-    def _collate(self, rows: list[int]) -> PackedBatch:
+    def _collate(self, groups: list[Family]) -> PackedBatch:
+        rows = [row for group in groups for row in group.rows]
         return share_of_context(self.source.collate(rows, self.pad_to_multiple), self.cp_rank, self.cp_size)
 
     def _padded(self, tokens: int) -> int:

@@ -6,10 +6,10 @@ Costs are shares of the tokens of plain SFT over the same rows, which is what an
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from offline_align.data.records import LabelledSample
+from offline_align.data.records import LabelledSample, Message
 from offline_align.methods import ca, checked, fa, rwr
 
 BETAS = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -28,6 +28,8 @@ class FilteringPlan:
     rows_share: float
     size: int
     """Tokens (or characters) of the rows that are kept."""
+    repeated: int
+    """Of those, in prompts that an earlier row has too: not computed with `data.group_by_prompt`."""
     cost: float
 
 
@@ -80,6 +82,8 @@ class Plan:
     """Of all rows, prompts and responses: what an epoch of SFT reads."""
     response_size: int
     """Of all responses: what the loss is on."""
+    repeated: int
+    """Of prompts that an earlier row has too: not computed with `data.group_by_prompt`."""
     filtering: FilteringPlan
     weighted: WeightedPlan
     conditional: ConditionalPlan
@@ -124,21 +128,37 @@ def plan(rows: Iterable[LabelledSample], sizes: Sizes, settings: Settings) -> Pl
         unit=sizes.unit,
         size=sum(sizes.rows),
         response_size=sum(sizes.responses),
-        filtering=filtering(labelled, sizes.rows, settings.threshold, settings.best_of),
+        repeated=repeated(labelled, _prompt_sizes(labelled, sizes)),
+        filtering=filtering(labelled, sizes, settings.threshold, settings.best_of),
         weighted=weighted(rewards, settings.beta),
         conditional=conditional(labelled, sizes, settings),
         betas=betas,
     )
 
 
+def repeated(rows: Iterable[LabelledSample], prompt_sizes: Mapping[str, int]) -> int:
+    """Return how much of the rows is prompts that an earlier one of them has too; sizes are by id."""
+    met: set[tuple[Message, ...]] = set()
+    total = 0
+    for row in rows:
+        total += prompt_sizes[row.id] if row.prompt in met else 0
+        met.add(row.prompt)
+    return total
+
+
+def _prompt_sizes(rows: Sequence[LabelledSample], sizes: Sizes) -> dict[str, int]:
+    both = zip(rows, sizes.rows, sizes.responses, strict=True)
+    return {row.id: size - response for row, size, response in both}
+
+
 def filtering(
-    rows: Sequence[LabelledSample], sizes: Sequence[int], threshold: float, best_of: int | None = None
+    rows: Sequence[LabelledSample], sizes: Sizes, threshold: float, best_of: int | None = None
 ) -> FilteringPlan:
     """Return what FA keeps (Eq. 4), which may be nothing."""
-    by_id = {row.id: size for row, size in zip(rows, sizes, strict=True)}
+    by_id = {row.id: size for row, size in zip(rows, sizes.rows, strict=True)}
     kept = fa.above(rows, threshold, best_of)
-    size = sum(by_id[row.id] for row in kept)
-    return FilteringPlan(threshold, len(kept), len(kept) / len(rows), size, size / sum(sizes))
+    size, again = sum(by_id[row.id] for row in kept), repeated(kept, _prompt_sizes(rows, sizes))
+    return FilteringPlan(threshold, len(kept), len(kept) / len(rows), size, again, size / sum(sizes.rows))
 
 
 def weighted(rewards: Sequence[float], beta: float) -> WeightedPlan:

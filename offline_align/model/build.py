@@ -22,6 +22,7 @@ from offline_align.errors import ConfigError
 from offline_align.model.activation import SwiGLU
 from offline_align.model.attention import PackedAttention
 from offline_align.model.backend import can_compile, choose_backend
+from offline_align.model.embedding import adopt
 from offline_align.model.heads import Policy, RewardHead, RewardModel
 from offline_align.model.layers import stacked
 from offline_align.model.norm import RMSNorm
@@ -64,6 +65,7 @@ def build_model(
         # Attention turns queries and keys itself, by angles that are made once a bin.
         position_embedding_type="none",
     )
+    adopt(built.embedding.word_embeddings)
     built.rotary = PackedRotaryEmbedding(*inverse_frequencies(model))
     if isinstance(built, RewardModel):
         built.replace_output_layer(RewardHead(model.hidden_size, model.init_method_std, device))

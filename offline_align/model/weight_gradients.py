@@ -60,8 +60,8 @@ def _sums_in_fp32(device: torch.device) -> bool:
 def added(weight: Tensor) -> Tensor:
     """Tell megatron that the gradient of `weight` has been added, and return what autograd takes in its place.
 
-    Its values are not read, but where the weight is the embedding too and has a gradient from there.
+    Nobody reads its values.
     """
     marked: Any = weight
     marked.grad_added_to_main_grad = True
-    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+    return torch.empty_like(weight)

@@ -21,19 +21,23 @@ def tables(plan: Plan, warnings: list[str]) -> list[RenderableType]:
 
 def _methods(plan: Plan) -> Table:
     fa, rwr, ca = plan.filtering, plan.weighted, plan.conditional
-    table = Table("method", "what it does", "rows", plan.unit, "cost of an epoch")
+    table = Table("method", "what it does", "rows", plan.unit, "cost of an epoch", "prompts once")
     for column in table.columns[2:]:
         column.justify = "right"
-    table.add_row("sft", "learns every row", f"{plan.rows:,}", f"{plan.size:,}", "100.0 %")
+    once = _share(1 - plan.repeated / plan.size)
+    table.add_row("sft", "learns every row", f"{plan.rows:,}", f"{plan.size:,}", "100.0 %", once)
     table.add_row(
         "fa",
         f"keeps rewards above {fa.threshold:g}",
         f"{fa.rows:,} ({fa.rows_share:.1%})",
         f"{fa.size:,}",
         _share(fa.cost),
+        _share(fa.cost - fa.repeated / plan.size),
     )
-    table.add_row("rwr", _weights(rwr), f"{plan.rows:,}", f"{plan.size:,}", _share(rwr.cost))
-    table.add_row("ca", _conditions(ca), f"{plan.rows:,}", f"{plan.size + ca.extra_size:,}", _share(ca.cost))
+    table.add_row("rwr", _weights(rwr), f"{plan.rows:,}", f"{plan.size:,}", _share(rwr.cost), once)
+    size = f"{plan.size + ca.extra_size:,}"
+    ca_once = _share(ca.cost - plan.repeated / plan.size)
+    table.add_row("ca", _conditions(ca), f"{plan.rows:,}", size, _share(ca.cost), ca_once)
     return table
 
 

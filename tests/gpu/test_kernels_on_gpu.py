@@ -1,4 +1,4 @@
-"""On a GPU: the Triton kernels against torch's operations."""
+"""On a GPU: the Triton kernels, and sums over looked-up rows, against torch's operations."""
 
 import pytest
 import torch
@@ -22,3 +22,24 @@ def test_heads_are_split_and_turned(precision: str, groups: int, each: int, widt
 @pytest.mark.parametrize("kept_bytes", [0, 2**30])
 def test_likelihoods_and_their_gradients(precision: str, kept_bytes: int) -> None:
     assert max(apart(vocabulary, "cuda", precision, kept_bytes, 4900)) < DTYPES[precision][1]
+
+
+def added_rows() -> tuple[float, bool]:
+    """Return how far the sum of gradients of an embedding is from the CPU's, and whether two runs give the same bits.
+
+    Half of the tokens are one word, as spaces may be.
+    """
+    from offline_align.model.embedding import _add_rows
+
+    torch.manual_seed(0)
+    ids = torch.randint(0, 500, (1, 4096)) * torch.randint(0, 2, (1, 4096))
+    grad = torch.randn(1, 4096, 1024).bfloat16()
+    expected = _add_rows(torch.zeros(500, 1024), ids, grad)
+    first, second = (_add_rows(torch.zeros(500, 1024, device="cuda"), ids.cuda(), grad.cuda()) for _ in range(2))
+    return float((first.cpu() - expected).abs().max()), torch.equal(first, second)
+
+
+def test_gradients_of_an_embedding_are_added_in_the_same_order() -> None:
+    far, is_same = apart(added_rows)
+    assert far < 1e-3
+    assert is_same

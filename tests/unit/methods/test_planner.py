@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,17 @@ def test_figures_by_hand() -> None:
     assert [row.beta for row in made.betas] == [0.5, 1.0, 2.0, 5.0, 10.0]
 
 
+def test_prompts_that_come_again() -> None:
+    rows = labelled(-1.0, 0.0, 1.0, 2.0, 3.0)
+    other = (Message("user", "Bye"),)
+    rows = [replace(row, prompt=other) if number in (1, 4) else row for number, row in enumerate(rows)]
+    made = plan(rows, sizes(10, 20, 30, 40, 60), SETTINGS)
+    # Halves of the rows are prompts: the third and fourth have the first's, the fifth the second's.
+    assert made.repeated == 15 + 20 + 30
+    # Kept are the last three, of which the fourth has the third's.
+    assert (made.filtering.rows, made.filtering.repeated) == (3, 20)
+
+
 def test_the_plan_agrees_with_the_methods() -> None:
     source = random.Random(1)
     rows = labelled(*(source.gauss(0, 1.5) for _ in range(500)))
@@ -69,7 +81,7 @@ def test_where_the_target_lies(target: float, percentile: float, in_range: bool)
 
 
 def test_a_threshold_that_keeps_nothing_is_a_plan_too() -> None:
-    made = filtering(labelled(-1.0, 0.0), [5, 5], 0.0)
+    made = filtering(labelled(-1.0, 0.0), sizes(5, 5), 0.0)
     assert (made.rows, made.size, made.cost) == (0, 0, 0.0)
 
 
