@@ -195,7 +195,10 @@ def _of_all_rows(keys: Tensor, shared: SharedKeys) -> Tensor:
 
 
 class _OfAllRows(torch.autograd.Function):
-    """Gradients are gathered, and only those of shared keys added: of two rows to the same bits in every run."""
+    """Gradients are gathered, and only those of shared keys added: to the same bits in every run on a CPU.
+
+    A GPU adds those of three rows or more in any order, as its attention's backward pass does too.
+    """
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, shared: SharedKeys) -> Tensor:
