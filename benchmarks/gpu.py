@@ -27,6 +27,9 @@ ROWS = ("mixed",) if SMOKE else ("full", "mixed")
 def contenders(backends: list[str]) -> list[tuple[str, str, Contender]]:
     """Return (task, kind of rows or of model, contender) in the order in which they run."""
     found = [(CHECK, kind, _own("correctness", backend, kind)) for backend in backends for kind in OUTPUTS]
+    for rows in ROWS:
+        for prompts, title in (("once", ""), ("apart", ", a prompt an answer")):
+            found.append(("answers", rows, _own("answers", backends[-1], rows, prompts, title=title)))
     for task in ("sft", "reward", "label"):
         for rows in ROWS:
             found += [(task, rows, _own(task, backend, rows)) for backend in backends]

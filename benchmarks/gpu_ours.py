@@ -27,7 +27,7 @@ from offline_align.config.sections import (
     ParallelSection,
     RunSection,
 )
-from offline_align.data.bins import PairSource, RowSource, SampleSource
+from offline_align.data.bins import MOST_KEYS_IN_TRAINING, PairSource, RowSource, SampleSource
 from offline_align.data.loader import Loader
 from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
 from offline_align.distributed.setup import session
@@ -77,12 +77,37 @@ def sft(_: str, __: str, backend: str, rows: str, precision: str = "bf16") -> No
     _train("policy", source, backend, lengths, targets, precision == "fp8")
 
 
+def answers(_: str, __: str, backend: str, rows: str, prompts: str = "once") -> None:
+    """The same on two answers to each prompt, which are in the same step, with each prompt once or with each answer."""
+    lengths = _lengths_of_pairs(rows)
+    pairs = random_pairs(lengths)
+    source = SampleSource(_both_sides(pairs), prompts == "once", MOST_KEYS_IN_TRAINING)
+    targets = 2 * sum(n - max(n // 2, 1) for n in lengths)
+    _train("policy", source, backend, [*lengths, *lengths], targets)
+
+
+def _both_sides(pairs: TokenizedPairs) -> TokenizedRows:
+    chosen, rejected = pairs.chosen, pairs.rejected
+    return replace(
+        chosen,
+        ids=np.concatenate((chosen.ids, rejected.ids)),
+        offsets=np.concatenate((chosen.offsets, chosen.offsets[-1] + rejected.offsets[1:])),
+        target_start=np.concatenate((chosen.target_start, rejected.target_start)),
+        weight=np.concatenate((chosen.weight, rejected.weight)),
+        row_ids=[*chosen.row_ids, *rejected.row_ids],
+    )
+
+
 def reward(_: str, __: str, backend: str, rows: str, prompts: str = "once") -> None:
     """Optimizer steps of a reward model on packed pairs, with each prompt once or with each answer."""
+    lengths = _lengths_of_pairs(rows)
+    _train("reward_model", PairSource(random_pairs(lengths), prompts == "once"), backend, [*lengths, *lengths], 0)
+
+
+def _lengths_of_pairs(rows: str) -> list[int]:
     # Two answers of a pair share a bin, so that full rows are half as long.
     halved = MAX_LENGTH // 2 if rows == "full" else MAX_LENGTH
-    lengths = [min(n, halved) for n in row_lengths(rows == "full", BINS_PER_STEP * MAX_LENGTH // 2)]
-    _train("reward_model", PairSource(random_pairs(lengths), prompts == "once"), backend, [*lengths, *lengths], 0)
+    return [min(n, halved) for n in row_lengths(rows == "full", BINS_PER_STEP * MAX_LENGTH // 2)]
 
 
 def _train(kind: str, source: RowSource, backend: str, lengths: list[int], targets: int, fp8: bool = False) -> None:
@@ -104,8 +129,8 @@ def _train(kind: str, source: RowSource, backend: str, lengths: list[int], targe
         upcoming: Any = Loader(source, count, count * 100, MAX_LENGTH, 0, 0, 1, multiple).steps(0, pinned=on_cuda)
         timing = timed(lambda: step(next(upcoming).micro_batches, 1e-5))
         upcoming.close()
-    size = source.size(range(count))
-    computed = size.tokens, size.squared_lengths
+    groups = source.groups(range(count), MAX_LENGTH)
+    computed = sum(g.tokens for g in groups), sum(g.squared_lengths for g in groups)
     report(**result(timing, sum(lengths), computed, targets, TRAINED_LAYERS, training=True))
 
 

@@ -14,6 +14,7 @@ CHECK = "check"
 TASKS = {
     CHECK: "correctness against fp32",
     "sft": "SFT, 8 layers",
+    "answers": "SFT on two answers a prompt, 8 layers",
     "reward": "reward model, 8 layers",
     "label": "labelling, 8 B",
     "fp8": "SFT in fp8, 8 layers (MFU of bf16)",
