@@ -262,7 +262,7 @@ def test_a_run_goes_on_from_before_its_first_update(
         found = metrics(run_dir, name)
         assert found[0] == values[0]  # None for the norm of the update that was skipped
         # Norms are summed in another order, and what is rounded to bf16 may fall to the other side.
-        assert found[1:] == pytest.approx(values[1:], rel=1e-6 if precision == "fp32" else 1e-3)
+        assert found[1:] == pytest.approx(values[1:], rel=1e-6 if precision == "fp32" else 3e-3)
 
 
 def test_no_room_for_checkpoints_is_said_before_the_first_step(given: Path, forks: Forks) -> None:
