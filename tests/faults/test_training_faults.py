@@ -246,6 +246,8 @@ def test_a_run_goes_on_from_before_its_first_update(
     run_dir = given / f"first {before} {precision}"
     run_dir.mkdir()
     more = [f"trainer.precision={precision}", "trainer.save_interval=1", "trainer.keep_checkpoints=20"]
+    # The two sum norms in another order: clipped by them, weights would now and then be rounded to the other side.
+    more += ["optim.clip_grad=0"] if precision == "bf16" else []
     words = trainings.words("sft", given, run_dir, *more)
     poison = ["gradient", float("nan"), 1, 1, 1]
     divided = "parallel.use_distributed_optimizer="
@@ -261,8 +263,7 @@ def test_a_run_goes_on_from_before_its_first_update(
     for name, values in expected.items():
         found = metrics(run_dir, name)
         assert found[0] == values[0]  # None for the norm of the update that was skipped
-        # Norms are summed in another order, and what is rounded to bf16 may fall to the other side.
-        assert found[1:] == pytest.approx(values[1:], rel=1e-6 if precision == "fp32" else 3e-3)
+        assert found[1:] == pytest.approx(values[1:], rel=1e-6)
 
 
 def test_no_room_for_checkpoints_is_said_before_the_first_step(given: Path, forks: Forks) -> None:
