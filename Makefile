@@ -71,7 +71,9 @@ demo: $(READY) ## the whole pipeline on a small made-up corpus, on CPU or GPU
 
 reference: $(READY) ## write docs/configuration.md from the schema
 	$(BIN)/python -c 'from pathlib import Path; from offline_align.config.reference import reference_page; \
-	    Path("docs/configuration.md").write_text(reference_page(), encoding="utf-8")'
+	    from offline_align.stages.registry import STAGES; \
+	    page = reference_page({name: stage.schema for name, stage in STAGES.items()}); \
+	    Path("docs/configuration.md").write_text(page, encoding="utf-8")'
 
 clean: ## remove caches and build outputs; .venv and runs stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.imagined_gpu import environment, imagined_rank
-from offline_align.config.compose import compose
 from offline_align.config.sections import ModelSection, OptimSection, ParallelSection, Recompute
 from offline_align.data.batch import PackedBatch
 from offline_align.data.bins import PairSource, RowSource, SampleSource
 from offline_align.data.loader import Loader
 from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
 from offline_align.distributed.sizes import ParallelSizes, model_sizes, padding_multiple, training_memory
+from offline_align.stages.registry import STAGES
 
 _GIB = 2**30
 
@@ -106,7 +106,7 @@ class Traced:
 
 def llama3_8b() -> ModelSection:
     """Return the architecture of `model=llama3_8b`."""
-    config: Any = compose("sft", ["run.dir=unused", "model=llama3_8b"]).config
+    config: Any = STAGES["sft"].compose(["run.dir=unused", "model=llama3_8b"]).config
     section: ModelSection = config.model
     return section
 

@@ -7,7 +7,6 @@ offline-align sft model=demo data.train=rows.jsonl run.dir=runs/sft
 torchrun --nproc-per-node=8 -m offline_align sft ...
 """
 
-import importlib
 import logging
 import os
 import sys
@@ -15,33 +14,19 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from offline_align import __version__
-from offline_align.config.compose import STAGES, compose, require, world_size
-from offline_align.config.runs import GenerateRun, LabelRun, Run, TrainRun
+from offline_align.config.compose import require, world_size
+from offline_align.config.runs import Run, section
+from offline_align.config.sections import LauncherKind, LauncherSection, LimitSection, ParallelSection
 from offline_align.distributed.leaving import leave
 from offline_align.distributed.stopping import interruptible
 from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError, leave_for_launcher
+from offline_align.stages.job import Job
+from offline_align.stages.registry import STAGES
 
-_SUMMARIES = {
-    "prepare": "raw data sets to rows: SFT and preference files, splits, a report",
-    "sft": "supervised fine-tuning of a policy (Eq. 1)",
-    "reward": "reward model on preference pairs (Eq. 2)",
-    "label": "a reward model scores a data set (Figure 3)",
-    "fa": "Filtering Alignment: rows above a reward threshold (Eq. 4)",
-    "rwr": "Reward-Weighted Regression: rows weighted by exp(reward / beta) (Eq. 5)",
-    "ca": "Conditional Alignment: the reward written into the prompt (Eq. 6)",
-    "generate": "a policy answers prompts",
-    "evaluate": "several sets of answers, a judge, tables and a page",
-    "convert": "Hugging Face form to ours and back",
-    "plan": "what FA would keep, RWR weigh and CA write: no GPU, no model",
-    "verify": "whether a run folder is whole and where it came from",
-}
 _INTERNAL = 70
 _LOG_FORM, _LOG_TIME = "%(asctime)s %(message)s", "%H:%M:%S"
-# Their loops look at the limit themselves, once a step or batch is saved: each attempt gets on, however short it is.
-_LISTENERS = (TrainRun, LabelRun, GenerateRun)
 
 
 def main() -> None:
@@ -100,87 +85,86 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
     if arguments[0] == "--version":
         print(f"offline-align {__version__}")
         return 0
-    stage, *words = arguments
-    if stage not in STAGES:
-        raise ConfigError(f"{stage}: no such stage; there are {', '.join(STAGES)}")
+    name, *words = arguments
+    if name not in STAGES:
+        raise ConfigError(f"{name}: no such stage; there are {', '.join(STAGES)}")
+    stage = STAGES[name]
     if "-h" in words or "--help" in words:
         from offline_align.config.reference import stage_help
 
-        print(stage_help(stage, _SUMMARIES[stage]))
+        print(stage_help(name, stage.schema, stage.summary))
         return 0
-    composed = compose(stage, words)
+    composed = stage.compose(words)
     _set_up_logging()
-    module = importlib.import_module(f"offline_align.stages.{stage}")
-    config = require(composed, _problems(stage, composed.config, composed.explicit))
-    if not config.dry_run:
-        from offline_align.stages.hub import with_files
+    job = Job(stage, composed.config, composed.explicit)
+    require(composed, _problems(job))
+    if not job.config.dry_run:
+        from offline_align.stages.hub import fetch_data_sets
 
-        config = with_files(config)
-    if _becomes_a_job(config):
-        return _submit(stage, config, words)
-    if isinstance(config, (TrainRun, LabelRun)):
+        fetch_data_sets(job)
+    return _run(job, words, limit)
+
+
+def _run(job: Job[Run], words: list[str], limit: Callable[[str | None], None]) -> int:
+    """Submit the job, start its ranks, or do its work here; returns the exit code."""
+    launcher, config = job.launcher, job.config
+    if launcher is not None and _becomes_a_batch_job(launcher):
+        return _submit(job, launcher, words)
+    parallel = section(config, ParallelSection)
+    if job.stage.runs_megatron and parallel is not None:
         from offline_align.launch import set_cuda_environment
 
-        set_cuda_environment(config.parallel)
-    if not config.dry_run and _launch(stage, config):
+        set_cuda_environment(parallel)
+    if launcher is not None and not config.dry_run and _launch(job, launcher):
         from offline_align.launch import run_ranks
 
-        launcher: Any = getattr(config, "launcher", None)
-        return run_ranks(launcher, stage, words)
+        return run_ranks(launcher, job.stage.name, words)
     _keep_output(config)
-    if not isinstance(config, _LISTENERS):
-        limit(getattr(getattr(config, "trainer", None), "max_time", None))
-    code: int = module.run(config, composed.explicit)
-    return code
+    trainer = section(config, LimitSection)
+    if not job.stage.watches_the_clock:
+        limit(trainer.max_time if trainer else None)
+    return job.stage.run(job)
 
 
-def _problems(stage: str, config: Run, explicit: frozenset[str]) -> list[str]:
+def _problems(job: Job[Run]) -> list[str]:
     """Return everything wrong with a configuration that can be known before a process group exists."""
     from offline_align.config import checks
     from offline_align.stages import requirements
 
-    launcher: Any = getattr(config, "launcher", None)
+    launcher = job.launcher
     world = world_size(launcher.nproc_per_node, launcher.nodes) if launcher else 1
-    found, model = requirements.problems(stage, config, explicit)
-    return checks.problems(config, model, world) + found
+    found, model = requirements.problems(job)
+    return checks.problems(job.config, model, world) + found
 
 
-def _launch(stage: str, config: Run) -> bool:
-    """Whether ranks are to be started for a stage that is not finished yet."""
+def _launch(job: Job[Run], launcher: LauncherSection) -> bool:
+    """Whether ranks are to be started for a run that is not finished yet."""
     from offline_align.launch import needs_launch
-    from offline_align.stages import common
 
-    launcher: Any = getattr(config, "launcher", None)
-    if launcher is None or not needs_launch(launcher):
-        return False
-    return not common.is_finished(stage, config, common.key_of(stage, config))
+    return needs_launch(launcher) and not job.is_finished()
 
 
-def _becomes_a_job(config: Run) -> bool:
+def _becomes_a_batch_job(launcher: LauncherSection) -> bool:
     """Whether the stage is for Slurm, and this is not one of its ranks."""
-    from offline_align.config.sections import LauncherKind
     from offline_align.launch import under_torchrun
 
-    launcher: Any = getattr(config, "launcher", None)
-    return launcher is not None and launcher.kind is LauncherKind.slurm and not under_torchrun()
+    return launcher.kind is LauncherKind.slurm and not under_torchrun()
 
 
-def _submit(stage: str, config: Run, words: list[str]) -> int:
-    """Print the text of the job with `dry_run=true`, else submit it, unless the run is complete, and print its id."""
+def _submit(job: Job[Run], launcher: LauncherSection, words: list[str]) -> int:
+    """Print the text of the batch job with `dry_run=true`, else submit it, unless the run is complete."""
     from offline_align import launch_slurm
-    from offline_align.stages import common
 
-    launcher: Any = getattr(config, "launcher", None)
-    text = launch_slurm.job_text(config, stage, words)
-    if config.dry_run:
+    text = launch_slurm.job_text(job.config, job.stage.name, words, on_gpus=not job.stage.one_process)
+    if job.config.dry_run:
         print(text)
-    elif launcher.dependency or not common.is_finished(stage, config, common.key_of(stage, config)):
-        print(launch_slurm.submit(text, config.run.dir))
+    elif launcher.dependency or not job.is_finished():
+        print(launch_slurm.submit(text, job.config.run.dir))
     return 0
 
 
 def _overview() -> str:
-    lines = [f"  {name:<9} {text}" for name, text in _SUMMARIES.items()]
+    lines = [f"  {stage.name:<9} {stage.summary}" for stage in STAGES.values()]
     head = "offline-align <stage> [key=value ...]      offline-align <stage> --help shows its keys\n"
     return "\n".join([head, *lines])
 

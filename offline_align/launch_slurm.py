@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from offline_align.config.runs import PrepareRun, Run
+from offline_align.config.runs import Run, section
 from offline_align.config.sections import Device, LauncherSection
 from offline_align.distributed.stopping import parse_duration
 from offline_align.errors import ConfigError, StorageError
@@ -25,13 +25,14 @@ _PLAIN = re.compile(r"[\w@%+=:,./\[\]-]+")
 _OWN_WORDS = ("launcher=", "launcher.", "dry_run=")
 
 
-def job_text(config: Run, stage: str, words: list[str]) -> str:
+def job_text(config: Run, stage: str, words: list[str], on_gpus: bool = True) -> str:
     """Return the batch script that runs `stage`, whose command-line `words` gave `config`, which has a launcher."""
-    launcher: LauncherSection = getattr(config, "launcher")  # noqa: B009
+    launcher = section(config, LauncherSection)
+    assert launcher is not None
     run_dir = config.run.dir
     gpus = launcher.gpus_per_node
     if gpus is None:
-        gpus = 0 if isinstance(config, PrepareRun) or config.run.device is Device.cpu else launcher.nproc_per_node
+        gpus = launcher.nproc_per_node if on_gpus and config.run.device is not Device.cpu else 0
     head = ["#!/usr/bin/env bash", *(f"#SBATCH {quoted(o)}" for o in _options(launcher, stage, run_dir, gpus))]
     exports = [f"export {name}={shlex.quote(str(value))}" for name, value in launcher.environment.items()]
     own = [word for word in words if not word.startswith(_OWN_WORDS)]

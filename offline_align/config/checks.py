@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_align.config import sections as s
-from offline_align.config.runs import Run
+from offline_align.config.runs import Run, section
 from offline_align.distributed.sizes import pad_vocabulary
 
 _SLURM_TIME = re.compile(r"(\d+-)?\d{1,3}:\d{2}:\d{2}|(\d+[dhm])+")
@@ -19,18 +19,18 @@ _SLURM_TIME = re.compile(r"(\d+-)?\d{1,3}:\d{2}:\d{2}|(\d+[dhm])+")
 def problems(config: Run, model: s.ModelSection | None, world: int) -> list[str]:
     """Return what is wrong with `config` for `world` ranks; `model` is the architecture that will run, if known."""
     found: list[str] = []
-    for section in vars(config).values():
+    for part in vars(config).values():
         for kind, check in _SECTION_CHECKS.items():
-            if isinstance(section, kind):
-                found += check(section)
-    parallel = getattr(config, "parallel", None)
+            if isinstance(part, kind):
+                found += check(part)
+    parallel = section(config, s.ParallelSection)
     if parallel is not None:
         found += _layout(parallel, world)
-        found += _batch(getattr(config, "trainer", None), parallel, world)
+        found += _batch(section(config, s.TrainerSection), parallel, world)
     found += _engine(config) + _lean_state(config)
     if model is not None:
         found += _model(model) or (_model_layout(model, parallel) if parallel else [])
-        data = getattr(config, "data", None)
+        data = section(config, s.DataSection)
         if data is not None and data.max_length > model.max_position_embeddings:
             found.append(
                 f"data.max_length={data.max_length}: the model has {model.max_position_embeddings} positions; "
@@ -40,28 +40,28 @@ def problems(config: Run, model: s.ModelSection | None, world: int) -> list[str]
 
 
 def _engine(config: Run) -> list[str]:
-    """Return what is asked of Transformer Engine where it cannot be; a plan may be for another machine."""
+    """Return what is asked of Transformer Engine although it cannot be had; a plan may be for another machine."""
+    model, optim = section(config, s.ModelSection), section(config, s.OptimSection)
+    trainer = section(config, s.ComputeSection)
     asked = {
-        "model.backend=transformer_engine": ("model", "backend", s.Backend.transformer_engine),
-        "trainer.precision=fp8": ("trainer", "precision", s.Precision.fp8),
-        "optim.use_precision_aware_optimizer=True": ("optim", "use_precision_aware_optimizer", True),
+        "model.backend=transformer_engine": model is not None and model.backend is s.Backend.transformer_engine,
+        "trainer.precision=fp8": trainer is not None and trainer.precision is s.Precision.fp8,
+        "optim.use_precision_aware_optimizer=True": optim is not None and optim.use_precision_aware_optimizer,
     }
-    wanted = [
-        words for words, (part, key, value) in asked.items() if getattr(getattr(config, part, None), key, None) == value
-    ]
-    if getattr(config, "dry_run", False) or not wanted:
+    wanted = [words for words, is_asked in asked.items() if is_asked]
+    if config.dry_run or not wanted:
         return []
     if config.run.device is s.Device.cpu:
         return [f"{words}: needs a CUDA device; leave it unset on the CPU" for words in wanted]
     if importlib.util.find_spec("transformer_engine") is None:
         return [f"{words}: Transformer Engine is not installed; install it, or leave this unset" for words in wanted]
-    if "trainer.precision=fp8" in wanted and not isinstance(getattr(config, "trainer", None), s.TrainerSection):
+    if asked["trainer.precision=fp8"] and not isinstance(trainer, s.TrainerSection):
         return ["trainer.precision=fp8: is for training; use bf16"]
     return []
 
 
 def _lean_state(config: Run) -> list[str]:
-    optim, parallel = getattr(config, "optim", None), getattr(config, "parallel", None)
+    optim, parallel = section(config, s.OptimSection), section(config, s.ParallelSection)
     if not (optim and parallel and optim.use_precision_aware_optimizer) or parallel.use_distributed_optimizer:
         return []
     return [
@@ -292,8 +292,8 @@ def _layout(parallel: s.ParallelSection, world: int) -> list[str]:
     return found
 
 
-def _batch(trainer: Any, parallel: s.ParallelSection, world: int) -> list[str]:
-    if not isinstance(trainer, s.TrainerSection) or trainer.micro_batch_size < 1:
+def _batch(trainer: s.TrainerSection | None, parallel: s.ParallelSection, world: int) -> list[str]:
+    if trainer is None or trainer.micro_batch_size < 1:
         return []
     data_parallel = world // max(1, parallel.tensor_model_parallel_size * parallel.context_parallel_size)
     share = trainer.micro_batch_size * max(data_parallel, 1)

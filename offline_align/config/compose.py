@@ -22,31 +22,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from offline_align.config import runs
 from offline_align.config.runs import Run
 from offline_align.config.words import parse, split_flags, with_home
 from offline_align.errors import ConfigError
 
-STAGES: dict[str, type[Run]] = {
-    "prepare": runs.PrepareRun,
-    "sft": runs.TrainRun,
-    "reward": runs.RewardRun,
-    "label": runs.LabelRun,
-    "fa": runs.FilteringRun,
-    "rwr": runs.RewardWeightedRun,
-    "ca": runs.ConditionalRun,
-    "generate": runs.GenerateRun,
-    "evaluate": runs.EvaluateRun,
-    "convert": runs.ConvertRun,
-    "plan": runs.PlanRun,
-    "verify": runs.VerifyRun,
-}
-
 # `from` is a keyword of Python, so the field behind the key `init.from` has a trailing underscore.
 _ALIASES = {"init.from": "init.from_"}
 _OPEN_MAPPINGS = ("model.overrides.", "model.rope_scaling.", "launcher.environment.", "launcher.sbatch.")
-# Stages that may run without a folder of their own.
-_RUN_DIR_OPTIONAL = {"plan"}
 # Keys that name files or folders: `~` is the user's home in all of them, wherever a shell has left it as it is.
 _PATHS = {
     "run.dir",
@@ -95,7 +77,7 @@ def configs_dir() -> Path:
     return carried if carried.is_dir() else package.parent / "configs"
 
 
-def compose(stage: str, words: list[str]) -> Composed:
+def compose(stage: str, schema: type[Run], words: list[str], needs_run_dir: bool = True) -> Composed:
     """Return the configuration of `stage` for command-line `words` such as `model=demo optim.lr=1e-5`.
 
     `--config-dir DIR` adds the user's own groups (`DIR/model/mine.yaml` is `model=mine`); `--config FILE` takes
@@ -117,21 +99,20 @@ def compose(stage: str, words: list[str]) -> Composed:
         for o in overrides
         if o not in groups
     ]
-    root = STAGES[stage]
-    config = OmegaConf.structured(root)
+    config = OmegaConf.structured(schema)
     _thaw(config)
     accepted = [v for v in values if _assign(config, v, problems)]
     refused = unreadable | {v.key for v in values if v not in accepted}
-    if "run.dir" not in refused and _lacks_run_dir(config, stage):
+    if "run.dir" not in refused and _lacks_run_dir(config, needs_run_dir):
         problems.append("run.dir is not set: give the folder that receives the results, as run.dir=runs/NAME")
     explicit = frozenset(v.key for v in accepted if v.explicit) | {o.key_or_group for o in groups}
-    return Composed(_build(root, config), explicit, problems, frozenset(refused))
+    return Composed(_build(schema, config), explicit, problems, frozenset(refused))
 
 
-def _lacks_run_dir(config: DictConfig, stage: str) -> bool:
+def _lacks_run_dir(config: DictConfig, needed: bool) -> bool:
     """Whether the folder is still to be given; an empty one, as of an unset variable, would be the current folder."""
     if OmegaConf.is_missing(config.run, "dir"):
-        return stage not in _RUN_DIR_OPTIONAL
+        return needed
     return not config.run.dir.strip()
 
 

@@ -7,14 +7,15 @@ import ast
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, cast, get_args
 
-from offline_align.config.compose import MISSING, STAGES, configs_dir
+from offline_align.config.compose import MISSING, configs_dir
+from offline_align.config.runs import Run
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,21 @@ class Key:
     text: str
 
 
-def stage_help(stage: str, summary: str) -> str:
+def stage_help(stage: str, schema: type[Run], summary: str) -> str:
     """Return what `offline-align <stage> --help` prints."""
     head = f"offline-align {stage} [group=choice ...] [key=value ...]\n\n{summary}\n"
     groups = [f"  {name}={'|'.join(choices)}" for name, choices in stage_groups(stage).items()]
     lines = [head, *(["Groups", *groups, ""] if groups else []), "Keys (default)"]
-    for key in stage_keys(stage):
+    for key in schema_keys(schema):
         lines.append(f"  {key.name} ({key.default})\n      {key.text}")
     return "\n".join(
         [*lines, "", "--config FILE takes values from a YAML file, --config-dir DIR adds groups of your own."]
     )
 
 
-def stage_keys(stage: str) -> list[Key]:
-    """Return the keys of `stage` in their order."""
-    return list(_keys(STAGES[stage], ""))
+def schema_keys(schema: type[Run]) -> list[Key]:
+    """Return the keys of a command in their order."""
+    return list(_keys(schema, ""))
 
 
 def stage_groups(stage: str) -> dict[str, list[str]]:
@@ -108,11 +109,11 @@ def _default(field: "dataclasses.Field[Any]") -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def reference_page() -> str:
+def reference_page(schemas: Mapping[str, type[Run]]) -> str:
     """Return the configuration reference in Markdown: every key of every stage, once, by section."""
     stages_of: dict[Key, list[str]] = {}
-    for stage in STAGES:
-        for key in stage_keys(stage):
+    for stage, schema in schemas.items():
+        for key in schema_keys(schema):
             stages_of.setdefault(key, []).append(stage)
     lines = [
         "# Configuration reference",
@@ -123,7 +124,7 @@ def reference_page() -> str:
     ]
     for section in dict.fromkeys(_section(key) for key in stages_of):
         lines += [f"## {section}", "", "| key | type | default | stages | meaning |", "|---|---|---|---|---|"]
-        lines += [_row(key, stages) for key, stages in stages_of.items() if _section(key) == section]
+        lines += [_row(key, on, len(schemas)) for key, on in stages_of.items() if _section(key) == section]
         lines.append("")
     return "\n".join(lines)
 
@@ -132,7 +133,7 @@ def _section(key: Key) -> str:
     return key.name.partition(".")[0] if "." in key.name else "every stage"
 
 
-def _row(key: Key, stages: list[str]) -> str:
-    where = "all" if len(stages) == len(STAGES) else " ".join(stages)
+def _row(key: Key, stages: list[str], all_stages: int) -> str:
+    where = "all" if len(stages) == all_stages else " ".join(stages)
     text = key.text.replace("|", "\\|")
     return f"| `{key.name}` | {key.kind} | `{key.default}` | {where} | {text} |"

@@ -1,6 +1,8 @@
 """One root dataclass for every command: the sections it has, in the order a user meets them."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from offline_align.config import sections as s
 
@@ -15,6 +17,23 @@ class Run:
     debug: bool = False
     """Show tracebacks instead of one line for each error."""
 
+    def named_files(self) -> dict[str, Any]:
+        """Return the values of the keys that name data files; None for a key that is not set."""
+        return {}
+
+    def named_models(self) -> dict[str, str | None]:
+        """Return the values of the keys that name models; None for a key that is not set."""
+        return {}
+
+    def named_runs(self) -> list[str]:
+        """Return the run folders, or folders of runs, that the command shows."""
+        return []
+
+
+def section[S](config: Run, kind: type[S]) -> S | None:
+    """Return the section of `kind` that a command has, or None if it has none."""
+    return next((part for part in vars(config).values() if isinstance(part, kind)), None)
+
 
 @dataclass(frozen=True)
 class PrepareRun(Run):
@@ -26,6 +45,10 @@ class PrepareRun(Run):
     trainer: s.LimitSection = field(default_factory=s.LimitSection)
     launcher: s.LauncherSection = field(default_factory=s.LauncherSection)
 
+    def named_files(self) -> dict[str, Any]:
+        """Return `data.input`, which may also name the demo corpus and data sets of the hub."""
+        return {"data.input": self.data.input}
+
 
 @dataclass(frozen=True)
 class ModelRun(Run):
@@ -36,6 +59,10 @@ class ModelRun(Run):
     parallel: s.ParallelSection = field(default_factory=s.ParallelSection)
     launcher: s.LauncherSection = field(default_factory=s.LauncherSection)
 
+    def named_models(self) -> dict[str, str | None]:
+        """Return `init.from`."""
+        return {"init.from": self.init.from_}
+
 
 @dataclass(frozen=True)
 class TrainRun(ModelRun):
@@ -44,6 +71,10 @@ class TrainRun(ModelRun):
     data: s.TrainDataSection = field(default_factory=s.TrainDataSection)
     trainer: s.TrainerSection = field(default_factory=s.TrainerSection)
     optim: s.OptimSection = field(default_factory=s.OptimSection)
+
+    def named_files(self) -> dict[str, Any]:
+        """Return the rows for training and for validation."""
+        return {"data.train": self.data.train, "data.valid": self.data.valid}
 
 
 @dataclass(frozen=True)
@@ -82,6 +113,10 @@ class LabelRun(ModelRun):
     trainer: s.ComputeSection = field(default_factory=s.ComputeSection)
     label: s.LabelSection = field(default_factory=s.LabelSection)
 
+    def named_files(self) -> dict[str, Any]:
+        """Return `data.input`."""
+        return {"data.input": self.data.input}
+
 
 @dataclass(frozen=True)
 class GenerateRun(ModelRun):
@@ -91,6 +126,10 @@ class GenerateRun(ModelRun):
     trainer: s.ComputeSection = field(default_factory=s.ComputeSection)
     generate: s.GenerateSection = field(default_factory=s.GenerateSection)
     method: s.GenerateMethodSection = field(default_factory=s.GenerateMethodSection)
+
+    def named_files(self) -> dict[str, Any]:
+        """Return `data.input`."""
+        return {"data.input": self.data.input}
 
 
 @dataclass(frozen=True)
@@ -104,6 +143,28 @@ class EvaluateRun(Run):
     judge: s.JudgeSection = field(default_factory=s.JudgeSection)
     evaluate: s.EvaluateSection = field(default_factory=s.EvaluateSection)
 
+    @property
+    def judges(self) -> bool:
+        """Whether there is anything to judge: answers, or pairs that people have judged."""
+        return self.data.input is not None or self.judge.calibration is not None
+
+    def named_files(self) -> dict[str, Any]:
+        """Return the answers and the pairs that people have judged."""
+        return {"data.input": self.data.input, "judge.calibration": self.judge.calibration}
+
+    def named_models(self) -> dict[str, str | None]:
+        """Return the reward models that judge."""
+        if not self.judges:
+            return {}
+        judge = self.judge
+        first = judge.model if judge.kind is s.JudgeKind.reward_model else None
+        return {"judge.model": first, "judge.second_model": judge.second_model}
+
+    def named_runs(self) -> list[str]:
+        """Return what `evaluate.runs` names."""
+        given = self.evaluate.runs
+        return [str(name) for name in (given if isinstance(given, list | tuple) else [given]) if name is not None]
+
 
 @dataclass(frozen=True)
 class ConvertRun(ModelRun):
@@ -111,6 +172,11 @@ class ConvertRun(ModelRun):
 
     convert: s.ConvertSection = field(default_factory=s.ConvertSection)
     trainer: s.LimitSection = field(default_factory=s.LimitSection)
+
+    def named_files(self) -> dict[str, Any]:
+        """Return the report whose table goes into the model card."""
+        folder = self.convert.evaluation
+        return {"convert.evaluation": None if folder is None else str(Path(folder) / "report.json")}
 
 
 @dataclass(frozen=True)
@@ -125,6 +191,10 @@ class PlanRun(Run):
     model: s.ModelSection = field(default_factory=s.ModelSection)
     data: s.InputDataSection = field(default_factory=s.InputDataSection)
     method: PlanMethodSection = field(default_factory=PlanMethodSection)
+
+    def named_files(self) -> dict[str, Any]:
+        """Return `data.input`."""
+        return {"data.input": self.data.input}
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ import json
 from offline_align.config.sections import Template
 from offline_align.data.template import ASSISTANT, PREFIXES
 from offline_align.data.tokenizer import Tokenizer
-from offline_align.methods import ca
-from offline_align.model.description import Condition
 
 
 def chat_template(tokenizer: Tokenizer, template: Template, condition: str) -> str:
@@ -21,13 +19,6 @@ def chat_template(tokenizer: Tokenizer, template: Template, condition: str) -> s
         return source + _at_generation_prompt(condition) if condition else source
     start = "{{ bos_token }}" if tokenizer.adds_bos else ""
     return start + _PAPER + _at_generation_prompt(ASSISTANT + condition)
-
-
-def condition_text(condition: Condition | None) -> str:
-    """Return the text that asks for the target reward of a condition (Eq. 6), or nothing for None."""
-    if condition is None:
-        return ""
-    return ca.condition_text(condition.target_reward, condition.reward_format, condition.reward_limit)
 
 
 def _literal(text: str) -> str:

@@ -5,9 +5,10 @@ from typing import Any
 
 from offline_align.config.sections import Template
 from offline_align.convert.architecture import read_architecture
+from offline_align.data.condition import Condition
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.errors import ConfigError
-from offline_align.model.description import Condition, ModelDescription, is_huggingface
+from offline_align.model.description import ModelDescription, is_huggingface
 
 
 def describe(folder: Path, template: Template | None = None) -> ModelDescription:

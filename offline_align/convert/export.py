@@ -16,7 +16,7 @@ from offline_align.config.sections import ModelSection
 from offline_align.convert import names
 from offline_align.convert.architecture import huggingface_config
 from offline_align.convert.card import model_card
-from offline_align.convert.chat_template import chat_template, condition_text
+from offline_align.convert.chat_template import chat_template
 from offline_align.convert.names import Entry, Kind
 from offline_align.convert.provenance import UNKNOWN, Provenance
 from offline_align.convert.tensors import split
@@ -104,7 +104,7 @@ def _split(entry: Entry, tensor: Tensor, model: ModelSection) -> list[Tensor]:
 
 def _write_texts(description: ModelDescription, tokenizer: Tokenizer, target: Path, known: Provenance) -> None:
     """Write the tokenizer and the model card, which says where `transformers` encodes otherwise."""
-    condition = condition_text(description.condition)
+    condition = description.condition.text if description.condition else ""
     template = chat_template(tokenizer, description.template, condition)
     notes = []
     if not write_tokenizer(tokenizer, target, template, description.model.max_position_embeddings):

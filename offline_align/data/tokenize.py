@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import batched, islice
 from pathlib import Path
@@ -84,9 +84,15 @@ class TokenizedRows:
     """Rows whose prompt was cut."""
     condition_length: npt.NDArray[np.int32] | int = 0
     """[n] tokens of the condition that each prompt ends with; 0: no row has one."""
+    places: list[int] = field(default_factory=list)
+    """[n] which of the rows that were asked for each is."""
 
     def __len__(self) -> int:
         return len(self.row_ids)
+
+    def weighed(self, weights: Sequence[float] | None) -> "TokenizedRows":
+        """Return the same rows with other weights [n]; with their own for None."""
+        return self if weights is None else replace(self, weight=np.array(weights, dtype=np.float32))
 
     @cached_property
     def prompt_length(self) -> npt.NDArray[np.int32]:
@@ -181,7 +187,9 @@ def tokenize_pairs(
 
 def _side(tokens: StoredTokens, k: int, row_ids: list[str], weight: npt.NDArray[np.float32]) -> TokenizedRows:
     ids, offsets, start = (tokens.columns[f"{name}_{k}"] for name in ("ids", "offsets", "start"))
-    return TokenizedRows(ids, offsets, start, weight, row_ids, dict(tokens.dropped), tokens.truncated)
+    return TokenizedRows(
+        ids, offsets, start, weight, row_ids, dict(tokens.dropped), tokens.truncated, places=tokens.rows
+    )
 
 
 def _report_refused(refused: dict[str, str], on_refused: OnRefused | None) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from offline_align.config.resume import Change, change_class
 from offline_align.errors import ConfigError
-from offline_align.lineage.files import canonical_json, file_size, real_path, record_files, text_sha256
-from offline_align.lineage.manifest import CONFIG, Manifest, check_unedited, describe_parent, read_manifest
+from offline_align.lineage.files import canonical_json, file_size, real_path, text_sha256
+from offline_align.lineage.manifest import CONFIG, Manifest, Sources, read_manifest
 
 CHANGES = "changed_settings"
 """What the manifest calls the changes of a run that was continued with other settings."""
@@ -46,28 +46,19 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, value in node.items() for k, v in flat(value, f"{prefix}.{name}".lstrip(".")).items()}
 
 
-def content_key(stage: str, config: dict[str, Any], inputs: Sequence[Path], parents: Sequence[Path]) -> str:
-    """Return the SHA-256 of everything that determines what a stage produces, see `run_settings`."""
-    return run_settings(stage, config, inputs, parents).key
-
-
-def run_settings(stage: str, config: dict[str, Any], inputs: Sequence[Path], parents: Sequence[Path]) -> RunSettings:
+def run_settings(stage: str, config: dict[str, Any], sources: Sources) -> RunSettings:
     """Return everything that determines what a stage produces.
 
     That is the stage, the settings that change results, and the content of the inputs and of the parents. A
     setting that names one of these files is replaced by its content, so that data and runs may be moved or
-    renamed. Reads every input once: let one rank do it. Raises ConfigError for a parent that is neither a
-    finished run nor a model, DataError for an input that is not what its run wrote, StorageError for an
-    unreadable file.
+    renamed.
     """
-    records = record_files(inputs)
-    check_unedited(records)
-    digests = {record.path: record.sha256 for record in records}
-    built_on = [describe_parent(path) for path in parents]
-    for path, parent in zip(parents, built_on, strict=True):
+    digests = {record.path: record.sha256 for record in sources.files}
+    for path, parent in sources.parents.items():
         digests |= {str(path.resolve()): parent.content_sha256, parent.path: parent.content_sha256}
     relevant = _relevant(config, digests)
-    return RunSettings(stage, relevant, [r.sha256 for r in records], [p.content_sha256 for p in built_on])
+    inputs = [record.sha256 for record in sources.files]
+    return RunSettings(stage, relevant, inputs, [parent.content_sha256 for parent in sources.parents.values()])
 
 
 def finished_key(key: str, changes: Sequence[Any]) -> str:

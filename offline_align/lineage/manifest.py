@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -74,36 +74,49 @@ def write_config(run_dir: Path, config: dict[str, Any]) -> Path:
     return path
 
 
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What a run reads, hashed once: its input files, and the models and runs that it builds on."""
+
+    files: list[FileRecord]
+    parents: dict[Path, ParentRecord]
+    """By the path that the run was given."""
+
+
+def read_sources(inputs: Sequence[Path], parents: Sequence[Path]) -> Sources:
+    """Hash every file of `inputs` and describe every folder of `parents`.
+
+    `inputs` are files, or folders that stand for all files in them. Raises ConfigError for a parent that is neither a
+    finished run nor a model, DataError for an input that is not what its run wrote, StorageError for an unreadable
+    file.
+    """
+    files = record_files(inputs)
+    check_unedited(files)
+    return Sources(files, {path: describe_parent(path) for path in parents})
+
+
 def write_manifest(
-    run_dir: Path,
-    stage: str,
-    key: str,
-    inputs: Sequence[Path],
-    parents: Sequence[Path],
-    outputs: Sequence[Path],
-    extra: dict[str, Any],
+    run_dir: Path, stage: str, key: str, sources: Sources, outputs: Sequence[Path], extra: Mapping[str, Any]
 ) -> Path:
     """Write `manifest.json`, which declares the run finished: the last thing that a stage does.
 
-    `inputs` and `outputs` are files, or folders that stand for all files in them. `config.yaml` is an
-    output by itself, and a finished run that wrote one of the inputs is a parent by itself. `extra` is kept
-    as it is. Raises ConfigError for a parent that is neither a finished run nor a model, DataError for an input that
-    is not what its run wrote, StorageError, and ValueError for an output outside the run folder.
+    `outputs` are files, or folders that stand for all files in them. `config.yaml` is an output by itself, and a
+    finished run that wrote one of the inputs is a parent by itself. `extra` is kept as it is. Raises StorageError, and
+    ValueError for an output outside the run folder.
     """
     root = run_dir.resolve()
     if (root / CONFIG).is_file():
         outputs = [*outputs, root / CONFIG]
-    read = record_files(inputs)
-    built_on = dict.fromkeys([*map(describe_parent, parents), *_producers(read)])
+    built_on = dict.fromkeys([*sources.parents.values(), *_producers(sources.files)])
     manifest = Manifest(
         stage=stage,
         key=key,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
-        inputs=[replace(r, path=_portable(Path(r.path), root)) for r in read],
+        inputs=[replace(r, path=_portable(Path(r.path), root)) for r in sources.files],
         parents=[replace(p, path=_portable(Path(p.path), root)) for p in built_on],
         outputs=_record_outputs(outputs, root),
-        extra=extra,
+        extra=dict(extra),
     )
     path = root / MANIFEST
     write_atomically(path, _sealed(asdict(manifest)))
@@ -225,7 +238,6 @@ def check_unedited(inputs: Sequence[FileRecord]) -> None:
 
 def _producers(inputs: Sequence[FileRecord]) -> Iterator[ParentRecord]:
     """Yield the finished runs that wrote the inputs."""
-    check_unedited(inputs)
     for file, _, _ in _written(inputs):
         yield describe_parent(Path(file.path).parent)
 

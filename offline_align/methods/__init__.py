@@ -6,10 +6,12 @@ stands before its response (`ca`). Nothing here knows of tensors.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from offline_align.data.records import LabelledSample, Sample
+from offline_align.data.template import Renderer
 from offline_align.errors import DataError
 
 
@@ -20,6 +22,29 @@ class TrainingRow:
     sample: Sample
     weight: float = 1.0
     condition: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finalized:
+    """What a method says of the rows that are trained on, once those that do not fit are left out."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    """For the manifest."""
+    weights: Sequence[float] | None = None
+    """The weight of each of these rows; None: the one that it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRows:
+    """What a method makes of a set of rows."""
+
+    rows: list[TrainingRow]
+    finalize: Callable[[Sequence[int]], Finalized] = lambda places: Finalized()
+    """Called with the places in `rows` of those that are trained on."""
+
+
+type RowFunction[Settings] = Callable[[Sequence[LabelledSample], Settings, Renderer], MethodRows]
+"""Labelled rows, the settings of the method and the renderer of the policy; returns what is trained on."""
 
 
 def checked(rows: Iterable[LabelledSample]) -> list[LabelledSample]:

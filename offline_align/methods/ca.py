@@ -4,15 +4,15 @@ At generation the same text asks for a reward of choice. It works only if the mo
 tokens then, so the text is checked against the tokenizer before anything is trained.
 """
 
-import math
-import re
 from collections.abc import Iterable, Sequence
-from string import Formatter
 from typing import Protocol
 
+from offline_align.config.sections import ConditionalMethodSection
+from offline_align.data.condition import Condition, check_format, condition_text
 from offline_align.data.records import LabelledSample, Message
+from offline_align.data.template import Renderer
 from offline_align.errors import ConfigError
-from offline_align.methods import TrainingRow, checked
+from offline_align.methods import Finalized, MethodRows, TrainingRow, checked
 
 
 class ContextRenderer(Protocol):
@@ -20,6 +20,25 @@ class ContextRenderer(Protocol):
 
     def context(self, prompt: Sequence[Message], condition: str = "") -> list[int]:
         """Return the ids of all that stands before the response."""
+
+
+def training_rows(
+    labelled: Sequence[LabelledSample], settings: ConditionalMethodSection, renderer: Renderer
+) -> MethodRows:
+    """Return every row under its own reward; raises as `condition` and `check_stable`."""
+    rewards = [row.reward for row in labelled]
+    check_stable(renderer, [*rewards, settings.target_reward], settings.reward_format, settings.reward_limit)
+
+    def finalize(places: Sequence[int]) -> Finalized:
+        trained = [rewards[place] for place in places]
+        return Finalized({"reward_min": min(trained), "reward_max": max(trained)})
+
+    return MethodRows(condition(labelled, settings.reward_format, settings.reward_limit), finalize)
+
+
+def stored_condition(settings: ConditionalMethodSection) -> Condition:
+    """Return the condition that the policy stores, for `generate` to ask with."""
+    return Condition(settings.reward_format, settings.reward_limit, settings.target_reward)
 
 
 def condition(rows: Iterable[LabelledSample], reward_format: str, reward_limit: float) -> list[TrainingRow]:
@@ -31,43 +50,6 @@ def condition(rows: Iterable[LabelledSample], reward_format: str, reward_limit: 
     return [
         TrainingRow(row, condition=condition_text(row.reward, reward_format, reward_limit)) for row in checked(rows)
     ]
-
-
-def condition_text(reward: float, reward_format: str, reward_limit: float) -> str:
-    """Return the condition for a normalised reward, clipped to plus or minus the limit.
-
-    Small negative rewards are written as zero: `0.0`, never `-0.0`.
-    """
-    text = reward_format.format(reward=min(max(reward, -reward_limit), reward_limit))
-    return reward_format.format(reward=0.0) if text == reward_format.format(reward=-0.0) else text
-
-
-def check_format(reward_format: str, reward_limit: float) -> None:
-    """Raise ConfigError unless the format writes rewards apart by their value and the limit is positive."""
-    problems = []
-    if not 0 < reward_limit < math.inf:
-        problems.append(f"method.reward_limit={reward_limit}: needs a positive number, such as 9.9")
-    if (problem := _format_problem(reward_format)) is not None:
-        problems.append(
-            f"method.reward_format={reward_format!r}: {problem}; write a marker and the field, "
-            "such as <rm_score>{reward:.1f}"
-        )
-    if problems:
-        raise ConfigError(problems)
-
-
-def _format_problem(reward_format: str) -> str | None:
-    try:
-        fields = [(name, spec or "") for _, name, spec, _ in Formatter().parse(reward_format) if name is not None]
-        if [name for name, _ in fields] != ["reward"]:
-            return "needs the field {reward} once and no other"
-        if re.search(r"\d{3}", fields[0][1]):
-            return "writes a number of a hundred digits or more"
-        if len({reward_format.format(reward=value) for value in (-1.0, 0.0, 1.0)}) < 3:
-            return "writes the rewards -1, 0 and 1 alike"
-    except (ValueError, LookupError, AttributeError) as error:
-        return f"cannot be filled in ({error})"
-    return None
 
 
 def check_stable(renderer: ContextRenderer, rewards: Iterable[float], reward_format: str, reward_limit: float) -> None:

@@ -4,9 +4,20 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from offline_align.config.sections import FilteringMethodSection
 from offline_align.data.records import LabelledSample
+from offline_align.data.template import Renderer
 from offline_align.errors import ConfigError
-from offline_align.methods import TrainingRow, checked
+from offline_align.methods import Finalized, MethodRows, TrainingRow, checked
+
+
+def training_rows(
+    labelled: Sequence[LabelledSample], settings: FilteringMethodSection, renderer: Renderer
+) -> MethodRows:
+    """Return the kept rows; raises as `keep`."""
+    kept = keep(labelled, settings.threshold, settings.best_of)
+    facts = {"labelled": len(labelled), "kept": len(kept)}
+    return MethodRows(kept, lambda places: Finalized(facts))
 
 
 def keep(rows: Iterable[LabelledSample], threshold: float, best_of: int | None = None) -> list[TrainingRow]:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from offline_align.data.condition import condition_text
 from offline_align.data.records import LabelledSample, Message
 from offline_align.methods import ca, checked, fa, rwr
 
@@ -185,7 +186,7 @@ def conditional(rows: Sequence[LabelledSample], sizes: Sizes, settings: Settings
     extra = sum(sizes.condition(text) * count for text, count in conditions.items())
     rewards = [row.reward for row in by_reward]
     target = settings.target_reward
-    target_text = ca.condition_text(target, settings.reward_format, settings.reward_limit)
+    target_text = condition_text(target, settings.reward_format, settings.reward_limit)
     return ConditionalPlan(
         min_reward=rewards[0],
         max_reward=rewards[-1],

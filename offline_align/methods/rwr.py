@@ -1,11 +1,35 @@
 """Reward-Weighted Regression (Eq. 5): learn from every row, weighted by `exp(reward / beta)`."""
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 
+from offline_align.config.sections import RewardWeightedMethodSection
 from offline_align.data.records import LabelledSample
+from offline_align.data.template import Renderer
 from offline_align.errors import ConfigError
-from offline_align.methods import TrainingRow, checked
+from offline_align.methods import Finalized, MethodRows, TrainingRow, checked
+
+logger = logging.getLogger(__name__)
+
+
+def training_rows(
+    labelled: Sequence[LabelledSample], settings: RewardWeightedMethodSection, renderer: Renderer
+) -> MethodRows:
+    """Return all rows; their weights are scaled to mean 1 over those that are trained on.
+
+    Says how many equally weighted rows these are worth. Raises as `weigh`.
+    """
+    rows = weigh(labelled, settings.beta)
+
+    def finalize(places: Sequence[int]) -> Finalized:
+        weights = scaled_weights([labelled[place].reward for place in places], settings.beta)
+        least, most, effective = min(weights), max(weights), effective_sample_size(weights)
+        worth = f"effective sample size {effective:.0f} of {len(weights)} rows"
+        logger.info("weights from %.3g to %.3g; %s", least, most, worth)
+        return Finalized({"weight_min": least, "weight_max": most, "effective_sample_size": effective}, weights)
+
+    return MethodRows(rows, finalize)
 
 
 def weigh(rows: Iterable[LabelledSample], beta: float) -> list[TrainingRow]:

@@ -11,32 +11,11 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from offline_align.config.sections import Backend, ModelSection, Template
+from offline_align.data.condition import Condition
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.errors import ConfigError, StorageError
-from offline_align.methods.ca import check_format
 
 FILE_NAME = "model.json"
-
-
-@dataclass(frozen=True)
-class Condition:
-    """The reward text of Conditional Alignment (Eq. 6) and the reward that generation asks for."""
-
-    reward_format: str
-    reward_limit: float
-    target_reward: float
-
-    @classmethod
-    def from_values(cls, values: Any) -> "Condition | None":
-        """Return what a file says of a condition, or None for nothing; ValueError where it cannot be one."""
-        if not values:
-            return None
-        try:
-            condition = cls(str(values["reward_format"]), float(values["reward_limit"]), float(values["target_reward"]))
-            check_format(condition.reward_format, condition.reward_limit)
-        except (TypeError, LookupError, ConfigError) as error:
-            raise ValueError(f"the condition {values!r} cannot be used: {error}") from error
-        return condition
 
 
 @dataclass(frozen=True)

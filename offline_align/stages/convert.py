@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offline_align import lineage
 from offline_align.config.compose import world_size
@@ -10,43 +10,41 @@ from offline_align.config.runs import ConvertRun
 from offline_align.config.sections import ConvertTo
 from offline_align.convert.weights import parse_size
 from offline_align.errors import ConfigError
-from offline_align.stages import common
-from offline_align.stages.continuation import RunKey
-from offline_align.stages.origin import Origin, resolve
+from offline_align.stages.job import Job
+from offline_align.stages.origin import Origin
+
+if TYPE_CHECKING:
+    from offline_align.distributed.setup import Ranks
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: ConvertRun, explicit: frozenset[str]) -> int:
+def run(job: Job[ConvertRun]) -> int:
     """Write the other form of `init.from`; returns the exit code.
 
-    Raises ConfigError where it has that form already.
+    Raises ConfigError if it has that form already.
     """
-    origin = resolve(config, explicit)
-    _check(config, origin)
+    config = job.config
+    _check(config, job.origin)
     if config.dry_run:
         logger.info("convert: %s to %s form in %s", config.init.from_, config.convert.to.value, config.run.dir)
         return 0
-    return common.run_on_ranks("convert", config, lambda ranks, key: _convert(config, origin, ranks, key))
+    return job.on_ranks(lambda ranks: _convert(job, ranks))
 
 
-def _convert(config: ConvertRun, origin: Origin, ranks: Any, key: RunKey) -> None:
-    if ranks.is_main:
-        common.start_folder(config, origin.model)
-    ranks.barrier()
-    run_dir = Path(config.run.dir)
+def _convert(job: Job[ConvertRun], ranks: "Ranks") -> None:
+    config, origin = job.config, job.origin
+    job.start_folder(origin.model, ranks)
     to_megatron = config.convert.to is ConvertTo.megatron
-    outputs = _to_megatron(origin, run_dir, ranks) if to_megatron else _to_huggingface(config, origin, ranks)
+    outputs = _to_megatron(origin, job.run_dir, ranks) if to_megatron else _to_huggingface(config, origin, ranks)
     checked = _check_numbers(config, origin, ranks) if config.convert.check else {}
     if ranks.is_main:
-        extra = {"to": config.convert.to.value, "kind": origin.kind, "method": origin.method, **checked}
-        inputs, parents = common.input_files(config), common.parent_models(config)
-        lineage.write_manifest(run_dir, "convert", key.finished, inputs, parents, outputs, extra)
-        logger.info("convert: done: %s", run_dir)
+        job.finish(outputs, {"to": config.convert.to.value, "kind": origin.kind, "method": origin.method, **checked})
+        logger.info("convert: done: %s", job.run_dir)
     ranks.barrier()
 
 
-def _check_numbers(config: ConvertRun, origin: Origin, ranks: Any) -> dict[str, Any]:
+def _check_numbers(config: ConvertRun, origin: Origin, ranks: "Ranks") -> dict[str, Any]:
     """Compare ours with `transformers` on the Hugging Face side; return what the manifest says of it."""
     from offline_align.convert.check import compare
     from offline_align.data.template import Renderer
@@ -83,7 +81,7 @@ def _check(config: ConvertRun, origin: Origin) -> None:
         raise ConfigError(problems)
 
 
-def _to_huggingface(config: ConvertRun, origin: Origin, ranks: Any) -> list[Path]:
+def _to_huggingface(config: ConvertRun, origin: Origin, ranks: "Ranks") -> list[Path]:
     from offline_align.stages import huggingface_form
 
     run_dir = Path(config.run.dir)
@@ -93,7 +91,7 @@ def _to_huggingface(config: ConvertRun, origin: Origin, ranks: Any) -> list[Path
     return [path for path in written if path.name not in own]
 
 
-def _to_megatron(origin: Origin, run_dir: Path, ranks: Any) -> list[Path]:
+def _to_megatron(origin: Origin, run_dir: Path, ranks: "Ranks") -> list[Path]:
     """Save a checkpoint of step 0 in the precision of the safetensors files."""
     from offline_align.convert.files import open_tensors
     from offline_align.stages import huggingface_form

@@ -13,7 +13,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from offline_align import lineage
 from offline_align.config.runs import EvaluateRun
 from offline_align.config.sections import JudgeKind
 from offline_align.data.records import BadRows, input_paths
@@ -36,40 +35,39 @@ from offline_align.evaluate.sections import Section, Table
 from offline_align.evaluate.statistics import Floats
 from offline_align.evaluate.tables import headline, overall_table
 from offline_align.lineage.manifest import describe_parent
-from offline_align.stages import common
+from offline_align.stages.job import Job
 from offline_align.stages.output import show
 
-STAGE = "evaluate"
 # What judges leave in the run folder beside the report.
-RECORDS = ("quarantine.jsonl", "verdicts.jsonl", "rating.html", "ratings*.jsonl")
+RECORDS = ("verdicts.jsonl", "rating.html", "ratings*.jsonl")
 
 
-def run(config: EvaluateRun, explicit: frozenset[str]) -> int:
+def run(job: Job[EvaluateRun]) -> int:
     """Write report.json, report.md and report.html into `run.dir`, print the result and return 0.
 
     All ranks run reward models and policies; one rank does everything else. Raises ConfigError, DataError,
-    StorageError, and StoppedEarly where the judge is not done yet.
+    StorageError, and StoppedEarly if the judge is not done yet.
     """
+    config = job.config
     files = input_paths(config.data.input, "data.input") if config.data.input is not None else []
     if files:
         choose_baseline(name_columns(files), config.evaluate.baseline)
-    judge = build_judge(config) if common.needs_judge(config) else None
+    judge = build_judge(config) if config.judges else None
     second = second_reward_model(config) if judge else None
     if config.dry_run:
-        show(Text(_plan(config, files, judge)))
+        show(Text(_plan(job, files, judge)))
         return 0
     is_main = int(os.environ.get("RANK", "0")) == 0
     if not is_main and not isinstance(judge, RewardModelJudge) and second is None:
         return 0
-    key = common.key_of(STAGE, config)
-    if common.is_finished(STAGE, config, key):
+    if job.is_finished():
         return 0
     # What another job has finished in this very moment is made again: the other ranks are at it already.
-    with common.only_job(STAGE, config, key) if is_main else contextlib.nullcontext():
-        material = _read(config, files, common.bad_rows(config, writes=is_main))
+    with job.held() if is_main else contextlib.nullcontext():
+        material = _read(config, files, job.bad_rows(writes=is_main))
         scored = _score(config, judge, second, material, is_main) if judge else _Scored()
         if is_main:
-            _report(config, key, material, scored, judge, second)
+            _report(job, material, scored, judge)
     return 0
 
 
@@ -121,30 +119,22 @@ def _table(scores: Sequence[float], comparison: Comparison) -> Floats:
     return np.array(scores, dtype=np.float64).reshape(comparison.shape)
 
 
-def _report(
-    config: EvaluateRun,
-    key: str,
-    material: _Material,
-    scored: _Scored,
-    judge: Judge | None,
-    second: RewardModelJudge | None,
-) -> None:
-    run_dir = common.start_folder(config)
-    report = _assemble(config, material, scored, judge)
+def _report(job: Job[EvaluateRun], material: _Material, scored: _Scored, judge: Judge | None) -> None:
+    job.start_folder()
+    report = _assemble(job, material, scored, judge)
     pictures = report.pictures()
-    outputs = write_report(run_dir, report, pictures)
-    write_board(run_dir, report, pictures, (run_dir / "report.md").read_text(encoding="utf-8"))
-    records = [path for pattern in RECORDS for path in sorted(run_dir.glob(pattern))]
-    parents = [model.checkpoint for model in (judge, second) if isinstance(model, RewardModelJudge)]
-    parents += common.named_runs(config)
+    outputs = write_report(job.run_dir, report, pictures)
+    write_board(job.run_dir, report, pictures, (job.run_dir / "report.md").read_text(encoding="utf-8"))
+    records = [path for pattern in RECORDS for path in sorted(job.run_dir.glob(pattern))]
     extra = {"judge": report.results["judge"], "methods": report.results.get("methods", [])}
-    lineage.write_manifest(run_dir, STAGE, key, common.input_files(config), parents, [*outputs, *records], extra)
+    job.finish([*outputs, *records], extra)
     _print(report, outputs[-1])
 
 
-def _assemble(config: EvaluateRun, material: _Material, scored: _Scored, judge: Judge | None) -> Report:
+def _assemble(job: Job[EvaluateRun], material: _Material, scored: _Scored, judge: Judge | None) -> Report:
+    config = job.config
     compared = _compared(config, material, scored)
-    named = common.named_runs(config)
+    named = job.shown_runs
     runs = runs_behind(compared, named)
     results = build_results(compared, config.evaluate, config.run.seed) if compared else _bare_results(config, judge)
     sections = _sections(config, compared, scored, judge)
@@ -198,12 +188,13 @@ def _true_quality(comparison: Comparison) -> Floats | None:
     return _table(scores, comparison)
 
 
-def _plan(config: EvaluateRun, files: list[Path], judge: Judge | None) -> str:
+def _plan(job: Job[EvaluateRun], files: list[Path], judge: Judge | None) -> str:
+    config = job.config
     lines = [f"evaluate with {judge.name if judge else 'no judge'}, into {config.run.dir}"]
     lines += [f"  {column.name}: {column.path}" for column in name_columns(files)]
     if config.judge.calibration is not None:
         lines.append(f"  checked on the pairs of {config.judge.calibration}")
-    lines += [f"  shows {run_dir}" for run_dir in common.named_runs(config)]
+    lines += [f"  shows {run_dir}" for run_dir in job.shown_runs]
     return "\n".join(lines)
 
 

@@ -2,40 +2,44 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from offline_align import lineage
 from offline_align.config.runs import GenerateRun
 from offline_align.config.sections import ConditionalMethodSection
 from offline_align.config.sections import Engine as EngineName
-from offline_align.convert.chat_template import condition_text
+from offline_align.data.condition import Condition
 from offline_align.data.journal import Journal
 from offline_align.data.records import Prompt, read_rows, reject_rows
 from offline_align.data.template import Renderer
 from offline_align.errors import ConfigError, StoppedEarly
 from offline_align.generate.journal import Place, merge, missing, read_answers
 from offline_align.generate.requests import Completion, Engine, Workload, build_requests
-from offline_align.model.description import Condition
-from offline_align.stages import common
-from offline_align.stages.continuation import RunKey
-from offline_align.stages.origin import Origin, resolve
+from offline_align.stages.job import Job, effort
+from offline_align.stages.origin import Origin
+
+if TYPE_CHECKING:
+    from offline_align.distributed.setup import Ranks
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: GenerateRun, explicit: frozenset[str]) -> int:
+def run(job: Job[GenerateRun]) -> int:
     """Write `generations.jsonl`, an answer (or `generate.n`) to every prompt; returns the exit code.
 
     A run that was interrupted goes on where it was. Raises ConfigError before anything is started,
-    StoppedEarly where a signal or `trainer.max_time` ended it.
+    StoppedEarly if a signal or `trainer.max_time` ended it.
     """
     from offline_align.generate.engines import choose_engine
 
-    origin = resolve(config, explicit)
+    config, origin = job.config, job.origin
     conditions = requested_conditions(origin, config.method.target_reward)
     engine = choose_engine(config.generate.engine, config.run.device)
-    sizes = {n: getattr(config.parallel, n) for n in ("tensor_model_parallel_size", "context_parallel_size")}
+    parallel = config.parallel
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+    }
     problems = [
         f"parallel.{name}={size}: generate keeps the whole policy on each rank and divides the prompts; use 1"
         for name, size in sizes.items()
@@ -46,11 +50,14 @@ def run(config: GenerateRun, explicit: frozenset[str]) -> int:
     if config.dry_run:
         from offline_align.stages.generate_plan import print_generate_plan
 
-        print_generate_plan(config, origin, ", ".join(map(condition_text, conditions)), engine)
+        print_generate_plan(config, origin, ", ".join(map(asked_text, conditions)), engine)
         return 0
-    return common.run_on_ranks(
-        "generate", config, lambda ranks, key: _generate(config, origin, conditions, engine, ranks, key)
-    )
+    return job.on_ranks(lambda ranks: _generate(job, conditions, engine, ranks))
+
+
+def asked_text(condition: Condition | None) -> str:
+    """Return the text that asks for a reward, or nothing for no condition."""
+    return condition.text if condition else ""
 
 
 def requested_conditions(origin: Origin, target_reward: float | Sequence[float] | None) -> list[Condition | None]:
@@ -60,7 +67,7 @@ def requested_conditions(origin: Origin, target_reward: float | Sequence[float] 
     """
     targets = target_reward if isinstance(target_reward, Sequence) else [target_reward]
     conditions = [requested_condition(origin, target) for target in targets]
-    texts = [condition_text(condition) for condition in conditions]
+    texts = [asked_text(condition) for condition in conditions]
     for k, text in enumerate(texts):
         first = texts.index(text)
         if first < k:
@@ -98,22 +105,13 @@ def requested_condition(origin: Origin, target_reward: float | None) -> Conditio
     return Condition(trained.reward_format, trained.reward_limit, target)
 
 
-def _generate(
-    config: GenerateRun,
-    origin: Origin,
-    conditions: list[Condition | None],
-    engine: EngineName,
-    ranks: Any,
-    key: RunKey,
-) -> None:
-    run_dir = Path(config.run.dir)
-    if ranks.is_main:
-        common.start_folder(config, origin.model)
-    ranks.barrier()
-    bad_rows = common.bad_rows(config, ranks.is_main)
-    files = common.input_files(config)
+def _generate(job: Job[GenerateRun], conditions: list[Condition | None], engine: EngineName, ranks: "Ranks") -> None:
+    config, origin = job.config, job.origin
+    job.start_folder(origin.model, ranks)
+    bad_rows = job.bad_rows(ranks.is_main)
+    files = job.inputs
     prompts = ranks.main_first(lambda: list(read_rows(files, Prompt, bad_rows)))
-    texts = [condition_text(condition) for condition in conditions]
+    texts = [asked_text(condition) for condition in conditions]
     renderer = Renderer(origin.tokenizer, origin.template)
     work = build_requests(
         prompts,
@@ -124,15 +122,15 @@ def _generate(
         on_refused=lambda refused: reject_rows(files, Prompt, refused, bad_rows),
     )
     logger.info("first prompt, as the model sees it: %r", origin.tokenizer.decode(work.requests[0].context))
-    journal = Journal(run_dir, key.continuation, ranks.dp_rank)
+    journal = Journal(job.run_dir, job.key.continuation, ranks.dp_rank)
     with journal.timed(ranks.is_main):
-        _answer_missing(config, origin, engine, work, journal, ranks)
+        _answer_missing(job, engine, work, journal, ranks)
 
     def finish() -> None:
-        output = run_dir / "generations.jsonl"
+        output = job.run_dir / "generations.jsonl"
         rows = merge(output, prompts, work.requests, read_answers(journal, work.requests), texts)
-        facts = {"bad_rows": dict(bad_rows.counts), **common.effort(journal, ranks)}
-        _finish(config, origin, conditions, work, facts, key)
+        effort_and_rows = {"bad_rows": dict(bad_rows.counts), **effort(journal, ranks)}
+        job.finish([output], _facts(origin, conditions, work) | effort_and_rows)
         journal.remove()
         logger.info("generate: %d answers: %s", rows, output)
 
@@ -140,12 +138,7 @@ def _generate(
 
 
 def _answer_missing(
-    config: GenerateRun,
-    origin: Origin,
-    engine: EngineName,
-    work: Workload,
-    journal: Journal,
-    ranks: Any,
+    job: Job[GenerateRun], engine: EngineName, work: Workload, journal: Journal, ranks: "Ranks"
 ) -> None:
     """Answer what the journal lacks, each rank its share; raises StoppedEarly, on all ranks, on request."""
     from offline_align.distributed.stopping import stop_requests
@@ -158,21 +151,22 @@ def _answer_missing(
     done = ranks.from_main(look)
     if not missing(work.requests, done):
         return
-    loaded = _load_engine(config, origin, engine, ranks)
+    loaded = _load_engine(job, engine, ranks)
     own = share(work.requests, loaded.batch_size, done, ranks.dp_rank, ranks.dp_size)
-    with stop_requests(config.trainer.max_time) as stop:
+    with stop_requests(job.config.trainer.max_time) as stop:
         finished = ranks.gather(answer_all(loaded, own, journal, stop, ranks.is_main))
     if not all(finished):
         answered = len(read_answers(journal, work.requests))
         raise StoppedEarly(f"stopped after {answered} of {len(work.requests)} answers, saved: run it again")
 
 
-def _load_engine(config: GenerateRun, origin: Origin, engine: EngineName, ranks: Any) -> Engine:
+def _load_engine(job: Job[GenerateRun], engine: EngineName, ranks: "Ranks") -> Engine:
     from offline_align.distributed.setup import uses_bf16
     from offline_align.generate.engines import load_engine
     from offline_align.stages.huggingface_form import cached
 
-    folder = cached(origin, Path(config.run.dir) / "huggingface", ranks)
+    config, origin = job.config, job.origin
+    folder = cached(origin, job.run_dir / "huggingface", ranks)
     return load_engine(
         engine,
         folder,
@@ -185,36 +179,16 @@ def _load_engine(config: GenerateRun, origin: Origin, engine: EngineName, ranks:
     )
 
 
-def _finish(
-    config: GenerateRun,
-    origin: Origin,
-    conditions: list[Condition | None],
-    work: Workload,
-    facts: dict[str, Any],
-    key: RunKey,
-) -> None:
-    from dataclasses import asdict
-
-    run_dir = Path(config.run.dir)
+def _facts(origin: Origin, conditions: list[Condition | None], work: Workload) -> dict[str, Any]:
+    """Return what the manifest says of the answers."""
     condition = conditions[0] if len(conditions) == 1 else None
-    outputs = [run_dir / "generations.jsonl", run_dir / "quarantine.jsonl"]
-    extra = {
+    return {
         "method": origin.method,
         "condition": None if condition is None else asdict(condition),
         "target_reward": None if condition is None else condition.target_reward,
         # Which target each condition of the rows stands for.
-        "targets": {condition_text(one): one.target_reward for one in conditions if one is not None},
+        "targets": {one.text: one.target_reward for one in conditions if one is not None},
         "answers": len(work.requests),
         "truncated": work.truncated,
         "dropped": work.dropped,
-        **facts,
     }
-    lineage.write_manifest(
-        run_dir,
-        "generate",
-        key.finished,
-        common.input_files(config),
-        common.parent_models(config),
-        [path for path in outputs if path.exists()],
-        extra | key.facts,
-    )

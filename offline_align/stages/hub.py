@@ -14,33 +14,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
-from offline_align.config.runs import GenerateRun, PrepareRun, Run
+from offline_align.config.runs import section
+from offline_align.config.sections import DataSection
 from offline_align.data.adapters.convert import convert
 from offline_align.data.jsonl import HUB_PREFIX, BadRows, write_jsonl
 from offline_align.data.sources import Source, read_source
 from offline_align.errors import ConfigError
-from offline_align.stages import common
+from offline_align.stages.job import Job
+from offline_align.stages.registry import Reads
 
 logger = logging.getLogger(__name__)
 _LONGEST_WAIT_SECONDS = 3600
 
 
-def with_files[R: Run](config: R) -> R:
-    """Return the configuration with a file in the place of each `hf:` name of its data.
+def fetch_data_sets(job: Job[Any]) -> None:
+    """Put a file in the place of each `hf:` name of the data that a job reads.
 
-    Raises ConfigError where a data set cannot be loaded, DataError for rows that are none of ours.
+    Raises ConfigError if a data set cannot be loaded, DataError for rows that are none of ours.
     """
-    # Not every stage has data, and which keys depends on the stage.
-    whole: Any = config
-    data = getattr(whole, "data", None)
-    if data is None or isinstance(config, PrepareRun):  # which reads them itself
-        return config
-    values = {key: getattr(data, key, None) for key in common.DATA_KEYS}
-    changed = {key: _filed(whole, f"data.{key}", value) for key, value in values.items() if _names_a_set(value)}
-    found: R = replace(whole, data=replace(data, **changed)) if changed else config
-    return found
+    data = section(job.config, DataSection)
+    if data is None or job.stage.reads is Reads.raw_rows:  # `prepare` reads them itself
+        return
+    values = {key.partition("data.")[2]: value for key, value in job.config.named_files().items()}
+    changed = {k: _filed(job, f"data.{k}", v) for k, v in values.items() if k and _names_a_set(v)}
+    if changed:
+        job.config = replace(job.config, data=replace(data, **changed))
 
 
 def _names_a_set(value: Any) -> bool:
@@ -48,22 +46,22 @@ def _names_a_set(value: Any) -> bool:
     return any(isinstance(name, str) and name.startswith(HUB_PREFIX) for name in names)
 
 
-def _filed(config: Any, key: str, value: Any) -> Any:
+def _filed(job: Job[Any], key: str, value: Any) -> Any:
     if isinstance(value, list):
-        return [_filed(config, key, name) for name in value]
-    return str(_file_of(config, key, value)) if _names_a_set(value) else value
+        return [_filed(job, key, name) for name in value]
+    return str(_file_of(job, key, value)) if _names_a_set(value) else value
 
 
-def _file_of(config: Any, key: str, name: str) -> Path:
+def _file_of(job: Job[Any], key: str, name: str) -> Path:
     """Return the file of a data set, which rank 0 makes; the others wait for it, as there are no groups yet."""
-    if config.data.cache_dir is None and config.run.dir in (MISSING, None):  # as `plan` may leave it
+    if job.config.data.cache_dir is None and not job.has_run_dir:
         raise ConfigError(f"{key}={name}: give run.dir or data.cache_dir, into which it can be read")
     readable = re.sub(r"[^\w.]+", "-", name.removeprefix(HUB_PREFIX))[-60:].strip("-")
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    path = common.cache_dir(config) / "hub" / f"{readable}-{digest}.jsonl"
+    path = job.cache_dir / "hub" / f"{readable}-{digest}.jsonl"
     if os.environ.get("RANK", "0") == "0":
         if not path.exists():
-            _make(path, config, key, name)
+            _make(path, job, key, name)
         return path
     deadline = time.monotonic() + _LONGEST_WAIT_SECONDS
     while not path.exists():
@@ -73,11 +71,11 @@ def _file_of(config: Any, key: str, name: str) -> Path:
     return path
 
 
-def _make(path: Path, config: Any, key: str, name: str) -> None:
-    bad_rows = BadRows(config.data.on_bad_row, path.with_suffix(".quarantine.jsonl"))
+def _make(path: Path, job: Job[Any], key: str, name: str) -> None:
+    bad_rows = BadRows(job.config.data.on_bad_row, path.with_suffix(".quarantine.jsonl"))
     drops: Counter[str] = Counter()
     try:
-        count = write_jsonl(path, _rows(config, name, bad_rows, drops))
+        count = write_jsonl(path, _rows(job, name, bad_rows, drops))
     except ConfigError as error:
         # The reader knows it as an input of `prepare`.
         raise ConfigError(str(error).replace("data.input=", f"{key}=", 1)) from error
@@ -86,10 +84,10 @@ def _make(path: Path, config: Any, key: str, name: str) -> None:
     logger.info("%s=%s: %d rows into %s%s", key, name, count, path, f"; dropped: {dropped}" if dropped else "")
 
 
-def _rows(config: Run, name: str, bad_rows: BadRows, drops: Counter[str]) -> Iterator[dict[str, Any]]:
+def _rows(job: Job[Any], name: str, bad_rows: BadRows, drops: Counter[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a data set in our form; prompts to be answered have no other and stay as they are."""
     lines = read_source(Source(name, None), bad_rows, None)
-    if isinstance(config, GenerateRun):
+    if job.stage.reads is Reads.prompts:
         # Where one row has an id, `datasets` gives all others an empty one.
         return (line.value | {"id": line.value.get("id") or f"{name}:{line.number}"} for line in lines)
     return (converted.row for converted in convert(lines, None, name, bad_rows, drops))

@@ -5,8 +5,7 @@ import logging
 import math
 from contextlib import closing
 from itertools import batched
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offline_align import lineage
 from offline_align.config.runs import LabelRun
@@ -19,66 +18,66 @@ from offline_align.label.certificate import FILE_NAME, certify, choose_rows, in_
 from offline_align.label.journal import ScoreWriter, read_scores
 from offline_align.label.rows import leave_out_unscorable, single_answers
 from offline_align.label.statistics import fit, normalise
-from offline_align.stages import common
-from offline_align.stages.continuation import RunKey
-from offline_align.stages.origin import resolve
+from offline_align.stages.job import Job, effort
+
+if TYPE_CHECKING:
+    from offline_align.distributed.setup import Ranks
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: LabelRun, explicit: frozenset[str]) -> int:
+def run(job: Job[LabelRun]) -> int:
     """Score every row once and write `labelled.jsonl`, its statistics and the histogram of Figure 3."""
-    if config.dry_run:
+    if job.config.dry_run:
         from offline_align.stages.plan_text import print_label_plan
 
-        print_label_plan(config, explicit)
+        print_label_plan(job)
         return 0
-    return common.run_on_ranks("label", config, lambda ranks, key: _label(config, explicit, ranks, key))
+    return job.on_ranks(lambda ranks: _label(job, ranks))
 
 
-def _label(config: LabelRun, explicit: frozenset[str], ranks: Any, key: RunKey) -> None:
+def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
     from offline_align.stages.huggingface_form import describe
 
-    origin = resolve(config, explicit)
+    origin = job.origin
     renderer = Renderer(origin.tokenizer, origin.template)
-    if ranks.is_main:
-        common.start_folder(config)
-    ranks.barrier()
-    bad_rows = common.bad_rows(config, ranks.is_main)
-    rows = ranks.main_first(lambda: _rows(config, renderer, bad_rows))
+    job.start_folder(ranks=ranks)
+    bad_rows = job.bad_rows(ranks.is_main)
+    rows = ranks.main_first(lambda: _rows(job, renderer, bad_rows))
     samples = list(single_answers(rows))
     # Named by content: scores of another model or other data are never taken for these.
-    journal = Journal(Path(config.run.dir), key.continuation, ranks.dp_rank)
+    journal = Journal(job.run_dir, job.key.continuation, ranks.dp_rank)
     with journal.timed(ranks.is_main):
-        _score_missing(config, samples, renderer, journal, ranks)
-        again = _score_again(config, samples, renderer, ranks)
+        _score_missing(job, samples, renderer, journal, ranks)
+        again = _score_again(job, samples, renderer, ranks)
     facts: dict[str, Any] = {"bad_rows": dict(bad_rows.counts)} | describe(origin).text_form
-    ranks.from_main(
-        lambda: _write_results(config, rows, samples, journal, again, key, facts | common.effort(journal, ranks))
-    )
+    ranks.from_main(lambda: _write_results(job, rows, samples, journal, again, facts | effort(journal, ranks)))
 
 
-def _rows(config: LabelRun, renderer: Renderer, bad_rows: BadRows) -> list[Sample | PreferencePair]:
+def _rows(job: Job[LabelRun], renderer: Renderer, bad_rows: BadRows) -> list[Sample | PreferencePair]:
     """Return the rows that can be scored, all others being bad ones; raises DataError unless those are skipped."""
-    files = common.input_files(config)
+    files = job.inputs
     rows = list(read_samples_and_pairs(files, bad_rows))
-    return leave_out_unscorable(rows, files, renderer, config.data, common.cache_dir(config), bad_rows)
+    return leave_out_unscorable(rows, files, renderer, job.config.data, job.cache_dir, bad_rows)
 
 
-def _score_missing(config: LabelRun, samples: list[Sample], renderer: Renderer, journal: Journal, ranks: Any) -> None:
+def _score_missing(
+    job: Job[LabelRun], samples: list[Sample], renderer: Renderer, journal: Journal, ranks: "Ranks"
+) -> None:
     """Score the rows that the journal lacks; raises StoppedEarly, with all scores on disk, on request."""
     from offline_align.distributed.setup import uses_bf16
     from offline_align.distributed.stopping import StopVote, stop_requests
     from offline_align.label.scoring import load_reward_model, plan_bins, score_bins, tokenized
     from offline_align.progress import Meter
 
+    config = job.config
     done = ranks.from_main(lambda: read_scores(journal, len(samples)))
     if len(done) == len(samples):
         return
-    (checkpoint,) = common.parent_models(config)
+    (checkpoint,) = job.models
     model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
     shares = shares_prompts(config.trainer, config.parallel)
-    source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, common.cache_dir(config), shares))
+    source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, job.cache_dir, shares))
     ranks.require_same(source.fingerprint(), "data.input")
     bins = plan_bins(source, config.trainer.micro_batch_size * config.data.max_length)
     left = [b for b in bins if any(row not in done for row in b)]
@@ -105,35 +104,35 @@ def _score_missing(config: LabelRun, samples: list[Sample], renderer: Renderer, 
     ranks.barrier()
 
 
-def _score_again(config: LabelRun, samples: list[Sample], renderer: Renderer, ranks: Any) -> dict[int, float]:
+def _score_again(job: Job[LabelRun], samples: list[Sample], renderer: Renderer, ranks: "Ranks") -> dict[int, float]:
     """Return the scores of the certificate's rows, each alone in its bin and dealt to the ranks in another order."""
     from offline_align.distributed.setup import uses_bf16
     from offline_align.label.scoring import load_reward_model, score_all, tokenized
 
+    config = job.config
     rows = choose_rows(len(samples), config.label.certificate_fraction, config.run.seed)
     if not rows:
         return {}
-    (checkpoint,) = common.parent_models(config)
+    (checkpoint,) = job.models
     model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
     chosen = [samples[row] for row in rows]
-    source = ranks.main_first(lambda: tokenized(chosen, renderer, config.data, common.cache_dir(config)))
+    source = ranks.main_first(lambda: tokenized(chosen, renderer, config.data, job.cache_dir))
     bins = [[place] for place in reversed(range(len(rows)))]
     merged = score_all(model, source, bins, ranks)
     return {rows[place]: merged[place] for place in sorted(merged)}
 
 
 def _write_results(
-    config: LabelRun,
+    job: Job[LabelRun],
     rows: list[Sample | PreferencePair],
     samples: list[Sample],
     journal: Journal,
     again: dict[int, float],
-    key: RunKey,
     facts: dict[str, Any],
 ) -> None:
     from offline_align.label.figures import draw_reward_histogram
 
-    run_dir = Path(config.run.dir)
+    run_dir = job.run_dir
     scores = read_scores(journal, len(samples))
     missing = [s.id for i, s in enumerate(samples) if i not in scores]
     if missing:
@@ -146,9 +145,8 @@ def _write_results(
     write_jsonl(run_dir / "labelled.jsonl", labelled)
     statistics = run_dir / "reward_stats.json"
     lineage.write_atomically(statistics, (json.dumps(stats.as_json(), indent=2) + "\n").encode())
-    draw_reward_histogram(run_dir / "reward_histogram.png", raw, normalised, config.label.histogram_bins)
+    draw_reward_histogram(run_dir / "reward_histogram.png", raw, normalised, job.config.label.histogram_bins)
     outputs = [run_dir / n for n in ("labelled.jsonl", "reward_stats.json", "reward_histogram.png")]
-    quarantine = run_dir / "quarantine.jsonl"
     if again:
         certificate = certify([raw[row] for row in again], list(again.values()), stats)
         outputs.append(run_dir / FILE_NAME)
@@ -157,15 +155,7 @@ def _write_results(
         logger.info("label: %s", in_words(certificate))
     pairs = sum(isinstance(r, PreferencePair) for r in rows)
     extra = {"rows": len(samples), "pairs": pairs, **facts, "statistics": stats.as_json()}
-    lineage.write_manifest(
-        run_dir,
-        "label",
-        key.finished,
-        common.input_files(config),
-        common.parent_models(config),
-        [*outputs, quarantine] if quarantine.exists() else outputs,
-        extra | key.facts,
-    )
+    job.finish(outputs, extra)
     journal.remove()
     logger.info("label: %d rows, rewards %.3f +- %.3f: %s", len(samples), stats.mean, stats.std, run_dir)
 

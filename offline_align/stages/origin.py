@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from offline_align.config.runs import ModelRun
 from offline_align.config.sections import ModelSection, Template
+from offline_align.data.condition import Condition
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.errors import ConfigError
-from offline_align.model.description import Condition, ModelDescription, find_checkpoint, is_huggingface
+from offline_align.model.description import ModelDescription, find_checkpoint, is_huggingface
 
 if TYPE_CHECKING:
     import torch

@@ -11,20 +11,19 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from omegaconf import MISSING
-
 from offline_align import lineage
 from offline_align.config.runs import PlanRun
 from offline_align.config.sections import Template
 from offline_align.convert.describe import describe, tokenizer_of
-from offline_align.data.records import BadRows, LabelledSample, input_paths, read_rows
+from offline_align.data.condition import check_format
+from offline_align.data.records import LabelledSample, read_rows
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import ConfigError
 from offline_align.methods import ca, checked
 from offline_align.methods.planner import Settings, Sizes, plan
 from offline_align.model.description import find_model
-from offline_align.stages import common
+from offline_align.stages.job import Job
 from offline_align.stages.origin import tokenizer_path
 from offline_align.stages.output import show
 from offline_align.stages.plan_table import tables
@@ -35,45 +34,42 @@ ROWS_PER_BATCH = 512
 logger = logging.getLogger(__name__)
 
 
-def run(config: PlanRun, explicit: frozenset[str]) -> int:
-    """Print the plan, and write `plan.json` where `run.dir` is set; return 0.
+def run(job: Job[PlanRun]) -> int:
+    """Print the plan, and write `plan.json` if `run.dir` is set; return 0.
 
     Raises ConfigError for settings that cannot work, DataError for unusable rows.
     """
-    paths = input_paths(config.data.input, "data.input")
-    settings = _settings(config)
-    run_dir = None if config.run.dir in (MISSING, None) or config.dry_run else Path(config.run.dir)
-    key = common.key_of("plan", config)
-    if run_dir is None or common.is_finished("plan", config, key):
-        _show(config, settings, paths, None, key)
+    settings = _settings(job.config)
+    if not job.has_run_dir or job.config.dry_run or job.is_finished():
+        _show(job, settings, writes=False)
         return 0
-    with common.only_job("plan", config, key) as to_do:
-        _show(config, settings, paths, run_dir if to_do else None, key)
+    with job.held() as to_do:
+        _show(job, settings, writes=to_do)
     return 0
 
 
-def _show(config: PlanRun, settings: Settings, paths: Sequence[Path], run_dir: Path | None, key: str) -> None:
-    """Print the plan, and write it into `run_dir` unless that is None."""
-    if run_dir is not None:
-        common.start_folder(config)
-    bad_rows = BadRows(config.data.on_bad_row, run_dir / "quarantine.jsonl" if run_dir else None)
+def _show(job: Job[PlanRun], settings: Settings, writes: bool) -> None:
+    """Print the plan, and write it into the run folder if asked to."""
+    if writes:
+        job.start_folder()
+    paths, config = job.inputs, job.config
+    bad_rows = job.bad_rows(writes)
     rows = checked(read_rows(paths, LabelledSample, bad_rows))
     renderer = _renderer(config, paths)
     sizes = _token_sizes(rows, renderer, config.data.max_length) if renderer else _character_sizes(rows)
     made = plan(rows, sizes, settings)
     warnings = _unstable(renderer, rows, settings)
     show(*tables(made, warnings))
-    if run_dir is not None:
+    if writes:
         extra = {"warnings": warnings, "skipped_rows": dict(bad_rows.counts)}
         text = json.dumps(asdict(made) | extra, indent=2, ensure_ascii=False)
-        lineage.write_atomically(run_dir / PLAN_FILE, f"{text}\n".encode())
-        outputs = [path for path in (run_dir / PLAN_FILE, run_dir / "quarantine.jsonl") if path.exists()]
-        lineage.write_manifest(run_dir, "plan", key, paths, [], outputs, {"rows": made.rows})
+        lineage.write_atomically(job.run_dir / PLAN_FILE, f"{text}\n".encode())
+        job.finish([job.run_dir / PLAN_FILE], {"rows": made.rows})
 
 
 def _settings(config: PlanRun) -> Settings:
     method = config.method
-    ca.check_format(method.reward_format, method.reward_limit)
+    check_format(method.reward_format, method.reward_limit)
     return Settings(
         threshold=method.threshold,
         beta=method.beta,

@@ -5,7 +5,7 @@ import sys
 from rich.table import Table
 
 from offline_align.config.compose import world_size
-from offline_align.config.runs import LabelRun, ModelRun, RewardRun, TrainRun
+from offline_align.config.runs import LabelRun, ModelRun, TrainRun
 from offline_align.config.sections import Device, ModelSection
 from offline_align.distributed.sizes import (
     MemoryEstimate,
@@ -18,22 +18,23 @@ from offline_align.distributed.sizes import (
 )
 from offline_align.launch import torchrun_command
 from offline_align.stages.advice import layout_advice, scoring_rate
-from offline_align.stages.origin import resolve
+from offline_align.stages.job import Job
 from offline_align.stages.output import show
 
 _GIB = 2**30
 
 
-def print_training_plan(stage: str, config: TrainRun, explicit: frozenset[str]) -> None:
+def print_training_plan(job: Job[TrainRun]) -> None:
     """Print the plan of a training run."""
-    model = _model(config, explicit)
-    sizes = model_sizes(model, model.vocab_size or 0, scalar_head=isinstance(config, RewardRun))
+    stage, config, model = job.stage, job.config, _model(job)
+    assert stage.recipe is not None
+    sizes = model_sizes(model, model.vocab_size or 0, scalar_head=stage.recipe.makes == "reward_model")
     ranks = _ranks(config)
     trainer = config.trainer
     capacity = trainer.micro_batch_size * config.data.max_length
     on_cuda = config.run.device is not Device.cpu
     bf16 = trainer.precision.in_bf16(on_cuda)
-    table = _table(f"{stage}: {config.run.dir}")
+    table = _table(f"{stage.name}: {config.run.dir}")
     _add_model(table, sizes, model)
     _add_ranks(table, ranks)
     table.add_row("global batch", f"{trainer.global_batch_size} rows a step, packed")
@@ -51,12 +52,12 @@ def print_training_plan(stage: str, config: TrainRun, explicit: frozenset[str]) 
     if bf16 and on_cuda:
         for title, text in layout_advice(config, model, sizes):
             table.add_row(title, text)
-    _finish(table, stage, config)
+    _finish(table, stage.name, config)
 
 
-def print_label_plan(config: LabelRun, explicit: frozenset[str]) -> None:
+def print_label_plan(job: Job[LabelRun]) -> None:
     """Print the plan of a labelling run."""
-    model = _model(config, explicit)
+    config, model = job.config, _model(job)
     sizes = model_sizes(model, model.vocab_size or 0, scalar_head=True)
     ranks = _ranks(config)
     table = _table(f"label: {config.run.dir}")
@@ -72,10 +73,11 @@ def print_label_plan(config: LabelRun, explicit: frozenset[str]) -> None:
     _finish(table, "label", config)
 
 
-def _model(config: ModelRun, explicit: frozenset[str]) -> ModelSection:
+def _model[R: ModelRun](job: Job[R]) -> ModelSection:
+    config = job.config
     if config.init.from_ is None and config.model.vocab_size is not None:
         return config.model
-    return resolve(config, explicit).model
+    return job.origin.model
 
 
 def _ranks(config: ModelRun) -> ParallelSizes:

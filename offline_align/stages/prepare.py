@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 
 from offline_align import lineage
-from offline_align.config.compose import to_mapping
 from offline_align.config.runs import PrepareRun
 from offline_align.data.adapters.convert import FORMS
 from offline_align.data.demo import MOST_PROMPTS, demo_prompts
@@ -17,51 +16,40 @@ from offline_align.data.jsonl import BadRows, write_jsonl
 from offline_align.data.preparation import FILES, Preparation, prepare_rows, report, write_rows
 from offline_align.data.sources import Source, input_sources
 from offline_align.errors import ConfigError
-from offline_align.stages import common
+from offline_align.stages.job import Job
 
-STAGE = "prepare"
 PROMPTS = "prompts.jsonl"
 TOKENIZER = "tokenizer.model"
 REPORT = "report.json"
-QUARANTINE = "quarantine.jsonl"
 logger = logging.getLogger(__name__)
 
 
-def run(config: PrepareRun, explicit: frozenset[str]) -> int:
+def run(job: Job[PrepareRun]) -> int:
     """Write rows, report and manifest into `run.dir` and return 0; ConfigError, DataError, StorageError."""
     console = Console(soft_wrap=True)
-    sources = _checked_sources(config)
-    if config.dry_run:
-        console.print(_plan(config, sources), highlight=False, markup=False)
+    sources = _checked_sources(job.config)
+    if job.config.dry_run:
+        console.print(_plan(job.config, sources), highlight=False, markup=False)
         return 0
-    run_dir = Path(config.run.dir)
-    inputs = [source.path for source in sources if source.path]
-    key = lineage.content_key(STAGE, to_mapping(config), inputs, [])
-    if lineage.completed(run_dir, STAGE, key):
-        console.print(f"{run_dir} is complete", highlight=False, markup=False)
-        return 0
-    with common.only_job(STAGE, config, key) as to_do:
-        summary = _write(config, sources, run_dir, key) if to_do else {}
+    summary: dict[str, int] = {}
+    job.alone(lambda: summary.update(_write(job, sources)))
     console.print("\n".join(f"{name}: {rows:,} rows" for name, rows in summary.items()), highlight=False)
     return 0
 
 
-def _write(config: PrepareRun, sources: list[Source], run_dir: Path, key: str) -> dict[str, int]:
+def _write(job: Job[PrepareRun], sources: list[Source]) -> dict[str, int]:
     """Write the whole run folder, the manifest last, and return the rows of each file."""
-    lineage.write_config(run_dir, to_mapping(config))
+    job.start_folder()
     started = time.monotonic()
-    summary, outputs = _prepare(config, sources, run_dir)
-    inputs = [source.path for source in sources if source.path]
+    summary, outputs = _prepare(job, sources)
     effort = {"seconds": round(time.monotonic() - started, 3), "ranks": 1, "device": "cpu"}
-    lineage.write_manifest(run_dir, STAGE, key, inputs, [], outputs, {"rows": summary, **effort})
+    job.finish(outputs, {"rows": summary, **effort})
     return summary
 
 
-def _prepare(config: PrepareRun, sources: list[Source], run_dir: Path) -> tuple[dict[str, int], list[Path]]:
+def _prepare(job: Job[PrepareRun], sources: list[Source]) -> tuple[dict[str, int], list[Path]]:
     """Write all outputs and return the rows of each file, and the paths."""
-    quarantine = run_dir / QUARANTINE
-    quarantine.unlink(missing_ok=True)
-    bad_rows = BadRows(config.data.on_bad_row, quarantine)
+    config, run_dir, bad_rows = job.config, job.run_dir, job.bad_rows()
     result = prepare_rows(sources, config.prepare, config.run.seed, bad_rows)
     outputs = write_rows(result, run_dir)
     _say_what_is_missing(config, result, bad_rows)
@@ -74,8 +62,7 @@ def _prepare(config: PrepareRun, sources: list[Source], run_dir: Path) -> tuple[
         outputs.append(_train_tokenizer(config, result, run_dir))
     text = json.dumps(report(result, bad_rows), indent=2, ensure_ascii=False)
     lineage.write_atomically(run_dir / REPORT, f"{text}\n".encode())
-    outputs += [path for path in (run_dir / REPORT, quarantine) if path.exists()]
-    return summary, outputs
+    return summary, [*outputs, run_dir / REPORT]
 
 
 def _say_what_is_missing(config: PrepareRun, result: Preparation, bad_rows: BadRows) -> None:

@@ -3,73 +3,73 @@
 import importlib.util
 from typing import Any
 
-from offline_align.config.runs import EvaluateRun, ModelRun, PrepareRun, Run, TrainRun
-from offline_align.config.sections import ConditionalMethodSection, JudgeKind, LauncherKind, ModelSection
+from offline_align.config.runs import EvaluateRun, ModelRun, Run, section
+from offline_align.config.sections import (
+    ConditionalMethodSection,
+    JudgeKind,
+    LauncherKind,
+    ModelSection,
+    TrainerSection,
+)
+from offline_align.data.condition import check_format
 from offline_align.data.template import Renderer
 from offline_align.errors import AlignError, ConfigError
 from offline_align.launch import under_torchrun
-from offline_align.stages import common
-from offline_align.stages.origin import resolve
-
-# Stages that cannot start from random weights.
-_NEEDS_WEIGHTS = {
-    "label": "a reward model",
-    "generate": "a policy",
-    "convert": "a Hugging Face folder, or a policy or reward model of ours",
-}
-_NEEDS_INPUT = {"prepare", "label", "generate", "evaluate", "plan"}
+from offline_align.stages.job import Job
+from offline_align.stages.registry import Reads
 
 
-def problems(stage: str, config: Run, explicit: frozenset[str]) -> tuple[list[str], ModelSection | None]:
-    """Return what `stage` misses, and the architecture that will run where it is known."""
-    found = _condition(config) + _nodes(config) + _overrides(config)
-    if _awaits_jobs(config):
+def problems(job: Job[Any]) -> tuple[list[str], ModelSection | None]:
+    """Return what a stage misses, and the architecture that will run if it is known."""
+    stage, config = job.stage, job.config
+    found = _condition(config) + _nodes(job) + _overrides(config)
+    if _awaits_jobs(job):
         return found, None  # their files are not there yet; the job looks again when it starts
-    found += _files(stage, config)
+    found += _files(job)
     if not isinstance(config, ModelRun):
         return found + _judge(config), None
-    if stage in _NEEDS_WEIGHTS and config.init.from_ is None:
-        return [*found, f"init.from is not set: give {_NEEDS_WEIGHTS[stage]}"], None
+    if stage.starts_from is not None and config.init.from_ is None:
+        return [*found, f"init.from is not set: give {stage.starts_from}"], None
     if config.dry_run and config.init.from_ is None:
         return found, config.model
     try:
-        origin = resolve(config, explicit)
+        origin = job.origin
         Renderer(origin.tokenizer, origin.template)  # refuses a chat template that is not there or not Jinja
     except ConfigError as error:
         # The architecture as given can still be checked beside what is wrong with the rest.
         return found + error.problems, None if config.init.from_ else config.model
-    return found + _kind(stage, config, origin.kind) + _wandb(config), origin.model
+    return found + _kind(job, origin.kind) + _wandb(config), origin.model
 
 
-def _files(stage: str, config: Run) -> list[str]:
-    data: Any = getattr(config, "data", None)
+def _files(job: Job[Any]) -> list[str]:
+    config, key = job.config, job.stage.data_key
     missing = []
-    if isinstance(config, TrainRun) and data.train is None and not config.dry_run:
-        missing.append("data.train is not set: give the file or files of training rows")
-    if stage in _NEEDS_INPUT and data.input is None and not _compares_nothing(config):
-        missing.append("data.input is not set: give the file or files to read")
-    if stage == "prepare":
+    if key is not None and config.named_files()[key] is None and not _may_lack_data(config):
+        what = "training rows" if job.stage.recipe else "read"
+        missing.append(f"{key} is not set: give the file or files {'of' if job.stage.recipe else 'to'} {what}")
+    if job.stage.reads is Reads.raw_rows:
         return missing
     try:
-        common.input_files(config)
-        common.named_runs(config)
+        _ = job.inputs, job.shown_runs
     except AlignError as error:
         missing += str(error).splitlines()
     return missing
 
 
-def _compares_nothing(config: Run) -> bool:
-    """Whether `evaluate` has another task than to compare answers."""
-    return isinstance(config, EvaluateRun) and not (config.judge.calibration is None and config.evaluate.runs is None)
+def _may_lack_data(config: Run) -> bool:
+    """Whether there is something to do without data: the plan of a training run, or a report without answers."""
+    if isinstance(config, EvaluateRun):
+        return not (config.judge.calibration is None and config.evaluate.runs is None)
+    return config.dry_run and section(config, TrainerSection) is not None
 
 
-def _nodes(config: Run) -> list[str]:
-    launcher: Any = getattr(config, "launcher", None)
+def _nodes(job: Job[Any]) -> list[str]:
+    launcher = job.launcher
     if launcher is None or under_torchrun():
         return []
-    if isinstance(config, PrepareRun) and launcher.nodes * launcher.nproc_per_node > 1:
-        return ["launcher.nproc_per_node, launcher.nodes: `prepare` is one process; leave both at 1"]
-    if launcher.nodes == 1 or launcher.kind is LauncherKind.slurm or config.dry_run:
+    if job.stage.one_process and launcher.nodes * launcher.nproc_per_node > 1:
+        return [f"launcher.nproc_per_node, launcher.nodes: `{job.stage.name}` is one process; leave both at 1"]
+    if launcher.nodes == 1 or launcher.kind is LauncherKind.slurm or job.config.dry_run:
         return []
     return [
         f"launcher.nodes={launcher.nodes}: this command starts the ranks of one machine; use launcher=slurm, "
@@ -77,28 +77,26 @@ def _nodes(config: Run) -> list[str]:
     ]
 
 
-def _awaits_jobs(config: Run) -> bool:
+def _awaits_jobs(job: Job[Any]) -> bool:
     """Whether the run is submitted behind jobs that write what it reads."""
-    launcher: Any = getattr(config, "launcher", None)
-    return launcher is not None and launcher.dependency is not None and not under_torchrun()
+    return job.launcher is not None and job.launcher.dependency is not None and not under_torchrun()
 
 
 def _overrides(config: Run) -> list[str]:
     """Return what megatron-core's configuration does not know; only then is it worth loading."""
-    if not isinstance(config, ModelRun) or not config.model.overrides:
+    model = section(config, ModelSection)
+    if model is None or not model.overrides:
         return []
     from offline_align.model.build import unknown_overrides
 
-    return unknown_overrides(config.model)
+    return unknown_overrides(model)
 
 
 def _condition(config: Run) -> list[str]:
     """Return what is wrong with the text that Conditional Alignment writes into prompts."""
-    method: Any = getattr(config, "method", None)
-    if not isinstance(method, ConditionalMethodSection):
+    method = section(config, ConditionalMethodSection)
+    if method is None:
         return []
-    from offline_align.methods.ca import check_format
-
     try:
         check_format(method.reward_format, method.reward_limit)
     except ConfigError as error:
@@ -106,17 +104,18 @@ def _condition(config: Run) -> list[str]:
     return []
 
 
-def _kind(stage: str, config: ModelRun, kind: str) -> list[str]:
-    source = config.init.from_
-    if stage == "label" and kind != "reward_model":
-        return [f"init.from={source}: is a policy; `label` needs a reward model, trained by `reward`"]
-    if stage not in ("label", "reward", "convert") and kind == "reward_model":
-        return [f"init.from={source}: is a reward model; `{stage}` needs a policy"]
-    return []
+def _kind(job: Job[Any], kind: str) -> list[str]:
+    source, stage = job.config.init.from_, job.stage
+    if stage.needs is None or stage.needs == kind:
+        return []
+    if stage.needs == "reward_model":
+        return [f"init.from={source}: is a policy; `{stage.name}` needs a reward model, trained by `reward`"]
+    return [f"init.from={source}: is a reward model; `{stage.name}` needs a policy"]
 
 
-def _wandb(config: ModelRun) -> list[str]:
-    project = config.trainer.wandb_project if isinstance(config, TrainRun) else None
+def _wandb(config: Run) -> list[str]:
+    trainer = section(config, TrainerSection)
+    project = trainer.wandb_project if trainer else None
     if project is None or importlib.util.find_spec("wandb") is not None:
         return []
     return [f"trainer.wandb_project={project}: wandb is missing; pip install '.[wandb]', or leave it unset"]
@@ -125,7 +124,7 @@ def _wandb(config: ModelRun) -> list[str]:
 def _judge(config: Run) -> list[str]:
     if not isinstance(config, EvaluateRun) or config.judge.kind is not JudgeKind.reward_model:
         return []
-    if config.evaluate.runs is not None and not common.needs_judge(config):
+    if config.evaluate.runs is not None and not config.judges:
         return []
     if config.judge.model is None:
         return ["judge.model is not set: give the run folder of a reward model"]

@@ -8,21 +8,22 @@ from rich.tree import Tree
 from offline_align.config.runs import VerifyRun
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage import FileCheck, Report, Status, verify
+from offline_align.stages.job import Job
 from offline_align.stages.output import show
 
 _COLOURS = {Status.whole: "green", Status.damaged: "red", Status.changed: "yellow", Status.missing: "red"}
 
 
-def run(config: VerifyRun, explicit: frozenset[str]) -> int:
+def run(job: Job[VerifyRun]) -> int:
     """Print the chain of runs with the state of each file; return 0 where all are whole.
 
     Raises ConfigError where there is no such folder, StorageError where a file of the chain is not as
     recorded.
     """
-    run_dir = Path(config.run.dir)
+    run_dir = job.run_dir
     if not run_dir.is_dir():
         raise ConfigError(f"run.dir={run_dir}: no such folder; give the run folder to verify")
-    if config.dry_run:
+    if job.config.dry_run:
         show(Text(f"would read every file of {run_dir} and of the runs it came from"))
         return 0
     report = verify(run_dir)

@@ -9,7 +9,9 @@ from offline_align.__main__ import run
 from offline_align.config.runs import LabelRun
 from offline_align.config.sections import ComputeSection, Device, ModelSection, Precision, RunSection
 from offline_align.distributed.sizes import model_sizes
+from offline_align.stages.job import Job
 from offline_align.stages.plan_text import print_label_plan
+from offline_align.stages.registry import STAGES
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: Any) -> None:
@@ -68,6 +70,7 @@ def test_a_plan_of_labelling_counts_weights_in_the_precision_of_the_run(
         vocab_size=32_000, num_layers=2, hidden_size=4096, ffn_hidden_size=8192, num_attention_heads=32
     )
     place = RunSection(dir="unused", device=device)
-    print_label_plan(LabelRun(run=place, model=model, trainer=ComputeSection(precision=precision)), frozenset())
+    config = LabelRun(run=place, model=model, trainer=ComputeSection(precision=precision))
+    print_label_plan(Job(STAGES["label"], config))
     expected = model_sizes(model, 32_000, scalar_head=True).rank_bytes(1, size) / 2**30
     assert f"weights {expected:.2f}, activations" in capsys.readouterr().out

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from offline_align.config.compose import compose
-from offline_align.config.runs import EvaluateRun
 from offline_align.config.sections import OnBadRow
 from offline_align.data import demo
 from offline_align.data.demo_language import parse_prompt
 from offline_align.data.jsonl import BadRows
 from offline_align.errors import ConfigError, DataError, StoppedEarly
-from offline_align.lineage import Status, read_manifest, verify, write_manifest
+from offline_align.lineage import Status, read_manifest, verify
 from offline_align.stages.evaluate import run
+from tests.runs import compose, job, write_manifest
 
 PROMPTS = 12
 Start = Callable[..., int]
@@ -50,10 +49,7 @@ def start(tmp_path: Path) -> Start:
     def start(inputs: list[Path], *words: str, name: str = "report") -> int:
         listed = ",".join(f"'{path}'" for path in inputs)
         given = [f"data.input=[{listed}]"] if inputs else []
-        composed = compose("evaluate", [*given, f"run.dir={tmp_path / name}", *words])
-        assert composed.problems == []
-        assert isinstance(composed.config, EvaluateRun)
-        return run(composed.config, composed.explicit)
+        return run(job("evaluate", [*given, f"run.dir={tmp_path / name}", *words]))
 
     return start
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from offline_align.__main__ import run
-from offline_align.config.compose import compose
-from offline_align.stages.hub import with_files
+from offline_align.stages.hub import fetch_data_sets
+from tests.runs import job
 from tests.training import STEPS, TINY, metrics, samples, train, write_jsonl
 
 
@@ -60,8 +60,9 @@ def test_rows_that_do_not_fit_are_bad_rows(tmp_path: Path, capsys: pytest.Captur
 def test_prompts_stay_as_they_are(tmp_path: Path) -> None:
     name = published(tmp_path / "set", [{"prompt": "a", "more": 1}, {"prompt": "b", "id": "own", "more": 2}])
     words = [f"run.dir={tmp_path / 'run'}", f"data.input=[{name},{write_jsonl(tmp_path / 'x.jsonl', [])}]"]
-    config: Any = with_files(compose("generate", words).config)
-    first, second = config.data.input
+    generate = job("generate", words)
+    fetch_data_sets(generate)
+    first, second = generate.config.data.input
     assert [json.loads(line) for line in Path(first).read_text().splitlines()] == [
         {"prompt": "a", "more": 1, "id": f"{name}:1"},
         {"prompt": "b", "more": 2, "id": "own"},
@@ -71,17 +72,16 @@ def test_prompts_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_other_ranks_wait_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = published(tmp_path / "set", as_dolly())
-    config = compose("sft", [f"run.dir={tmp_path / 'run'}", f"data.train={name}"]).config
-    found: list[Any] = []
+    first, second = (job("sft", [f"run.dir={tmp_path / 'run'}", f"data.train={name}"]) for _ in range(2))
     monkeypatch.setenv("RANK", "1")
-    waiting = threading.Thread(target=lambda: found.append(with_files(config)))
+    waiting = threading.Thread(target=fetch_data_sets, args=[second])
     waiting.start()
     time.sleep(0.5)
-    assert not found
+    assert second.config.data.train == name
     monkeypatch.setenv("RANK", "0")
-    first: Any = with_files(config)
+    fetch_data_sets(first)
     waiting.join(timeout=30)
-    assert [c.data.train for c in found] == [first.data.train]
+    assert second.config.data.train == first.config.data.train != name
 
 
 def test_a_plan_needs_a_place_for_the_rows(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,12 @@ from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import ConfigError, DataError
-from offline_align.lineage import Status, verify, write_manifest
+from offline_align.lineage import Status, verify
 from offline_align.model.description import ModelDescription
 from offline_align.stages import plan
+from offline_align.stages.job import Job
+from offline_align.stages.registry import STAGES
+from tests.runs import write_manifest
 from tests.small_tokenizers import write_hugging_face, write_sentencepiece
 
 REWARDS = [-1.5, -0.2, 0.0, 0.3, 1.4]
@@ -45,7 +48,7 @@ def settings(path: Path, tokenizer: Path | None = None, **data: Any) -> PlanRun:
 
 def test_characters_where_no_tokenizer_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_labelled(tmp_path / "data")
-    assert plan.run(settings(path), frozenset()) == 0
+    assert plan.run(Job(STAGES["plan"], settings(path))) == 0
     shown = capsys.readouterr().out
     characters = sum(len("Question 0") + 5 * (i + 1) for i in range(5))
     assert f"5 rows, {characters} characters" in shown
@@ -63,7 +66,7 @@ def expected_tokens(renderer: Renderer) -> int:
 @pytest.mark.parametrize("template", list(Template))
 def test_tokens_of_the_named_tokenizer(template: Template, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_hugging_face(tmp_path / "hf")
-    plan.run(settings(write_labelled(tmp_path), folder, template=template), frozenset())
+    plan.run(Job(STAGES["plan"], settings(write_labelled(tmp_path), folder, template=template)))
     total = expected_tokens(Renderer(load_tokenizer(folder), template))
     assert f"5 rows, {total} tokens" in capsys.readouterr().out
 
@@ -79,7 +82,7 @@ def test_tokens_of_the_reward_model_behind_the_labels(tmp_path: Path, capsys: py
     write_manifest(reward, "reward", "key", [], [], [reward / "log"], {})
     path = write_labelled(label)
     write_manifest(label, "label", "key", [], [checkpoint], [path], {})
-    plan.run(settings(path), frozenset())
+    plan.run(Job(STAGES["plan"], settings(path)))
     total = expected_tokens(Renderer(tokenizer, Template.paper))
     assert f"5 rows, {total} tokens" in capsys.readouterr().out
 
@@ -87,7 +90,7 @@ def test_tokens_of_the_reward_model_behind_the_labels(tmp_path: Path, capsys: py
 def test_run_folder_is_whole_and_repeatable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, run_dir = write_labelled(tmp_path), tmp_path / "run"
     config = replace(settings(path), run=RunSection(dir=str(run_dir)))
-    plan.run(config, frozenset())
+    plan.run(Job(STAGES["plan"], config))
     first = capsys.readouterr().out
     values = json.loads((run_dir / "plan.json").read_text())
     assert values["rows"] == 5
@@ -97,25 +100,25 @@ def test_run_folder_is_whole_and_repeatable(tmp_path: Path, capsys: pytest.Captu
     assert values["warnings"] == []
     assert verify(run_dir).status is Status.whole
     stamp = (run_dir / "plan.json").stat().st_mtime_ns
-    plan.run(config, frozenset())
+    plan.run(Job(STAGES["plan"], config))
     assert (run_dir / "plan.json").stat().st_mtime_ns == stamp
     assert capsys.readouterr().out == first
     with pytest.raises(ConfigError, match=r"run\.dir=.*other settings"):
-        plan.run(replace(config, method=PlanMethodSection(beta=1.0)), frozenset())
+        plan.run(Job(STAGES["plan"], replace(config, method=PlanMethodSection(beta=1.0))))
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     path = write_labelled(tmp_path)
-    plan.run(replace(settings(path), run=RunSection(dir=str(tmp_path / "run")), dry_run=True), frozenset())
+    plan.run(Job(STAGES["plan"], replace(settings(path), run=RunSection(dir=str(tmp_path / "run")), dry_run=True)))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_run_is_made_again_and_that_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = replace(settings(write_labelled(tmp_path / "data")), run=RunSection(dir=str(tmp_path / "run")))
-    assert plan.run(config, frozenset()) == 0
+    assert plan.run(Job(STAGES["plan"], config)) == 0
     made = (tmp_path / "run" / "plan.json").read_text()
     (tmp_path / "run" / "plan.json").write_text(made[:-9])
-    assert plan.run(config, frozenset()) == 0
+    assert plan.run(Job(STAGES["plan"], config)) == 0
     assert (tmp_path / "run" / "plan.json").read_text() == made
     assert caplog.text.count("plan.json is missing or cut short and is made again") == 1
 
@@ -124,9 +127,9 @@ def test_bad_rows_by_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     path = write_labelled(tmp_path)
     path.write_text(path.read_text() + '{"prompt": "a", "response": "b"}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"labelled\.jsonl:6: reward_raw: missing"):
-        plan.run(settings(path), frozenset())
+        plan.run(Job(STAGES["plan"], settings(path)))
     config = replace(settings(path, on_bad_row=OnBadRow.skip), run=RunSection(dir=str(tmp_path / "run")))
-    plan.run(config, frozenset())
+    plan.run(Job(STAGES["plan"], config))
     assert "5 rows" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "quarantine.jsonl").read_text())["line"] == 6
     assert verify(tmp_path / "run").status is Status.whole
@@ -135,7 +138,7 @@ def test_bad_rows_by_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_format_that_is_not_stable_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     method = PlanMethodSection(target_reward=12.0, reward_limit=20.0, threshold=2.0, reward_format="[b]{reward:.1f}")
     config = settings(write_labelled(tmp_path), write_sentencepiece(tmp_path / "sp"))
-    plan.run(replace(config, method=method), frozenset())
+    plan.run(Job(STAGES["plan"], replace(config, method=method)))
     shown = " ".join(capsys.readouterr().out.split())
     assert "warning: method.reward_format='[b]{reward:.1f}': '[b]12.0' takes" in shown
     assert "warning: fa keeps nothing above 2: the highest reward is 1.4" in shown
@@ -152,6 +155,6 @@ def test_a_format_that_is_not_stable_is_a_warning(tmp_path: Path, capsys: pytest
 )
 def test_settings_that_cannot_work(method: PlanMethodSection, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"method"):
-        plan.run(replace(settings(write_labelled(tmp_path)), method=method), frozenset())
+        plan.run(Job(STAGES["plan"], replace(settings(write_labelled(tmp_path)), method=method)))
     with pytest.raises(ConfigError, match=r"data.input"):
-        plan.run(settings(tmp_path / "none.jsonl"), frozenset())
+        plan.run(Job(STAGES["plan"], settings(tmp_path / "none.jsonl")))

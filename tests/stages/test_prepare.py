@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 
-from offline_align.config.compose import compose
-from offline_align.config.runs import PrepareRun
 from offline_align.config.sections import OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.data.records import PreferencePair, Prompt, Sample, read_rows
@@ -16,6 +14,7 @@ from offline_align.data.sources import Source
 from offline_align.data.split import first_user_message, normalised
 from offline_align.errors import ConfigError, DataError
 from offline_align.stages.prepare import run
+from tests.runs import job
 from tests.support import real_data_dir
 
 ROW_FILES = ["sft_train.jsonl", "sft_valid.jsonl", "preferences_train.jsonl", "preferences_valid.jsonl"]
@@ -30,10 +29,8 @@ def start(tmp_path: Path) -> Start:
         """Run the stage with small demo sizes and return its folder."""
         listed = ",".join(f"'{entry}'" for entry in inputs)
         small = ["prepare.demo_sft_rows=300", "prepare.demo_preference_rows=200"]
-        composed = compose("prepare", [*small, f"run.dir={tmp_path / name}", f"data.input=[{listed}]", *words])
-        assert composed.problems == []
-        assert isinstance(composed.config, PrepareRun)
-        assert run(composed.config, composed.explicit) == 0
+        made = job("prepare", [*small, f"run.dir={tmp_path / name}", f"data.input=[{listed}]", *words])
+        assert run(made) == 0
         return tmp_path / name
 
     return start

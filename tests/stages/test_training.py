@@ -10,6 +10,7 @@ import pytest
 
 from offline_align.__main__ import run
 from offline_align.train.checkpoint import STATE_NAME, newest
+from tests.runs import write_manifest
 from tests.training import STEPS, TINY, continued, labelled, metrics, pairs, samples, train, write_jsonl
 
 
@@ -327,7 +328,7 @@ def test_bad_rows_are_reported_once(tmp_path: Path, caplog: Any) -> None:
 
 def test_a_labelled_file_that_was_edited_is_refused(tmp_path: Path, capsys: Any) -> None:
     """Else the policy would name the run of `label` as its parent, which never wrote these rewards."""
-    from offline_align.lineage import read_manifest, write_manifest
+    from offline_align.lineage import read_manifest
 
     folder = tmp_path / "label"
     folder.mkdir()

@@ -7,8 +7,10 @@ import pytest
 from offline_align.config.runs import VerifyRun
 from offline_align.config.sections import RunSection
 from offline_align.errors import ConfigError, StorageError
-from offline_align.lineage import write_manifest
 from offline_align.stages import verify
+from offline_align.stages.job import Job
+from offline_align.stages.registry import STAGES
+from tests.runs import write_manifest
 
 
 def settings(run_dir: Path, dry_run: bool = False) -> VerifyRun:
@@ -28,7 +30,7 @@ def label_run(tmp_path: Path) -> Path:
 
 
 def test_whole_run_shows_its_chain(label_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify.run(settings(label_run), frozenset()) == 0
+    assert verify.run(Job(STAGES["verify"], settings(label_run))) == 0
     shown = capsys.readouterr().out
     assert "damaged" not in shown
     assert shown.index("label") < shown.index("prepare") < shown.index("raw [1].jsonl")
@@ -37,7 +39,7 @@ def test_whole_run_shows_its_chain(label_run: Path, capsys: pytest.CaptureFixtur
 def test_damaged_ancestor_ends_with_74(label_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (label_run.parent / "prepare" / "rows.jsonl").write_text("PREPARE")
     with pytest.raises(StorageError, match=r"rows\.jsonl: damaged.*run the stage again") as error:
-        verify.run(settings(label_run), frozenset())
+        verify.run(Job(STAGES["verify"], settings(label_run)))
     assert error.value.exit_code == 74
     assert "\n" not in str(error.value)
     assert "0 of 1 file whole" in capsys.readouterr().out
@@ -45,17 +47,17 @@ def test_damaged_ancestor_ends_with_74(label_run: Path, capsys: pytest.CaptureFi
 
 def test_no_folder_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.dir=.*no such folder"):
-        verify.run(settings(tmp_path / "none"), frozenset())
+        verify.run(Job(STAGES["verify"], settings(tmp_path / "none")))
 
 
 def test_unfinished_run_ends_with_74(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="has not finished"):
-        verify.run(settings(tmp_path), frozenset())
+        verify.run(Job(STAGES["verify"], settings(tmp_path)))
 
 
 def test_dry_run_reads_nothing(label_run: Path) -> None:
     (label_run / "rows.jsonl").unlink()
-    assert verify.run(settings(label_run, dry_run=True), frozenset()) == 0
+    assert verify.run(Job(STAGES["verify"], settings(label_run, dry_run=True))) == 0
 
 
 def test_a_shared_ancestor_is_listed_once(label_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,5 +66,5 @@ def test_a_shared_ancestor_is_listed_once(label_run: Path, capsys: pytest.Captur
     both.mkdir()
     (both / "x").write_text("x")
     write_manifest(both, "ca", "key", [], [label_run, root / "prepare"], [both / "x"], {})
-    verify.run(settings(both), frozenset())
+    verify.run(Job(STAGES["verify"], settings(both)))
     assert capsys.readouterr().out.count("raw [1].jsonl") == 1

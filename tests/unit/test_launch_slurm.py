@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from offline_align.__main__ import run
-from offline_align.config.compose import compose
 from offline_align.launch_slurm import job_text, quoted, submit
+from offline_align.stages.registry import STAGES
+from tests.runs import compose
 
 WORDS = ["run.dir=/data/run", "data.train=/data/rows.jsonl", "launcher=slurm"]
 
@@ -18,7 +19,7 @@ def text_of(*words: str, stage: str = "sft") -> str:
     given = [*WORDS, *words] if stage == "sft" else [*words, "launcher=slurm"]
     composed = compose(stage, given)
     assert composed.problems == []
-    return job_text(composed.config, stage, given)
+    return job_text(composed.config, stage, given, on_gpus=not STAGES[stage].one_process)
 
 
 def options(text: str) -> list[str]:

@@ -107,7 +107,12 @@ class OptimSection:
 
 
 @dataclass(frozen=True)
-class RewardMethodSection:
+class MethodSection:
+    """The settings of a training method."""
+
+
+@dataclass(frozen=True)
+class RewardMethodSection(MethodSection):
     """Ranking loss of the reward model (Eq. 2)."""
 
     use_margin: bool = True
@@ -117,7 +122,7 @@ class RewardMethodSection:
 
 
 @dataclass(frozen=True)
-class FilteringMethodSection:
+class FilteringMethodSection(MethodSection):
     """Filtering Alignment (Eq. 4)."""
 
     threshold: float = 0.0
@@ -127,7 +132,7 @@ class FilteringMethodSection:
 
 
 @dataclass(frozen=True)
-class RewardWeightedMethodSection:
+class RewardWeightedMethodSection(MethodSection):
     """Reward-Weighted Regression (Eq. 5)."""
 
     beta: float = 5.0
@@ -135,7 +140,7 @@ class RewardWeightedMethodSection:
 
 
 @dataclass(frozen=True)
-class ConditionalMethodSection:
+class ConditionalMethodSection(MethodSection):
     """Conditional Alignment (Eq. 6)."""
 
     target_reward: float = 5.0

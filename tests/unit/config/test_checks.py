@@ -3,8 +3,8 @@
 import pytest
 
 from offline_align.config.checks import problems
-from offline_align.config.compose import compose
 from offline_align.config.runs import ModelRun
+from tests.runs import compose
 
 
 def found(stage: str, *words: str, world: int = 1) -> list[str]:

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 from offline_align.config import compose as compose_module
-from offline_align.config.compose import STAGES, compose, configs_dir, require, to_mapping
-from offline_align.config.reference import stage_groups, stage_keys
+from offline_align.config.compose import configs_dir, require, to_mapping
+from offline_align.config.reference import schema_keys, stage_groups
 from offline_align.config.runs import LabelRun, RewardRun, TrainRun
 from offline_align.config.sections import Device, ModelSection
 from offline_align.errors import ConfigError
 from offline_align.lineage import flat
+from offline_align.stages.registry import STAGES
+from tests.runs import compose
 
 
 def composed(stage: str, *words: str) -> TrainRun:
@@ -146,7 +148,7 @@ def test_home_stands_for_itself_in_a_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_keys_that_take_a_path_or_a_list_know_the_home_folder() -> None:
     """A new key that holds paths is entered in the table, or named here."""
-    keys = {key.name for stage in STAGES for key in stage_keys(stage) if key.kind == "path or list"}
+    keys = {key.name for stage in STAGES.values() for key in schema_keys(stage.schema) if key.kind == "path or list"}
     assert keys - {"method.target_reward"} <= compose_module._PATHS
 
 
@@ -202,7 +204,7 @@ def test_label_has_no_optimizer() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_key_is_documented(stage: str) -> None:
-    assert all(key.text for key in stage_keys(stage))
+    assert all(key.text for key in schema_keys(STAGES[stage].schema))
 
 
 def test_groups_of_a_stage_are_listed() -> None:

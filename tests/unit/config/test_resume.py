@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from offline_align.config.compose import STAGES, compose, to_mapping
+from offline_align.config.compose import to_mapping
 from offline_align.config.resume import Change, change_class, refused, table
-from offline_align.lineage import RunSettings, flat, run_settings
+from offline_align.lineage import RunSettings, flat, read_sources, run_settings
+from offline_align.stages.registry import STAGES
+from tests.runs import compose
 
 RECIPES = Path(__file__).resolve().parents[3] / "docs" / "how-to.md"
-EVERY_KEY = sorted(
-    {key for stage, root in STAGES.items() for key in flat(to_mapping(compose(stage, ["run.dir=x"]).config))}
-)
+EVERY_KEY = sorted({key for stage in STAGES for key in flat(to_mapping(compose(stage, ["run.dir=x"]).config))})
 BEFORE = flat(to_mapping(compose("sft", ["run.dir=x"]).config)) | {"inputs": ["a"], "parents": ["b"]}
 CELLS = [
     ("run.dir", "y", Change.allow),
@@ -75,7 +75,7 @@ def test_every_key_acts_on_the_content_keys_as_its_class_says(key: str) -> None:
     section, _, name = key.partition(".")
 
     def settings(value: str) -> RunSettings:
-        return run_settings("sft", {section: {name: value}} if name else {section: value}, [], [])
+        return run_settings("sft", {section: {name: value}} if name else {section: value}, read_sources([], []))
 
     one, other = settings("one"), settings("other")
     assert (one.key == other.key) is (change_class(key) is Change.allow)
@@ -97,7 +97,7 @@ def test_the_length_may_change_where_the_rate_does_not_hang_on_it(
 def test_the_table_names_real_keys_only() -> None:
     sections = {key.rsplit(".", 1)[0] for key in EVERY_KEY}
     assert [key for key in table() if key not in EVERY_KEY and key not in sections] == []
-    assert all(dataclasses.is_dataclass(root) for root in STAGES.values())
+    assert all(dataclasses.is_dataclass(stage.schema) for stage in STAGES.values())
 
 
 def test_the_recipe_has_the_table() -> None:

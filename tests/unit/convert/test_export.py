@@ -18,11 +18,12 @@ from offline_align.convert.load import load_huggingface
 from offline_align.convert.provenance import UNKNOWN
 from offline_align.convert.tokenizer_files import padding_id
 from offline_align.convert.weights import parse_size
+from offline_align.data.condition import Condition
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.errors import ConfigError, StorageError
-from offline_align.model.description import Condition, ModelDescription
+from offline_align.model.description import ModelDescription
 
 Save = Callable[..., Path]
 Read = Callable[[Path], dict[str, torch.Tensor]]

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from offline_align.config.compose import compose
 from offline_align.config.runs import ModelRun
 from offline_align.config.sections import ModelSection, ParallelSection
 from offline_align.distributed.hardware import peak_flops
@@ -15,6 +14,7 @@ from offline_align.distributed.sizes import (
     pad_vocabulary,
     training_memory,
 )
+from tests.runs import compose
 
 TINY = ModelSection(
     num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=4, num_query_groups=2, vocab_size=10

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from offline_align.label.statistics import fit, normalise
-from offline_align.lineage import write_manifest
+from tests.runs import write_manifest
 
 PROMPTS: list[dict[str, Any]] = [
     {"id": "p1", "prompt": "What is the sky?", "benchmark": "vicuna"},

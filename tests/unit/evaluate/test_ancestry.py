@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from offline_align.evaluate.ancestry import find_ancestors, find_histograms, read_curves
-from offline_align.lineage import write_manifest
+from tests.runs import write_manifest
 
 
 def make_run(root: Path, stage: str, inputs: list[Path], parents: list[Path]) -> Path:

@@ -11,7 +11,7 @@ from offline_align.data.jsonl import BadRows
 from offline_align.data.records import Message
 from offline_align.errors import DataError
 from offline_align.evaluate.comparison import load_comparison, name_columns, prompt_text
-from offline_align.lineage import write_manifest
+from tests.runs import write_manifest
 from tests.unit.evaluate.conftest import PROMPTS, WriteRun, rows_for
 
 STRICT = BadRows(OnBadRow.fail, None)

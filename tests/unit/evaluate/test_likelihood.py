@@ -15,8 +15,9 @@ from offline_align.data.template import Renderer
 from offline_align.evaluate.comparison import load_comparison
 from offline_align.evaluate.divergence import Divergence, measure_divergence, policy_checkpoint
 from offline_align.evaluate.likelihood import Given, log_likelihoods
-from offline_align.lineage import write_config, write_manifest
+from offline_align.lineage import write_config
 from offline_align.model.description import ModelDescription, find_checkpoint
+from tests.runs import write_manifest
 from tests.training import continued, samples, train, write_jsonl
 
 PROMPTS = ("Name red", "Say owl", "Name house")

@@ -16,6 +16,7 @@ from offline_align.evaluate import report
 from offline_align.evaluate.comparison import load_comparison
 from offline_align.evaluate.report import Report, runs_behind, write_report
 from offline_align.evaluate.results import Compared, Judgement, build_results
+from tests.runs import write_manifest
 from tests.unit.evaluate.conftest import PROMPTS, WriteRun, rows_for
 
 ATTACK = '</p><script>alert("x")</script><img src=http://evil.example/a.png onerror=alert(1)>'
@@ -146,7 +147,6 @@ def test_curves_and_histogram_of_the_parents_are_embedded(write_run: WriteRun, t
     (a.parent / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
     label = write_run("label", rows_for(["x"] * 3)).parent
     (label / "reward_histogram.png").write_bytes(b"\x89PNG")
-    from offline_align.lineage import write_manifest
 
     write_manifest(label, "label", "k", [], [], [label / "generations.jsonl"], {})
     b = write_run("b", rows_for(["y"] * 3))

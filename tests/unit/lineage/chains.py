@@ -2,11 +2,8 @@
 
 from pathlib import Path
 
-from offline_align.lineage import (
-    content_key,
-    write_config,
-    write_manifest,
-)
+from offline_align.lineage import write_config
+from tests.runs import content_key, write_manifest
 
 CONFIG = {"run": {"dir": "runs/a", "seed": 1}, "optim": {"lr": 1e-5}, "launcher": {"nodes": 1}}
 

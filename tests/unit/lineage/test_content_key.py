@@ -8,12 +8,8 @@ from typing import Any
 import pytest
 
 from offline_align.errors import ConfigError
-from offline_align.lineage import (
-    completed,
-    content_key,
-    read_manifest,
-    write_manifest,
-)
+from offline_align.lineage import completed, read_manifest
+from tests.runs import content_key, write_manifest
 from tests.unit.lineage.chains import CONFIG
 
 

@@ -5,16 +5,8 @@ from pathlib import Path
 import pytest
 
 from offline_align.errors import DataError, StorageError
-from offline_align.lineage import (
-    Status,
-    completed,
-    content_key,
-    file_sha256,
-    read_manifest,
-    verify,
-    write_config,
-    write_manifest,
-)
+from offline_align.lineage import Status, completed, file_sha256, read_manifest, verify, write_config
+from tests.runs import content_key, write_manifest
 from tests.unit.lineage.chains import make_run
 
 

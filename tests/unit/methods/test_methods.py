@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from offline_align.config.sections import ConditionalMethodSection, Template
+from offline_align.data.condition import check_format, condition_text
 from offline_align.data.records import LabelledSample, Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import load_tokenizer
@@ -141,14 +142,14 @@ def test_effective_sample_size() -> None:
 )
 def test_condition_texts(reward: float, text: str) -> None:
     (row,) = ca.condition(labelled(reward), FORMAT, LIMIT)
-    assert row.condition == f"<rm_score>{text}" == ca.condition_text(reward, FORMAT, LIMIT)
+    assert row.condition == f"<rm_score>{text}" == condition_text(reward, FORMAT, LIMIT)
     assert row.weight == 1.0
 
 
 def test_other_formats() -> None:
-    assert ca.condition_text(-0.001, "<rm_score> {reward:.2f}", 9.9) == "<rm_score> 0.00"
-    assert ca.condition_text(1.25, "[{reward:+05.1f}]", 9.9) == "[+01.2]"
-    assert ca.condition_text(-0.2, "{{{reward:.0f}}}", 9.9) == "{0}"
+    assert condition_text(-0.001, "<rm_score> {reward:.2f}", 9.9) == "<rm_score> 0.00"
+    assert condition_text(1.25, "[{reward:+05.1f}]", 9.9) == "[+01.2]"
+    assert condition_text(-0.2, "{{{reward:.0f}}}", 9.9) == "{0}"
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_other_formats() -> None:
 )
 def test_formats_that_cannot_work(reward_format: str, problem: str) -> None:
     if not problem:
-        ca.check_format(reward_format, LIMIT)
+        check_format(reward_format, LIMIT)
         return
     with pytest.raises(ConfigError, match=rf"method.reward_format=.*{problem}"):
         ca.condition(labelled(1.0), reward_format, LIMIT)

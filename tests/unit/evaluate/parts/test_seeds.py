@@ -13,7 +13,8 @@ from offline_align.evaluate.comparison import load_comparison, name_columns
 from offline_align.evaluate.parts.seeds import _drawable, over_seeds, seeds_section
 from offline_align.evaluate.results import Compared, Judgement
 from offline_align.evaluate.tables import headline
-from offline_align.lineage import write_config, write_manifest
+from offline_align.lineage import write_config
+from tests.runs import write_manifest
 from tests.unit.evaluate.conftest import rows_for
 
 

@@ -1,0 +1,220 @@
+"""One run of a stage and its owner: what it reads, its key, its folder, its ranks and its end.
+
+A job resolves the model once, hashes every input once, holds the folder while it works, and writes the manifest last.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from offline_align import lineage
+from offline_align.config.compose import to_mapping
+from offline_align.config.runs import ModelRun, Run, section
+from offline_align.config.sections import DataSection, LauncherSection, ModelSection, OnBadRow, RowDataSection
+from offline_align.data.journal import Journal
+from offline_align.data.records import BadRows, input_paths
+from offline_align.data.sources import input_sources
+from offline_align.distributed.run_lock import run_lock
+from offline_align.errors import ConfigError, StorageError
+from offline_align.launch import under_torchrun
+from offline_align.model.description import find_model
+from offline_align.stages.continuation import RunKey, begin_or_continue
+from offline_align.stages.origin import Origin, resolve
+from offline_align.stages.registry import Reads, Stage
+
+if TYPE_CHECKING:
+    from offline_align.distributed.setup import Ranks
+
+logger = logging.getLogger(__name__)
+QUARANTINE = "quarantine.jsonl"
+
+
+class Job[R: Run]:
+    """A stage, its configuration and the keys that the user set."""
+
+    def __init__(self, stage: Stage, config: R, explicit: frozenset[str] = frozenset()) -> None:
+        self.stage = stage
+        self.config = config
+        self.explicit = explicit
+        self._key: RunKey | None = None
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder that receives everything that is written."""
+        return Path(self.config.run.dir)
+
+    @property
+    def has_run_dir(self) -> bool:
+        """Whether there is one: `plan` may do without."""
+        return self.config.run.dir not in (MISSING, None)
+
+    @property
+    def launcher(self) -> LauncherSection | None:
+        """How ranks are started, for the stages that can have several or be a job of a cluster."""
+        return section(self.config, LauncherSection)
+
+    @property
+    def cache_dir(self) -> Path:
+        """The folder of tokenised data."""
+        data = section(self.config, DataSection)
+        return Path(data.cache_dir) if data is not None and data.cache_dir else self.run_dir / "cache"
+
+    # ---- What it reads
+
+    @cached_property
+    def origin(self) -> Origin:
+        """The model of `init.from` and `model.*`; raises ConfigError with all that is wrong."""
+        assert isinstance(self.config, ModelRun)
+        return resolve(self.config, self.explicit)
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The data files; raises ConfigError for those that are not there."""
+        given = {key: value for key, value in self.config.named_files().items() if value is not None}
+        if self.stage.reads is Reads.raw_rows:
+            sources = [source for key, value in given.items() for source in input_sources(value, key)]
+            return [source.path for source in sources if source.path]
+        return [path for key, value in given.items() for path in input_paths(value, key)]
+
+    @property
+    def models(self) -> list[Path]:
+        """The models that it builds on, as checkpoint or Hugging Face folders; ConfigError for what is none."""
+        named = self.config.named_models()
+        return [find_model(source, key) for key, source in named.items() if source is not None]
+
+    @property
+    def shown_runs(self) -> list[Path]:
+        """The finished runs that `evaluate.runs` names, but for this one; ConfigError for a name of none."""
+        found: list[Path] = []
+        for name in self.config.named_runs():
+            folder = Path(name)
+            is_run = (folder / lineage.MANIFEST).is_file()
+            some = [folder] if is_run else sorted(path.parent for path in folder.glob(f"*/{lineage.MANIFEST}"))
+            if not some:
+                raise ConfigError(f"evaluate.runs={name}: holds no finished run; give run folders, or a folder of them")
+            found += some
+        own = self.run_dir.resolve()
+        return [path for path in dict.fromkeys(run.resolve() for run in found) if path != own]
+
+    @cached_property
+    def sources(self) -> lineage.Sources:
+        """All that it reads, hashed: ask for it on one rank."""
+        return lineage.read_sources(self.inputs, [*self.models, *self.shown_runs])
+
+    @cached_property
+    def settings(self) -> lineage.RunSettings:
+        """All that determines what it produces; reads every input once."""
+        return lineage.run_settings(self.stage.name, to_mapping(self.config), self.sources)
+
+    # ---- Its life
+
+    @property
+    def key(self) -> RunKey:
+        """The keys of the run, once it has begun."""
+        return self._key or RunKey(self.settings.key, self.settings.continuation)
+
+    def is_finished(self) -> bool:
+        """Whether the folder holds this very run complete; says so. Raises ConfigError if it holds another one."""
+        done = lineage.completed(self.run_dir, self.stage.name, self.settings.key)
+        if done:
+            # A run that was killed between its manifest and its last line has left it.
+            shutil.rmtree(self.run_dir / "journal", ignore_errors=True)
+            logger.info("%s: %s is complete", self.stage.name, self.run_dir)
+        return done
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[bool]:
+        """Hold the run folder, one rank for all; gives whether there is still work to do.
+
+        Raises ConfigError if another job has it.
+        """
+        with run_lock(self.run_dir, self.stage.name):
+            # Another job may have finished the run since this one looked.
+            to_do = not self.is_finished()
+            broken = lineage.incomplete_outputs(self.run_dir, lineage.read_manifest(self.run_dir))
+            if broken:
+                logger.warning("%s: %s is missing or cut short and is made again", self.run_dir, ", ".join(broken))
+            yield to_do
+
+    def on_ranks(self, body: "Callable[[Ranks], None]") -> int:
+        """Run `body(ranks)` on all ranks unless the run is finished; returns the exit code 0.
+
+        A process that torchrun did not start looks first, before it loads anything heavy.
+        """
+        if not under_torchrun() and self.is_finished():
+            return 0
+        from offline_align.distributed.setup import session
+
+        config: Run = self.config
+        assert isinstance(config, ModelRun)
+        with contextlib.ExitStack() as stack, session(config.parallel, config.run) as ranks:
+
+            def begin() -> RunKey | None:
+                if self.is_finished() or not stack.enter_context(self.held()):
+                    return None
+                return begin_or_continue(self.run_dir, self.settings, lineage.flat(to_mapping(config)))
+
+            self._key = ranks.from_main(begin)
+            if self._key is not None:
+                body(ranks)
+        return 0
+
+    def alone(self, body: Callable[[], None]) -> None:
+        """Run `body` in this process, unless the run is finished."""
+        if self.is_finished():
+            return
+        with self.held() as to_do:
+            if to_do:
+                body()
+
+    def start_folder(self, model: ModelSection | None = None, ranks: "Ranks | None" = None) -> None:
+        """Make the run folder with `config.yaml`; with `ranks`, one of them does and all go on together.
+
+        `model` is the architecture that runs, if it came with the weights and not from the configuration.
+        """
+        if ranks is None or ranks.is_main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            # Else the first figure of a user would leave a list of fonts in the home folder.
+            os.environ.setdefault("MPLCONFIGDIR", str((self.run_dir / "cache" / "matplotlib").resolve()))
+            own = {"model": to_mapping(replace(model, tokenizer=None))} if model is not None else {}
+            lineage.write_config(self.run_dir, to_mapping(self.config) | own)
+        if ranks is not None:
+            ranks.barrier()
+
+    def bad_rows(self, writes: bool = True) -> BadRows:
+        """Return the policy on bad rows, one for the whole run; only one rank `writes` the quarantine file.
+
+        What an earlier attempt quarantined is removed: its data may have been mended since. Raises StorageError.
+        """
+        data = section(self.config, RowDataSection)
+        policy = data.on_bad_row if data is not None else OnBadRow.fail
+        if not writes or not self.has_run_dir:
+            return BadRows(policy, None)
+        quarantine = self.run_dir / QUARANTINE
+        try:
+            quarantine.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{quarantine}: cannot be removed: {error.strerror or error}") from error
+        return BadRows(policy, quarantine)
+
+    def finish(self, outputs: Iterable[Path], facts: Mapping[str, Any]) -> None:
+        """Write the manifest, which says that the run is complete.
+
+        `outputs` that are not there are left out; the quarantine file is one by itself. `facts` are the stage's own.
+        """
+        written = [path for path in dict.fromkeys([*outputs, self.run_dir / QUARANTINE]) if path.exists()]
+        extra = {**facts, **self.key.facts}
+        lineage.write_manifest(self.run_dir, self.stage.name, self.key.finished, self.sources, written, extra)
+
+
+def effort(journal: Journal, ranks: "Ranks") -> dict[str, Any]:
+    """Return what a run with a journal cost, for its manifest: seconds of all attempts, ranks and device."""
+    return {"seconds": journal.seconds(), "ranks": ranks.world_size, "device": ranks.device.type}

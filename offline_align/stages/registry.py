@@ -1,0 +1,193 @@
+"""The commands: one record each, with all that is known of it.
+
+A new training method is a row function in `methods/` (or an objective in `objectives/`) and a record here.
+"""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal
+
+from offline_align.config import runs
+from offline_align.config.compose import Composed, compose
+from offline_align.config.runs import Run
+from offline_align.methods import ca, fa, rwr
+from offline_align.stages.recipe import Recipe, labelled, next_token, pairwise, preference_pairs, samples
+
+if TYPE_CHECKING:
+    from offline_align.stages.job import Job
+
+
+class Reads(Enum):
+    """What kind of data a stage reads."""
+
+    raw_rows = "rows of any published form, which it turns into ours"
+    rows = "rows of ours"
+    prompts = "prompts"
+    nothing = "no data of its own"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is known of one command."""
+
+    name: str
+    summary: str
+    """What the list of commands says."""
+    schema: type[Run]
+    """Its configuration: one section a field, one key a field of a section."""
+    body: str
+    """The module of this package whose `run(job)` does the work. Imported when it is needed."""
+    reads: Reads = Reads.nothing
+    data_key: str | None = None
+    """The key of its data, if it must be set."""
+    starts_from: str | None = None
+    """What `init.from` must name, in words, if it must be set."""
+    needs: Literal["policy", "reward_model"] | None = None
+    """Kind of the model that `init.from` names; None if both will do."""
+    recipe: Recipe | None = None
+    """What a training stage trains, from which rows, with which objective."""
+    watches_the_clock: bool = False
+    """Whether its own loop looks at `trainer.max_time`, to save first; the limit ends other commands anywhere."""
+    needs_run_dir: bool = True
+    runs_megatron: bool = False
+    """Whether its ranks run a model on megatron-core."""
+    one_process: bool = False
+    """Whether it is one process without a GPU, although it can be a job on a cluster."""
+
+    def compose(self, words: Sequence[str]) -> Composed:
+        """Return the configuration for command-line words; problems are collected, not raised."""
+        return compose(self.name, self.schema, list(words), self.needs_run_dir)
+
+    def run(self, job: "Job[Any]") -> int:
+        """Do the work of one run; returns the exit code."""
+        code: int = importlib.import_module(f"offline_align.stages.{self.body}").run(job)
+        return code
+
+
+def _training(
+    name: str,
+    summary: str,
+    schema: type[runs.TrainRun],
+    recipe: Recipe,
+) -> Stage:
+    """Return the record of a stage that trains."""
+    return Stage(
+        name,
+        summary,
+        schema,
+        "training",
+        reads=Reads.rows,
+        data_key="data.train",
+        needs=None if recipe.makes == "reward_model" else "policy",
+        recipe=recipe,
+        watches_the_clock=True,
+        runs_megatron=True,
+    )
+
+
+_ALL = (
+    Stage(
+        "prepare",
+        "raw data sets to rows: SFT and preference files, splits, a report",
+        runs.PrepareRun,
+        "prepare",
+        reads=Reads.raw_rows,
+        data_key="data.input",
+        one_process=True,
+    ),
+    _training(
+        "sft",
+        "supervised fine-tuning of a policy (Eq. 1)",
+        runs.TrainRun,
+        Recipe("supervised fine-tuning", "policy", samples, next_token),
+    ),
+    _training(
+        "reward",
+        "reward model on preference pairs (Eq. 2)",
+        runs.RewardRun,
+        Recipe(
+            "a reward model trained on preference pairs",
+            "reward_model",
+            preference_pairs,
+            pairwise,
+            valid=preference_pairs,
+        ),
+    ),
+    Stage(
+        "label",
+        "a reward model scores a data set (Figure 3)",
+        runs.LabelRun,
+        "label",
+        reads=Reads.rows,
+        data_key="data.input",
+        starts_from="a reward model",
+        needs="reward_model",
+        watches_the_clock=True,
+        runs_megatron=True,
+    ),
+    _training(
+        "fa",
+        "Filtering Alignment: rows above a reward threshold (Eq. 4)",
+        runs.FilteringRun,
+        Recipe("Filtering Alignment", "policy", labelled(fa.training_rows), next_token),
+    ),
+    _training(
+        "rwr",
+        "Reward-Weighted Regression: rows weighted by exp(reward / beta) (Eq. 5)",
+        runs.RewardWeightedRun,
+        Recipe("Reward-Weighted Regression", "policy", labelled(rwr.training_rows), next_token),
+    ),
+    _training(
+        "ca",
+        "Conditional Alignment: the reward written into the prompt (Eq. 6)",
+        runs.ConditionalRun,
+        Recipe(
+            "Conditional Alignment",
+            "policy",
+            labelled(ca.training_rows),
+            next_token,
+            # Validation rows have rewards too, and are read under them.
+            valid=labelled(ca.training_rows),
+            condition=ca.stored_condition,
+        ),
+    ),
+    Stage(
+        "generate",
+        "a policy answers prompts",
+        runs.GenerateRun,
+        "generate",
+        reads=Reads.prompts,
+        data_key="data.input",
+        starts_from="a policy",
+        needs="policy",
+        watches_the_clock=True,
+    ),
+    Stage(
+        "evaluate",
+        "several sets of answers, a judge, tables and a page",
+        runs.EvaluateRun,
+        "evaluate",
+        reads=Reads.rows,
+        data_key="data.input",
+    ),
+    Stage(
+        "convert",
+        "Hugging Face form to ours and back",
+        runs.ConvertRun,
+        "convert",
+        starts_from="a Hugging Face folder, or a policy or reward model of ours",
+    ),
+    Stage(
+        "plan",
+        "what FA would keep, RWR weigh and CA write: no GPU, no model",
+        runs.PlanRun,
+        "plan",
+        reads=Reads.rows,
+        data_key="data.input",
+        needs_run_dir=False,
+    ),
+    Stage("verify", "whether a run folder is whole and where it came from", runs.VerifyRun, "verify"),
+)
+STAGES = {stage.name: stage for stage in _ALL}
