@@ -33,7 +33,8 @@ def run(job: Job[PrepareRun]) -> int:
         return 0
     summary: dict[str, int] = {}
     job.alone(lambda: summary.update(_write(job, sources)))
-    console.print("\n".join(f"{name}: {rows:,} rows" for name, rows in summary.items()), highlight=False)
+    for name, rows in summary.items():
+        console.print(f"{name}: {rows:,} rows", highlight=False)
     return 0
 
 

@@ -144,12 +144,11 @@ def test_no_usable_row_is_bad_data(start: Start, tmp_path: Path) -> None:
         start(write(tmp_path / "empty.jsonl"))
 
 
-def test_a_complete_run_is_not_done_again(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_run_is_not_done_again(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     folder = start("demo")
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    capsys.readouterr()
     start("demo")
-    assert "complete" in capsys.readouterr().out
+    assert f"prepare: {folder} is complete" in caplog.text
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     with pytest.raises(ConfigError, match="other settings or inputs"):
         start("demo", words=["run.seed=7"])
