@@ -66,7 +66,7 @@ def _without_rows(result: Preparation, bad_rows: BadRows) -> str:
     names = ", ".join(counts.name for counts in result.inputs)
     lost = sum((counts.dropped for counts in result.inputs), Counter(bad_rows.counts))
     reasons = "; ".join(f"{number} {reason}" for reason, number in lost.most_common())
-    return f"{names}: no usable row; {reasons or 'nothing is in there'}"
+    return f"{names}: no usable row; {reasons or 'there is no row at all'}"
 
 
 def _rows(source: Source, settings: PrepareSection, counts: InputCounts, bad_rows: BadRows) -> Iterator[Converted]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from offline_align.data.adapters.columns import is_blank
@@ -56,17 +57,28 @@ def recognise(columns: dict[str, Any], name: str | None = None) -> Form:
 
     Blank columns count only if the others show no form: in a table of rows of several forms each row has all columns.
     """
-    candidates = [form for form in KNOWN if name in (None, form.name)]
-    for names in (_names(columns, blanks=False), _names(columns, blanks=True)):
-        for form in candidates:
-            if any(sign <= names for sign in form.signs):
-                return form
+    for blanks in (False, True):
+        form = _first(_names(columns, blanks), name)
+        if form is not None:
+            return form
+    candidates = _called(name)
     if name is not None and len(candidates) == 1:
         return candidates[0]  # which will say what is missing
-    raise RowError(f"columns: no known form; prepare.format takes {', '.join(FORMS)}")
+    needed = " or ".join("+".join(sorted(sign)) for form in candidates for sign in form.signs)
+    known = f"no known form; prepare.format takes {', '.join(FORMS)}"
+    raise RowError(f"columns: {known if name is None else f'not of the form {name}, which has {needed}'}")
 
 
-def _names(columns: dict[str, Any], blanks: bool) -> set[str]:
-    names = {name for name, value in columns.items() if blanks or not is_blank(value)}
+def _called(name: str | None) -> list[Form]:
+    return [form for form in KNOWN if name in (None, form.name)]
+
+
+@lru_cache  # for the rows of a set have the same few columns
+def _first(names: frozenset[str], name: str | None) -> Form | None:
+    return next((form for form in _called(name) if any(sign <= names for sign in form.signs)), None)
+
+
+def _names(columns: dict[str, Any], blanks: bool) -> frozenset[str]:
+    names = frozenset(name for name, value in columns.items() if blanks or not is_blank(value))
     prompt = columns.get("prompt")
     return names | {f"prompt.{key}" for key in prompt} if isinstance(prompt, dict) else names

@@ -366,6 +366,11 @@ def test_an_unknown_form_is_a_bad_row() -> None:
     assert sum(bad_rows.counts.values()) == 1
 
 
+def test_a_form_of_several_sets_says_what_it_has() -> None:
+    with pytest.raises(DataError, match=r"not of the form self_instruct, which has instances\+instruction or "):
+        converted({"instruction": "a"}, form="self_instruct")
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_that_was_asked_for_is_not_guessed_again(form: str) -> None:
     with pytest.raises(DataError, match=r"f\.jsonl:1: "):

@@ -127,7 +127,7 @@ def test_a_tree_counts_as_its_messages(tmp_path: Path, nest: bool) -> None:
 
 
 def test_an_input_without_a_usable_row_says_what_became_of_its_rows(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows\.jsonl: no usable row; nothing is in there"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: no usable row; there is no row at all"):
         prepared(tmp_path, [""])
     lines = [json.dumps({"instruction": "a", "instances": []})] * 2
     with pytest.raises(DataError, match=r"no usable row; 2 self_instruct: a task without an instance; 1 json: "):
