@@ -12,15 +12,22 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from offline_align.config.sections import OnBadRow
+from offline_align.data.file_kinds import GZIP, HEAD_BYTES, UTF8_BOM, refuse_other_kinds
 from offline_align.errors import ConfigError, DataError, StorageError
 from offline_align.lineage.files import fsync_path
 
-UTF8_BOM = b"\xef\xbb\xbf"
 HUB_PREFIX = "hf:"
+NOT_UTF8 = "encoding: not UTF-8"
+DAMAGED = "gzip: damaged or truncated, the rest of the file is lost"
+FIXES = {
+    NOT_UTF8: "save the file as UTF-8 (from Latin-1: `iconv -f LATIN1 -t UTF-8`)",
+    DAMAGED: "fetch the file again",
+}
 BRACKETS_TO_CHECK = 500  # below this no line can be nested too deeply to be written again
 
 
@@ -43,7 +50,8 @@ class BadRows:
     def reject(self, path: Path, line_no: int, reason: str, raw: str) -> None:
         """Count and quarantine one row, or raise DataError `file:line: field: reason`."""
         if self.on_bad_row is OnBadRow.fail:
-            raise DataError(f"{path}:{line_no}: {reason}; mend the row, or set data.on_bad_row=skip")
+            fix = FIXES.get(reason, "mend the row")
+            raise DataError(f"{path}:{line_no}: {reason}; {fix}, or set data.on_bad_row=skip")
         if self.quarantine is not None:
             self._write(self.quarantine, {"file": str(path), "line": line_no, "reason": reason, "raw": raw})
         self.counts[reason] += 1
@@ -89,6 +97,7 @@ def read_objects(paths: Sequence[Path], bad_rows: BadRows) -> Iterator[Line]:
     """Yield every JSON object of the files in order; other lines go to `bad_rows`.
 
     Blank lines count in line numbers and are nothing else; a byte order mark at the start of a file is allowed.
+    DataError, also if bad rows are skipped, for a file that is something else as a whole.
     """
     for path in paths:
         for number, raw in _numbered_lines(path, bad_rows):
@@ -101,7 +110,7 @@ def read_objects(paths: Sequence[Path], bad_rows: BadRows) -> Iterator[Line]:
 
 
 def is_empty(paths: Sequence[Path]) -> bool:
-    """Return whether the files hold nothing but blank lines; StorageError."""
+    """Return whether the files hold nothing but blank lines; DataError if it is no JSONL, StorageError."""
     found = BadRows(OnBadRow.skip, None)
     return not any(raw.strip() for path in paths for _, raw in _numbered_lines(path, found)) and not found.counts
 
@@ -109,17 +118,24 @@ def is_empty(paths: Sequence[Path]) -> bool:
 def _numbered_lines(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
-        with _open(path) as file:
+        with path.open("rb") as stored, _unpacked(path, stored) as file:
+            refuse_other_kinds(path, file.peek(HEAD_BYTES))
             for number, raw in enumerate(file, start=1):
                 yield number, raw.removeprefix(UTF8_BOM) if number == 1 else raw
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        bad_rows.reject(path, number + 1, "gzip: damaged or truncated, the rest of the file is lost", "")
+        bad_rows.reject(path, number + 1, DAMAGED, "")
     except OSError as error:
         raise StorageError(f"{path}: cannot read: {error.strerror}") from error
 
 
-def _open(path: Path) -> BinaryIO | gzip.GzipFile:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+def _unpacked(path: Path, stored: BufferedReader) -> BufferedReader | gzip.GzipFile:
+    """Return a file to read, unpacked if it is of gzip, whatever its name."""
+    head = stored.peek(len(GZIP))
+    if head.startswith(GZIP):
+        return gzip.GzipFile(fileobj=stored)
+    if head and path.suffix == ".gz":
+        raise DataError(f"{path}:1: gzip: the file is none, in spite of its name; rename it, or fetch it again")
+    return stored
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -127,7 +143,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RowError("encoding: not UTF-8") from error
+        raise RowError(NOT_UTF8) from error
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
     except RowError:
@@ -196,6 +212,8 @@ def _path_problem(path: Path) -> str | None:
     if not path.exists():
         # A data set of the hub is read once all settings are known to be good.
         return None if str(path).startswith(HUB_PREFIX) else "no such file"
+    if not path.is_file():
+        return "is not a regular file, and is read more than once; write its rows to one"
     return None if os.access(path, os.R_OK) else "cannot be read; check its permissions"
 
 

@@ -1,5 +1,6 @@
 """The body of `prepare`: read all inputs, drop duplicates, split, and count everything for the report."""
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,25 +13,18 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from offline_align.config.sections import PrepareSection
 from offline_align.data.adapters.convert import Converted, convert
+from offline_align.data.adapters.counts import InputCounts
 from offline_align.data.demo import demo_pairs, demo_samples
 from offline_align.data.jsonl import BadRows, Line, write_jsonl
 from offline_align.data.sources import Source, read_source
-from offline_align.data.split import content_digest, is_validation
+from offline_align.data.split import answers, content_digest, is_validation
 from offline_align.errors import DataError
 
 FILES = ("sft_train.jsonl", "sft_valid.jsonl", "preferences_train.jsonl", "preferences_valid.jsonl")
 DUPLICATE = "duplicate of an earlier row"
 PROGRESS_EVERY_ROWS = 500
 
-
-@dataclass
-class InputCounts:
-    """What became of one input."""
-
-    name: str
-    rows_read: int = 0
-    rows_kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,7 +42,7 @@ class Preparation:
             if name.endswith("_train.jsonl"):
                 for row in self.files[name]:
                     yield from _prompt_texts(row)
-                    yield from _answer_texts(row)
+                    yield from answers(row).values()
 
 
 def prepare_rows(sources: Iterable[Source], settings: PrepareSection, seed: int, bad_rows: BadRows) -> Preparation:
@@ -58,16 +52,26 @@ def prepare_rows(sources: Iterable[Source], settings: PrepareSection, seed: int,
         counts = InputCounts(source.name)
         result.inputs.append(counts)
         rows = _demo_rows(settings, seed, counts) if source.is_demo else _rows(source, settings, counts, bad_rows)
+        bad_before = bad_rows.counts.total()
         for converted in rows:
             _place(converted, result, counts, bad_rows, settings.valid_fraction, seed)
+        counts.bad_rows = bad_rows.counts.total() - bad_before
+        counts.say(_log)
     if not any(result.files.values()):
-        raise DataError(f"{', '.join(counts.name for counts in result.inputs)}: no usable row")
+        raise DataError(_without_rows(result, bad_rows))
     return result
 
 
+def _without_rows(result: Preparation, bad_rows: BadRows) -> str:
+    names = ", ".join(counts.name for counts in result.inputs)
+    lost = sum((counts.dropped for counts in result.inputs), Counter(bad_rows.counts))
+    reasons = "; ".join(f"{number} {reason}" for reason, number in lost.most_common())
+    return f"{names}: no usable row; {reasons or 'there is no row at all'}"
+
+
 def _rows(source: Source, settings: PrepareSection, counts: InputCounts, bad_rows: BadRows) -> Iterator[Converted]:
-    lines = _watched(read_source(source, bad_rows, settings.max_rows), counts)
-    return convert(lines, settings.format, source.name, bad_rows, counts.dropped)
+    lines = _watched(read_source(source, bad_rows, settings.max_rows), counts, bad_rows)
+    return convert(lines, settings.format, bad_rows, counts)
 
 
 def _demo_rows(settings: PrepareSection, seed: int, counts: InputCounts) -> Iterator[Converted]:
@@ -78,24 +82,29 @@ def _demo_rows(settings: PrepareSection, seed: int, counts: InputCounts) -> Iter
     ):
         for row in rows:
             counts.rows_read += 1
+            counts.rows_used += 1
+            counts.rows_made += 1
             yield Converted(row)
 
 
-def _watched(lines: Iterator[Line], counts: InputCounts) -> Iterator[Line]:
-    """Count lines and show their number and rate on a terminal."""
+def _watched(lines: Iterator[Line], counts: InputCounts, bad_rows: BadRows) -> Iterator[Line]:
+    """Count lines, and those between them that the reader rejects, and show number and rate on a terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[rate]}"))
     console = Console(stderr=True)
     # What it would leave in a file is an empty line.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(counts.name, total=None, rate="")
+        bad_before = bad_rows.counts.total()
         for line in lines:
-            counts.rows_read += 1
+            counts.rows_read += 1 + bad_rows.counts.total() - bad_before
             if counts.rows_read % PROGRESS_EVERY_ROWS == 0:
                 speed = progress.tasks[0].speed or 0
                 progress.update(
                     task, completed=counts.rows_read, rate=f"{counts.rows_read:,} rows, {speed:,.0f} a second"
                 )
             yield line
+            bad_before = bad_rows.counts.total()
+        counts.rows_read += bad_rows.counts.total() - bad_before
 
 
 def _place(
@@ -139,15 +148,7 @@ def write_rows(result: Preparation, folder: Path) -> list[Path]:
 def report(result: Preparation, bad_rows: BadRows) -> dict[str, Any]:
     """Return the counts of rows, drops by input and reason, and lengths in characters by file."""
     return {
-        "inputs": [
-            {
-                "name": counts.name,
-                "rows_read": counts.rows_read,
-                "rows_kept": counts.rows_kept,
-                "dropped": dict(sorted(counts.dropped.items())),
-            }
-            for counts in result.inputs
-        ],
+        "inputs": [counts.described() for counts in result.inputs],
         "bad_rows": dict(sorted(bad_rows.counts.items())),
         "duplicates": sum(counts.dropped[DUPLICATE] for counts in result.inputs),
         "files": {name: _file_report(rows) for name, rows in result.files.items()},
@@ -159,9 +160,8 @@ def _file_report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     lengths: defaultdict[str, list[int]] = defaultdict(list)
     for row in rows:
         lengths["prompt"].append(sum(map(len, _prompt_texts(row))))
-        for name in ("response", "chosen", "rejected"):
-            if name in row:
-                lengths[name].append(len(row[name]))
+        for name, text in answers(row).items():
+            lengths[name].append(len(text))
     return {
         "rows": len(rows),
         "sources": dict(sorted(sources.items())),
@@ -182,7 +182,3 @@ def _summary(values: list[int]) -> dict[str, float]:
 def _prompt_texts(row: dict[str, Any]) -> list[str]:
     prompt = row["prompt"]
     return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-
-
-def _answer_texts(row: dict[str, Any]) -> list[str]:
-    return [row[name] for name in ("response", "chosen", "rejected") if name in row]

@@ -11,8 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from offline_align.data.file_kinds import HEAD_BYTES, PARQUET, UTF8_BOM
 from offline_align.data.jsonl import (
+    FIXES,
     HUB_PREFIX,
+    NOT_UTF8,
     BadRows,
     Line,
     RowError,
@@ -66,9 +69,10 @@ def read_source(source: Source, bad_rows: BadRows, max_rows: int | None) -> Iter
 def _objects(source: Source, bad_rows: BadRows) -> Iterator[Line]:
     if source.path is None:
         return _checked(Path(source.name), _hub_rows(source.name), bad_rows)
-    if source.path.suffix == ".parquet":
+    head = _head(source.path)
+    if head.startswith(PARQUET) or source.path.suffix == ".parquet":
         return _checked(source.path, _parquet_rows(source.path), bad_rows)
-    if source.path.suffix == ".json" and _holds_an_array(source.path):
+    if source.path.suffix == ".json" and head.lstrip(UTF8_BOM + b" \t\r\n").startswith(b"["):
         return _checked(source.path, _array_items(source.path), bad_rows)
     return read_objects([source.path], bad_rows)
 
@@ -82,10 +86,10 @@ def _checked(path: Path, rows: Iterable[Any], bad_rows: BadRows) -> Iterator[Lin
             bad_rows.reject(path, number, str(error), readable(raw))
 
 
-def _holds_an_array(path: Path) -> bool:
+def _head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+            return file.read(HEAD_BYTES)
     except OSError as error:
         raise StorageError(f"{path}: cannot read: {error.strerror}") from error
 
@@ -94,7 +98,8 @@ def _array_items(path: Path) -> list[Any]:
     try:
         items: list[Any] = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}:1: encoding: not UTF-8; save it as UTF-8") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: {NOT_UTF8}; {FIXES[NOT_UTF8]}") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: json: not valid JSON; mend the file") from error
     except RecursionError as error:

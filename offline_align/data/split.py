@@ -9,13 +9,17 @@ def normalised(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
+def answers(row: dict[str, Any]) -> dict[str, str]:
+    """Return the answers of a row by their columns; in a pair a `response` is a further column, of any type."""
+    return {name: row[name] for name in ("chosen", "rejected") if name in row} or {"response": row["response"]}
+
+
 def content_digest(row: dict[str, Any]) -> bytes:
     """Return a digest that rows share where prompt and answers are equal after `normalised`."""
     prompt = row["prompt"]
     messages = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
-    answers = [(name, row[name]) for name in ("response", "chosen", "rejected") if name in row]
     digest = hashlib.sha256()
-    for name, text in [*messages, *answers]:
+    for name, text in [*messages, *answers(row).items()]:
         digest.update(f"{name}\0{normalised(text)}\0".encode())
     return digest.digest()
 

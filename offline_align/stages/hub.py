@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from offline_align.config.runs import section
 from offline_align.config.sections import DataSection
 from offline_align.data.adapters.convert import convert
+from offline_align.data.adapters.counts import InputCounts
 from offline_align.data.jsonl import HUB_PREFIX, BadRows, write_jsonl
 from offline_align.data.sources import Source, read_source
 from offline_align.errors import ConfigError
@@ -73,21 +73,23 @@ def _file_of(job: Job[Any], key: str, name: str) -> Path:
 
 def _make(path: Path, job: Job[Any], key: str, name: str) -> None:
     bad_rows = BadRows(job.config.data.on_bad_row, path.with_suffix(".quarantine.jsonl"))
-    drops: Counter[str] = Counter()
+    counts = InputCounts(name)
     try:
-        count = write_jsonl(path, _rows(job, name, bad_rows, drops))
+        count = write_jsonl(path, _rows(job, bad_rows, counts))
     except ConfigError as error:
         # The reader knows it as an input of `prepare`.
         raise ConfigError(str(error).replace("data.input=", f"{key}=", 1)) from error
     bad_rows.report(logger)
-    dropped = ", ".join(f"{number} {reason}" for reason, number in drops.items())
+    counts.say(logger)
+    dropped = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items())
     logger.info("%s=%s: %d rows into %s%s", key, name, count, path, f"; dropped: {dropped}" if dropped else "")
 
 
-def _rows(job: Job[Any], name: str, bad_rows: BadRows, drops: Counter[str]) -> Iterator[dict[str, Any]]:
+def _rows(job: Job[Any], bad_rows: BadRows, counts: InputCounts) -> Iterator[dict[str, Any]]:
     """Yield the rows of a data set in our form; prompts to be answered have no other and stay as they are."""
+    name = counts.name
     lines = read_source(Source(name, None), bad_rows, None)
     if job.stage.reads is Reads.prompts:
         # Where one row has an id, `datasets` gives all others an empty one.
         return (line.value | {"id": line.value.get("id") or f"{name}:{line.number}"} for line in lines)
-    return (converted.row for converted in convert(lines, None, name, bad_rows, drops))
+    return (converted.row for converted in convert(lines, None, bad_rows, counts))

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from offline_align import lineage
 from offline_align.config.runs import PrepareRun
-from offline_align.data.adapters.convert import FORMS
+from offline_align.data.adapters.forms import FORMS
 from offline_align.data.demo import MOST_PROMPTS, demo_prompts
 from offline_align.data.jsonl import BadRows, write_jsonl
 from offline_align.data.preparation import FILES, Preparation, prepare_rows, report, write_rows

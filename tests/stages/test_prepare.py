@@ -97,8 +97,12 @@ def test_several_forms_at_once(start: Start, tmp_path: Path) -> None:
     assert report["duplicates"] == 1
     assert report["inputs"][1] == {
         "name": "pairs.jsonl",
+        "forms": {"hh": 2},
         "rows_read": 2,
+        "rows_used": 2,
+        "rows_made": 2,
         "rows_kept": 1,
+        "bad_rows": 0,
         "dropped": {"rejected: the same as chosen": 1},
     }
     assert report["files"]["sft_train.jsonl"]["characters"]["response"]["max"] == len("Answer 1.")

@@ -1,103 +1,103 @@
-"""From published rows to ours: recognise the form, convert, check.
+"""From published rows to ours: recognise the form, convert, check, count.
 
-Two kinds of loss are kept apart. A row that is not what its form promises (a missing column, a wrong
-type) is a bad row and obeys `data.on_bad_row`. A sound row that gives nothing to learn from (two equal
-answers, an empty one) is dropped and counted: the published sets have many of those.
+Two kinds of loss are kept apart. A row that is not what its form promises (a missing column, a wrong type, a text that
+the form does not read) is a bad row and obeys `data.on_bad_row`. A sound row that gives nothing to learn from (two
+equal answers, an empty one) is dropped and counted: the published sets have many of those.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from offline_align.data.adapters.columns import DroppedRow, without
-from offline_align.data.adapters.hh import hh
-from offline_align.data.adapters.instructions import dolly, flan, self_instruct
+from offline_align.data.adapters.columns import DroppedRow, is_blank, without
+from offline_align.data.adapters.counts import InputCounts
+from offline_align.data.adapters.forms import Form, recognise
 from offline_align.data.adapters.oasst1 import Node, oasst1_nodes, oasst1_rows
 from offline_align.data.jsonl import BadRows, Line, RowError
 from offline_align.data.records import PreferencePair, Sample, parse_row, text_id
 
-ROW_ADAPTERS: dict[str, Callable[[dict[str, Any]], list[dict[str, Any]]]] = {
-    "hh": hh,
-    "dolly": dolly,
-    "flan": flan,
-    "self_instruct": self_instruct,
-}
-OWN_FORMS: dict[str, type[Sample] | type[PreferencePair]] = {"sft": Sample, "preference": PreferencePair}
-FORMS = (*ROW_ADAPTERS, "oasst1", *OWN_FORMS)
+ANSWERS = ("response", "chosen", "rejected")
+"""By these columns of a row of ours the stages know what it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A row of ours, and the line that it comes from where it comes from one alone."""
+    """A row of ours, and the line that it comes from if it comes from one alone."""
 
     row: dict[str, Any]
     line: Line | None = None
 
 
-def recognise(columns: dict[str, Any]) -> str:
-    """Return the form that a row has, by the names of its columns; RowError where it has none of them."""
-    names = columns.keys()
-    if names >= {"message_id", "text", "role"} or isinstance(columns.get("prompt"), dict):
-        return "oasst1"
-    if {"chosen", "rejected"} & names:
-        return "preference" if "prompt" in names else "hh"
-    if names >= {"prompt", "response"}:
-        return "sft"
-    if names >= {"instruction", "response"}:
-        return "dolly"
-    if names >= {"inputs", "targets"}:
-        return "flan"
-    if names >= {"instruction", "instances"} or names >= {"prompt", "completion"}:
-        return "self_instruct"
-    raise RowError(f"columns: no known form; prepare.format takes {', '.join(FORMS)}")
-
-
-def convert(
-    lines: Iterable[Line], form: str | None, name: str, bad_rows: BadRows, drops: Counter[str]
-) -> Iterator[Converted]:
+def convert(lines: Iterable[Line], form: str | None, bad_rows: BadRows, counts: InputCounts) -> Iterator[Converted]:
     """Yield our rows of the lines of one input; a `form` of None is recognised row by row.
 
-    A row without an id of its own becomes `<name>:<line number>`. Dropped rows are counted in `drops`;
-    DataError for a bad row unless those are skipped.
+    A row without an id of its own becomes `<name of the input>:<line number>`. What is read and made is counted in
+    `counts`, all but the lines themselves. DataError for a bad row unless those are skipped.
     """
     nodes: list[Node] = []
     for line in lines:
         try:
-            found = form or recognise(line.value)
-            if found == "oasst1":
-                nodes += oasst1_nodes(line.value)
+            found = recognise(line.value, form)
+            if found.name == "oasst1":
+                nodes += _messages(line, found, counts)
                 continue
-            row_id = f"{name}:{line.number}"
-            rows = [_own(line, found, row_id)] if found in OWN_FORMS else _adapted(line, found, row_id, drops)
+            rows = iter([_own(line, found, counts)]) if found.own else _usable(_adapted(line, found, counts), counts)
         except DroppedRow as dropped:
-            drops[str(dropped)] += 1
+            counts.dropped[str(dropped)] += 1
         except RowError as error:
             line.reject(bad_rows, str(error))
         else:
+            counts.rows_used += 1
             yield from rows
-    yield from (Converted(row) for row in oasst1_rows(nodes, drops) if _is_usable(row, drops))
+    yield from _usable(map(Converted, oasst1_rows(nodes, counts)), counts)
 
 
-def _own(line: Line, form: str, row_id: str) -> Converted:
-    row = parse_row(line.value, OWN_FORMS[form], row_id)
+def _messages(line: Line, form: Form, counts: InputCounts) -> list[Node]:
+    """Return the messages of a line, each of which counts as a row that was read."""
+    nodes = oasst1_nodes(line.value)
+    counts.rows_read += len(nodes) - 1
+    counts.note(form.name, line.value, form.reads, ())
+    return nodes
+
+
+def _own(line: Line, form: Form, counts: InputCounts) -> Converted:
+    """Return a row of ours as it is, but for blank answers that rows of another form in the same table have."""
+    assert form.own is not None
+    others = [name for name in ANSWERS if name not in form.reads and is_blank(line.value.get(name))]
+    if form.own is Sample and (pair := {"chosen", "rejected"} & line.value.keys() - {*others}):
+        raise RowError(f"{min(pair)}: makes the row a preference pair; set prepare.format=preference, or take it out")
+    row = parse_row(without(line.value, *others), form.own, f"{counts.name}:{line.number}")
+    counts.note(form.name, row.columns, (*form.reads, "id"), row.columns)
+    counts.rows_made += 1
     is_named = row.columns.get("id") is not None
     return Converted(row.columns if is_named else {"id": row.id} | without(row.columns, "id"), line)
 
 
-def _adapted(line: Line, form: str, row_id: str, drops: Counter[str]) -> list[Converted]:
+def _adapted(line: Line, form: Form, counts: InputCounts) -> list[Converted]:
+    assert form.adapt is not None
     own_id = text_id(line.value.get("id"))
-    row_id = own_id if isinstance(own_id, str) and own_id.strip() else row_id
-    rows = ROW_ADAPTERS[form](line.value)
+    row_id = own_id if isinstance(own_id, str) and own_id.strip() else f"{counts.name}:{line.number}"
+    rows = form.adapt(line.value)
+    counts.note(form.name, line.value, (*form.reads, "id"), rows[0])
     ids = [row_id] if len(rows) == 1 else [f"{row_id}-{number}" for number in range(1, len(rows) + 1)]
-    named = [{"id": i, "source": form} | without(row, "id") for i, row in zip(ids, rows, strict=True)]
-    return [Converted(row, line) for row in named if _is_usable(row, drops)]
+    named = [{"id": i, "source": form.name} | without(row, "id") for i, row in zip(ids, rows, strict=True)]
+    return [Converted(row, line) for row in named]
 
 
-def _is_usable(row: dict[str, Any], drops: Counter[str]) -> bool:
+def _usable(rows: Iterable[Converted], counts: InputCounts) -> Iterator[Converted]:
+    """Count the rows that were made, and yield those that have something to learn from."""
+    for converted in rows:
+        counts.rows_made += 1
+        reason = _fault(converted.row)
+        if reason is None:
+            yield converted
+        else:
+            counts.dropped[reason] += 1
+
+
+def _fault(row: dict[str, Any]) -> str | None:
     try:
         parse_row(row, PreferencePair if "chosen" in row else Sample, row["id"])
     except RowError as error:
-        drops[str(error)] += 1
-        return False
-    return True
+        return str(error)
+    return None

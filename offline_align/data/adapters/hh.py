@@ -3,21 +3,22 @@
 import re
 from typing import Any
 
-from offline_align.data.adapters.columns import DroppedRow, text_column
+from offline_align.data.adapters.columns import DroppedRow, further, text_column
 
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def hh(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the pair of two transcripts; DroppedRow where they differ before the last answer."""
-    chosen = _turns(text_column(columns, "chosen"))
-    rejected = _turns(text_column(columns, "rejected"))
+    """Return the pair of two transcripts; DroppedRow if they differ before the last answer."""
+    sides = [text_column(columns, "chosen"), text_column(columns, "rejected")]
+    rest = further(columns, ("chosen", "rejected"), sides)
+    chosen, rejected = map(_turns, sides)
     if chosen[:-1] != rejected[:-1]:
         raise DroppedRow("hh: the sides differ before the last answer")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise DroppedRow("hh: the last turn is not an answer")
-    return [{"prompt": chosen[:-1], "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}]
+    return [{"prompt": chosen[:-1], "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"], **rest}]
 
 
 def _turns(transcript: str) -> list[dict[str, str]]:

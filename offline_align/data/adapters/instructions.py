@@ -1,49 +1,65 @@
 """Single-turn instruction sets: Dolly 15k, Flan v2 and Self-Instruct; one row gives one or more of ours."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from offline_align.data.adapters.columns import optional_text, text_column, without
+from offline_align.data.adapters.columns import DroppedRow, further, optional_text, text_column
 from offline_align.data.jsonl import RowError
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 def dolly(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the row of Dolly's `instruction`, `context`, `response`, `category`."""
-    prompt = _joined(text_column(columns, "instruction"), optional_text(columns, "context"))
-    rest = without(columns, "instruction", "context", "response")
-    return [{"prompt": prompt, "response": text_column(columns, "response"), **rest}]
+    """Return the row of `instruction`, `response`, and the `context` of Dolly or the `input` of sets like it."""
+    context, text = optional_text(columns, "context"), optional_text(columns, "input")
+    if context and text:
+        raise RowError("input: a text beside a context; join the two")
+    return [_row(columns, ("instruction", "context", "input"), "response")]
 
 
 def flan(columns: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the row of Flan v2's `inputs` and `targets`."""
-    rest = without(columns, "inputs", "targets")
-    return [{"prompt": text_column(columns, "inputs"), "response": text_column(columns, "targets"), **rest}]
+    return [_row(columns, ("inputs",), "targets")]
 
 
 def self_instruct(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of a seed task (`instruction`, `instances`), or of one `prompt` and `completion`."""
-    if "instances" in columns:
-        return _seed_task(columns)
-    prompt = text_column(columns, "prompt").removeprefix("Task:").removesuffix("Output:")
-    completion = text_column(columns, "completion").removesuffix(END_OF_TEXT)
-    return [{"prompt": prompt.strip(), "response": completion.strip()}]
+    """Return the row of a generated instance, `instruction`, `input`, `output`; Alpaca is published so too."""
+    return [_row(columns, ("instruction", "input"), "output")]
 
 
-def _seed_task(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    instruction, instances = text_column(columns, "instruction"), columns["instances"]
-    if not isinstance(instances, list) or not all(isinstance(instance, dict) for instance in instances):
+def completion(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the row of Self-Instruct's `prompt` and `completion`, without the markers around them."""
+    row = _row(columns, ("prompt",), "completion")
+    prompt = row["prompt"].removeprefix("Task:").removesuffix("Output:")
+    response = row["response"].removesuffix(END_OF_TEXT)
+    return [row | {"prompt": prompt.strip(), "response": response.strip()}]
+
+
+def seed_task(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each instance of a seed task of Self-Instruct; DroppedRow if it has none."""
+    instances = _instances(columns["instances"])
+    if not instances:
+        raise DroppedRow("self_instruct: a task without an instance")
+    instruction = text_column(columns, "instruction")
+    rest = further(columns, ("instruction", "instances"), [instruction])
+    return [_row({"instruction": instruction} | i, ("instruction", "input"), "output") | rest for i in instances]
+
+
+def _instances(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, dict) and value and all(isinstance(values, list) for values in value.values()):
+        # `datasets` gives a list of objects as an object of lists, all of one length.
+        try:
+            value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+        except ValueError as error:
+            raise RowError("instances: its lists differ in length") from error
+    if not isinstance(value, list) or not all(isinstance(instance, dict) for instance in value):
         raise RowError("instances: not a list of objects")
-    rest = without(columns, "id", "instruction", "instances")
-    return [
-        {
-            "prompt": _joined(instruction, optional_text(instance, "input")),
-            "response": text_column(instance, "output"),
-            **rest,
-        }
-        for instance in instances
-    ]
+    return value
 
 
-def _joined(instruction: str, context: str) -> str:
-    return f"{instruction}\n\n{context}" if context else instruction
+def _row(columns: dict[str, Any], prompt: Sequence[str], response: str) -> dict[str, Any]:
+    """Return the row whose prompt is made of the `prompt` columns, of which the first must be there."""
+    parts = [text_column(columns, prompt[0]), *(optional_text(columns, name) for name in prompt[1:])]
+    answer = text_column(columns, response)
+    rest = further(columns, (*prompt, response), [*parts, answer])
+    return {"prompt": "\n\n".join(filter(None, parts)), "response": answer, **rest}

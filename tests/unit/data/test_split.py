@@ -52,3 +52,8 @@ def test_different_rows_stay_different(other: dict[str, object]) -> None:
 def test_a_swapped_pair_is_no_duplicate() -> None:
     pair = {"prompt": "Why?", "chosen": "A", "rejected": "B"}
     assert content_digest(pair) != content_digest(pair | {"chosen": "B", "rejected": "A"})
+
+
+def test_a_further_column_of_a_pair_is_no_answer() -> None:
+    pair = {"prompt": "Why?", "chosen": "A", "rejected": "B"}
+    assert content_digest(pair) == content_digest(pair | {"response": "A"}) == content_digest(pair | {"response": [1]})

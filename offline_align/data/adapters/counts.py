@@ -1,0 +1,75 @@
+"""What became of the rows of one input: counts that add up, and the use of each column."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from offline_align.data.adapters.columns import TEXTS, is_blank
+
+OWN = ("sft", "preference")
+"""Our own forms, whose rows stay as they are."""
+
+
+@dataclass
+class ColumnUse:
+    """The columns that hold something in rows of one form, in the order in which they were met."""
+
+    rows: int = 0
+    read: dict[str, None] = field(default_factory=dict)
+    kept: dict[str, None] = field(default_factory=dict)
+    left_out: dict[str, None] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """Return the uses that occur, as `read instruction, response; kept category`."""
+        uses = {"read": self.read, "kept": self.kept, "left out": self.left_out}
+        return "; ".join(f"{use} {', '.join(names)}" for use, names in uses.items() if names)
+
+
+@dataclass
+class InputCounts:
+    """What became of one input; a nested tree of messages counts as its messages.
+
+    A row that was read is used in a row of ours, dropped or bad. A row that was made of it is kept, dropped or bad:
+    `rows_read - rows_used + rows_made = rows_kept + dropped + bad_rows`.
+    """
+
+    name: str
+    rows_read: int = 0
+    rows_used: int = 0
+    rows_made: int = 0
+    rows_kept: int = 0
+    bad_rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    forms: dict[str, ColumnUse] = field(default_factory=dict)
+
+    def note(self, form: str, columns: dict[str, Any], read: Iterable[str], kept: Iterable[str]) -> None:
+        """Count a row of `form`, and what became of each of its columns."""
+        use = self.forms.setdefault(form, ColumnUse())
+        use.rows += 1
+        read, kept = set(read), set(kept)
+        for name in (name for name, value in columns.items() if not is_blank(value)):
+            place = use.read if name in read else use.kept if name in kept else use.left_out
+            place[name] = None
+
+    def say(self, log: logging.Logger) -> None:
+        """Say for each published form how its columns were used, and warn of texts that are kept but read by nobody."""
+        for form, use in self.forms.items():
+            if form not in OWN:
+                log.info("%s: %d rows of the form %s: %s", self.name, use.rows, form, use)
+            if unread := [name for name in use.kept if name in TEXTS]:
+                log.warning("%s: kept, but no part of prompt or answer: %s", self.name, ", ".join(unread))
+
+    def described(self) -> dict[str, Any]:
+        """Return the counts for `report.json`."""
+        return {
+            "name": self.name,
+            "forms": {form: use.rows for form, use in self.forms.items()},
+            "rows_read": self.rows_read,
+            "rows_used": self.rows_used,
+            "rows_made": self.rows_made,
+            "rows_kept": self.rows_kept,
+            "bad_rows": self.bad_rows,
+            "dropped": dict(sorted(self.dropped.items())),
+        }
