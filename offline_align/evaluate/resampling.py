@@ -1,14 +1,76 @@
-"""Bootstrap intervals of anything that is a function of sums over clusters (prompts); plain numpy.
+"""Percentile bootstrap intervals of means, and of anything that is a function of sums over clusters; plain numpy.
 
-Shapes: C clusters, K summed quantities, B resamples. Answers to one prompt are not independent, so whole prompts are
-drawn again.
+Shapes: C clusters (prompts), K summed quantities, J statistics, B resamples. Answers to one prompt are not independent,
+so whole prompts are drawn again.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from offline_align.evaluate.statistics import Estimate, Floats
+from offline_align.evaluate.statistics import Floats
+
+# Resampled counts held in memory at once: 32 MiB of float64.
+_CHUNK = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A statistic over prompts and the ends of its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_estimates(values: Floats, resamples: int, confidence: float, seed: int) -> list[Estimate]:
+    """Return the mean of each column of `values` [C, K] with its interval.
+
+    The same prompts are drawn for all columns and for every call with this seed and C, so that comparisons stay
+    paired. With one prompt the interval is a point.
+    """
+    clusters = len(values)
+    return _estimates(values, lambda totals: totals / clusters, resamples, confidence, seed)
+
+
+def estimate(
+    sums: Floats, statistic: Callable[[Floats], Floats], resamples: int, confidence: float, seed: int
+) -> Estimate:
+    """Return `statistic` of the total of `sums` [C, K] with its interval.
+
+    `statistic` maps totals [..., K] to values [...]. Resamples in which it has no value (an empty denominator) are
+    left out. NaN is returned if no value is left.
+    """
+    (found,) = _estimates(sums, lambda totals: statistic(totals)[..., None], resamples, confidence, seed)
+    return found
+
+
+def _estimates(
+    sums: Floats, statistic: Callable[[Floats], Floats], resamples: int, confidence: float, seed: int
+) -> list[Estimate]:
+    """Return the J values of `statistic`, which maps totals [..., K] to [..., J], with their intervals."""
+    clusters = len(sums)
+    rng = np.random.default_rng(seed)
+    step = max(1, _CHUNK // clusters)
+    draws = []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = statistic(sums.sum(axis=0))
+        for start in range(0, resamples, step):
+            size = min(step, resamples - start)
+            counts = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=size)
+            draws.append(statistic(counts @ sums))
+    columns = np.concatenate(draws).T
+    return [_interval(float(value), column, confidence) for value, column in zip(values, columns, strict=True)]
+
+
+def _interval(value: float, draws: Floats, confidence: float) -> Estimate:
+    draws = draws[np.isfinite(draws)]
+    if not np.isfinite(value) or not draws.size:
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Estimate(value, float(low), float(high))
 
 
 def cluster_sums(values: Floats, clusters: Sequence[Hashable]) -> Floats:
@@ -17,26 +79,6 @@ def cluster_sums(values: Floats, clusters: Sequence[Hashable]) -> Floats:
     sums = np.zeros((len(index), values.shape[1]))
     np.add.at(sums, [index[cluster] for cluster in clusters], values)
     return sums
-
-
-def estimate(
-    sums: Floats, statistic: Callable[[Floats], Floats], resamples: int, confidence: float, seed: int
-) -> Estimate:
-    """Return `statistic` of the total of `sums` [C, K] with its percentile bootstrap interval.
-
-    `statistic` maps totals [..., K] to values [...]; resamples in which it has no value (an empty denominator) are
-    left out, and NaN is returned where no value is left.
-    """
-    counts = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(statistic(sums.sum(axis=0)))
-        draws = statistic(counts @ sums)
-    draws = draws[np.isfinite(draws)]
-    if not np.isfinite(value) or not draws.size:
-        return Estimate(float("nan"), float("nan"), float("nan"))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return Estimate(value, float(low), float(high))
 
 
 def ratio(totals: Floats) -> Floats:

@@ -13,14 +13,8 @@ from numpy.typing import NDArray
 from offline_align.config.sections import EvaluateSection
 from offline_align.errors import ConfigError, DataError
 from offline_align.evaluate.comparison import Answer, Column, Comparison
-from offline_align.evaluate.statistics import (
-    Estimate,
-    Floats,
-    distinct_n,
-    mean_estimates,
-    rank_scores,
-    wins,
-)
+from offline_align.evaluate.resampling import Estimate, mean_estimates
+from offline_align.evaluate.statistics import Floats, distinct_n, rank_scores, wins
 
 Booleans = NDArray[np.bool_]
 FORMAT = 1

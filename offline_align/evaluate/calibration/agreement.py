@@ -12,8 +12,8 @@ import numpy as np
 
 from offline_align.config.sections import EvaluateSection
 from offline_align.evaluate.calibration.pairs import JudgedPair
-from offline_align.evaluate.resampling import cluster_sums, estimate, kappa, ratio
-from offline_align.evaluate.statistics import Estimate, Floats
+from offline_align.evaluate.resampling import Estimate, cluster_sums, estimate, kappa, ratio
+from offline_align.evaluate.statistics import Floats
 
 LENGTH_BINS = 4
 

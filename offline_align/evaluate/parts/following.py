@@ -18,9 +18,10 @@ from offline_align.evaluate.ancestry import find_ancestors
 from offline_align.evaluate.comparison import Comparison, generation_manifest, prompt_text
 from offline_align.evaluate.figures import draw_following
 from offline_align.evaluate.parts.label_set import LabelSet, find_label_set
+from offline_align.evaluate.resampling import Estimate, mean_estimates
 from offline_align.evaluate.results import Compared
 from offline_align.evaluate.sections import Drawing, Section, Table
-from offline_align.evaluate.statistics import Estimate, Floats, mean_estimates
+from offline_align.evaluate.statistics import Floats
 
 NOTE = (
     "The same prompts, asked for different rewards. A policy that follows exactly has slope 1. Rank correlation and "

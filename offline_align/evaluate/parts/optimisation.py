@@ -17,9 +17,10 @@ from offline_align.config.sections import EvaluateSection
 from offline_align.evaluate.comparison import Comparison
 from offline_align.evaluate.divergence import Divergence
 from offline_align.evaluate.figures import draw_gains
+from offline_align.evaluate.resampling import mean_estimates
 from offline_align.evaluate.results import Compared, choose_baseline
 from offline_align.evaluate.sections import Drawing, Section, Table
-from offline_align.evaluate.statistics import Floats, mean_estimates
+from offline_align.evaluate.statistics import Floats
 
 NOTE = (
     "A policy that has found the blind spot of a reward model gains by it and not by another. Gains are over the "

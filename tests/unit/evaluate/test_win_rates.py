@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from offline_align.evaluate import statistics
-from offline_align.evaluate.statistics import distinct_n, mean_estimates, rank_scores, wins
+from offline_align.evaluate.resampling import mean_estimates
+from offline_align.evaluate.statistics import distinct_n, rank_scores, wins
 
 
 def test_an_interval_holds_the_mean_and_has_the_right_width() -> None:
