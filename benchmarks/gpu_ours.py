@@ -112,7 +112,7 @@ def _lengths_of_pairs(rows: str) -> list[int]:
 
 def _train(kind: str, source: RowSource, backend: str, lengths: list[int], targets: int, fp8: bool = False) -> None:
     with session(PARALLEL, RunSection(dir="unused", device=Device(DEVICE.type))) as ranks:
-        from offline_align.distributed.sizes import padding_multiple
+        from offline_align.data.pack import padding_multiple
         from offline_align.model.build import build_model
         from offline_align.objectives.next_token import next_token
         from offline_align.objectives.pairwise import pairwise

@@ -100,8 +100,8 @@ def result(
     `computed` are the tokens that went through the model and the sum of squared lengths of their rows; attention is
     causal, and the last layer's MLP sees targets alone.
     """
-    from offline_align.distributed.hardware import peak_flops
-    from offline_align.distributed.sizes import ModelSizes
+    from offline_align.estimate.hardware import peak_flops
+    from offline_align.estimate.sizes import ModelSizes
 
     heads, hidden = WIDTHS["num_attention_heads"], WIDTHS["hidden_size"]
     width = hidden // heads

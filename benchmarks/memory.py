@@ -24,8 +24,9 @@ from offline_align.config.sections import ModelSection, OptimSection, ParallelSe
 from offline_align.data.batch import PackedBatch
 from offline_align.data.bins import PairSource, RowSource, SampleSource
 from offline_align.data.loader import Loader
+from offline_align.data.pack import padding_multiple
 from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
-from offline_align.distributed.sizes import ParallelSizes, model_sizes, padding_multiple, training_memory
+from offline_align.estimate.sizes import ParallelSizes, model_sizes, training_memory
 from offline_align.stages.registry import STAGES
 
 _GIB = 2**30

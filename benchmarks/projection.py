@@ -1,7 +1,7 @@
 """Hours of the paper's Table 3 (8 B, 100,000 samples) at a share of the peak that was measured or is assumed."""
 
-from offline_align.distributed.hardware import NODES
-from offline_align.distributed.sizes import ModelSizes
+from offline_align.estimate.hardware import NODES
+from offline_align.estimate.sizes import ModelSizes
 
 # Table 3 of the paper, hours on A100.
 PUBLISHED_A100_HOURS = {"FA": 27.5, "RWR": 64.0, "CA": 65.0}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from benchmarks.projection import LLAMA_8B, PUBLISHED_A100_HOURS, hours
 from offline_align.config.sections import ParallelSection
-from offline_align.distributed.hardware import NODES
-from offline_align.distributed.sizes import ParallelSizes
-from offline_align.distributed.step_time import COMPUTE_SHARE, Work, step_time
+from offline_align.estimate.hardware import NODES
+from offline_align.estimate.sizes import ParallelSizes
+from offline_align.estimate.step_time import COMPUTE_SHARE, Work, step_time
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 TENSOR = (1, 2, 4, 8)

@@ -11,7 +11,6 @@ from typing import Any
 
 from offline_align.config import sections as s
 from offline_align.config.runs import Run, section
-from offline_align.distributed.sizes import pad_vocabulary
 
 _SLURM_TIME = re.compile(r"(\d+-)?\d{1,3}:\d{2}:\d{2}|(\d+[dhm])+")
 
@@ -316,7 +315,7 @@ def _model(model: s.ModelSection) -> list[str]:
     found += _positive(model, "model", "make_vocab_size_divisible_by", "sliding_window")
     if found:
         return found
-    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    heads, groups = model.num_attention_heads, model.query_groups
     if model.kv_channels is None and model.hidden_size % heads:
         found.append(f"model.hidden_size={model.hidden_size}: not a multiple of model.num_attention_heads={heads}")
     if heads % groups:
@@ -329,13 +328,11 @@ def _model_layout(model: s.ModelSection, parallel: s.ParallelSection) -> list[st
     tensor = parallel.tensor_model_parallel_size
     widths = {
         "model.num_attention_heads": model.num_attention_heads,
-        "model.num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "model.num_query_groups": model.query_groups,
         "model.ffn_hidden_size": model.ffn_hidden_size,
     }
     if model.vocab_size is not None:
-        widths["model.make_vocab_size_divisible_by"] = pad_vocabulary(
-            model.vocab_size, model.make_vocab_size_divisible_by
-        )
+        widths["model.make_vocab_size_divisible_by"] = model.padded_vocab_size
     return [
         f"parallel.tensor_model_parallel_size={tensor}: does not divide {name}={width}; use a divisor of it"
         for name, width in widths.items()

@@ -99,7 +99,7 @@ def huggingface_tensors(
 
 def _split(entry: Entry, tensor: Tensor, model: ModelSection) -> list[Tensor]:
     assert model.vocab_size is not None
-    return split(entry.join, tensor, names.query_groups(model), names.channels(model), model.vocab_size)
+    return split(entry.join, tensor, model.query_groups, model.head_width, model.vocab_size)
 
 
 def _write_texts(description: ModelDescription, tokenizer: Tokenizer, target: Path, known: Provenance) -> None:

@@ -73,9 +73,9 @@ def load_huggingface(
 
 def _check_tensor_parallel(model: ModelSection, tp_size: int) -> None:
     shared = {
-        "query groups": names.query_groups(model),
+        "query groups": model.query_groups,
         "ffn_hidden_size": model.ffn_hidden_size,
-        "padded vocabulary": names.padded_vocab_size(model),
+        "padded vocabulary": model.padded_vocab_size,
     }
     uneven = [f"{name} {size}" for name, size in shared.items() if size % tp_size]
     if uneven:
@@ -108,7 +108,7 @@ def _shard(entry: Entry, model: ModelSection, slices: dict[str, Any], tp_rank: i
     if entry.join is Join.vocabulary:
         return _vocabulary_shard(entry.parts[0], model, slices, tp_rank, tp_size)
     parts = [_part(slices[part.name], entry.tp_axis, tp_rank, tp_size) for part in entry.parts]
-    return join(entry.join, parts, names.query_groups(model) // tp_size)
+    return join(entry.join, parts, model.query_groups // tp_size)
 
 
 def _part(tensor: Any, axis: int | None, tp_rank: int, tp_size: int) -> Tensor:
@@ -122,7 +122,7 @@ def _part(tensor: Any, axis: int | None, tp_rank: int, tp_size: int) -> Tensor:
 
 def _vocabulary_shard(part: Part, model: ModelSection, slices: dict[str, Any], tp_rank: int, tp_size: int) -> Tensor:
     """Read this rank's rows of the padded vocabulary; rows past the end of the file are zero."""
-    rows = names.padded_vocab_size(model) // tp_size
+    rows = model.padded_vocab_size // tp_size
     tensor = slices[part.name]
     vocab_size = tensor.get_shape()[0]
     start = min(tp_rank * rows, vocab_size)

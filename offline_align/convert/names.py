@@ -116,23 +116,6 @@ def family_of(model: ModelSection) -> Family:
     return LLAMA if model.sliding_window is None else MISTRAL
 
 
-def channels(model: ModelSection) -> int:
-    """Return the width of one attention head."""
-    return model.kv_channels or model.hidden_size // model.num_attention_heads
-
-
-def query_groups(model: ModelSection) -> int:
-    """Return the number of key/value heads."""
-    return model.num_query_groups or model.num_attention_heads
-
-
-def padded_vocab_size(model: ModelSection) -> int:
-    """Return the embedding rows: `vocab_size` up to a multiple of `make_vocab_size_divisible_by`."""
-    assert model.vocab_size is not None
-    multiple = model.make_vocab_size_divisible_by
-    return -(-model.vocab_size // multiple) * multiple
-
-
 def sizes(model: ModelSection) -> dict[str, int]:
     """Return the number behind every name that the shapes of the tables use."""
     assert model.vocab_size is not None
@@ -140,9 +123,9 @@ def sizes(model: ModelSection) -> dict[str, int]:
         "one": 1,
         "hidden": model.hidden_size,
         "ffn": model.ffn_hidden_size,
-        "channels": channels(model),
-        "query": model.num_attention_heads * channels(model),
-        "key": query_groups(model) * channels(model),
+        "channels": model.head_width,
+        "query": model.num_attention_heads * model.head_width,
+        "key": model.query_groups * model.head_width,
         "vocabulary": model.vocab_size,
     }
 

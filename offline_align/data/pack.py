@@ -53,3 +53,8 @@ def _spread(order: list[int], lengths: Sequence[int], capacity: int, count: int)
         load[at] += lengths[i]
         bins[at].append(i)
     return bins
+
+
+def padding_multiple(tensor: int, context: int, sequence_parallel: bool, fp8: bool = False) -> int:
+    """Return what the tokens of a bin must be a multiple of: ranks hold equal parts, fp8 products multiples of 16."""
+    return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1) * (16 if fp8 else 1)

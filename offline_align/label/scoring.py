@@ -22,12 +22,11 @@ from offline_align.data.ahead import prepared_ahead
 from offline_align.data.batch import PackedBatch
 from offline_align.data.bins import SampleSource, shares_prompts
 from offline_align.data.context import share_of_context
-from offline_align.data.pack import pack
+from offline_align.data.pack import pack, padding_multiple
 from offline_align.data.records import Sample
 from offline_align.data.template import Renderer
 from offline_align.data.tokenize import TokenizedRows, reasons, tokenize_samples
 from offline_align.distributed.setup import Ranks, session, uses_bf16
-from offline_align.distributed.sizes import padding_multiple
 from offline_align.errors import DataError
 from offline_align.methods import TrainingRow
 from offline_align.model.description import is_huggingface

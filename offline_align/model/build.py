@@ -17,7 +17,6 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from offline_align.config.sections import Backend, ModelSection, ParallelSection, Recompute
-from offline_align.distributed.sizes import pad_vocabulary
 from offline_align.errors import ConfigError
 from offline_align.model.activation import SwiGLU
 from offline_align.model.attention import PackedAttention
@@ -58,7 +57,7 @@ def build_model(
     built = cls(
         config=config,
         transformer_layer_spec=_block_spec(model, config, backend),
-        vocab_size=pad_vocabulary(model.vocab_size, model.make_vocab_size_divisible_by),
+        vocab_size=model.padded_vocab_size,
         max_sequence_length=model.max_position_embeddings,
         parallel_output=True,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
@@ -120,8 +119,8 @@ def _fields(model: ModelSection, parallel: ParallelSection, device: torch.device
         "hidden_size": model.hidden_size,
         "ffn_hidden_size": model.ffn_hidden_size,
         "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.num_query_groups or model.num_attention_heads,
-        "kv_channels": model.kv_channels or model.hidden_size // model.num_attention_heads,
+        "num_query_groups": model.query_groups,
+        "kv_channels": model.head_width,
         "layernorm_epsilon": model.layernorm_epsilon,
         "init_method_std": model.init_method_std,
         "add_qkv_bias": model.add_qkv_bias,

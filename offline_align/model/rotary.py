@@ -13,7 +13,7 @@ def inverse_frequencies(model: ModelSection) -> tuple[Tensor, float]:
 
     Scaled forms (`linear`, `llama3`, `yarn`, ...) come from transformers, so that they are its own to the bit.
     """
-    head_dim = model.kv_channels or model.hidden_size // model.num_attention_heads
+    head_dim = model.head_width
     if not model.rope_scaling:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return 1.0 / (model.rotary_base**exponents), 1.0

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from offline_align.distributed.sizes import LOGITS_KEPT_BYTES, LOGITS_PIECE_BYTES
+from offline_align.estimate.sizes import LOGITS_KEPT_BYTES, LOGITS_PIECE_BYTES
 from offline_align.model.backend import has_kernels
 from offline_align.model.weight_gradients import add_product, added
 

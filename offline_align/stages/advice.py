@@ -3,9 +3,9 @@
 from offline_align.config.compose import world_size
 from offline_align.config.runs import TrainRun
 from offline_align.config.sections import GpuKind, ModelSection
-from offline_align.distributed.hardware import NODES
-from offline_align.distributed.sizes import ModelSizes
-from offline_align.distributed.step_time import Layout, StepTime, Work, fastest_layout, label_seconds, layout
+from offline_align.estimate.hardware import NODES
+from offline_align.estimate.sizes import ModelSizes
+from offline_align.estimate.step_time import Layout, StepTime, Work, fastest_layout, label_seconds, layout
 
 _GIB = 2**30
 # A gain below this is within what the arithmetic is worth.
@@ -26,8 +26,7 @@ def layout_advice(config: TrainRun, model: ModelSection, sizes: ModelSizes) -> l
     )
     recompute = config.trainer.recompute.value
     asked = layout(sizes, config.parallel, recompute, world, work, node)
-    groups = model.num_query_groups or model.num_attention_heads
-    best = fastest_layout(sizes, config.parallel, recompute, world, work, node, groups)
+    best = fastest_layout(sizes, config.parallel, recompute, world, work, node, model.query_groups)
     where = f"{world} x {node.gpu}"
     return [
         ("step time", f"about {asked.time.total:.3g} s on {where}, full rows: {_parts(asked.time)} (arithmetic)"),

@@ -16,6 +16,7 @@ from rich.text import Text
 from offline_align.config.runs import EvaluateRun
 from offline_align.config.sections import JudgeKind
 from offline_align.data.records import BadRows, input_paths
+from offline_align.errors import ConfigError
 from offline_align.evaluate.board import write_board
 from offline_align.evaluate.calibration.agreement import Verdicts
 from offline_align.evaluate.calibration.pairs import JudgedPair, both_orders, read_judged_pairs
@@ -24,7 +25,7 @@ from offline_align.evaluate.comparison import Comparison, load_comparison, name_
 from offline_align.evaluate.divergence import Divergence, measure_divergence
 from offline_align.evaluate.judges import Judge, build_judge
 from offline_align.evaluate.judges.ground_truth import GroundTruthJudge, is_demo_prompt
-from offline_align.evaluate.judges.reward_model import RewardModelJudge, second_reward_model
+from offline_align.evaluate.judges.reward_model import RewardModelJudge, describe_reward_model, second_reward_model
 from offline_align.evaluate.judges.section import judge_section
 from offline_align.evaluate.parts.comparison import Context, comparison_sections
 from offline_align.evaluate.parts.runs import runs_section
@@ -69,6 +70,25 @@ def run(job: Job[EvaluateRun]) -> int:
         if is_main:
             _report(job, material, scored, judge)
     return 0
+
+
+def problems(job: Job[EvaluateRun]) -> list[str]:
+    """Return what is wrong with the reward model that judges."""
+    config = job.config
+    if config.judge.kind is not JudgeKind.reward_model:
+        return []
+    if config.evaluate.runs is not None and not config.judges:
+        return []
+    if config.judge.model is None:
+        return ["judge.model is not set: give the run folder of a reward model"]
+    given = config.data.template
+    try:
+        _, judge = describe_reward_model(config.judge.model, "judge.model", given)
+    except ConfigError as error:
+        return error.problems
+    if given is not None and given is not judge.template:
+        return [f"data.template={given}: judge.model was trained with {judge.template}; leave data.template unset"]
+    return []
 
 
 @dataclass(frozen=True, slots=True)

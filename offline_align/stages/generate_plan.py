@@ -6,7 +6,7 @@ from rich.table import Table
 
 from offline_align.config.compose import world_size
 from offline_align.config.runs import GenerateRun
-from offline_align.distributed.sizes import model_sizes
+from offline_align.estimate.sizes import model_sizes
 from offline_align.launch import torchrun_command
 from offline_align.stages.origin import Origin
 from offline_align.stages.output import show

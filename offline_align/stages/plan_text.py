@@ -7,7 +7,7 @@ from rich.table import Table
 from offline_align.config.compose import world_size
 from offline_align.config.runs import LabelRun, ModelRun, TrainRun
 from offline_align.config.sections import Device, ModelSection
-from offline_align.distributed.sizes import (
+from offline_align.estimate.sizes import (
     MemoryEstimate,
     ModelSizes,
     ParallelSizes,

@@ -15,7 +15,6 @@ from offline_align.data.demo import MOST_PROMPTS, demo_prompts
 from offline_align.data.jsonl import BadRows, write_jsonl
 from offline_align.data.preparation import FILES, Preparation, prepare_rows, report, write_rows
 from offline_align.data.sources import Source, input_sources
-from offline_align.errors import ConfigError
 from offline_align.stages.job import Job
 
 PROMPTS = "prompts.jsonl"
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 def run(job: Job[PrepareRun]) -> int:
     """Write rows, report and manifest into `run.dir` and return 0; ConfigError, DataError, StorageError."""
     console = Console(soft_wrap=True)
-    sources = _checked_sources(job.config)
+    sources = input_sources(job.config.data.input, "data.input")
     if job.config.dry_run:
         console.print(_plan(job.config, sources), highlight=False, markup=False)
         return 0
@@ -89,38 +88,15 @@ def _train_tokenizer(config: PrepareRun, result: Preparation, run_dir: Path) -> 
     return path
 
 
-def _checked_sources(config: PrepareRun) -> list[Source]:
-    """Return the inputs; ConfigError with all that is wrong with the settings."""
-    problems = _problems(config)
-    sources: list[Source] = []
-    try:
-        sources = input_sources(config.data.input, "data.input")
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return sources
-
-
-def _problems(config: PrepareRun) -> list[str]:
-    settings = config.prepare
-    problems = []
+def problems(job: Job[PrepareRun]) -> list[str]:
+    """Return what is wrong with settings whose bounds the readers of data know."""
+    settings = job.config.prepare
+    found = []
     if settings.format not in (None, *FORMS):
-        problems.append(f"prepare.format={settings.format}: must be one of {', '.join(FORMS)}, or unset")
-    if not 0 <= settings.valid_fraction < 1:
-        problems.append(f"prepare.valid_fraction={settings.valid_fraction}: must be at least 0 and below 1")
-    if settings.max_rows is not None and settings.max_rows < 1:
-        problems.append(f"prepare.max_rows={settings.max_rows}: must be 1 or more, or unset")
-    if not 0 <= settings.demo_prompt_rows <= MOST_PROMPTS:
-        problems.append(f"prepare.demo_prompt_rows={settings.demo_prompt_rows}: must be 0 to {MOST_PROMPTS}")
-    for name in ("demo_sft_rows", "demo_preference_rows"):
-        rows = {
-            "demo_sft_rows": settings.demo_sft_rows,
-            "demo_preference_rows": settings.demo_preference_rows,
-        }
-        if rows[name] < 0:
-            problems.append(f"prepare.{name}={rows[name]}: must be 0 or more")
-    return problems
+        found.append(f"prepare.format={settings.format}: must be one of {', '.join(FORMS)}, or unset")
+    if settings.demo_prompt_rows > MOST_PROMPTS:
+        found.append(f"prepare.demo_prompt_rows={settings.demo_prompt_rows}: must be {MOST_PROMPTS} or less")
+    return found
 
 
 def _plan(config: PrepareRun, sources: list[Source]) -> str:

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from offline_align.config import runs
@@ -38,7 +39,10 @@ class Stage:
     schema: type[Run]
     """Its configuration: one section a field, one key a field of a section."""
     body: str
-    """The module of this package whose `run(job)` does the work. Imported when it is needed."""
+    """The module of this package whose `run(job)` does the work, imported when it is needed.
+
+    It may have a function `problems(job)`: what is wrong with settings that it alone can judge, as lines.
+    """
     reads: Reads = Reads.nothing
     data_key: str | None = None
     """The key of its data, if it must be set."""
@@ -60,10 +64,19 @@ class Stage:
         """Return the configuration for command-line words; problems are collected, not raised."""
         return compose(self.name, self.schema, list(words), self.needs_run_dir)
 
+    def problems(self, job: "Job[Any]") -> list[str]:
+        """Return what the body finds wrong with the settings of a job."""
+        check = getattr(self._module(), "problems", None)
+        found: list[str] = check(job) if check is not None else []
+        return found
+
     def run(self, job: "Job[Any]") -> int:
         """Do the work of one run; returns the exit code."""
-        code: int = importlib.import_module(f"offline_align.stages.{self.body}").run(job)
+        code: int = self._module().run(job)
         return code
+
+    def _module(self) -> ModuleType:
+        return importlib.import_module(f"offline_align.stages.{self.body}")
 
 
 def _training(

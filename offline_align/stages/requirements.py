@@ -6,7 +6,6 @@ from typing import Any
 from offline_align.config.runs import EvaluateRun, ModelRun, Run, section
 from offline_align.config.sections import (
     ConditionalMethodSection,
-    JudgeKind,
     LauncherKind,
     ModelSection,
     TrainerSection,
@@ -25,9 +24,9 @@ def problems(job: Job[Any]) -> tuple[list[str], ModelSection | None]:
     found = _condition(config) + _nodes(job) + _overrides(config)
     if _awaits_jobs(job):
         return found, None  # their files are not there yet; the job looks again when it starts
-    found += _files(job)
+    found += _files(job) + stage.problems(job)
     if not isinstance(config, ModelRun):
-        return found + _judge(config), None
+        return found, None
     if stage.starts_from is not None and config.init.from_ is None:
         return [*found, f"init.from is not set: give {stage.starts_from}"], None
     if config.dry_run and config.init.from_ is None:
@@ -47,7 +46,7 @@ def _files(job: Job[Any]) -> list[str]:
     if key is not None and config.named_files()[key] is None and not _may_lack_data(config):
         what = "training rows" if job.stage.recipe else "read"
         missing.append(f"{key} is not set: give the file or files {'of' if job.stage.recipe else 'to'} {what}")
-    if job.stage.reads is Reads.raw_rows:
+    if missing and job.stage.reads is Reads.raw_rows:
         return missing
     try:
         _ = job.inputs, job.shown_runs
@@ -119,22 +118,3 @@ def _wandb(config: Run) -> list[str]:
     if project is None or importlib.util.find_spec("wandb") is not None:
         return []
     return [f"trainer.wandb_project={project}: wandb is missing; pip install '.[wandb]', or leave it unset"]
-
-
-def _judge(config: Run) -> list[str]:
-    if not isinstance(config, EvaluateRun) or config.judge.kind is not JudgeKind.reward_model:
-        return []
-    if config.evaluate.runs is not None and not config.judges:
-        return []
-    if config.judge.model is None:
-        return ["judge.model is not set: give the run folder of a reward model"]
-    from offline_align.evaluate.judges.reward_model import describe_reward_model
-
-    given = config.data.template
-    try:
-        _, judge = describe_reward_model(config.judge.model, "judge.model", given)
-    except ConfigError as error:
-        return error.problems
-    if given is not None and given is not judge.template:
-        return [f"data.template={given}: judge.model was trained with {judge.template}; leave data.template unset"]
-    return []

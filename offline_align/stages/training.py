@@ -132,7 +132,7 @@ def _tokenized(
 def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource | None", ranks: "Ranks") -> "Trainer":
     """Build model, optimizer and loaders, and load the initial weights unless the run is continued."""
     from offline_align.distributed.setup import uses_bf16
-    from offline_align.distributed.sizes import model_sizes
+    from offline_align.estimate.sizes import model_sizes
     from offline_align.model.build import build_model
     from offline_align.train import checkpoint
     from offline_align.train.optim import build_optimizer, wrap_model
@@ -178,7 +178,7 @@ def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource
 
 def _loader(config: TrainRun, source: "bins.RowSource", ranks: "Ranks", max_steps: int | None) -> "Loader":
     from offline_align.data.loader import Loader
-    from offline_align.distributed.sizes import padding_multiple
+    from offline_align.data.pack import padding_multiple
 
     batch = config.trainer.global_batch_size
     total = max_steps * batch if max_steps else len(source) * config.trainer.max_epochs

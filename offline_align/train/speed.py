@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from offline_align.data.loader import StepData
-from offline_align.distributed.hardware import peak_flops
-from offline_align.distributed.sizes import ModelSizes
+from offline_align.estimate.hardware import peak_flops
+from offline_align.estimate.sizes import ModelSizes
 
 
 class OwnTime:

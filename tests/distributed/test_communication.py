@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.communication import FFN, HEADS, HIDDEN, LAYERS, VOCABULARY
 from offline_align.config.sections import ModelSection, ParallelSection
-from offline_align.distributed.sizes import ParallelSizes, model_sizes
-from offline_align.distributed.step_time import data_bytes
+from offline_align.estimate.sizes import ParallelSizes, model_sizes
+from offline_align.estimate.step_time import data_bytes
 
 pytestmark = pytest.mark.distributed
 

@@ -8,7 +8,7 @@ import pytest
 from offline_align.__main__ import run
 from offline_align.config.runs import LabelRun
 from offline_align.config.sections import ComputeSection, Device, ModelSection, Precision, RunSection
-from offline_align.distributed.sizes import model_sizes
+from offline_align.estimate.sizes import model_sizes
 from offline_align.stages.job import Job
 from offline_align.stages.plan_text import print_label_plan
 from offline_align.stages.registry import STAGES

@@ -118,7 +118,7 @@ from benchmarks.imagined_gpu import imagined_rank
 from benchmarks.memory import Layout, llama3_8b, rows_of
 from offline_align.data.bins import SampleSource
 from offline_align.distributed.setup import Ranks
-from offline_align.distributed.sizes import ParallelSizes, model_sizes, scoring_memory
+from offline_align.estimate.sizes import ParallelSizes, model_sizes, scoring_memory
 for tensor in (1, 4):
     layout = Layout(world=tensor, tensor=tensor)
     sizes, ranks = model_sizes(llama3_8b(), 128256, scalar_head=True), ParallelSizes(tensor, tensor, 1)
@@ -192,7 +192,7 @@ def test_a_step_of_8b_holds_and_computes_what_plans_and_meters_say(imagined: dic
     code = """
 from dataclasses import replace
 from benchmarks.memory import Layout, llama3_8b, trace
-from offline_align.distributed.sizes import model_sizes
+from offline_align.estimate.sizes import model_sizes
 model = replace(llama3_8b(), num_layers=LAYERS)
 for layout in (
     Layout(tensor=4),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from offline_align.__main__ import run as command_line
 from offline_align.config.sections import OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.data.records import PreferencePair, Prompt, Sample, read_rows
@@ -193,7 +194,7 @@ def test_a_tokenizer_is_trained_on_the_training_rows(start: Start) -> None:
     assert len(tokenizer.encode("The elephant is grey.")) <= 8
 
 
-def test_every_wrong_setting_is_named_at_once(start: Start) -> None:
+def test_every_wrong_setting_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "prepare.format=alpaca",
         "prepare.valid_fraction=1.0",
@@ -201,17 +202,18 @@ def test_every_wrong_setting_is_named_at_once(start: Start) -> None:
         "prepare.demo_prompt_rows=1000000000",
         "prepare.demo_sft_rows=-1",
         "dry_run=true",
+        "data.input=missing.jsonl",
+        f"run.dir={tmp_path / 'run'}",
     ]
-    with pytest.raises(ConfigError) as error:
-        start("missing.jsonl", words=words)
-    keys = [problem.partition("=")[0] for problem in error.value.problems]
-    assert keys == [
-        "prepare.format",
-        "prepare.valid_fraction",
-        "prepare.max_rows",
+    assert command_line(["prepare", *words]) == 78
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(line.removeprefix("offline-align: error: ").partition("=")[0] for line in lines) == [
+        "data.input",
         "prepare.demo_prompt_rows",
         "prepare.demo_sft_rows",
-        "data.input",
+        "prepare.format",
+        "prepare.max_rows",
+        "prepare.valid_fraction",
     ]
 
 

@@ -78,6 +78,26 @@ class ModelSection:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Further fields of megatron-core's TransformerConfig, checked against it."""
 
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Embedding rows, independent of the layout."""
+        assert self.vocab_size is not None
+        return self.padded(self.vocab_size)
+
+    def padded(self, vocab_size: int) -> int:
+        """Return `vocab_size` rounded up to a multiple of `make_vocab_size_divisible_by`."""
+        return -(-vocab_size // self.make_vocab_size_divisible_by) * self.make_vocab_size_divisible_by
+
 
 @dataclass(frozen=True)
 class ConvertSection:

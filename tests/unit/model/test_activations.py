@@ -11,7 +11,7 @@ from offline_align.config.sections import Device, ModelSection, ParallelSection,
 from offline_align.data.bins import SampleSource
 from offline_align.data.tokenize import TokenizedRows
 from offline_align.distributed.setup import Ranks, session
-from offline_align.distributed.sizes import ParallelSizes, model_sizes, training_memory
+from offline_align.estimate.sizes import ParallelSizes, model_sizes, training_memory
 
 TOKENS = 256
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offline_align.config.sections import Backend, ModelSection, OptimSection, ParallelSection, Recompute
-from offline_align.distributed.sizes import padding_multiple
+from offline_align.data.pack import padding_multiple
 from offline_align.errors import ConfigError
 from offline_align.model import backend
 from offline_align.model.backend import choose_backend, engine_is_installed, torch_name

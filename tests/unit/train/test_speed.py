@@ -7,7 +7,7 @@ import torch
 
 from offline_align.config.sections import ModelSection
 from offline_align.data.loader import StepData
-from offline_align.distributed.sizes import model_sizes
+from offline_align.estimate.sizes import model_sizes
 from offline_align.train import speed
 from offline_align.train.speed import OwnTime, SpeedMeter, peak_memory_bytes, stragglers
 

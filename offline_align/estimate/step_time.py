@@ -7,8 +7,8 @@ published runs and against steps that were measured on one H100 in `tests/unit/d
 from dataclasses import dataclass, replace
 
 from offline_align.config.sections import ParallelSection
-from offline_align.distributed.hardware import Node
-from offline_align.distributed.sizes import ModelSizes, ParallelSizes, training_memory
+from offline_align.estimate.hardware import Node
+from offline_align.estimate.sizes import ModelSizes, ParallelSizes, training_memory
 
 # Share of the bf16 peak that matrix products of large models attain, attention included.
 COMPUTE_SHARE = 0.60

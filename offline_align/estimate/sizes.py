@@ -1,4 +1,4 @@
-"""Arithmetic of ranks, batches, parameters and memory, without torch: what `dry_run=true` prints."""
+"""Arithmetic of ranks, parameters and memory."""
 
 from dataclasses import dataclass
 
@@ -23,11 +23,6 @@ class ParallelSizes:
     def data(self) -> int:
         """Data parallel ranks: what remains."""
         return self.world // (self.tensor * self.context)
-
-
-def padding_multiple(tensor: int, context: int, sequence_parallel: bool, fp8: bool = False) -> int:
-    """Return what the tokens of a bin must be a multiple of: ranks hold equal parts, fp8 products multiples of 16."""
-    return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1) * (16 if fp8 else 1)
 
 
 @dataclass(frozen=True)
@@ -81,23 +76,16 @@ class ModelSizes:
         return 3.0 * (2 * matrices + 2 * attention + 2 * head * target_tokens)
 
 
-def pad_vocabulary(vocab_size: int, multiple: int) -> int:
-    """Return `vocab_size` rounded up to `multiple`: embedding rows, independent of the layout."""
-    return -(-vocab_size // multiple) * multiple
-
-
 def model_sizes(model: ModelSection, vocab_size: int, scalar_head: bool = False) -> ModelSizes:
     """Return the widths of `model` with a tokenizer of `vocab_size` entries, with `scalar_head` as a reward model."""
-    head_dim = model.kv_channels or model.hidden_size // model.num_attention_heads
-    groups = model.num_query_groups or model.num_attention_heads
     return ModelSizes(
         hidden=model.hidden_size,
-        head_dim=head_dim,
-        query_width=head_dim * model.num_attention_heads,
-        kv_width=head_dim * groups,
+        head_dim=model.head_width,
+        query_width=model.head_width * model.num_attention_heads,
+        kv_width=model.head_width * model.query_groups,
         ffn=model.ffn_hidden_size,
         layers=model.num_layers,
-        padded_vocab=pad_vocabulary(vocab_size, model.make_vocab_size_divisible_by),
+        padded_vocab=model.padded(vocab_size),
         tied=model.share_embeddings_and_output_weights,
         scalar_head=scalar_head,
     )

@@ -6,12 +6,11 @@ import pytest
 
 from offline_align.config.runs import ModelRun
 from offline_align.config.sections import ModelSection, ParallelSection
-from offline_align.distributed.hardware import peak_flops
-from offline_align.distributed.sizes import (
+from offline_align.estimate.hardware import peak_flops
+from offline_align.estimate.sizes import (
     ParallelSizes,
     checkpoint_host_bytes,
     model_sizes,
-    pad_vocabulary,
     training_memory,
 )
 from tests.runs import compose
@@ -94,7 +93,7 @@ def test_training_flops_by_hand() -> None:
 
 
 def test_vocabulary_is_padded_whatever_the_layout() -> None:
-    assert [pad_vocabulary(v, 128) for v in (1, 128, 129)] == [128, 128, 256]
+    assert [TINY.padded(v) for v in (1, 128, 129)] == [128, 128, 256]
 
 
 def test_data_parallel_is_what_remains() -> None:

@@ -9,9 +9,9 @@ import pytest
 from offline_align.__main__ import run
 from offline_align.config.runs import ModelRun
 from offline_align.config.sections import ParallelSection
-from offline_align.distributed.hardware import NODES
-from offline_align.distributed.sizes import ModelSizes, ParallelSizes, model_sizes
-from offline_align.distributed.step_time import Work, data_bytes, fastest_layout, label_seconds, layout, step_time
+from offline_align.estimate.hardware import NODES
+from offline_align.estimate.sizes import ModelSizes, ParallelSizes, model_sizes
+from offline_align.estimate.step_time import Work, data_bytes, fastest_layout, label_seconds, layout, step_time
 from tests.runs import compose
 
 H100, A100 = NODES["h100_80gb"], NODES["a100_80gb"]
