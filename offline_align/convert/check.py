@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ class Difference:
 
     @property
     def passes(self) -> bool:
-        """Whether they are equal up to rounding; NaN is not."""
-        return self.largest <= TOLERANCE * max(1.0, self.scale)
+        """Whether they are equal up to rounding; what is not finite is not."""
+        return isfinite(self.largest) and self.largest <= TOLERANCE * max(1.0, self.scale)
 
     def in_words(self) -> str:
         """Return one line for the log."""

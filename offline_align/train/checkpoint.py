@@ -9,6 +9,7 @@ run is damaged, the one before it takes its place.
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
 import uuid
@@ -50,13 +51,18 @@ class TrainState:
     validation_due: bool = False
     """Whether the validation after the last step is still to be done: a stop request came before its end."""
     best_step: int | None = None
-    """Step of the best validation so far."""
+    """Step of the validation with the lowest finite loss so far; None without any."""
     best_value: float | None = None
-    """Its value."""
+    """Its loss."""
     seconds: float = 0.0
     """Time spent in the loop, over all attempts."""
     settings: str = ""
     """Key of the settings and data that the steps depend on."""
+
+    def __post_init__(self) -> None:
+        """Forget a best validation that is not finite: nothing is below NaN, and earlier versions saved such a one."""
+        if self.best_value is not None and not math.isfinite(self.best_value):
+            self.best_step = self.best_value = None
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -140,10 +146,13 @@ def settle(run_dir: Path, state: TrainState, keep: int) -> None:
     """Let `latest` and `best` point where `state`, that of the newest whole checkpoint, says; delete what is old.
 
     What stays are the `keep` newest checkpoints and the best one. A kill at any point of this is made good by the
-    next call. Raises OSError where a link cannot be made; what cannot be deleted stays.
+    next call. Without a best step there is no link `best`. Raises OSError where a link cannot be made; what cannot be
+    deleted stays.
     """
     link(step_folder(run_dir, state.step), "latest")
-    if state.best_step is not None and step_folder(run_dir, state.best_step).is_dir():
+    if state.best_step is None:
+        (run_dir / FOLDER / "best").unlink(missing_ok=True)
+    elif step_folder(run_dir, state.best_step).is_dir():
         link(step_folder(run_dir, state.best_step), "best")
     _prune(run_dir, state, keep)
 

@@ -70,7 +70,7 @@ def _has_replicas() -> bool:
 def build_optimizer(
     model: DistributedDataParallel, optim: OptimSection, parallel: ParallelSection, bf16: bool, on_cuda: bool
 ) -> MegatronOptimizer:
-    """Return megatron's optimizer over `model`: AdamW, no weight decay on vectors, fp32 main weights."""
+    """Return megatron's optimizer over `model`: AdamW with fp32 main weights, whose rates `set_rates` gives."""
     _offer_own_adam(on_cuda)
     _offer_own_norm()
     if optim.use_precision_aware_optimizer:
@@ -96,6 +96,18 @@ def build_optimizer(
     if bf16:
         overrides[_FP32_PARAMETERS] = {"max_lr": _MARK}
     return get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
+
+
+def set_rates(optimizer: MegatronOptimizer, learning_rate: float) -> None:
+    """Set learning rate and weight decay of the next update in every parameter group.
+
+    Matrices have the whole decay; biases and other vectors, such as the weights of norms, have none: megatron's rule
+    (`get_standard_config_overrides`). Its groups carry that as a factor, `wd_mult`, which only its own scheduler reads.
+    It is set before every update, because a checkpoint also restores the decay that its groups had when it was saved.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
 
 
 def _lean_state(parallel: ParallelSection) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offline_align.data.batch import PackedBatch
 from offline_align.objectives import LossSum, Objective
-from offline_align.train.optim import multiply_gradients
+from offline_align.train.optim import multiply_gradients, set_rates
 from offline_align.train.speed import OwnTime
 
 
@@ -113,8 +113,7 @@ class TrainStep:
         """
         own_seconds = self._own_time.seconds()
         self._own_time.start(waited)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_rates(self.optimizer, learning_rate)
         self.model.train()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -1,6 +1,7 @@
 """The loop: steps, validation, checkpoints, early stops and continuation, the same for every objective."""
 
 import logging
+import math
 import os
 import socket
 import time
@@ -216,7 +217,9 @@ class Trainer:
         shown = ", ".join(f"{n} {v:.4f}" for n, v in metrics.items())
         logger.info("validation after step %d: %s", self.state.step, shown)
         self.state.validation_due = False
-        if self.state.best_value is None or metrics["loss"] < self.state.best_value:
+        if not math.isfinite(metrics["loss"]):
+            logger.warning("validation after step %d: the loss is not finite: never the best", self.state.step)
+        elif self.state.best_value is None or metrics["loss"] < self.state.best_value:
             self.state.best_value, self.state.best_step = metrics["loss"], self.state.step
 
     def _validation_batches(self, stop: StopRequest | None) -> Generator[list[PackedBatch]]:

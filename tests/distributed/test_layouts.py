@@ -15,6 +15,7 @@ from offline_align.__main__ import run
 from offline_align.train.checkpoint import newest
 from tests.faults.forks import Forks
 from tests.training import STEPS, TINY, WORDS, continued, labelled, metrics, pairs, samples, train, write_jsonl
+from tests.updates import DECAY_ALONE, decayed_weights, largest_error, read
 
 pytestmark = pytest.mark.distributed
 
@@ -102,6 +103,21 @@ def test_layouts_agree(folder: Path, forks: Forks, alone: Path, layout: str) -> 
     assert ours.keys() == theirs.keys()
     for name, values in theirs.items():
         assert ours[name] == pytest.approx(values, abs=2e-4), name
+
+
+@pytest.mark.parametrize("optimizer", ["distributed", "plain"])
+def test_only_matrices_decay(folder: Path, forks: Forks, alone: Path, optimizer: str) -> None:
+    own = folder / f"decay {optimizer}"
+    own.mkdir()
+    words = [*TINY, *STEPS, *DECAY_ALONE, "model.qk_layernorm=true", "model.add_qkv_bias=true", *LAYOUTS["tp2_dp2"]]
+    plain = ["parallel.use_distributed_optimizer=false"] * (optimizer == "plain")
+    command = ["sft", f"run.dir={own / 'run'}", f"data.train={folder / 'rows.jsonl'}", *words, *plain]
+    ended = forks.run(command, world=4, sabotage=("updates_recorded", [str(own)]))
+    assert ended.codes == [0] * 4, ended.said
+    for rank in range(4):
+        done = read(own / f"updates_{rank}")
+        assert len(done) == 5
+        assert largest_error(done[-1]["after"], decayed_weights(done)) < 1e-4, rank
 
 
 @pytest.mark.parametrize("layout", ["tp2_sequence", "cp2_tp2"])

@@ -200,6 +200,15 @@ def built_from_engine(without_first_update: bool = False, attention: str = "unfu
         not_finite("gradient", float("nan"), rank=0, first=1, steps=1)
 
 
+def updates_recorded(folder: str, from_engine: bool = False) -> None:
+    """Let each rank write its updates to `folder`; if asked for, of a model built `from_engine`."""
+    from tests import updates
+
+    if from_engine:
+        built_from_engine()
+    updates.record(folder)
+
+
 def saves_send_no_tensors() -> None:
     """Let collectives of tensors fail while a save is planned; objects go by torch's own names of them."""
     begin = saving.Saver._begin

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from offline_align.__main__ import run
+from offline_align.config.sections import OptimSection
 from tests.engine_on_cpu import SOURCES
 from tests.faults.forks import Forks
 from tests.training import STEPS, TINY, continued, metrics, pairs, samples, train, write_jsonl
+from tests.updates import DECAY_ALONE, decayed_weights, expected, largest_error, read
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,7 +31,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
-    return train("sft", tmp_path_factory.mktemp("torch") / "run", rows)
+    """A run of the torch backend with one thread, as commands in forks have it."""
+    from offline_align.distributed import setup
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "_cores", lambda: 1)
+        return train("sft", tmp_path_factory.mktemp("torch") / "run", rows)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +57,7 @@ def on_engine(
     forks: Forks, folder: Path, data: Path, *words: str, stage: str = "sft", ranks: int = 1, code: int = 0, **how: Any
 ) -> Path:
     """Train where Transformer Engine is installed, with its layers unless `how` says otherwise."""
-    command = [stage, f"run.dir={folder}", f"data.train={data}", *(words or TINY), *STEPS]
+    command = [stage, f"run.dir={folder}", f"data.train={data}", *STEPS, *(words or TINY)]
     ended = forks.run(command, world=ranks, **(how or BUILT_FROM_IT))
     assert ended.codes == [code] * ranks, ended.said
     return folder
@@ -111,7 +118,10 @@ def test_reward_models_share_prompts(forks: Forks, tmp_path: Path, trained: Path
 
 
 def test_its_presence_changes_nothing_on_the_cpu(forks: Forks, tmp_path: Path, rows: Path, trained: Path) -> None:
-    """Its optimizer and its norms are for CUDA alone, and megatron takes them wherever it finds them."""
+    """Its optimizer and its norms are for CUDA alone, and megatron takes them wherever it finds them.
+
+    Both runs have one thread: other numbers of threads add up in another order, and the last bits differ.
+    """
     assert metrics(on_engine(forks, tmp_path / "run", rows, sabotage=None)) == metrics(trained)
 
 
@@ -139,6 +149,27 @@ def test_a_run_with_half_an_optimizer_goes_on_to_the_bit(
     parts = on_engine(forks, tmp_path / "parts", data, *words, stage=stage)
     assert metrics(parts) == metrics(straight)
     assert metrics(parts, "grad_norm") == metrics(straight, "grad_norm")
+
+
+@pytest.mark.parametrize("optimizer", ["distributed", "plain"])
+def test_all_parameters_are_those_of_adamw(forks: Forks, tmp_path: Path, rows: Path, optimizer: str) -> None:
+    words = [*TINY, "model.qk_layernorm=true", "model.add_qkv_bias=true", "trainer.max_steps=10"]
+    words += ["parallel.use_distributed_optimizer=false"] * (optimizer == "plain")
+    on_engine(forks, tmp_path / "run", rows, *words, sabotage=("updates_recorded", [str(tmp_path), True]))
+    done = read(tmp_path / "updates_0")
+    assert len(done) == 10
+    assert largest_error(done[-1]["after"], expected(done, OptimSection(lr=1e-2))) < 2e-6
+
+
+def test_only_matrices_decay_with_half_an_optimizer(forks: Forks, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "pairs.jsonl", pairs())
+    words = [*TINY, *DECAY_ALONE, "trainer.precision=bf16", "optim.use_precision_aware_optimizer=true"]
+    recorded: Any = {"sabotage": ("updates_recorded", [str(tmp_path), True])}
+    on_engine(forks, tmp_path / "run", data, *words, "optim.lr=0.1", stage="reward", **recorded)
+    done = read(tmp_path / "updates_0")
+    assert len(done) == 5
+    # Half of the distance between numbers of bf16 just below 1; five updates would take off 0.05.
+    assert largest_error(done[-1]["after"], decayed_weights(done)) < 2**-9
 
 
 def test_half_an_optimizer_is_saved_before_its_first_update(forks: Forks, tmp_path: Path, rows: Path) -> None:

@@ -86,7 +86,10 @@ def greedy_by_hand(policy: Path, prompt: str, condition: str = "") -> str:
     ids = list(context)
     with torch.no_grad():
         for _ in range(NEW_TOKENS):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            (first, second), (token, _) = (found.tolist() for found in model(torch.tensor([ids])).logits[0, -1].topk(2))
+            # Threads, ranks and batches move logits by some 1e-6: they cannot turn such a choice round.
+            assert first - second > 1e-4
+            ids.append(token)
             if ids[-1] == tokenizer.eos_id:
                 break
     return tokenizer.decode([token for token in ids[len(context) :] if token != tokenizer.eos_id])
@@ -102,7 +105,7 @@ def test_answers_are_greedy_and_the_same_on_any_number_of_ranks(
     rows = read(tmp_path / "one")
     asked = [json.loads(line) for line in prompts.read_text().splitlines()]
     assert [{key: row[key] for key in ("id", "prompt", "benchmark")} for row in rows] == asked
-    for row in rows[:4]:
+    for row in rows:
         assert row["response"] == greedy_by_hand(policy, row["prompt"])
         assert row["condition"] is None
     assert not (tmp_path / "one" / "journal").exists()

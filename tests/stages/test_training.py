@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from offline_align.__main__ import run
+from offline_align.train import checkpoint
 from offline_align.train.checkpoint import STATE_NAME, newest
 from tests.runs import write_manifest
 from tests.training import STEPS, TINY, continued, labelled, metrics, pairs, samples, train, write_jsonl
@@ -212,6 +214,67 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path, rows: Path) -> No
     best = (folder / "checkpoints" / "best").resolve().name
     assert left == {"step_00000004", "step_00000005", best}
     assert not list((folder / "checkpoints").glob(".step_*"))
+
+
+def validation_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """Let the validations of the next training have these losses."""
+    from offline_align.train import step, trainer
+
+    evaluate, left = step.evaluate, iter(losses)
+
+    def told(*arguments: Any) -> Any:
+        found, count = evaluate(*arguments)
+        return found | {"loss": next(left)}, count
+
+    monkeypatch.setattr(trainer, "evaluate", told)
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ([nan, 3.0, 4.0, inf, 2.0], 5),
+        ([nan, -inf, 4.0, 3.5, nan], 4),
+        ([3.0, nan, 4.0, 3.0, -inf], 1),
+        ([nan, inf, -inf, nan, nan], None),
+    ],
+)
+def test_a_validation_that_is_not_finite_is_never_the_best(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, losses: list[float], best: int | None
+) -> None:
+    validation_losses(monkeypatch, losses)
+    folder = train("sft", tmp_path / "run", rows, f"data.valid={rows}", "trainer.eval_interval=1")
+    state = json.loads((folder / "checkpoints" / "latest" / STATE_NAME).read_text())
+    value = None if best is None else losses[best - 1]
+    assert (state["best_step"], state["best_value"]) == (best, value)
+    extra = json.loads((folder / "manifest.json").read_text())["extra"]
+    assert (extra["best_step"], extra["best_validation_loss"]) == (best, value)
+    link = folder / "checkpoints" / "best"
+    assert link.is_symlink() == (best is not None)
+    if best is not None:
+        assert link.resolve().name == f"step_{best:08d}"
+    said = [record.message for record in caplog.records if "never the best" in record.message]
+    assert len(said) == sum(not isfinite(loss) for loss in losses)
+
+
+def test_a_best_validation_of_an_earlier_version_that_is_not_finite_is_forgotten(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    command = ["sft", f"run.dir={folder}", f"data.train={rows}", *TINY, *STEPS, f"data.valid={rows}"]
+    command += ["trainer.eval_interval=1"]
+    assert run([*command, "trainer.max_time=0.001"]) == 75
+    first = checkpoint.step_folder(folder, 1)
+    state = json.loads((first / STATE_NAME).read_text())
+    earlier = state | {"validation_due": False, "best_step": 1, "best_value": nan}
+    (first / STATE_NAME).write_text(json.dumps(earlier))
+    files = json.loads((first / checkpoint.FILES_NAME).read_text())["files"]
+    files[STATE_NAME] = checkpoint.entry(first / STATE_NAME)
+    (first / checkpoint.FILES_NAME).write_text(checkpoint.manifest_text(files))
+    checkpoint.link(first, "best")
+    validation_losses(monkeypatch, [nan, 5.0, 4.0, 6.0])
+    assert run(command) == 0
+    assert (folder / "checkpoints" / "best").resolve().name == "step_00000004"
+    assert json.loads((folder / "manifest.json").read_text())["extra"]["best_validation_loss"] == 4.0
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])

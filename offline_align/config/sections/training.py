@@ -93,7 +93,7 @@ class OptimSection:
     lr_decay_steps: int | None = None
     """Steps until `min_lr` is reached; unset: the length of the run."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices (not of norms and biases)."""
+    """Decoupled weight decay of matrices; norms, biases and all other vectors have none."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.98

@@ -1,6 +1,7 @@
 """The same weights give the same numbers in megatron-core and in transformers."""
 
 from collections.abc import Callable, Iterator
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import transformers
 
 from offline_align.config.sections import Device, ParallelSection, RunSection
 from offline_align.convert.architecture import read_architecture
-from offline_align.convert.check import packed
+from offline_align.convert.check import Difference, packed
 from offline_align.convert.load import load_huggingface
 
 Save = Callable[..., Path]
@@ -65,3 +66,19 @@ def test_rewards_are_those_of_transformers(save_model: Save, family: str, side: 
         expected = theirs(torch.tensor(padded), attention_mask=torch.tensor(mask)).logits[:, 0]
         found = megatron_model(folder)(packed(ROWS))
     assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("largest", "scale", "passes"),
+    [
+        (9e-5, 0.5, True),
+        (2e-4, 0.5, False),
+        (2e-4, 3.0, True),
+        (nan, 1.0, False),
+        (nan, nan, False),
+        (inf, inf, False),
+        (inf, 1.0, False),
+    ],
+)
+def test_numbers_that_are_not_finite_are_never_the_same(largest: float, scale: float, passes: bool) -> None:
+    assert Difference("logits", largest, scale, tokens=1).passes is passes

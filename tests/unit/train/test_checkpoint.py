@@ -113,6 +113,17 @@ def test_old_ones_go_and_leftovers_too(tmp_path: Path) -> None:
     assert (folder / "latest").resolve().name == "step_00000004"
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_a_best_loss_that_is_not_finite_is_none(tmp_path: Path, value: str) -> None:
+    folder = make(tmp_path, 1)
+    (folder / checkpoint.STATE_NAME).write_text(f'{{"step": 1, "best_step": 1, "best_value": {value}}}')
+    state = checkpoint.read_state(folder)
+    assert (state.best_step, state.best_value) == (None, None)
+    checkpoint.link(folder, "best")
+    checkpoint.settle(tmp_path, state, keep=1)
+    assert not (tmp_path / checkpoint.FOLDER / "best").is_symlink()
+
+
 def test_a_run_that_has_lost_its_checkpoints_does_not_start_again(tmp_path: Path) -> None:
     assert checkpoint.newest_whole(tmp_path, ALONE) is None
     folder = make(tmp_path, 2)
