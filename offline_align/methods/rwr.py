@@ -11,6 +11,7 @@ from offline_align.methods import TrainingRow, checked
 def weigh(rows: Iterable[LabelledSample], beta: float) -> list[TrainingRow]:
     """Return all rows with the weight `exp(reward / beta)` (Eq. 5), scaled to mean 1 over the rows.
 
+    The rows are those that are trained on: the mean of a part of them would be another one.
     Raises ConfigError where beta is not positive, DataError for unusable rewards.
     """
     labelled = checked(rows)

@@ -19,8 +19,12 @@ def run(config: ConditionalRun, explicit: frozenset[str]) -> int:
         labelled = training.read_labelled(paths, bad_rows)
         rewards = [row.reward for row in labelled]
         ca.check_stable(renderer, [*rewards, method.target_reward], method.reward_format, method.reward_limit)
-        facts = {"reward_min": min(rewards), "reward_max": max(rewards)}
-        return training.Rows(ca.condition(labelled, method.reward_format, method.reward_limit), facts)
+
+        def settle(places: list[int]) -> training.Settled:
+            left = [rewards[place] for place in places]
+            return training.Settled({"reward_min": min(left), "reward_max": max(left)})
+
+        return training.Rows(ca.condition(labelled, method.reward_format, method.reward_limit), settle)
 
     recipe = training.Recipe(
         method="ca",

@@ -16,7 +16,8 @@ def run(config: FilteringRun, explicit: frozenset[str]) -> int:
     def read(paths: list[Path], bad_rows: BadRows, renderer: Renderer) -> training.Rows:
         labelled = training.read_labelled(paths, bad_rows)
         kept = fa.keep(labelled, config.method.threshold, config.method.best_of)
-        return training.Rows(kept, {"labelled": len(labelled), "kept": len(kept)})
+        facts = {"labelled": len(labelled), "kept": len(kept)}
+        return training.Rows(kept, lambda _: training.Settled(facts))
 
     recipe = training.Recipe(
         method="fa",

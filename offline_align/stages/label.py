@@ -37,6 +37,7 @@ def run(config: LabelRun, explicit: frozenset[str]) -> int:
 
 
 def _label(config: LabelRun, explicit: frozenset[str], ranks: Any, key: RunKey) -> None:
+    from offline_align.label.scoring import tokenized
     from offline_align.stages.huggingface_form import describe
 
     origin = resolve(config, explicit)
@@ -47,10 +48,14 @@ def _label(config: LabelRun, explicit: frozenset[str], ranks: Any, key: RunKey) 
     bad_rows = common.bad_rows(config, ranks.is_main)
     rows = ranks.main_first(lambda: _rows(config, renderer, bad_rows))
     samples = list(single_answers(rows))
-    # Named by content: scores of another model or other data are never taken for these.
-    journal = Journal(Path(config.run.dir), key.continuation, ranks.dp_rank)
+    shares = shares_prompts(config.trainer, config.parallel)
+    source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, common.cache_dir(config), shares))
+    ranks.require_same(source.fingerprint(), "data.input")
+    # Named by content: scores of another model, other data or other tokens of the same data are never taken for these.
+    scored = lineage.text_sha256(f"{key.continuation} {source.fingerprint()}")
+    journal = Journal(Path(config.run.dir), scored, ranks.dp_rank)
     with journal.timed(ranks.is_main):
-        _score_missing(config, samples, renderer, journal, ranks)
+        _score_missing(config, source, journal, ranks)
         again = _score_again(config, samples, renderer, ranks)
     facts: dict[str, Any] = {"bad_rows": dict(bad_rows.counts)} | describe(origin).text_form
     ranks.from_main(
@@ -65,21 +70,18 @@ def _rows(config: LabelRun, renderer: Renderer, bad_rows: BadRows) -> list[Sampl
     return leave_out_unscorable(rows, files, renderer, config.data, common.cache_dir(config), bad_rows)
 
 
-def _score_missing(config: LabelRun, samples: list[Sample], renderer: Renderer, journal: Journal, ranks: Any) -> None:
+def _score_missing(config: LabelRun, source: Any, journal: Journal, ranks: Any) -> None:
     """Score the rows that the journal lacks; raises StoppedEarly, with all scores on disk, on request."""
     from offline_align.distributed.setup import uses_bf16
     from offline_align.distributed.stopping import StopVote, stop_requests
-    from offline_align.label.scoring import load_reward_model, plan_bins, score_bins, tokenized
+    from offline_align.label.scoring import load_reward_model, plan_bins, score_bins
     from offline_align.progress import Meter
 
-    done = ranks.from_main(lambda: read_scores(journal, len(samples)))
-    if len(done) == len(samples):
+    done = ranks.from_main(lambda: read_scores(journal, len(source)))
+    if len(done) == len(source):
         return
     (checkpoint,) = common.parent_models(config)
     model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
-    shares = shares_prompts(config.trainer, config.parallel)
-    source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, common.cache_dir(config), shares))
-    ranks.require_same(source.fingerprint(), "data.input")
     bins = plan_bins(source, config.trainer.micro_batch_size * config.data.max_length)
     left = [b for b in bins if any(row not in done for row in b)]
     # Ranks go round by round, so that all of them leave at the same bin when one is asked to. One that has no bin in
@@ -90,7 +92,7 @@ def _score_missing(config: LabelRun, samples: list[Sample], renderer: Renderer, 
     with (
         stop_requests(config.trainer.max_time) as stop,
         ScoreWriter(journal, config.label.flush_rows, writes) as writer,
-        Meter("labelling", len(samples), "rows", len(done), ranks.is_main) as meter,
+        Meter("labelling", len(source), "rows", len(done), ranks.is_main) as meter,
     ):
         vote = StopVote(stop, ranks)
         with closing(score_bins(model, source, own, ranks, vote)) as scored:
@@ -100,7 +102,7 @@ def _score_missing(config: LabelRun, samples: list[Sample], renderer: Renderer, 
                     writer.add(row, score)
                 meter.advance(sum(map(len, share)))
         if vote.newest():
-            raise StoppedEarly(f"stopped after {meter.done} of {len(samples)} rows, saved: run it again")
+            raise StoppedEarly(f"stopped after {meter.done} of {len(source)} rows, saved: run it again")
     # The scores of all ranks are on disk before one of them reads them.
     ranks.barrier()
 

@@ -37,11 +37,22 @@ _WORTH_GROUPING = 0.1
 
 
 @dataclass(frozen=True)
+class Settled:
+    """What a method says of the rows that are trained on, once those that do not fit are left out."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    """For the manifest."""
+    weights: list[float] | None = None
+    """Of each of these rows; None: those that the rows have."""
+
+
+@dataclass(frozen=True)
 class Rows:
-    """Training rows of one file set, and what is to be said of them in the manifest."""
+    """Training rows of one file set, and what becomes of those that are left."""
 
     rows: list[TrainingRow] | list[PreferencePair]
-    facts: dict[str, Any] = field(default_factory=dict)
+    settle: Callable[[list[int]], Settled] = lambda _: Settled()
+    """Given the places in `rows` of those that are left."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,7 @@ def _tokenized(
     shares = shares_prompts(config.trainer, config.parallel)
     tokenized: Any
     source: RowSource
+    settled = Settled()
     first = next(iter(rows.rows), None)
     kind = type(first.sample if isinstance(first, TrainingRow) else first)
 
@@ -160,9 +172,10 @@ def _tokenized(
         source = PairSource(tokenized, shares, MOST_KEYS_IN_TRAINING)
     else:
         tokenized = tokenize_samples(rows.rows, renderer, config.data, cache, reject)
-        source = SampleSource(tokenized, shares, MOST_KEYS_IN_TRAINING)
+        settled = rows.settle(tokenized.places)
+        source = SampleSource(tokenized.weighed(settled.weights), shares, MOST_KEYS_IN_TRAINING)
     facts = {
-        **rows.facts,
+        **settled.facts,
         "rows": len(source),
         "dropped": tokenized.dropped,
         "bad_rows": dict(Counter(bad_rows.counts) - before),
