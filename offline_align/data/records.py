@@ -8,7 +8,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,6 +56,8 @@ class Sample:
     prompt: tuple[Message, ...]
     response: str
     columns: dict[str, Any]
+    beside: str | None = field(default=None, kw_only=True)
+    """The other answer of its pair, if it is one of two: where the prompt is cut, it is cut alike for both."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ ROWS_PER_BATCH = 512
 OnRefused = Callable[[dict[str, str]], None]
 """What is done about rows that the chat template refuses, by id: with what it says against them."""
 
-_Dialogue = tuple[Sequence[Message], list[str], str]  # prompt, responses, condition
+_Dialogue = tuple[Sequence[Message], list[str], str, list[str]]
+"""Prompt, responses, condition, and other responses that share the context but are not asked for."""
 _Side = tuple[list[int], int]  # ids of context and target, position of the first target token
 
 _log = logging.getLogger(__name__)
@@ -58,9 +59,10 @@ class _Rendered:
     """One dialogue as text, before it is encoded."""
 
     sequences: list[list[Part]]
-    """The context and every target; nothing where the template refuses the dialogue."""
+    """The context and every target, those that only share it last; nothing if the template refuses the dialogue."""
     status: str
     responses: int
+    """How many of the targets are asked for."""
     condition: str
 
 
@@ -85,7 +87,7 @@ class TokenizedRows:
     condition_length: npt.NDArray[np.int32] | int = 0
     """[n] tokens of the condition that each prompt ends with; 0: no row has one."""
     places: list[int] = field(default_factory=list)
-    """[n] which of the rows that were asked for each is."""
+    """[n] place of each among the rows that were asked for."""
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -127,8 +129,10 @@ def tokenize_samples(
 
     Rows over `data.max_length` are cut or left out (`dropped`: too_long, response_too_long, no_target). A target of
     end of sequence alone is left out too, unless `empty_answers`: it can be scored, but there is nothing to learn.
-    So are those that the chat template refuses, where `on_refused` takes them. Raises DataError where it is not given,
-    and where no row is left, ConfigError for an unusable chat template, StorageError where the cache cannot be written.
+    So are those that the chat template refuses, where `on_refused` takes them. A row that has another answer beside it
+    (`Sample.beside`) is cut, or left out, as that one is: both have one context. Raises DataError where `on_refused`
+    is not given, and where no row is left, ConfigError for an unusable chat template, StorageError where the cache
+    cannot be written.
     """
     tokens = _sample_tokens(rows, renderer, data, cache_dir, empty_answers)
     _report_refused({rows[i].sample.id: message for i, message in tokens.refused}, on_refused)
@@ -157,9 +161,14 @@ def unusable_samples(
 def _sample_tokens(
     rows: "Sequence[TrainingRow]", renderer: Renderer, data: DataSection, cache_dir: Path, empty_answers: bool
 ) -> StoredTokens:
-    dialogues = [(r.sample.prompt, [r.sample.response], r.condition) for r in rows]
+    dialogues = [_dialogue(row) for row in rows]
     limits = _Limits(data.max_length, data.too_long, 1 if empty_answers else 2)
     return _cached(dialogues, renderer, limits, cache_dir)
+
+
+def _dialogue(row: "TrainingRow") -> _Dialogue:
+    sample = row.sample
+    return sample.prompt, [sample.response], row.condition, [] if sample.beside is None else [sample.beside]
 
 
 def tokenize_pairs(
@@ -173,7 +182,7 @@ def tokenize_pairs(
 
     A pair is left out as a whole, and both its sides have the same, possibly cut, context.
     """
-    dialogues = [(pair.prompt, [pair.chosen, pair.rejected], "") for pair in rows]
+    dialogues: list[_Dialogue] = [(pair.prompt, [pair.chosen, pair.rejected], "", []) for pair in rows]
     tokens = _cached(dialogues, renderer, _Limits(data.max_length, data.too_long), cache_dir)
     _report_refused({rows[i].id: message for i, message in tokens.refused}, on_refused)
     _check_some_left(tokens, len(rows), data)
@@ -234,7 +243,11 @@ def _key(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) ->
     ]
     digest = hashlib.sha256(json.dumps(rules).encode())
     for batch in batched(dialogues, ROWS_PER_BATCH):
-        rows = [([(m.role, m.content) for m in prompt], responses, condition) for prompt, responses, condition in batch]
+        rows = [
+            # What most rows do not have is in no key of theirs, so that caches stay good.
+            ([(m.role, m.content) for m in prompt], responses, condition, *([beside] if beside else []))
+            for prompt, responses, condition, beside in batch
+        ]
         digest.update(json.dumps(rows, ensure_ascii=False).encode())
     return digest.hexdigest()
 
@@ -260,10 +273,10 @@ def _tokenize(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limit
 
 
 def _render(dialogue: _Dialogue, renderer: Renderer) -> _Rendered:
-    prompt, responses, condition = dialogue
+    prompt, responses, condition, beside = dialogue
     try:
         sequences = [renderer.context_parts(prompt, condition)]
-        sequences += [renderer.target_parts(prompt, response) for response in responses]
+        sequences += [renderer.target_parts(prompt, response) for response in (*responses, *beside)]
         return _Rendered(sequences, KEPT, len(responses), condition)
     except DataError as error:
         return _Rendered([], f"{REFUSED}{error}", len(responses), condition)
@@ -278,7 +291,7 @@ def _fitted(rows: Sequence[_Rendered], ids: Iterable[list[int]], renderer: Rende
         status = row.status
         if row.sequences:
             sides, status = _fit(list(islice(upcoming, len(row.sequences))), row.condition, renderer, limits)
-            kept += [sides] if sides else []
+            kept += [sides[: row.responses]] if sides else []
         statuses.append(status)
     return statuses, [responses([sides[k] for sides in kept]) for k in range(rows[0].responses)]
 
@@ -289,15 +302,28 @@ def _fit(ids: list[list[int]], condition: str, renderer: Renderer, limits: _Limi
     Cut is the left of the context: begin of sequence, the request for the answer and the condition stay.
     """
     context, targets = ids[0], [renderer.finish_target(target) for target in ids[1:]]
-    if min(map(len, targets)) < limits.least_target:
-        return [], "no_target"
-    room = limits.max_length - max(map(len, targets))
-    status = KEPT
-    if len(context) > room:
-        start = renderer.start_ids
-        if room < len(start) + renderer.tail_tokens(condition):
-            return [], "response_too_long"
-        if limits.too_long is TooLong.drop:
-            return [], "too_long"
-        context, status = start + context[len(context) - room + len(start) :], TRUNCATED
+    status = _status(len(context), list(map(len, targets)), condition, renderer, limits)
+    if status not in (KEPT, TRUNCATED):
+        return [], status
+    if status == TRUNCATED:
+        start, room = renderer.start_ids, limits.max_length - max(map(len, targets))
+        context = start + context[len(context) - room + len(start) :]
     return [(context + target, len(context)) for target in targets], status
+
+
+def left_out(context: int, target: int, renderer: Renderer, data: DataSection) -> str | None:
+    """Return why training leaves out a row of so many tokens, without a condition, or None where it does not."""
+    status = _status(context, [target], "", renderer, _Limits(data.max_length, data.too_long))
+    return None if status in (KEPT, TRUNCATED) else status
+
+
+def _status(context: int, targets: list[int], condition: str, renderer: Renderer, limits: _Limits) -> str:
+    """Return what becomes of a row with so many tokens of context and of each target."""
+    if min(targets) < limits.least_target:
+        return "no_target"
+    room = limits.max_length - max(targets)
+    if context <= room:
+        return KEPT
+    if room < len(renderer.start_ids) + renderer.tail_tokens(condition):
+        return "response_too_long"
+    return "too_long" if limits.too_long is TooLong.drop else TRUNCATED

@@ -22,10 +22,11 @@ def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
         if isinstance(row, Sample):
             yield row
             continue
-        for answer, text in (("chosen", row.chosen), ("rejected", row.rejected)):
+        both = (("chosen", row.chosen, row.rejected), ("rejected", row.rejected, row.chosen))
+        for answer, text, other in both:
             columns = {k: v for k, v in row.columns.items() if k not in ("chosen", "rejected")}
             columns |= {"response": text, "answer": answer, "id": row.id}
-            yield Sample(f"{row.id}/{answer}", row.prompt, text, columns)
+            yield Sample(f"{row.id}/{answer}", row.prompt, text, columns, beside=other)
 
 
 def leave_out_unscorable(

@@ -6,7 +6,7 @@ relative to the run folder. Paths of inputs and parents are relative to it too, 
 but the root of the file system: a whole tree of data and runs can be moved and still be verified.
 """
 
-from offline_align.lineage.files import FileRecord, file_sha256, folder_sha256, write_atomically
+from offline_align.lineage.files import FileRecord, file_sha256, folder_sha256, text_sha256, write_atomically
 from offline_align.lineage.key import (
     CHANGES,
     RunSettings,
@@ -51,6 +51,7 @@ __all__ = [
     "read_manifest",
     "read_sources",
     "run_settings",
+    "text_sha256",
     "verify",
     "versions",
     "write_atomically",

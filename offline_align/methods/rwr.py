@@ -20,10 +20,10 @@ def training_rows(
 
     Says how many equally weighted rows these are worth. Raises as `weigh`.
     """
-    rows = weigh(labelled, settings.beta)
+    rows = [TrainingRow(row) for row in checked(labelled)]
 
     def finalize(places: Sequence[int]) -> Finalized:
-        weights = scaled_weights([labelled[place].reward for place in places], settings.beta)
+        weights = [row.weight for row in weigh((labelled[place] for place in places), settings.beta)]
         least, most, effective = min(weights), max(weights), effective_sample_size(weights)
         worth = f"effective sample size {effective:.0f} of {len(weights)} rows"
         logger.info("weights from %.3g to %.3g; %s", least, most, worth)
@@ -35,6 +35,7 @@ def training_rows(
 def weigh(rows: Iterable[LabelledSample], beta: float) -> list[TrainingRow]:
     """Return all rows with the weight `exp(reward / beta)` (Eq. 5), scaled to mean 1 over the rows.
 
+    The rows are those that are trained on: the mean of a part of them would be another one.
     Raises ConfigError where beta is not positive, DataError for unusable rewards.
     """
     labelled = checked(rows)

@@ -21,6 +21,7 @@ from offline_align.label.statistics import fit, normalise
 from offline_align.stages.job import Job, effort
 
 if TYPE_CHECKING:
+    from offline_align.data.bins import SampleSource
     from offline_align.distributed.setup import Ranks
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def run(job: Job[LabelRun]) -> int:
 
 
 def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
+    from offline_align.label.scoring import tokenized
     from offline_align.stages.huggingface_form import describe
 
     origin = job.origin
@@ -45,10 +47,15 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
     bad_rows = job.bad_rows(ranks.is_main)
     rows = ranks.main_first(lambda: _rows(job, renderer, bad_rows))
     samples = list(single_answers(rows))
-    # Named by content: scores of another model or other data are never taken for these.
-    journal = Journal(job.run_dir, job.key.continuation, ranks.dp_rank)
+    config = job.config
+    shares = shares_prompts(config.trainer, config.parallel)
+    source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, job.cache_dir, shares))
+    ranks.require_same(source.fingerprint(), "data.input")
+    # Named by content: scores of another model, other data or other tokens of the same data are never taken for these.
+    scored = lineage.text_sha256(f"{job.key.continuation} {source.fingerprint()}")
+    journal = Journal(job.run_dir, scored, ranks.dp_rank)
     with journal.timed(ranks.is_main):
-        _score_missing(job, samples, renderer, journal, ranks)
+        _score_missing(job, source, journal, ranks)
         again = _score_again(job, samples, renderer, ranks)
     facts: dict[str, Any] = {"bad_rows": dict(bad_rows.counts)} | describe(origin).text_form
     ranks.from_main(lambda: _write_results(job, rows, samples, journal, again, facts | effort(journal, ranks)))
@@ -61,24 +68,19 @@ def _rows(job: Job[LabelRun], renderer: Renderer, bad_rows: BadRows) -> list[Sam
     return leave_out_unscorable(rows, files, renderer, job.config.data, job.cache_dir, bad_rows)
 
 
-def _score_missing(
-    job: Job[LabelRun], samples: list[Sample], renderer: Renderer, journal: Journal, ranks: "Ranks"
-) -> None:
+def _score_missing(job: Job[LabelRun], source: "SampleSource", journal: Journal, ranks: "Ranks") -> None:
     """Score the rows that the journal lacks; raises StoppedEarly, with all scores on disk, on request."""
     from offline_align.distributed.setup import uses_bf16
     from offline_align.distributed.stopping import StopVote, stop_requests
-    from offline_align.label.scoring import load_reward_model, plan_bins, score_bins, tokenized
+    from offline_align.label.scoring import load_reward_model, plan_bins, score_bins
     from offline_align.progress import Meter
 
     config = job.config
-    done = ranks.from_main(lambda: read_scores(journal, len(samples)))
-    if len(done) == len(samples):
+    done = ranks.from_main(lambda: read_scores(journal, len(source)))
+    if len(done) == len(source):
         return
     (checkpoint,) = job.models
     model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
-    shares = shares_prompts(config.trainer, config.parallel)
-    source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, job.cache_dir, shares))
-    ranks.require_same(source.fingerprint(), "data.input")
     bins = plan_bins(source, config.trainer.micro_batch_size * config.data.max_length)
     left = [b for b in bins if any(row not in done for row in b)]
     # Ranks go round by round, so that all of them leave at the same bin when one is asked to. One that has no bin in
@@ -89,7 +91,7 @@ def _score_missing(
     with (
         stop_requests(config.trainer.max_time) as stop,
         ScoreWriter(journal, config.label.flush_rows, writes) as writer,
-        Meter("labelling", len(samples), "rows", len(done), ranks.is_main) as meter,
+        Meter("labelling", len(source), "rows", len(done), ranks.is_main) as meter,
     ):
         vote = StopVote(stop, ranks)
         with closing(score_bins(model, source, own, ranks, vote)) as scored:
@@ -99,7 +101,7 @@ def _score_missing(
                     writer.add(row, score)
                 meter.advance(sum(map(len, share)))
         if vote.newest():
-            raise StoppedEarly(f"stopped after {meter.done} of {len(samples)} rows, saved: run it again")
+            raise StoppedEarly(f"stopped after {meter.done} of {len(source)} rows, saved: run it again")
     # The scores of all ranks are on disk before one of them reads them.
     ranks.barrier()
 

@@ -6,6 +6,7 @@ the labelled file's manifest names. Otherwise they are characters, and the table
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -13,13 +14,14 @@ from pathlib import Path
 
 from offline_align import lineage
 from offline_align.config.runs import PlanRun
-from offline_align.config.sections import Template
+from offline_align.config.sections import DataSection, Template
 from offline_align.convert.describe import describe, tokenizer_of
 from offline_align.data.condition import check_format
 from offline_align.data.records import LabelledSample, read_rows
 from offline_align.data.template import Renderer
+from offline_align.data.tokenize import left_out, reasons
 from offline_align.data.tokenizer import load_tokenizer
-from offline_align.errors import ConfigError
+from offline_align.errors import ConfigError, DataError
 from offline_align.methods import ca, checked
 from offline_align.methods.planner import Settings, Sizes, plan
 from offline_align.model.description import find_model
@@ -56,12 +58,16 @@ def _show(job: Job[PlanRun], settings: Settings, writes: bool) -> None:
     bad_rows = job.bad_rows(writes)
     rows = checked(read_rows(paths, LabelledSample, bad_rows))
     renderer = _renderer(config, paths)
-    sizes = _token_sizes(rows, renderer, config.data.max_length) if renderer else _character_sizes(rows)
+    out: Counter[str] = Counter()
+    if renderer:
+        rows, sizes, out = _token_sizes(rows, renderer, config.data)
+    else:
+        sizes = _character_sizes(rows)
     made = plan(rows, sizes, settings)
-    warnings = _unstable(renderer, rows, settings)
+    warnings = [*_left_out(out, config.data), *_unstable(renderer, rows, settings)]
     show(*tables(made, warnings))
     if writes:
-        extra = {"warnings": warnings, "skipped_rows": dict(bad_rows.counts)}
+        extra = {"warnings": warnings, "skipped_rows": dict(bad_rows.counts), "left_out": dict(out)}
         text = json.dumps(asdict(made) | extra, indent=2, ensure_ascii=False)
         lineage.write_atomically(job.run_dir / PLAN_FILE, f"{text}\n".encode())
         job.finish([job.run_dir / PLAN_FILE], {"rows": made.rows})
@@ -101,18 +107,40 @@ def _renderers_behind(paths: Sequence[Path], template: Template | None) -> Itera
                 logger.debug("%s: not a model", folder)
 
 
-def _token_sizes(rows: Sequence[LabelledSample], renderer: Renderer, max_length: int) -> Sizes:
-    """Return sizes in tokens, rows over `max_length` counted as cut to it."""
+def _token_sizes(
+    rows: Sequence[LabelledSample], renderer: Renderer, data: DataSection
+) -> tuple[list[LabelledSample], Sizes, Counter[str]]:
+    """Return the rows that training would not leave out, their sizes in tokens, and the others by reason.
+
+    Rows over `data.max_length` count as cut to it. Raises DataError where no row is left.
+    """
+    kept: list[LabelledSample] = []
     lengths: list[int] = []
     targets: list[int] = []
+    out: Counter[str] = Counter()
     batches = iter(rows)
     while batch := list(islice(batches, ROWS_PER_BATCH)):
         contexts = renderer.encode([renderer.context_parts(row.prompt) for row in batch])
         encoded = renderer.encode([renderer.target_parts(row.prompt, row.response) for row in batch])
-        targets += [min(max_length, len(renderer.finish_target(ids))) for ids in encoded]
-        lengths += [min(max_length, len(ids)) for ids in contexts]
-    both = [min(max_length, context + target) for context, target in zip(lengths, targets, strict=True)]
-    return Sizes("tokens", both, targets, lambda text: len(renderer.tokenizer.encode(text, special=True)))
+        for row, context, ids in zip(batch, contexts, encoded, strict=True):
+            target = len(renderer.finish_target(ids))
+            if reason := left_out(len(context), target, renderer, data):
+                out[reason] += 1
+                continue
+            kept.append(row)
+            targets.append(target)
+            lengths.append(min(data.max_length, len(context) + target))
+    if not kept:
+        raise DataError(f"none of {len(rows)} rows is left: {reasons(out)}; see data.max_length={data.max_length}")
+    sizes = Sizes("tokens", lengths, targets, lambda text: len(renderer.tokenizer.encode(text, special=True)))
+    return kept, sizes, out
+
+
+def _left_out(out: Counter[str], data: DataSection) -> list[str]:
+    """Return the line that says which rows are in no count of the plan."""
+    if not out:
+        return []
+    return [f"{out.total()} rows are left out, as training does: {reasons(out)}; see data.max_length={data.max_length}"]
 
 
 def _character_sizes(rows: Sequence[LabelledSample]) -> Sizes:

@@ -79,6 +79,22 @@ def test_answers_of_one_token_and_rows_without_room(folder: Path) -> None:
     assert sum(manifest["extra"]["data"]["dropped"].values()) == 1
 
 
+@pytest.mark.parametrize("stage", ["rwr", "ca"])
+def test_a_row_that_is_left_out_changes_nothing(folder: Path, stage: str) -> None:
+    """It has the highest reward, next to which the weights of all others would be zero."""
+    rows = labelled([0.5, -1.0, 0.0, 1.0])
+    long = rows[0] | {"id": "long", "response": "word " * 500, "reward": 9.0}
+    words = ["trainer.max_steps=2", "optim.lr=1e-3", *(["method.beta=0.01"] if stage == "rwr" else [])]
+    found = {}
+    for name, given in (("without", rows), ("with", [*rows[:2], long, *rows[2:]])):
+        path = write_jsonl(folder / f"{stage}_{name}.jsonl", given)
+        run_dir = train(stage, folder / f"{stage}_{name}", path, *words, model=continued(folder / "base"))
+        facts = json.loads((run_dir / "manifest.json").read_text())["extra"]["data"]
+        found[name] = (metrics(run_dir), metrics(run_dir, "grad_norm"), facts | {"dropped": {}})
+        assert sum(facts["dropped"].values()) == (name == "with")
+    assert found["with"] == found["without"]
+
+
 def test_bad_rows_of_both_files_are_quarantined_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = [json.dumps(row) for row in samples(4)]
     (folder / "t.jsonl").write_text("\n".join(["nonsense", *good]))

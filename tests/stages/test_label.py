@@ -110,6 +110,28 @@ def test_interrupted_labelling_is_the_same_to_the_byte(
     assert (folder / "cut" / "labelled.jsonl").read_bytes() == (folder / "whole" / "labelled.jsonl").read_bytes()
 
 
+def test_scores_of_other_tokens_of_the_same_rows_are_not_taken(folder: Path, reward: Path, monkeypatch: Any) -> None:
+    """As an earlier version may have left them, whose answers of a pair had other contexts."""
+    from offline_align.data.bins import SampleSource
+    from offline_align.model.heads import RewardModel
+
+    assert label(folder, "whole", reward) == 0
+    original = RewardModel.forward
+    signals = iter([signal.SIGUSR1])
+
+    def stop_at_once(self: RewardModel, batch: PackedBatch) -> Tensor:
+        for number in signals:
+            os.kill(os.getpid(), number)
+        return original(self, batch) + 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardModel, "forward", stop_at_once)
+        patch.setattr(SampleSource, "fingerprint", lambda self: 0)
+        assert label(folder, "earlier", reward) == 75
+    assert label(folder, "earlier", reward) == 0
+    assert scores(folder, "earlier") == scores(folder, "whole")
+
+
 def test_a_row_that_cannot_be_scored_stops_the_run(folder: Path, reward: Path, capsys: Any) -> None:
     assert label(folder, "short", reward, "data.max_length=12") == 65
     assert "raise data.max_length=12" in capsys.readouterr().err

@@ -107,6 +107,25 @@ def test_run_folder_is_whole_and_repeatable(tmp_path: Path, capsys: pytest.Captu
         plan.run(Job(STAGES["plan"], replace(config, method=PlanMethodSection(beta=1.0))))
 
 
+def test_rows_that_training_leaves_out_are_in_no_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, path = write_hugging_face(tmp_path / "hf"), write_labelled(tmp_path / "data")
+    long = json.loads(path.read_text().splitlines()[0]) | {"response": "word " * 200, "reward": 3.0}
+    found = {}
+    for name, rows in (("without", path.read_text()), ("with", json.dumps(long) + "\n" + path.read_text())):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(rows)
+        config = replace(settings(file, folder, max_length=64), run=RunSection(dir=str(tmp_path / name)))
+        plan.run(Job(STAGES["plan"], config))
+        found[name] = json.loads((tmp_path / name / "plan.json").read_text())
+    warned = found["with"].pop("warnings")
+    assert warned == ["1 rows are left out, as training does: 1 response_too_long; see data.max_length=64"]
+    assert warned[0] in " ".join(capsys.readouterr().out.split())
+    assert found["with"].pop("left_out") == {"response_too_long": 1}
+    assert found["with"] | {"warnings": [], "left_out": {}} == found["without"]
+    with pytest.raises(DataError, match="none of 5 rows is left: 5 response_too_long"):
+        plan.run(Job(STAGES["plan"], settings(path, folder, max_length=4)))
+
+
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     path = write_labelled(tmp_path)
     plan.run(Job(STAGES["plan"], replace(settings(path), run=RunSection(dir=str(tmp_path / "run")), dry_run=True)))

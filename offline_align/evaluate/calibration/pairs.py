@@ -51,12 +51,15 @@ def read_judged_pairs(paths: Sequence[Path], bad_rows: BadRows) -> list[JudgedPa
 
 
 def both_orders(pairs: Sequence[JudgedPair]) -> list[Sample]:
-    """Return four samples for each pair: its answers in order, then in reverse; a set has an `id` of its own."""
+    """Return four samples for each pair: its answers in order, then in reverse; a set has an `id` of its own.
+
+    Each sample names the other answer of its pair, so that a reward model reads both after one context.
+    """
     return [
-        Sample(f"{k}/{pair.id}/{name}", pair.prompt, answer, {})
+        Sample(f"{k}/{pair.id}/{name}", pair.prompt, answer, {}, beside=other)
         for k, pair in enumerate(pairs)
         for name, answers in (("ab", pair.answers), ("ba", pair.answers[::-1]))
-        for answer in answers
+        for answer, other in (answers, answers[::-1])
     ]
 
 

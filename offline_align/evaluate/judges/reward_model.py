@@ -15,7 +15,7 @@ from offline_align.model.description import ModelDescription, find_model
 
 @dataclass(frozen=True, slots=True)
 class RewardModelJudge:
-    """Scores every answer alone, with the same rendering as `label`."""
+    """Scores every answer alone, with the same rendering as `label`; a judged pair keeps one context."""
 
     checkpoint: Path
     config: EvaluateRun
@@ -28,9 +28,9 @@ class RewardModelJudge:
         """
         from offline_align.label.scoring import score_samples
 
-        unique: dict[tuple[tuple[Message, ...], str], Sample] = {}
+        unique: dict[tuple[tuple[Message, ...], str, str | None], Sample] = {}
         for sample in samples:
-            unique.setdefault((sample.prompt, sample.response), sample)
+            unique.setdefault((sample.prompt, sample.response, sample.beside), sample)
         config = self.config
         scores = score_samples(
             self.checkpoint,
@@ -41,7 +41,7 @@ class RewardModelJudge:
             config.trainer,
         )
         found = dict(zip(unique, scores, strict=True))
-        return [found[sample.prompt, sample.response] for sample in samples]
+        return [found[sample.prompt, sample.response, sample.beside] for sample in samples]
 
     def describe(self) -> dict[str, Any]:
         """Return kind and checkpoint."""

@@ -17,6 +17,7 @@ from offline_align.data.template import Renderer
 from offline_align.data.tokenize import TokenizedRows, tokenize_pairs, tokenize_samples
 from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import DataError, StorageError
+from offline_align.label.rows import single_answers
 from offline_align.methods import TrainingRow
 from tests.small_tokenizers import CHATML, write_hugging_face, write_sentencepiece
 from tests.support import real_data_dir
@@ -166,6 +167,27 @@ def test_a_pair_is_cut_and_dropped_as_a_whole(renderer: Renderer, cache: Path) -
     assert split(made.chosen, 0)[0] == split(made.rejected, 0)[0]
     assert len(row_of(made.rejected, 0)) == 40
     assert made.chosen.truncated == 1
+
+
+@pytest.mark.parametrize("too_long", TooLong)
+def test_an_answer_is_cut_or_dropped_as_the_other_one_of_its_pair(
+    too_long: TooLong, renderer: Renderer, cache: Path
+) -> None:
+    # The first would fit with its chosen answer alone; the last fits with neither cut.
+    texts = [("x " * 12, "fine", "a much longer answer, " * 3), ("x " * 60, "fine", "a longer one")]
+    texts += [("Hi", "a", "b" * 99), ("Hi", "a", "b")]
+    pairs = [preference_pair(i, *text) for i, text in enumerate(texts)]
+    data = DataSection(max_length=64, too_long=too_long)
+    single = [TrainingRow(sample) for sample in single_answers(pairs)]
+    both, alone = tokenize_pairs(pairs, renderer, data, cache), tokenize_samples(single, renderer, data, cache)
+    assert alone.row_ids == [f"{row_id}/{answer}" for row_id in both.row_ids for answer in ("chosen", "rejected")]
+    for i in range(len(both)):
+        assert row_of(alone, 2 * i) == row_of(both.chosen, i)
+        assert row_of(alone, 2 * i + 1) == row_of(both.rejected, i)
+    # Each is so by itself, whatever rows are with it.
+    first = next(row for row in single if row.sample.id == alone.row_ids[0])
+    assert row_of(tokenize_samples([first], renderer, data, cache), 0) == row_of(alone, 0)
+    assert (len(both), alone.truncated) == ((3, 4) if too_long is TooLong.truncate_prompt else (1, 0))
 
 
 def test_a_row_without_a_target_token_is_refused(tmp_path: Path, cache: Path) -> None:

@@ -52,6 +52,7 @@ def test_every_pair_is_asked_in_both_orders(tmp_path: Path) -> None:
     pairs = read_judged_pairs([write(tmp_path / "v.jsonl", verdict_row(["tie"]), verdict_row(["tie"]))], FAIL)
     samples = both_orders(pairs)
     assert [sample.response for sample in samples] == ["A", "B", "B", "A"] * 2
+    assert [sample.beside for sample in samples] == ["B", "A", "A", "B"] * 2
     assert len({sample.id for sample in samples}) == 4
 
 

@@ -1,6 +1,7 @@
 """What the reward-model judge adds to scoring: equal answers are asked about once and tie."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ def test_equal_answers_are_scored_once(tmp_path: Path, asked: list[list[str]]) -
     scores = judge.score([*make_samples("no", "", "no", "", "yes"), *make_samples("no", question="How?")])
     assert scores == [3.0, 1.0, 3.0, 1.0, 4.0, 3.0]
     assert asked == [["no", "", "yes", "no", "auto"]]
+
+
+def test_an_answer_is_scored_again_where_another_one_shares_its_context(tmp_path: Path, asked: list[list[str]]) -> None:
+    judge = reward_model_judge(make_config(str(save_description(tmp_path / "rm", "reward_model"))))
+    (alone,) = make_samples("no")
+    of_a_pair = replace(alone, beside="a longer answer, for which more of the prompt is cut")
+    judge.score([alone, of_a_pair, alone, of_a_pair])
+    assert asked == [["no", "no", "auto"]]
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
