@@ -55,7 +55,7 @@ def read_verdict(reply: str, names: Sequence[str]) -> list[float] | None:
     Where several verdicts stand together the last one counts.
     """
     run: list[Entry] = []
-    for line in _lines(_after_reasoning(_readable(reply))):
+    for line in _lines(after_reasoning(_readable(reply))):
         entries = _entries(line)
         run = [] if entries is None else run + entries
     last = dict(run[-len(names) :])
@@ -71,7 +71,7 @@ def _readable(reply: str) -> str:
     return "".join(c for c in text if unicodedata.category(c) != "Cf" and c != "\ufe0f")
 
 
-def _after_reasoning(text: str) -> str:
+def after_reasoning(text: str) -> str:
     """Return what follows the last block of reasoning; nothing where that block was not closed."""
     found = list(_REASONING.finditer(text))
     if not found:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from offline_align.data.records import Sample
 from offline_align.errors import ConfigError
 from offline_align.evaluate.comparison import prompt_text
-from offline_align.evaluate.judges.verdict_grammar import read_verdict
+from offline_align.evaluate.judges.verdict_grammar import after_reasoning, read_verdict
 
 INSTRUCTIONS = """\
 You compare the answers that several AI assistants gave to the same user. Be strict, fair and impartial.
@@ -66,12 +66,16 @@ def request(samples: Sequence[Sample]) -> list[dict[str, str]]:
     ]
 
 
-def reminder(reply: str, count: int) -> list[dict[str, str]]:
-    """Return the messages that ask again after a reply without readable scores."""
-    return [
-        {"role": "assistant", "content": reply},
-        {"role": "user", "content": REMINDER.format(lines=_form(candidate_names(count)))},
-    ]
+def asked_again(messages: Sequence[dict[str, str]], reply: str, count: int) -> list[dict[str, str]]:
+    """Return the messages that ask again after a reply without readable scores.
+
+    Reasoning is not sent back. No server takes an empty message, so without a reply the reminder ends the question.
+    """
+    wish = REMINDER.format(lines=_form(candidate_names(count)))
+    if rest := after_reasoning(reply).strip():
+        return [*messages, {"role": "assistant", "content": rest}, {"role": "user", "content": wish}]
+    *head, last = messages
+    return [*head, {**last, "content": f"{last['content']}\n\n{wish}"}]
 
 
 def parse(reply: str, count: int) -> list[float] | None:
