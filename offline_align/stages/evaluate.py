@@ -187,7 +187,8 @@ def _sections(config: EvaluateRun, compared: Compared | None, scored: _Scored, j
     found = _comparison_sections(config, compared, scored, judge) if compared else []
     if scored.verdicts is not None:
         found.append(calibration_section(scored.verdicts, config.evaluate, config.run.seed))
-    served = judge_section(judge.describe()) if judge else None
+    methods = compared.comparison.methods if compared else []
+    served = judge_section(judge.describe(), methods) if judge else None
     return [*found, *([served] if served else [])]
 
 

@@ -17,6 +17,7 @@ from offline_align.errors import ConfigError, DataError, StoppedEarly
 from offline_align.lineage import Status, read_manifest, verify
 from offline_align.stages.evaluate import run
 from tests.runs import compose, job, write_manifest
+from tests.unit.evaluate.judges.chat_server import Endpoint
 
 PROMPTS = 12
 Start = Callable[..., int]
@@ -292,3 +293,29 @@ def test_tensorboard_has_the_numbers_and_the_figures(
     assert image.encoded_image_string.startswith(b"\x89PNG")
     assert (image.width, image.height) > (100, 100)
     assert "report/text_summary" in tags["tensors"]
+
+
+def test_a_judge_that_refuses_one_prompt_reports_over_the_others(
+    start: Start, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openai")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    refused = json.loads(files[0].read_text().splitlines()[0])["prompt"]
+    endpoint = Endpoint()
+    endpoint.reply = lambda body: (
+        (400, "blocked by the content filter")
+        if f"{refused}\n" in body["messages"][1]["content"]
+        else (200, "Assistant A: 9\nAssistant B: 5\nAssistant C: 4")
+    )
+    try:
+        words = ["judge=openai", "judge.model=m", f"judge.base_url={endpoint.url}"]
+        assert start(files, *words) == 0
+    finally:
+        endpoint.stop()
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (report["prompts"], report["judged_prompts"]) == (PROMPTS, PROMPTS - 1)
+    assert report["judge"]["unreadable_reasons"] == {"content filter": 1}
+    assert report["judge"]["unreadable_by_answer"] == [1, 1, 1]
+    means = [report["overall"][method]["score"]["mean"] for method in report["methods"]]
+    assert sum(means) == pytest.approx(18), "means are over the prompts that were judged"
+    assert "could not be read (content filter: 1)" in capsys.readouterr().out

@@ -15,7 +15,8 @@ from offline_align.data.records import Sample
 from offline_align.errors import DataError, StoppedEarly
 from offline_align.evaluate.comparison import prompt_text
 from offline_align.evaluate.judges.rater_agreement import krippendorff_alpha
-from offline_align.evaluate.judges.verdict_text import HIGHEST, LOWEST, shuffled
+from offline_align.evaluate.judges.verdict_grammar import HIGHEST, LOWEST
+from offline_align.evaluate.judges.verdict_text import shuffled
 from offline_align.evaluate.page import render_page
 from offline_align.lineage import write_atomically
 

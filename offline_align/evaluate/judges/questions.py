@@ -23,6 +23,8 @@ class Question:
     number: int
     samples: tuple[Sample, ...]
     shown: tuple[int, ...]
+    in_order: bool = False
+    """Whether the set is shown in the order given."""
 
 
 def ask(samples: Sequence[Sample], form: JudgeForm, seed: int, in_order_from: int | None = None) -> list[Question]:
@@ -37,7 +39,7 @@ def ask(samples: Sequence[Sample], form: JudgeForm, seed: int, in_order_from: in
         members = tuple(group)
         fixed = in_order_from is not None and first >= in_order_from
         order = tuple(range(len(members))) if fixed else balanced_order(number, len(members), seed)
-        questions += [Question(number, members, shown) for shown in _shown(order, form)]
+        questions += [Question(number, members, shown, fixed) for shown in _shown(order, form)]
         first += len(members)
     return questions
 
@@ -90,6 +92,19 @@ def _note(table: Floats, shown: Sequence[int], given: Sequence[float] | None, fo
         return
     for index, score in zip(shown, given, strict=True):
         table[index, index] = score
+
+
+def unreadable_by_answer(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> list[int]:
+    """Return in how many unreadable verdicts the first, second, ... answer of a set stood.
+
+    Sets that were shown in the order given are not counted.
+    """
+    asked = [(q, verdict) for q, verdict in zip(questions, verdicts, strict=True) if not q.in_order]
+    counts = [0] * max((len(question.samples) for question, _ in asked), default=0)
+    for question, verdict in asked:
+        for index in question.shown if verdict.scores is None else ():
+            counts[index] += 1
+    return counts
 
 
 def place_bias(verdicts: Sequence[Verdict]) -> list[dict[str, float | int]]:

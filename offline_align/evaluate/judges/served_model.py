@@ -1,32 +1,35 @@
 """A model behind an OpenAI-compatible endpoint as the judge, in the manner of the paper's Appendix A."""
 
 import importlib.util
+import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import urlsplit
 
 from offline_align.config.sections import JudgeForm, JudgeSection
 from offline_align.data.records import Sample
-from offline_align.errors import ConfigError, StoppedEarly
+from offline_align.errors import ConfigError
 from offline_align.evaluate.judges import verdict_text
-from offline_align.evaluate.judges.questions import Question, ask, place_bias, scores
+from offline_align.evaluate.judges.chat_endpoint import ChatEndpoint, Messages, Refused
+from offline_align.evaluate.judges.endpoint_errors import shortened
+from offline_align.evaluate.judges.questions import Question, ask, place_bias, scores, unreadable_by_answer
 from offline_align.evaluate.judges.verdict_cache import Verdict, VerdictCache, verdict_key
 from offline_align.progress import Meter
 
-if TYPE_CHECKING:
-    from openai import OpenAI
-
+log = logging.getLogger(__name__)
 READING_ATTEMPTS = 3
 
 
 @dataclass(slots=True)
 class ServedModelJudge:
-    """Asks a model for verdicts in the form of `settings`; `client` is the openai package's."""
+    """Asks a model for verdicts in the form of `settings`."""
 
-    client: "OpenAI"
+    endpoint: ChatEndpoint
     model: str
     settings: JudgeSection
     cache: VerdictCache
@@ -38,8 +41,8 @@ class ServedModelJudge:
     def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
         """Return scores from 1 to 10, or shares of pairs won; NaN where a verdict could not be read.
 
-        Raises ConfigError where the endpoint refuses the key, the model or the request, StoppedEarly where it cannot
-        be reached: verdicts so far are kept.
+        A question that the endpoint refuses is passed over. Raises ConfigError if it refuses all, as for a wrong key
+        or model, and StoppedEarly if it cannot be reached: verdicts so far are kept.
         """
         form = self.settings.form
         self._questions = ask(samples, form, self.seed, in_order_from)
@@ -65,10 +68,19 @@ class ServedModelJudge:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        if verdicts and all(verdict.refused for verdict in verdicts):
+            first = verdicts[0]
+            raise ConfigError(
+                f"judge.model={self.model}: every question was refused, the first one so: {first.problem}: "
+                f"{first.reply}; choose another judge"
+            )
         return verdicts
 
     def describe(self) -> dict[str, Any]:
-        """Return model and form, verdicts that could not be read, places, tokens and cost, earlier runs' included."""
+        """Return model and form, verdicts that could not be read and why, places, tokens and cost.
+
+        Tokens of earlier attempts at this run are included.
+        """
         given = list({verdict.key: verdict for verdict in self._verdicts}.values())
         prompt_tokens = sum(verdict.prompt_tokens for verdict in given)
         completion_tokens = sum(verdict.completion_tokens for verdict in given)
@@ -79,6 +91,8 @@ class ServedModelJudge:
             "form": self.settings.form.value,
             "verdicts": len(given),
             "unreadable_verdicts": sum(verdict.scores is None for verdict in given),
+            "unreadable_reasons": dict(Counter(v.problem for v in given if v.scores is None).most_common()),
+            "unreadable_by_answer": unreadable_by_answer(self._questions, self._verdicts),
             "asked_again": sum(verdict.attempts > 1 for verdict in given),
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -86,67 +100,33 @@ class ServedModelJudge:
             "places": place_bias(self._verdicts),
         }
 
-    def _judge(self, key: str, messages: list[dict[str, str]], question: Question) -> Verdict:
+    def _judge(self, key: str, messages: Messages, question: Question) -> Verdict:
         known = self.cache.get(key)
         if known is not None:
             return known
         verdict = self._ask(key, question.samples[0].id, messages, len(question.shown))
+        if verdict.scores is None:
+            log.warning("%s: no verdict: %s: %s", verdict.id, verdict.problem, shortened(verdict.reply))
         self.cache.add(verdict)
         return verdict
 
-    def _ask(self, key: str, set_id: str, messages: list[dict[str, str]], count: int) -> Verdict:
-        reply, found, attempt, sent, received = "", None, 0, 0, 0
+    def _ask(self, key: str, set_id: str, messages: Messages, count: int) -> Verdict:
+        request, text, problem, attempt, sent, received = messages, "", "", 0, 0, 0
         for attempt in range(1, READING_ATTEMPTS + 1):
-            again = verdict_text.reminder(reply, count) if attempt > 1 else []
-            completion = self._complete([*messages, *again])
-            reply = _text(completion)
-            usage = getattr(completion, "usage", None)
-            if usage is not None:
-                sent += usage.prompt_tokens
-                received += usage.completion_tokens
-            found = verdict_text.parse(reply, count)
+            try:
+                reply = self.endpoint.ask(request)
+            except Refused as refusal:
+                problem, words = refusal.problem, refusal.words
+                return Verdict(key, set_id, None, words, attempt, sent, received, problem, refused=attempt == 1)
+            sent += reply.prompt_tokens
+            received += reply.completion_tokens
+            text = reply.text
+            found = None if reply.problem else verdict_text.parse(text, count)
             if found is not None:
-                break
-        return Verdict(key, set_id, found, reply, attempt, sent, received)
-
-    def _complete(self, messages: list[dict[str, str]]) -> Any:
-        import openai
-
-        try:
-            return self._send(messages)
-        except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
-            raise StoppedEarly(
-                f"judge.base_url={self.client.base_url}: no verdict after {self.settings.retries} retries "
-                f"({type(error).__name__}); run the same command again: verdicts so far are kept"
-            ) from error
-        except (openai.APIResponseValidationError, ValueError):
-            # A body that is no completion is a reply that cannot be read.
-            return None
-        except openai.APIStatusError as error:
-            raise ConfigError(
-                f"judge.model={self.model}: {self.client.base_url} answers {error.status_code} "
-                f"({type(error).__name__}); check judge.model, judge.base_url and OPENAI_API_KEY"
-            ) from error
-
-    def _send(self, messages: list[dict[str, str]]) -> Any:
-        import openai
-
-        create: Any = self.client.chat.completions.create
-        try:
-            return create(model=self.model, messages=messages, temperature=0)
-        except openai.BadRequestError as error:
-            # Reasoning models take no temperature.
-            if "temperature" not in str(error):
-                raise
-            return create(model=self.model, messages=messages)
-
-
-def _text(completion: Any) -> str:
-    """Return the text of a completion, or nothing where the endpoint sent something else."""
-    try:
-        return str(completion.choices[0].message.content or "")
-    except (AttributeError, IndexError, TypeError):
-        return ""
+                return Verdict(key, set_id, found, text, attempt, sent, received)
+            problem = reply.problem or "no readable scores"
+            request = verdict_text.asked_again(messages, "" if reply.problem else text, count)
+        return Verdict(key, set_id, None, text, attempt, sent, received, problem)
 
 
 def served_model_judge(judge: JudgeSection, run_dir: Path, seed: int) -> ServedModelJudge:
@@ -159,6 +139,10 @@ def served_model_judge(judge: JudgeSection, run_dir: Path, seed: int) -> ServedM
     key = os.environ.get("OPENAI_API_KEY")
     if not key and not judge.base_url:
         problems.append("judge=openai: OPENAI_API_KEY is not set in the environment; set it, or judge.base_url")
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        problems.append("OPENAI_API_KEY holds a space, a line end or a letter that no key has; set it again")
+    if judge.base_url and not _is_address(judge.base_url):
+        problems.append(f"judge.base_url={judge.base_url}: not an address such as http://localhost:8000/v1")
     if problems or not judge.model:
         raise ConfigError(problems)
     from openai import OpenAI
@@ -166,8 +150,20 @@ def served_model_judge(judge: JudgeSection, run_dir: Path, seed: int) -> ServedM
     # A server of one's own asks for no key, but the client insists on one. It backs off exponentially between its
     # retries and heeds Retry-After.
     client = OpenAI(
-        api_key=key or "none", base_url=judge.base_url, max_retries=judge.retries, timeout=judge.timeout_seconds
+        api_key=key or "no-key-needed",
+        base_url=judge.base_url,
+        max_retries=judge.retries,
+        timeout=judge.timeout_seconds,
     )
     cache = VerdictCache(run_dir / "verdicts.jsonl")
     name = judge.model if judge.form is JudgeForm.set else f"{judge.model}, {judge.form.value}"
-    return ServedModelJudge(client, judge.model, judge, cache, seed, name=name)
+    endpoint = ChatEndpoint(client, judge.model, judge.retries)
+    return ServedModelJudge(endpoint, judge.model, judge, cache, seed, name=name)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        return False

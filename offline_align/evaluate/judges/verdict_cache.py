@@ -18,7 +18,11 @@ _NAME = "verdicts"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The scores of answers as they were shown, None where no reply could be read; `reply` is the last one."""
+    """The scores of answers as they were shown, None where no reply could be read.
+
+    `reply` is the last one, or the words in which the server refused the question; `problem` says in a few words why
+    there are no scores.
+    """
 
     key: str
     id: str
@@ -27,6 +31,8 @@ class Verdict:
     attempts: int
     prompt_tokens: int
     completion_tokens: int
+    problem: str = ""
+    refused: bool = False
 
 
 class VerdictCache:

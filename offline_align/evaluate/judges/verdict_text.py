@@ -5,15 +5,13 @@ The paper's Appendix A in its single-set form: a short comparison first, then on
 
 import hashlib
 import random
-import re
 import string
 from collections.abc import Sequence
 
 from offline_align.data.records import Sample
 from offline_align.errors import ConfigError
 from offline_align.evaluate.comparison import prompt_text
-
-LOWEST, HIGHEST = 1.0, 10.0
+from offline_align.evaluate.judges.verdict_grammar import after_reasoning, read_verdict
 
 INSTRUCTIONS = """\
 You compare the answers that several AI assistants gave to the same user. Be strict, fair and impartial.
@@ -68,30 +66,21 @@ def request(samples: Sequence[Sample]) -> list[dict[str, str]]:
     ]
 
 
-def reminder(reply: str, count: int) -> list[dict[str, str]]:
-    """Return the messages that ask again after a reply without readable scores."""
-    return [
-        {"role": "assistant", "content": reply},
-        {"role": "user", "content": REMINDER.format(lines=_form(candidate_names(count)))},
-    ]
+def asked_again(messages: Sequence[dict[str, str]], reply: str, count: int) -> list[dict[str, str]]:
+    """Return the messages that ask again after a reply without readable scores.
+
+    Reasoning is not sent back. No server takes an empty message, so without a reply the reminder ends the question.
+    """
+    wish = REMINDER.format(lines=_form(candidate_names(count)))
+    if rest := after_reasoning(reply).strip():
+        return [*messages, {"role": "assistant", "content": rest}, {"role": "user", "content": wish}]
+    *head, last = messages
+    return [*head, {**last, "content": f"{last['content']}\n\n{wish}"}]
 
 
 def parse(reply: str, count: int) -> list[float] | None:
-    """Return the scores as the answers were shown, or None unless every name has one from 1 to 10.
-
-    The last line of a name counts, because the comparison before it may name scores too.
-    """
-    found = [_score(reply, name) for name in candidate_names(count)]
-    return None if None in found else [score for score in found if score is not None]
-
-
-def _score(reply: str, name: str) -> float | None:
-    pattern = rf"^\W*{name}\W*[:=\-–—]\W*(\d+(?:\.\d+)?)\s*(?:/\s*10)?\W*$"
-    found = re.findall(pattern, reply, flags=re.IGNORECASE | re.MULTILINE)
-    if not found:
-        return None
-    score = float(found[-1])
-    return score if LOWEST <= score <= HIGHEST else None
+    """Return the scores as the answers were shown, or None unless the reply ends with one from 1 to 10 for each."""
+    return read_verdict(reply, candidate_names(count))
 
 
 def _form(names: Sequence[str]) -> str:

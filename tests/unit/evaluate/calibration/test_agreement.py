@@ -85,6 +85,16 @@ def test_verdicts_that_could_not_be_had_are_left_out() -> None:
     assert (found["without_verdict"], found["decided_pairs"], found["accuracy"]["mean"]) == (1, 2, 0.5)
 
 
+def test_a_pair_counts_only_if_both_orders_were_judged() -> None:
+    nan = float("nan")
+    found = agreement(judged([1, 1, -1, -1], [2.0, nan, -3.0, 1.0], [1.0, 1.0, nan, 2.0]), SETTINGS, 0)
+    whole = agreement(judged([1, -1], [2.0, 1.0], [1.0, 2.0]), SETTINGS, 0)
+    assert (found["without_verdict"], found["decided_pairs"]) == (2, 2)
+    for name in ("accuracy", "kappa", "judge_ties", "same_in_both_orders", "first_shown_wins"):
+        assert found[name]["mean"] == whole[name]["mean"]
+    assert found["largest_order_difference"] == whole["largest_order_difference"] == 1.0
+
+
 def test_sources_have_their_own_accuracy() -> None:
     pairs = [pair(1, source="hh"), pair(1, source="hh"), pair(-1, source="oasst")]
     margins = np.array([1.0, -1.0, -1.0])

@@ -1,12 +1,7 @@
 """The served judge against a real HTTP server that speaks the chat completions protocol."""
 
-import json
 import math
 import re
-import threading
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,85 +13,7 @@ from offline_align.data.records import Message, Sample
 from offline_align.errors import ConfigError, StoppedEarly
 from offline_align.evaluate.judges import served_model
 from offline_align.evaluate.judges.served_model import ServedModelJudge, served_model_judge
-
-HANG_UP, NONSENSE, STALL = -1, -2, -3
-KEY = "sk-secret-of-the-test"
-Reply = Callable[[dict[str, Any]], tuple[int, str]]
-
-
-class Endpoint:
-    """Answers requests with `reply(body)`, as (status, text), and remembers them."""
-
-    def __init__(self) -> None:
-        self.bodies: list[dict[str, Any]] = []
-        self.keys: set[str] = set()
-        self.reply: Reply = by_length
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.bodies.append(body)
-                outer.keys.add(self.headers["Authorization"])
-                status, text = outer.reply(body)
-                if status == HANG_UP:
-                    self.send_response(200)
-                    self.send_header("Content-Length", "1000")
-                    self.end_headers()
-                    self.wfile.write(b'{"choices": [{"mess')
-                    return
-                if status == NONSENSE:
-                    self.send_response(200)
-                    self.send_header("Content-Type", "application/json")
-                    self.end_headers()
-                    self.wfile.write(text.encode())
-                    return
-                if status == STALL:
-                    time.sleep(0.6)
-                    status = 200
-                content = json.dumps(completion(text) if status == 200 else {"error": {"message": text}})
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.end_headers()
-                self.wfile.write(content.encode())
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Stay silent."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-
-
-def completion(text: str) -> dict[str, Any]:
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-    usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
-    return {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "m",
-        "choices": [choice],
-        "usage": usage,
-    }
-
-
-def by_length(body: dict[str, Any]) -> tuple[int, str]:
-    """Score every answer by its number of letters."""
-    text = body["messages"][1]["content"]
-    found = re.findall(r"\[Start of (Assistant \w)'s answer\]\n(.*)\n\[End", text)
-    return 200, "Compared.\n" + "\n".join(f"{name}: {len(answer)}" for name, answer in found)
-
-
-@pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    pytest.importorskip("openai")
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    endpoint = Endpoint()
-    thread = threading.Thread(target=endpoint.server.serve_forever, daemon=True)
-    thread.start()
-    yield endpoint
-    endpoint.server.shutdown()
-    endpoint.server.server_close()
+from tests.unit.evaluate.judges.chat_server import HANG_UP, KEY, STALL, Endpoint, by_length
 
 
 def make_judge(endpoint: Endpoint, run_dir: Path, **settings: Any) -> ServedModelJudge:
@@ -126,6 +43,8 @@ def test_scores_come_back_to_their_answers(endpoint: Endpoint, tmp_path: Path) -
         "form": "set",
         "verdicts": 6,
         "unreadable_verdicts": 0,
+        "unreadable_reasons": {},
+        "unreadable_by_answer": [0, 0, 0],
         "asked_again": 0,
         "prompt_tokens": 600,
         "completion_tokens": 120,
@@ -221,7 +140,7 @@ def test_a_verdict_that_stays_unreadable_is_counted(endpoint: Endpoint, tmp_path
     assert len(endpoint.bodies) == 2 + served_model.READING_ATTEMPTS
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [429, 502, 503])
 def test_an_endpoint_that_fails_stops_the_run_with_verdicts_kept(
     endpoint: Endpoint, tmp_path: Path, status: int
 ) -> None:
@@ -248,13 +167,14 @@ def test_torn_and_late_replies_are_asked_for_again(endpoint: Endpoint, tmp_path:
     assert len(endpoint.bodies) == 2
 
 
-@pytest.mark.parametrize("body", ["not json", "[]", "{}", '{"choices": []}', '"text"'])
+@pytest.mark.parametrize("body", ["not json", "[]", "{}", '{"choices": []}', '"text"', '{"error": {"message": "no"}}'])
 def test_nonsense_is_a_reply_that_cannot_be_read(endpoint: Endpoint, tmp_path: Path, body: str) -> None:
-    endpoint.reply = lambda _: (NONSENSE, body)
+    endpoint.reply = lambda b: (200, body.encode()) if "Question 1" in b["messages"][1]["content"] else by_length(b)
     judge = make_judge(endpoint, tmp_path)
-    assert all(math.isnan(score) for score in judge.score(make_samples(1)))
+    assert [math.isnan(score) for score in judge.score(make_samples(3))] == [False] * 3 + [True] * 3 + [False] * 3
     assert judge.describe()["unreadable_verdicts"] == 1
-    assert len(endpoint.bodies) == served_model.READING_ATTEMPTS
+    asked = [b for b in endpoint.bodies if "Question 1" in b["messages"][1]["content"]]
+    assert len(asked) == served_model.READING_ATTEMPTS
 
 
 def test_no_server_at_all_stops_the_run(endpoint: Endpoint, tmp_path: Path) -> None:

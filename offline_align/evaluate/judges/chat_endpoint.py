@@ -1,0 +1,212 @@
+"""A server with the chat completions protocol: it answers a question, refuses it, or can answer none at all.
+
+A request holds model, messages and temperature 0. What a server does not take of that is left out or put differently,
+for the whole run. Whether an error is about one question or about all is found by asking a harmless one.
+"""
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from offline_align.errors import AlignError, ConfigError, StoppedEarly
+from offline_align.evaluate.judges.endpoint_errors import Scope, problem_of, scope_of, shortened, words_of
+
+if TYPE_CHECKING:
+    from openai import APIError, OpenAI
+
+log = logging.getLogger(__name__)
+
+Messages = list[dict[str, str]]
+HARMLESS: Messages = [
+    {"role": "system", "content": "Answer in one word."},
+    {"role": "user", "content": "Which colour is snow?"},
+]
+REPLY_TOKENS = 4096
+"""Limit of a reply, for servers that insist on one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back; `problem` says why `text` cannot hold a verdict, empty if it can."""
+
+    text: str
+    problem: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Refused(Exception):
+    """This question gets no answer, but others do: `problem` in our words, `words` in the server's."""
+
+    def __init__(self, problem: str, words: str) -> None:
+        super().__init__(f"{problem}: {words}")
+        self.problem, self.words = problem, words
+
+
+class NoCompletion(Exception):
+    """The server sent something else than a chat completion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a request is put."""
+
+    temperature: bool = True
+    system: bool = True
+    """Instructions in a message of the system's; if not, at the head of the user's first."""
+    limit: str = ""
+    """Name of the setting that limits a reply, for a server that insists on one."""
+
+    def request(self, messages: Messages) -> dict[str, Any]:
+        """Return the arguments of the client's call but for the model."""
+        if not self.system and messages[0]["role"] == "system":
+            head, first, *rest = messages
+            messages = [{**first, "content": f"{head['content']}\n\n{first['content']}"}, *rest]
+        settings: dict[str, Any] = {"temperature": 0} if self.temperature else {}
+        return {"messages": messages, **settings, **({self.limit: REPLY_TOKENS} if self.limit else {})}
+
+    def without_what_is_refused(self, words: str) -> "Form | None":
+        """Return the form to try after a refusal in these words, None if they name nothing that can change."""
+        text = words.lower()
+        if self.temperature and "temperature" in text:
+            return replace(self, temperature=False)
+        if self.limit != "max_completion_tokens" and "max_completion_tokens" in text:
+            return replace(self, limit="max_completion_tokens")
+        if not self.limit and "max_tokens" in text and any(word in text for word in ("required", "missing")):
+            return replace(self, limit="max_tokens")
+        if self.system and any(word in text for word in ("system", "role", "developer")):
+            return replace(self, system=False)
+        return None
+
+
+@dataclass(slots=True)
+class ChatEndpoint:
+    """Asks `model`; `client` is the openai package's, which repeats failed requests `retries` times."""
+
+    client: "OpenAI"
+    model: str
+    retries: int
+    _form: Form = Form()
+    _answers: bool = False
+    """Whether any completion has come."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def ask(self, messages: Messages) -> Reply:
+        """Return the reply to a question.
+
+        Raises Refused if the server answers other questions but not this one; ConfigError if it will answer none;
+        StoppedEarly if it cannot answer now.
+        """
+        from openai import APIError
+
+        try:
+            return self._send_adapted(messages, self.retries)
+        except NoCompletion as error:
+            if self._answers or self._answers_another():
+                return Reply("", f"no chat completion: {self._said(str(error))}")
+            raise self._unusable(f"with no chat completion: {error}") from error
+        except APIError as error:
+            raise self._meaning(error) from error
+
+    def _meaning(self, error: "APIError") -> Refused | AlignError:
+        scope, words = scope_of(error), self._said(words_of(error))
+        if scope is Scope.run:
+            return self._unusable(words)
+        if scope is Scope.question and self._answers:
+            return Refused(problem_of(error), words)
+        if scope is not Scope.moment and self._answers_another():
+            return Refused(problem_of(error), words)
+        if scope in (Scope.question, Scope.forbidden):
+            return self._unusable(words)
+        return StoppedEarly(
+            f"judge.base_url={self.client.base_url}: no verdict after {self.retries} retries "
+            f"({type(error).__name__}: {words}); run the same command again: verdicts so far are kept"
+        )
+
+    def _unusable(self, words: str) -> ConfigError:
+        return ConfigError(
+            f"judge.model={self.model}: {self.client.base_url} answers {self._said(words)}; check judge.model, "
+            "judge.base_url, OPENAI_API_KEY and its credit, and run again: verdicts so far are kept"
+        )
+
+    def _said(self, words: str) -> str:
+        """Return the server's words on one line; some servers repeat the key that they got."""
+        return shortened(words.replace(self.client.api_key, "***"))
+
+    def _answers_another(self) -> bool:
+        """Whether a question that nobody can object to gets an answer now."""
+        from openai import APIError
+
+        try:
+            self._send_adapted(HARMLESS, 0)
+        except (APIError, NoCompletion):
+            return False
+        return True
+
+    def _send_adapted(self, messages: Messages, retries: int) -> Reply:
+        """Send a question in a form that the server takes; one that has worked is kept for the rest of the run."""
+        from openai import APIStatusError
+
+        tried = self._form
+        try:
+            return self._send(messages, tried, retries)
+        except APIStatusError as error:
+            refused = error
+        with self._lock:
+            # Meanwhile another question may have found the form.
+            changed = self._form != tried
+            form = self._form if changed else tried.without_what_is_refused(words_of(refused))
+            while form is not None:
+                try:
+                    reply = self._send(messages, form, retries)
+                except APIStatusError as error:
+                    refused, form = error, form.without_what_is_refused(words_of(error))
+                    continue
+                self._keep(form, refused)
+                return reply
+        raise refused
+
+    def _keep(self, form: Form, refused: Exception) -> None:
+        if form != self._form:
+            words = self._said(words_of(refused))
+            log.warning("judge.model=%s: asked with %s from here on, for the server says: %s", self.model, form, words)
+            self._form = form
+
+    def _send(self, messages: Messages, form: Form, retries: int) -> Reply:
+        client = self.client.with_options(max_retries=retries)
+        try:
+            completion = client.chat.completions.create(model=self.model, **form.request(messages))
+        except (ValueError, RecursionError) as error:
+            # The body is not JSON, though its head says so.
+            raise NoCompletion(f"{type(error).__name__}: {error}") from error
+        reply = _read(completion)
+        self._answers = True
+        return reply
+
+
+def _read(completion: Any) -> Reply:
+    """Return the reply in a completion; raises NoCompletion, and Refused if a filter has withheld it."""
+    try:
+        choice = completion.choices[0]
+        message = choice.message
+        content = message.content
+    except (AttributeError, IndexError, TypeError) as error:
+        raise NoCompletion(str(getattr(completion, "error", None) or completion)) from error
+    if choice.finish_reason == "content_filter":
+        raise Refused("content filter", str(content or "the reply was withheld"))
+    text = _text(content) or str(getattr(message, "refusal", None) or "")
+    usage = getattr(completion, "usage", None)
+    tokens = [int(getattr(usage, name, None) or 0) for name in ("prompt_tokens", "completion_tokens")]
+    if choice.finish_reason == "length":
+        return Reply(text, "cut at the server's limit of a reply", *tokens)
+    return Reply(text, "" if text.strip() else "empty reply", *tokens)
+
+
+def _text(content: Any) -> str:
+    """Return the text of a message, of which some servers send a list of parts; parts of reasoning are none."""
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        return "".join(str(part.get("text") or "") for part in parts)
+    return str(content or "")

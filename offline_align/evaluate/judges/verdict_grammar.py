@@ -1,0 +1,110 @@
+"""The form in which a served judge gives its verdict, and how a reply is read by it: whole, or not at all.
+
+    verdict = line of entries, blank lines between them allowed, up to the end of the reply
+    line    = [list mark] [label] entry {[","] entry}
+    entry   = name [label] separator [label] number ["/ 10"] [unit] [remark]
+    remark  = text without any digit, in brackets or after punctuation
+
+A judge thinks aloud, in marked blocks or before its verdict, and changes its mind there. So only the last lines count,
+and what does not fit the form is not guessed at: the caller asks again.
+"""
+
+import html
+import re
+import unicodedata
+from collections.abc import Sequence
+
+LOWEST, HIGHEST = 1.0, 10.0
+
+Entry = tuple[str, float]
+
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+# Blocks of reasoning: <think>, [THINK], <|begin_of_thought|>, and channels that are named before their text.
+_REASONING = re.compile(
+    r"<\|channel\|>\s*(?P<channel>\w+)"
+    r"|[<\[◁](?P<tag>[/|]*(?:\w+:)?\w*(?:think|thought|reason|reflect|analysis|scratchpad)\w*\|?)(?:\s[^<>\[\]\n]*)?[>\]▷]",
+    re.IGNORECASE,
+)
+_CLOSING = re.compile(r"/|\bend|end_|_end", re.IGNORECASE)
+
+_CELL = re.compile(r"</?t[dh]\b[^<>]*>", re.IGNORECASE)
+_TAG = re.compile(r"<!--.*?(?:-->|\Z)|<[/|]?[a-z][^<>\n]*>|<(?=[\d.,]+>)|(?<=\d)>", re.IGNORECASE | re.DOTALL)
+_POSSESSIVE = re.compile(r"['’]s\b")
+_MARKUP = re.compile(r"""\\(?:boxed|text\w*)|\\[()\[\]_*#]|[*_`"'“”„«»‘’{}\[\]【】「」$]""")
+
+_LABEL = r"(?:(?:final|overall|total) )?(?:scores?|ratings?|grades?|marks?|verdict)"
+_SEPARATOR = r"(?::? ?\|[ |]*|:=|=>|->|→|[:=—]|[-–]+(?= ))"
+_NAME = re.compile(
+    rf"(?:\band |[,;|/&、] ?)?\b(?P<name>Assistant[ -]?[A-Z])\b ?(?:{_LABEL})? ?{_SEPARATOR} ?(?:{_LABEL} ?[:=] ?)?",
+    re.IGNORECASE,
+)
+_BEFORE = re.compile(rf"\W*(?:\d+[.)]\W*)?(?:{_LABEL}(?: of| for)?\W*)?", re.IGNORECASE)
+_SCORE = re.compile(
+    r"[~≈]? ?(\d+(?:\.\d+|,\d\d?)?)"
+    r"(?: ?\(?(?:/|out of) ?(?:10(?:[.,]0+)?(?!\d)|ten\b)\)?)?"
+    r"(?: ?(?:points?|pts?|分|点|점|[★⭐]+))?"
+    r"(?: ?\([^()\d]*\))?"
+    r"(?: ?[.,;:!。|—][^\d]*| [-–]+ [^\d]+)? ?",
+    re.IGNORECASE,
+)
+
+
+def read_verdict(reply: str, names: Sequence[str]) -> list[float] | None:
+    """Return the score of each name, from 1 to 10, or None unless the reply ends with exactly one for each.
+
+    Where several verdicts stand together the last one counts.
+    """
+    run: list[Entry] = []
+    for line in _lines(after_reasoning(_readable(reply))):
+        entries = _entries(line)
+        run = [] if entries is None else run + entries
+    last = dict(run[-len(names) :])
+    if len(run) % len(names) or last.keys() != {_key(name) for name in names}:
+        return None
+    scores = [last[_key(name)] for name in names]
+    return scores if all(LOWEST <= score <= HIGHEST for score in scores) else None
+
+
+def _readable(reply: str) -> str:
+    """Return the reply with full-width forms and entities as plain characters, without invisible ones."""
+    text = html.unescape(reply).translate(_FULL_WIDTH)
+    return "".join(c for c in text if unicodedata.category(c) != "Cf" and c != "\ufe0f")
+
+
+def after_reasoning(text: str) -> str:
+    """Return what follows the last block of reasoning; nothing where that block was not closed."""
+    found = list(_REASONING.finditer(text))
+    if not found:
+        return text
+    last = found[-1]
+    closed = last["channel"].lower() == "final" if last["channel"] else _CLOSING.search(last["tag"])
+    return text[last.end() :] if closed else ""
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines that hold words, without markup and with single spaces."""
+    text = _POSSESSIVE.sub("", _TAG.sub(" ", _CELL.sub("|", text)))
+    lines = (" ".join(_MARKUP.sub(" ", line).split()) for line in text.splitlines())
+    return [line for line in lines if re.search(r"\w", line)]
+
+
+def _entries(line: str) -> list[Entry] | None:
+    """Return the entries of a line, or None where it is anything else."""
+    names = list(_NAME.finditer(line))
+    if not names or not _BEFORE.fullmatch(line[: names[0].start()]):
+        return None
+    ends = [name.start() for name in names[1:]] + [len(line)]
+    scores = [_SCORE.fullmatch(line[name.end() : end]) for name, end in zip(names, ends, strict=True)]
+    return (
+        [
+            (_key(name["name"]), float(score[1].replace(",", ".")))
+            for name, score in zip(names, scores, strict=True)
+            if score
+        ]
+        if all(scores)
+        else None
+    )
+
+
+def _key(name: str) -> str:
+    return name[-1].upper()

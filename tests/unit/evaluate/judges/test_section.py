@@ -1,0 +1,49 @@
+"""What the report says about a served judge."""
+
+from typing import Any
+
+from offline_align.evaluate.judges.section import judge_section
+
+
+def described(**values: Any) -> dict[str, Any]:
+    return {
+        "kind": "openai",
+        "verdicts": 1200,
+        "unreadable_verdicts": 0,
+        "unreadable_reasons": {},
+        "unreadable_by_answer": [0, 0],
+        "asked_again": 4,
+        "prompt_tokens": 10,
+        "completion_tokens": 5,
+        "cost": None,
+        "places": [],
+        **values,
+    }
+
+
+def test_other_judges_have_no_such_part() -> None:
+    assert judge_section({"kind": "human"}) is None
+
+
+def test_nothing_is_said_of_reasons_if_all_was_read() -> None:
+    section = judge_section(described(), ["sft", "ca"])
+    assert section is not None
+    assert section.findings == []
+    assert [table.title for table in section.tables] == ["Effort"]
+
+
+def test_missing_verdicts_are_told_by_reason_and_by_method() -> None:
+    values = described(
+        unreadable_verdicts=3,
+        unreadable_reasons={"content filter": 2, "no readable scores": 1},
+        unreadable_by_answer=[3, 1],
+    )
+    section = judge_section(values, ["sft", "ca"])
+    assert section is not None
+    assert section.findings == ["3 of 1200 verdicts could not be read (content filter: 2; no readable scores: 1)."]
+    _, reasons, methods = section.tables
+    assert reasons.rows == [["content filter", "2"], ["no readable scores", "1"]]
+    assert methods.rows == [["sft", "3"], ["ca", "1"]]
+    alone = judge_section(values)
+    assert alone is not None
+    assert len(alone.tables) == 2
