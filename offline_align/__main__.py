@@ -20,6 +20,7 @@ from typing import Any
 from offline_align import __version__
 from offline_align.config.compose import STAGES, compose, require, world_size
 from offline_align.config.runs import GenerateRun, LabelRun, Run, TrainRun
+from offline_align.distributed.launched import Launcher, forget_leftovers, launched
 from offline_align.distributed.leaving import leave
 from offline_align.distributed.stopping import interruptible
 from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError, leave_for_launcher
@@ -110,6 +111,8 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
         return 0
     composed = compose(stage, words)
     _set_up_logging()
+    if launched() is None and (leftovers := forget_leftovers()):
+        logging.getLogger(__name__).info("no launcher has started this process; not used: %s", leftovers)
     module = importlib.import_module(f"offline_align.stages.{stage}")
     config = require(composed, _problems(stage, composed.config, composed.explicit))
     if not config.dry_run:
@@ -122,11 +125,8 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
         from offline_align.launch import set_cuda_environment
 
         set_cuda_environment(config.parallel)
-    if not config.dry_run and _launch(stage, config):
-        from offline_align.launch import run_ranks
-
-        launcher: Any = getattr(config, "launcher", None)
-        return run_ranks(launcher, stage, words)
+    if not config.dry_run and _needs_launch(config):
+        return _launch(stage, config, words)
     _keep_output(config)
     if not isinstance(config, _LISTENERS):
         limit(getattr(getattr(config, "trainer", None), "max_time", None))
@@ -145,24 +145,30 @@ def _problems(stage: str, config: Run, explicit: frozenset[str]) -> list[str]:
     return checks.problems(config, model, world) + found
 
 
-def _launch(stage: str, config: Run) -> bool:
-    """Whether ranks are to be started for a stage that is not finished yet."""
+def _needs_launch(config: Run) -> bool:
     from offline_align.launch import needs_launch
-    from offline_align.stages import common
 
     launcher: Any = getattr(config, "launcher", None)
-    if launcher is None or not needs_launch(launcher):
-        return False
-    return not common.is_finished(stage, config, common.key_of(stage, config))
+    return launcher is not None and needs_launch(launcher)
+
+
+def _launch(stage: str, config: Run, words: list[str]) -> int:
+    """Start the ranks of a stage, unless it is finished; returns the exit code."""
+    from offline_align.launch import run_ranks
+    from offline_align.stages import common
+
+    if common.is_finished(stage, config, common.key_of(stage, config)):
+        return 0
+    launcher: Any = getattr(config, "launcher", None)
+    return run_ranks(launcher, stage, words)
 
 
 def _becomes_a_job(config: Run) -> bool:
     """Whether the stage is for Slurm, and this is not one of its ranks."""
     from offline_align.config.sections import LauncherKind
-    from offline_align.launch import under_torchrun
 
     launcher: Any = getattr(config, "launcher", None)
-    return launcher is not None and launcher.kind is LauncherKind.slurm and not under_torchrun()
+    return launcher is not None and launcher.kind is LauncherKind.slurm and launched() is None
 
 
 def _submit(stage: str, config: Run, words: list[str]) -> int:
@@ -190,9 +196,10 @@ def _keep_output(config: Run) -> None:
 
     In a Slurm job srun does it. Raises OSError.
     """
-    if config.dry_run or "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+    place = launched()
+    if config.dry_run or place is None or place.launcher is not Launcher.torchrun or place.world_size == 1:
         return
-    rank = int(os.environ["RANK"])
+    rank = place.rank
     path = Path(config.run.dir) / "logs" / f"rank_{rank:03d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     if rank == 0:

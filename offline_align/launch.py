@@ -6,20 +6,36 @@ import signal
 import sys
 from typing import Any
 
-from offline_align.config.sections import LauncherSection, ParallelSection
+from offline_align.config.sections import LauncherKind, LauncherSection, ParallelSection
+from offline_align.distributed.launched import Launcher, launched, shown
 from offline_align.errors import AlignError, StoppedEarly
 
 logger = logging.getLogger(__name__)
 
 
-def under_torchrun() -> bool:
-    """Whether torchrun has started this process as one of its ranks."""
-    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def needs_launch(launcher: LauncherSection) -> bool:
-    """Whether ranks are still to be started: more than one is asked for and torchrun has not done it."""
-    return launcher.nproc_per_node > 1 and not under_torchrun()
+    """Whether ranks are still to be started: more than one is asked for and no launcher has done it."""
+    return launcher.nproc_per_node > 1 and launched() is None
+
+
+def contradictions(launcher: LauncherSection) -> list[str]:
+    """Return where the launcher section asks for other ranks than those that a launcher has started.
+
+    The batch script was made from the section, and it hands none of it on.
+    """
+    place = launched()
+    if place is None or place.launcher is Launcher.batch_script:
+        return []
+    there = f"{place.launcher} has started this process as rank {place.rank} of {place.world_size}"
+    mend = f"leave it to that launcher, or unset what it has set ({shown()})"
+    if launcher.kind is LauncherKind.slurm:
+        return [f"launcher=slurm: {there}; {mend}"]
+    asked, started = launcher.nproc_per_node, place.local_world_size
+    if asked > 1 and (place.launcher is Launcher.other or asked != started):
+        return [f"launcher.nproc_per_node={asked}: {there}, {started} on this node; {mend}"]
+    if launcher.nodes > 1 and launcher.nodes * started != place.world_size:
+        return [f"launcher.nodes={launcher.nodes}: {there}, {started} on this node; {mend}"]
+    return []
 
 
 def torchrun_command(launcher: LauncherSection, stage: str, words: list[str]) -> list[str]:

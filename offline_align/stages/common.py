@@ -16,9 +16,9 @@ from offline_align.config.sections import JudgeKind, ModelSection
 from offline_align.data.journal import Journal
 from offline_align.data.records import BadRows, input_paths
 from offline_align.data.sources import input_sources
+from offline_align.distributed.launched import launched
 from offline_align.distributed.run_lock import run_lock
 from offline_align.errors import ConfigError, StorageError
-from offline_align.launch import under_torchrun
 from offline_align.model.description import find_model
 from offline_align.stages.continuation import RunKey, begin_or_continue
 
@@ -103,9 +103,9 @@ def is_finished(stage: str, config: Run, key: str) -> bool:
 def run_on_ranks(stage: str, config: ModelRun, body: "Callable[[Ranks, RunKey], None]") -> int:
     """Run `body(ranks, keys)` on all ranks unless the run is finished; returns the exit code 0.
 
-    A process that torchrun did not start looks first, before it loads anything heavy.
+    A process that is no rank of a launcher looks first, before it loads anything heavy.
     """
-    if not under_torchrun() and is_finished(stage, config, key_of(stage, config)):
+    if launched() is None and is_finished(stage, config, key_of(stage, config)):
         return 0
     from offline_align.distributed.setup import session
 

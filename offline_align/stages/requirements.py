@@ -3,11 +3,13 @@
 import importlib.util
 from typing import Any
 
+from offline_align.config.compose import world_size
 from offline_align.config.runs import EvaluateRun, ModelRun, PrepareRun, Run, TrainRun
 from offline_align.config.sections import ConditionalMethodSection, JudgeKind, LauncherKind, ModelSection
 from offline_align.data.template import Renderer
+from offline_align.distributed.launched import launched
 from offline_align.errors import AlignError, ConfigError
-from offline_align.launch import under_torchrun
+from offline_align.launch import contradictions
 from offline_align.stages import common
 from offline_align.stages.origin import resolve
 
@@ -65,10 +67,12 @@ def _compares_nothing(config: Run) -> bool:
 
 def _nodes(config: Run) -> list[str]:
     launcher: Any = getattr(config, "launcher", None)
-    if launcher is None or under_torchrun():
+    if launcher is None:
         return []
-    if isinstance(config, PrepareRun) and launcher.nodes * launcher.nproc_per_node > 1:
-        return ["launcher.nproc_per_node, launcher.nodes: `prepare` is one process; leave both at 1"]
+    if isinstance(config, PrepareRun) and world_size(launcher.nproc_per_node, launcher.nodes) > 1:
+        return ["launcher.nproc_per_node, launcher.nodes: `prepare` is one process; start one, and leave both at 1"]
+    if launched() is not None:
+        return contradictions(launcher)
     if launcher.nodes == 1 or launcher.kind is LauncherKind.slurm or config.dry_run:
         return []
     return [
@@ -80,7 +84,7 @@ def _nodes(config: Run) -> list[str]:
 def _awaits_jobs(config: Run) -> bool:
     """Whether the run is submitted behind jobs that write what it reads."""
     launcher: Any = getattr(config, "launcher", None)
-    return launcher is not None and launcher.dependency is not None and not under_torchrun()
+    return launcher is not None and launcher.dependency is not None and launched() is None
 
 
 def _overrides(config: Run) -> list[str]:
