@@ -109,6 +109,9 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
 
         print(stage_help(stage, _SUMMARIES[stage]))
         return 0
+    from offline_align.launch import set_openmp_environment
+
+    set_openmp_environment()
     composed = compose(stage, words)
     _set_up_logging()
     if launched() is None and (leftovers := forget_leftovers()):

@@ -1,4 +1,4 @@
-"""Starting ranks: the launcher section as torchrun arguments, and torchrun's own launcher on this machine."""
+"""Starting ranks: torchrun arguments, torchrun's own launcher on this machine, and what ranks find set."""
 
 import logging
 import os
@@ -62,6 +62,16 @@ def set_cuda_environment(parallel: ParallelSection) -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if parallel.tensor_model_parallel_size > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def set_openmp_environment() -> None:
+    """Let threads of OpenMP that have nothing to do sleep, before torch loads libgomp and if the user has not chosen.
+
+    By default they spin for milliseconds at the end of each operation, and so take the cores from another command that
+    runs on them. Results do not depend on it.
+    """
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
