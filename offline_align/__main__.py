@@ -19,9 +19,11 @@ from offline_align import __version__
 from offline_align.config.compose import require, world_size
 from offline_align.config.runs import Run, section
 from offline_align.config.sections import LauncherKind, LauncherSection, LimitSection, ParallelSection
+from offline_align.distributed.launched import Launcher, forget_leftovers, launched
 from offline_align.distributed.leaving import leave
 from offline_align.distributed.stopping import interruptible
 from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError, leave_for_launcher
+from offline_align.launch import needs_launch, run_ranks, set_cuda_environment, set_openmp_environment
 from offline_align.stages.job import Job
 from offline_align.stages.registry import STAGES
 
@@ -94,8 +96,11 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
 
         print(stage_help(name, stage.schema, stage.summary))
         return 0
+    set_openmp_environment()
     composed = stage.compose(words)
     _set_up_logging()
+    if launched() is None and (leftovers := forget_leftovers()):
+        logging.getLogger(__name__).info("no launcher has started this process; not used: %s", leftovers)
     job = Job(stage, composed.config, composed.explicit)
     require(composed, _problems(job))
     if not job.config.dry_run:
@@ -112,13 +117,9 @@ def _run(job: Job[Run], words: list[str], limit: Callable[[str | None], None]) -
         return _submit(job, launcher, words)
     parallel = section(config, ParallelSection)
     if job.stage.runs_megatron and parallel is not None:
-        from offline_align.launch import set_cuda_environment
-
         set_cuda_environment(parallel)
-    if launcher is not None and not config.dry_run and _launch(job, launcher):
-        from offline_align.launch import run_ranks
-
-        return run_ranks(launcher, job.stage.name, words)
+    if launcher is not None and not config.dry_run and needs_launch(launcher):
+        return 0 if job.is_finished() else run_ranks(launcher, job.stage.name, words)
     _keep_output(config)
     trainer = section(config, LimitSection)
     if not job.stage.watches_the_clock:
@@ -137,18 +138,9 @@ def _problems(job: Job[Run]) -> list[str]:
     return checks.problems(job.config, model, world) + found
 
 
-def _launch(job: Job[Run], launcher: LauncherSection) -> bool:
-    """Whether ranks are to be started for a run that is not finished yet."""
-    from offline_align.launch import needs_launch
-
-    return needs_launch(launcher) and not job.is_finished()
-
-
 def _becomes_a_batch_job(launcher: LauncherSection) -> bool:
     """Whether the stage is for Slurm, and this is not one of its ranks."""
-    from offline_align.launch import under_torchrun
-
-    return launcher.kind is LauncherKind.slurm and not under_torchrun()
+    return launcher.kind is LauncherKind.slurm and launched() is None
 
 
 def _submit(job: Job[Run], launcher: LauncherSection, words: list[str]) -> int:
@@ -174,9 +166,10 @@ def _keep_output(config: Run) -> None:
 
     In a Slurm job srun does it. Raises OSError.
     """
-    if config.dry_run or "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+    place = launched()
+    if config.dry_run or place is None or place.launcher is not Launcher.torchrun or place.world_size == 1:
         return
-    rank = int(os.environ["RANK"])
+    rank = place.rank
     path = Path(config.run.dir) / "logs" / f"rank_{rank:03d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     if rank == 0:

@@ -1,4 +1,4 @@
-"""Starting ranks: the launcher section as torchrun arguments, and torchrun's own launcher on this machine."""
+"""Starting ranks: torchrun arguments, torchrun's own launcher on this machine, and what ranks find set."""
 
 import logging
 import os
@@ -6,20 +6,36 @@ import signal
 import sys
 from typing import Any
 
-from offline_align.config.sections import LauncherSection, ParallelSection
+from offline_align.config.sections import LauncherKind, LauncherSection, ParallelSection
+from offline_align.distributed.launched import Launcher, launched, shown
 from offline_align.errors import AlignError, StoppedEarly
 
 logger = logging.getLogger(__name__)
 
 
-def under_torchrun() -> bool:
-    """Whether torchrun has started this process as one of its ranks."""
-    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def needs_launch(launcher: LauncherSection) -> bool:
-    """Whether ranks are still to be started: more than one is asked for and torchrun has not done it."""
-    return launcher.nproc_per_node > 1 and not under_torchrun()
+    """Whether ranks are still to be started: more than one is asked for and no launcher has done it."""
+    return launcher.nproc_per_node > 1 and launched() is None
+
+
+def contradictions(launcher: LauncherSection) -> list[str]:
+    """Return where the launcher section asks for other ranks than those that a launcher has started.
+
+    The batch script was made from the section, and it hands none of it on.
+    """
+    place = launched()
+    if place is None or place.launcher is Launcher.batch_script:
+        return []
+    there = f"{place.launcher} has started this process as rank {place.rank} of {place.world_size}"
+    mend = f"leave it to that launcher, or unset what it has set ({shown()})"
+    if launcher.kind is LauncherKind.slurm:
+        return [f"launcher=slurm: {there}; {mend}"]
+    asked, started = launcher.nproc_per_node, place.local_world_size
+    if asked > 1 and (place.launcher is Launcher.other or asked != started):
+        return [f"launcher.nproc_per_node={asked}: {there}, {started} on this node; {mend}"]
+    if launcher.nodes > 1 and launcher.nodes * started != place.world_size:
+        return [f"launcher.nodes={launcher.nodes}: {there}, {started} on this node; {mend}"]
+    return []
 
 
 def torchrun_command(launcher: LauncherSection, stage: str, words: list[str]) -> list[str]:
@@ -46,6 +62,16 @@ def set_cuda_environment(parallel: ParallelSection) -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if parallel.tensor_model_parallel_size > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def set_openmp_environment() -> None:
+    """Let threads of OpenMP that have nothing to do sleep, before torch loads libgomp and if the user has not chosen.
+
+    By default they spin for milliseconds at the end of each operation, and so take the cores from another command that
+    runs on them. Results do not depend on it.
+    """
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:

@@ -5,15 +5,17 @@ script, which can also be submitted by hand.
 """
 
 import logging
+import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from offline_align.config.runs import Run, section
 from offline_align.config.sections import Device, LauncherSection
+from offline_align.distributed.launched import RANK_VARIABLES
 from offline_align.distributed.stopping import parse_duration
 from offline_align.errors import ConfigError, StorageError
 
@@ -23,6 +25,12 @@ _SAME_FOR_ALL = "# ---- The same for every job"
 _PLAIN = re.compile(r"[\w@%+=:,./\[\]-]+")
 # Said by the launcher section for the job, and no business of the ranks in it.
 _OWN_WORDS = ("launcher=", "launcher.", "dry_run=")
+# Variables that Slurm, MPI and torchrun set for a job, a step or a rank.
+_LAUNCHER_PREFIXES = ("SLURM_", "SLURMD_", "PMI_", "PMIX_", "OMPI_", "MV2_COMM_", "TORCHELASTIC_", "OFFLINE_ALIGN_")
+# In an allocation these are of it as well.
+_ALLOCATION_PREFIXES = ("SBATCH_", "SRUN_", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+# How Slurm's programs find the cluster.
+_CLIENT_SETTINGS = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CONF_SERVER", "SLURM_JWT"}
 
 
 def job_text(config: Run, stage: str, words: list[str], on_gpus: bool = True) -> str:
@@ -75,7 +83,8 @@ def submit(text: str, run_dir: str) -> str:
         return there
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True, check=False)
+        command, environment = ["sbatch", "--parsable"], job_environment(os.environ)
+        done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         if error.filename != "sbatch":
             raise StorageError(f"{record.parent}: {error.strerror}") from error
@@ -85,6 +94,23 @@ def submit(text: str, run_dir: str) -> str:
     job = done.stdout.strip().partition(";")[0]
     record.write_text(job + "\n", encoding="utf-8")
     return job
+
+
+def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a job inherits from the process that submits it: all variables but those of its launchers.
+
+    sbatch hands its environment on. The new job sets only the variables of options that it was given, so that the
+    others would be those of the allocation, container or rank from which it is submitted: srun reads
+    SLURM_MEM_PER_CPU, and the batch script SLURM_RESTART_COUNT. Outside of an allocation SBATCH_ACCOUNT and its like
+    are settings of the user, and inside of one they may be those of the job that runs.
+    """
+    in_allocation = "SLURM_JOB_ID" in environment
+    dropped = _LAUNCHER_PREFIXES + (_ALLOCATION_PREFIXES if in_allocation else ())
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _CLIENT_SETTINGS or not (name in RANK_VARIABLES or name.startswith(dropped))
+    }
 
 
 def _waiting_or_running(record: Path) -> str | None:

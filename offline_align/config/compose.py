@@ -7,7 +7,6 @@ one wrong key does not hide the next one.
 
 import dataclasses
 import difflib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from offline_align.config.runs import Run
 from offline_align.config.words import parse, split_flags, with_home
+from offline_align.distributed.launched import launched
 from offline_align.errors import ConfigError
 
 # `from` is a keyword of Python, so the field behind the key `init.from` has a trailing underscore.
@@ -277,5 +277,9 @@ def require(composed: Composed, more: list[str]) -> Run:
 
 
 def world_size(nproc_per_node: int, nodes: int) -> int:
-    """Return the number of ranks: torchrun's where it started us, else the launcher's."""
-    return int(os.environ.get("WORLD_SIZE", nproc_per_node * nodes))
+    """Return the number of ranks: those that a launcher has started, else those that the launcher section asks for.
+
+    Raises ConfigError if the rank variables of the environment contradict each other.
+    """
+    place = launched()
+    return nproc_per_node * nodes if place is None else place.world_size

@@ -1,7 +1,8 @@
 """Whether the nodes of a job can do it, before it starts: `python -m offline_align.distributed.node_check RUN_DIR`.
 
-Started as all ranks, by the Slurm job or by torchrun. Every rank reports through a store; rank 0 compares, then all
-reduce one tensor together. Each wait has an end, and what is wrong is said once, with the name of the node.
+Started as all ranks, by the Slurm job or by torchrun; started alone, it checks this machine. Every rank reports
+through a store; rank 0 compares, then all reduce one tensor together. Each wait has an end, and what is wrong is said
+once, with the name of the node.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from offline_align.distributed.launched import forget_leftovers, launched
 from offline_align.distributed.node_report import Report, judge, node_name
 from offline_align.errors import AlignError, FailedOnMainRank, StorageError, leave_for_launcher
 from offline_align.lineage.manifest import versions
@@ -38,9 +40,12 @@ def main(words: list[str]) -> int:
     parser.add_argument("--limit", type=float, default=180.0, help="longest wait for all ranks, in seconds")
     parser.add_argument("--free-gib", type=float, default=5.0, help="least free space of the folder")
     arguments = parser.parse_args(words)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    logging.basicConfig(level=logging.INFO, format=f"offline-align[rank {rank}]: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=f"offline-align[rank {os.environ.get('RANK', 0)}]: %(message)s")
     try:
+        place = launched()
+        if place is None:
+            forget_leftovers()
+        rank, world = (place.rank, place.world_size) if place else (0, 1)
         summary = check(arguments.run_dir, arguments.limit, arguments.free_gib, rank, world)
     except AlignError as error:
         leave_for_launcher(error.exit_code, str(error))
@@ -74,9 +79,11 @@ def check(run_dir: Path, limit: float, free_gib: float, rank: int, world: int) -
 
 
 def _store(rank: int, world: int, limit: float) -> Any:
-    """Return the store that all ranks see; rank 0 holds it unless torchrun does."""
+    """Return the store that all ranks see; rank 0 holds it unless torchrun does. One rank needs no port."""
     import torch.distributed as dist
 
+    if world == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]
     held = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:

@@ -1,7 +1,7 @@
 """Process groups, device and seeds of this rank, and their orderly end.
 
 `with session(...) as ranks:` is the only way that a stage starts and leaves the distributed world; ranks are those
-of torchrun, or a world of one.
+that a launcher has started, or a world of one.
 """
 
 import contextlib
@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from offline_align.config.sections import Device, ParallelSection, Precision, RunSection
 from offline_align.distributed.heartbeat import heartbeat
-from offline_align.distributed.meeting import fresh_place
+from offline_align.distributed.launched import Launcher, launched, shown
+from offline_align.distributed.meeting import meet
 from offline_align.errors import AlignError, ConfigError, DataError, FailedOnMainRank
 
 logger = logging.getLogger(__name__)
@@ -212,9 +213,12 @@ def _cores() -> int:
 def _init_process_group(device: torch.device) -> str:
     """Meet the other ranks; returns the place in the store that is this session's alone."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        shared, rank, world_size = next(_stores.rendezvous("env://", timeout=_TIMEOUT))
-        place = fresh_place(shared, rank, world_size, _TIMEOUT.total_seconds())
+    started = launched()
+    if started is not None and started.world_size > 1:
+        rank, world_size = started.rank, started.world_size
+        if started.launcher is Launcher.other:
+            logger.info("this is rank %d of %d, as the environment says: %s", rank, world_size, shown())
+        shared, place = meet(rank, world_size, _TIMEOUT.total_seconds())
         own = _stores.PrefixStore(place, shared)
         dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=_TIMEOUT)
         return place

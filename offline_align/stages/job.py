@@ -22,9 +22,9 @@ from offline_align.config.sections import DataSection, LauncherSection, ModelSec
 from offline_align.data.journal import Journal
 from offline_align.data.records import BadRows, input_paths
 from offline_align.data.sources import input_sources
+from offline_align.distributed.launched import launched
 from offline_align.distributed.run_lock import run_lock
 from offline_align.errors import ConfigError, StorageError
-from offline_align.launch import under_torchrun
 from offline_align.model.description import find_model
 from offline_align.stages.continuation import RunKey, begin_or_continue
 from offline_align.stages.origin import Origin, resolve
@@ -147,9 +147,9 @@ class Job[R: Run]:
     def on_ranks(self, body: "Callable[[Ranks], None]") -> int:
         """Run `body(ranks)` on all ranks unless the run is finished; returns the exit code 0.
 
-        A process that torchrun did not start looks first, before it loads anything heavy.
+        A process that is no rank of a launcher looks first, before it loads anything heavy.
         """
-        if not under_torchrun() and self.is_finished():
+        if launched() is None and self.is_finished():
             return 0
         from offline_align.distributed.setup import session
 

@@ -3,6 +3,7 @@
 import importlib.util
 from typing import Any
 
+from offline_align.config.compose import world_size
 from offline_align.config.runs import EvaluateRun, ModelRun, Run, section
 from offline_align.config.sections import (
     ConditionalMethodSection,
@@ -12,8 +13,9 @@ from offline_align.config.sections import (
 )
 from offline_align.data.condition import check_format
 from offline_align.data.template import Renderer
+from offline_align.distributed.launched import launched
 from offline_align.errors import AlignError, ConfigError
-from offline_align.launch import under_torchrun
+from offline_align.launch import contradictions
 from offline_align.stages.job import Job
 from offline_align.stages.registry import Reads
 
@@ -64,10 +66,13 @@ def _may_lack_data(config: Run) -> bool:
 
 def _nodes(job: Job[Any]) -> list[str]:
     launcher = job.launcher
-    if launcher is None or under_torchrun():
+    if launcher is None:
         return []
-    if job.stage.one_process and launcher.nodes * launcher.nproc_per_node > 1:
-        return [f"launcher.nproc_per_node, launcher.nodes: `{job.stage.name}` is one process; leave both at 1"]
+    if job.stage.one_process and world_size(launcher.nproc_per_node, launcher.nodes) > 1:
+        name = job.stage.name
+        return [f"launcher.nproc_per_node, launcher.nodes: `{name}` is one process; start one, and leave both at 1"]
+    if launched() is not None:
+        return contradictions(launcher)
     if launcher.nodes == 1 or launcher.kind is LauncherKind.slurm or job.config.dry_run:
         return []
     return [
@@ -78,7 +83,7 @@ def _nodes(job: Job[Any]) -> list[str]:
 
 def _awaits_jobs(job: Job[Any]) -> bool:
     """Whether the run is submitted behind jobs that write what it reads."""
-    return job.launcher is not None and job.launcher.dependency is not None and not under_torchrun()
+    return job.launcher is not None and job.launcher.dependency is not None and launched() is None
 
 
 def _overrides(config: Run) -> list[str]:

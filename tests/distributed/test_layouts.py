@@ -31,8 +31,9 @@ LAYOUTS = {
 
 
 def command(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, as a user does."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    """Run the command line in a process of its own, as a user does in a container that sets rank variables."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "61007"}
+    environment = os.environ | place
     return subprocess.run(
         [sys.executable, "-m", "offline_align", *words],
         capture_output=True,
@@ -82,7 +83,8 @@ def ranks_of(words: list[str]) -> int:
 
 def by_ranks(forks: Forks, *words: str) -> None:
     """Run a command by ranks that a launcher would have started."""
-    ended = forks.run(list(words), world=ranks_of(list(words)))
+    own = [word for word in words if not word.startswith("launcher.")]
+    ended = forks.run(own, world=ranks_of(list(words)))
     assert not any(ended.codes), ended.said
 
 

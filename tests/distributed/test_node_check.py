@@ -46,6 +46,19 @@ def ranks(folder: Path, damage: list[str | None], *options: str) -> list[tuple[i
     return [(process.wait(120), process.communicate()[1]) for process in processes]
 
 
+def test_one_machine_is_checked_alone(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "offline_align.distributed.node_check", str(tmp_path)]
+    done = subprocess.run(
+        words, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nodes: 1 hosts, 1 ranks" in done.stderr
+    wrong = {"PATH": "/usr/bin:/bin", "RANK": "3"}
+    done = subprocess.run(words, env=wrong, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (78, 1)
+    assert "RANK=3 in the environment: WORLD_SIZE, MASTER_ADDR, MASTER_PORT missing" in done.stderr
+
+
 def test_good_nodes_pass(tmp_path: Path) -> None:
     done = ranks(tmp_path, ["", ""])
     assert [code for code, _ in done] == [0, 0], done

@@ -169,7 +169,8 @@ def test_a_dry_run_writes_nothing(
 def test_only_one_rank_reports(
     start: Start, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert start(files, "judge=ground_truth") == 0
     assert not (tmp_path / "report").exists()
 

@@ -1,5 +1,6 @@
 """Signals and `trainer.max_time` while rows are read, tokenised and prepared: 75 at once, nothing half done."""
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,8 @@ from offline_align.__main__ import run
 from offline_align.data import tokenize
 from offline_align.data.preparation import write_rows
 from offline_align.data.template import Renderer
+from offline_align.distributed import meeting
+from tests.support import free_ports
 from tests.training import TINY, labelled, samples, write_jsonl
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -63,6 +66,29 @@ def test_preparing_stops_at_once(tmp_path: Path, rows: Path, way: Any, monkeypat
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.yaml"}
     # The limit decides nothing of the result, so the same folder goes on without it.
     assert run(words) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_another_says_so_and_stops_at_once(
+    tmp_path: Path, rows: Path, rank: int, monkeypatch: Any, capsys: Any
+) -> None:
+    (port,) = free_ports(1)
+    place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(meeting, "_FIRST_WORD_SECONDS", 0.05)
+
+    said: list[str] = []
+
+    class Stop(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(meeting.logger, "handlers", [Stop()])
+    assert run(sft(tmp_path, rows)) == 75
+    assert f"rank {rank} waits for rank {1 - rank} at 127.0.0.1:{port}" in said[0]
+    assert ("stopped by SIGTERM" in capsys.readouterr().err) == (rank == 0)
 
 
 def test_reading_stops_at_once(tmp_path: Path, rows: Path, monkeypatch: Any) -> None:

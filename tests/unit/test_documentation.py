@@ -11,7 +11,7 @@ import pytest
 
 from offline_align.__main__ import run
 from offline_align.config import checks
-from offline_align.config.reference import reference_page, schema_keys
+from offline_align.config.reference import reference_page, schema_keys, stage_help
 from offline_align.stages.registry import STAGES
 from tests.runs import compose
 
@@ -204,6 +204,39 @@ def test_every_room_stands_in_the_tree() -> None:
     rooms = {p.name for p in (REPOSITORY / "offline_align").iterdir() if (p / "__init__.py").is_file()}
     text = README.read_text(encoding="utf-8")
     assert {room for room in rooms if f"offline_align/{room}/ " not in text} == set()
+
+
+# What a stage needs besides, so that it runs; files of jobs before need not be there.
+GIVEN = {
+    "prepare": ["data.input=demo"],
+    "evaluate": ["data.input=answers.jsonl", "judge=ground_truth"],
+}
+BEHIND_A_JOB = ["init.from=before", "data.input=before.jsonl", "launcher=slurm", "launcher.dependency=1"]
+
+
+def examples(stage: str) -> list[list[str]]:
+    """Return every `key=value ...` in the help of a stage."""
+    shown = [text.split() for text in re.findall(r"`([^`]+)`", stage_help(stage, STAGES[stage].schema, ""))]
+    return [words for words in shown if all(re.match(r"[a-z_.]+(\.[A-Z_]+)?=[^=]", word) for word in words)]
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if examples(stage)])
+def test_examples_of_the_help_run_as_they_stand(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("answers.jsonl").write_text('{"id": "a", "prompt": "Hi", "response": "b", "finish_reason": "stop"}\n')
+    given = GIVEN.get(stage, BEHIND_A_JOB if stage in ("label", "generate", "convert") else [])
+    if stage == "convert":
+        given = [word for word in given if not word.startswith("data.")]
+    for example in examples(stage):
+        code = run([stage, "run.dir=out", *given, *example, "dry_run=true"])
+        assert code == 0, (example, capsys.readouterr().err)
+
+
+def test_examples_of_the_help_are_found() -> None:
+    assert ["parallel=tp4", "launcher.nproc_per_node=4"] in examples("sft")
+    assert ["launcher.environment.NCCL_DEBUG=INFO"] in examples("prepare")
 
 
 def test_the_configuration_reference_is_that_of_the_schema() -> None:

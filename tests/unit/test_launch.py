@@ -1,11 +1,13 @@
 """What a rank is started with."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 from offline_align.config.sections import ParallelSection
-from offline_align.launch import set_cuda_environment
+from offline_align.launch import set_cuda_environment, set_openmp_environment
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
 
@@ -25,3 +27,29 @@ def test_a_layout_sets_what_cuda_is_to_do_and_the_user_has_the_last_word(
     monkeypatch.setattr(os, "environ", dict(given))
     set_cuda_environment(ParallelSection(tensor_model_parallel_size=tensor))
     assert {n: os.environ[n] for n in NAMES if n in os.environ} == given | expected
+
+
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "passive"}),
+        ({"OMP_NUM_THREADS": "2"}, {"OMP_WAIT_POLICY": "passive"}),
+        ({"OMP_WAIT_POLICY": "active"}, {}),
+        ({"GOMP_SPINCOUNT": "infinite"}, {}),
+    ],
+)
+def test_idle_threads_sleep_unless_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], added: dict[str, str]
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    set_openmp_environment()
+    assert os.environ == given | added
+
+
+def test_it_is_chosen_before_torch_is_there() -> None:
+    """libgomp reads its settings when it is loaded."""
+    look = "import sys; from offline_align import launch; set_up = launch.set_openmp_environment\n"
+    look += "launch.set_openmp_environment = lambda: (print('torch' in sys.modules), set_up())\n"
+    look += "from offline_align.__main__ import run; run(['verify', 'run.dir=nowhere'])"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from offline_align.__main__ import run
-from offline_align.launch_slurm import job_text, quoted, submit
+from offline_align.launch_slurm import job_environment, job_text, quoted, submit
 from offline_align.stages.registry import STAGES
 from tests.runs import compose
 
@@ -147,6 +147,31 @@ def test_the_job_id_is_printed_and_the_job_not_doubled(
     assert run(words) == 0
     assert capsys.readouterr().out == "42\n"
     assert not (tmp_path / "job").exists()
+
+
+ALLOCATION = {"SLURM_JOB_ID": "99", "SLURM_CPUS_PER_TASK": "16", "SLURM_MEM_PER_CPU": "4000", "SLURM_CPU_BIND": "none"}
+RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "61007"}
+OTHERS = {"PMI_SIZE": "1", "OMPI_MCA_x": "1", "SLURM_RESTART_COUNT": "2", "OFFLINE_ALIGN_STEP": "99.0"}
+USER = {"HF_HOME": "/data/hf", "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "4", "SLURM_CONF": "/etc/slurm.conf"}
+
+
+def test_a_job_inherits_nothing_of_the_allocation_that_it_is_submitted_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    fake(tmp_path / "bin", "sbatch", f"cat > /dev/null; env > {tmp_path}/seen; echo 42", monkeypatch)
+    theirs = {"SBATCH_JOB_NAME": "outer", "SRUN_CPUS_PER_TASK": "16", "CUDA_VISIBLE_DEVICES": "3"}
+    for name, value in (ALLOCATION | RANK | OTHERS | theirs | USER).items():
+        monkeypatch.setenv(name, value)
+    assert run(["prepare", f"run.dir={tmp_path / 'out'}", "data.input=demo", "launcher=slurm"]) == 0
+    assert capsys.readouterr().out == "42\n"
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line)
+    assert seen.keys() & (ALLOCATION | RANK | OTHERS | theirs).keys() == set()
+    assert USER.items() <= seen.items()
+
+
+def test_outside_of_an_allocation_settings_of_sbatch_and_gpus_are_the_users() -> None:
+    given = {"SBATCH_ACCOUNT": "me", "CUDA_VISIBLE_DEVICES": "3", "HOME": "/home/me"}
+    assert job_environment(given | RANK) == given
 
 
 def test_what_sbatch_refuses_is_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

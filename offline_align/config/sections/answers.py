@@ -75,7 +75,8 @@ class JudgeSection:
     """Who scores the answers in `evaluate`."""
 
     kind: JudgeKind = JudgeKind.reward_model
-    """`reward_model`, `ground_truth`, `openai` or `human`; chosen by the group, `judge=openai`."""
+    """`reward_model`, `ground_truth`, `openai` or `human`; chosen by the group, as
+    `judge=openai judge.model=NAME judge.base_url=http://localhost:8000/v1`."""
     model: str | None = None
     """Reward-model run folder, or the served model's name."""
     base_url: str | None = None

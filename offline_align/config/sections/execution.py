@@ -48,7 +48,7 @@ class ParallelSection:
     """Layout of the ranks; data parallel is what remains of the world size."""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share each layer (paper: 4, see `parallel=tp4`)."""
+    """Ranks that share each layer (paper: 4, as `parallel=tp4 launcher.nproc_per_node=4`)."""
     sequence_parallel: bool = False
     """Split activations between tensor parallel ranks along the sequence outside the matrix products."""
     context_parallel_size: int = 1
@@ -80,7 +80,7 @@ class LauncherSection:
     kind: LauncherKind = LauncherKind.local
     """`local`, or `slurm`: the stage becomes a batch job. Chosen by the group, `launcher=slurm`."""
     nproc_per_node: int = 1
-    """Ranks on each node; ignored under torchrun, which has started them already."""
+    """Ranks on each node; under torchrun leave it unset, or at torchrun's own number."""
     nodes: int = 1
     """Nodes; more than one are started by Slurm, or by torchrun on each of them."""
     gpu: GpuKind = GpuKind.h100_80gb

@@ -1,13 +1,20 @@
 """Ranks find a place of their own in a store that is full of what is past."""
 
+import os
+import signal
+import socket
 import threading
+import time
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from offline_align.distributed import meeting
 from offline_align.distributed.meeting import fresh_place
-from offline_align.errors import AlignError
+from offline_align.distributed.stopping import interruptible
+from offline_align.errors import AlignError, StoppedEarly
+from tests.support import free_ports
 
 
 @pytest.fixture
@@ -65,3 +72,65 @@ def test_a_rank_that_dies_after_its_answer_is_followed_by_another(store: Any) ->
 def test_a_rank_that_does_not_come_is_named(store: Any, rank: int, missing: int) -> None:
     with pytest.raises(AlignError, match=f"rank {missing} has not come within 0 s"):
         fresh_place(store, rank, 2, 0.2)
+
+
+@pytest.fixture
+def nobody_there(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the place at which no other rank will come."""
+    (port,) = free_ports(1)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(meeting, "_FIRST_WORD_SECONDS", 0.05)
+    return f"127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("rank", "awaited"), [(0, "ranks 1, 2"), (2, "rank 0")])
+def test_who_waits_says_for_whom_and_hears_signals(
+    nobody_there: str, rank: int, awaited: str, number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    timer = threading.Timer(0.7, os.kill, [os.getpid(), number])
+    with pytest.raises(StoppedEarly), interruptible():
+        timer.start()
+        began = time.monotonic()
+        meeting.meet(rank, 3, 60)
+    assert time.monotonic() - began < 4
+    said = [record.getMessage() for record in caplog.records]
+    assert f"rank {rank} waits for {awaited} at {nobody_there}" in said[0]
+    # Again, but ever less often.
+    assert 2 <= len(said) <= 5
+
+
+@pytest.mark.parametrize(("rank", "awaited"), [(0, "rank 1 at"), (1, "rank 0 at")])
+def test_who_waits_for_nobody_gives_up(nobody_there: str, rank: int, awaited: str) -> None:
+    with pytest.raises(AlignError, match=f"{awaited} {nobody_there}.* has not come within 0 s"):
+        meeting.meet(rank, 2, 0.3)
+
+
+def test_a_port_that_is_taken_is_named(nobody_there: str) -> None:
+    port = int(nobody_there.partition(":")[2])
+    with socket.socket() as other:
+        other.bind(("", port))
+        other.listen()
+        with pytest.raises(AlignError, match=f"MASTER_PORT={port}: another process has this port"):
+            meeting.meet(0, 2, 5)
+
+
+def test_two_ranks_meet_again_in_the_same_process(nobody_there: str) -> None:
+    found: list[list[str]] = [[], []]
+
+    def come(rank: int) -> None:
+        for _ in range(2):
+            found[rank].append(meeting.meet(rank, 2, 20)[1])
+
+    ranks = [threading.Thread(target=come, args=[rank]) for rank in (1, 0)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join()
+    assert found == [["session_1", "session_2"]] * 2
+
+
+def test_many_ranks_are_named_in_few_words() -> None:
+    assert meeting._ranks([3]) == "rank 3"
+    assert meeting._ranks(list(range(1, 12))) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 3 more"
