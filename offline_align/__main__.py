@@ -20,8 +20,8 @@ from offline_align.config.compose import require, world_size
 from offline_align.config.runs import Run, section
 from offline_align.config.sections import LauncherKind, LauncherSection, LimitSection, ParallelSection
 from offline_align.distributed.launched import Launcher, forget_leftovers, launched
-from offline_align.distributed.leaving import leave
 from offline_align.distributed.stopping import interruptible
+from offline_align.distributed.teardown import exit_process
 from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError, leave_for_launcher
 from offline_align.launch import needs_launch, run_ranks, set_cuda_environment, set_openmp_environment
 from offline_align.stages.job import Job
@@ -33,7 +33,7 @@ _LOG_FORM, _LOG_TIME = "%(asctime)s %(message)s", "%H:%M:%S"
 
 def main() -> None:
     """Run the command line of this process and exit with the code of its outcome."""
-    leave(run(sys.argv[1:]))
+    exit_process(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:

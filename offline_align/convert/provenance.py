@@ -32,7 +32,7 @@ _SETTINGS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SourceRun:
     """A finished run that led to a model: `depth` counts the steps back to it."""
 
     folder: Path
@@ -78,7 +78,7 @@ def provenance(model_folder: Path, evaluation: Path | None = None) -> Provenance
     return Provenance(_training(runs[0]), _reward_model(runs), [line for run in runs for line in _lines(run)], compared)
 
 
-def _runs_behind(model_folder: Path) -> Iterator[Run]:
+def _runs_behind(model_folder: Path) -> Iterator[SourceRun]:
     """Yield the runs behind a folder, depth first; parents that are gone or are no runs are left out."""
     folder = model_folder.resolve()
     for run_dir in (folder, *folder.parents[:2]):
@@ -88,19 +88,19 @@ def _runs_behind(model_folder: Path) -> Iterator[Run]:
             return
 
 
-def _walk(run_dir: Path, depth: int) -> Iterator[Run]:
+def _walk(run_dir: Path, depth: int) -> Iterator[SourceRun]:
     try:
         manifest = read_manifest(run_dir)
     except StorageError:
         return
     if manifest is None:
         return
-    yield Run(run_dir, manifest, depth)
+    yield SourceRun(run_dir, manifest, depth)
     for parent in manifest.parents:
         yield from _walk((run_dir / parent.path).resolve(), depth + 1)
 
 
-def _lines(run: Run) -> Iterator[str]:
+def _lines(run: SourceRun) -> Iterator[str]:
     indent, manifest = "  " * run.depth, run.manifest
     yield f"{indent}- `{manifest.stage}`, {manifest.created}, key `{manifest.key[:12]}`"
     for file in manifest.inputs:
@@ -111,7 +111,7 @@ def _lines(run: Run) -> Iterator[str]:
             yield f"{indent}  - `{parent.stage}`, SHA-256 `{parent.manifest_sha256[:12]}`"
 
 
-def _training(run: Run) -> Rows:
+def _training(run: SourceRun) -> Rows:
     config, extra = _config(run.folder), run.manifest.extra
     found = [(key, value) for key in _SETTINGS for key, value in _leaves(key, _look_up(config, key))]
     facts = {
@@ -128,7 +128,7 @@ def _training(run: Run) -> Rows:
     return found
 
 
-def _reward_model(runs: list[Run]) -> Rows:
+def _reward_model(runs: list[SourceRun]) -> Rows:
     """Return what is known of the reward model whose labels a policy learned from."""
     found: Rows = []
     for run in runs[1:]:

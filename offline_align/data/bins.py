@@ -45,7 +45,7 @@ class BinSize:
     """Twice the (query, key) pairs of attention."""
 
 
-class Family:
+class PrefixGroup:
     """Rows that have their prompt once: the first brings it, and the others stand behind it.
 
     `sequences` are those of the first row. Where `shares` is not set nothing is computed once, not even inside a row.
@@ -118,24 +118,24 @@ class RowSource(ABC):
     @abstractmethod
     def _sequences(self, row: int) -> list[Ids]: ...
 
-    def groups(self, rows: Sequence[int], capacity: int) -> list[Family]:
+    def groups(self, rows: Sequence[int], capacity: int) -> list[PrefixGroup]:
         """Return `rows` as groups that belong into one bin: those of one prompt, as many as fit `capacity` tokens."""
-        found: list[Family] = []
-        latest: dict[bytes, Family] = {}
+        found: list[PrefixGroup] = []
+        latest: dict[bytes, PrefixGroup] = {}
         for row in rows:
             prompt = self._common(row)
-            family = latest.get(prompt)
-            if family is None or not self._join(family, row, capacity):
+            group = latest.get(prompt)
+            if group is None or not self._join(group, row, capacity):
                 latest[prompt] = self._begin(prompt, row)
                 found.append(latest[prompt])
         return found
 
     def size(self, rows: Sequence[int]) -> BinSize:
         """Return what the bin of `rows` costs."""
-        families = self._families(rows)
-        return BinSize(sum(f.tokens for f in families), sum(f.squared_lengths for f in families))
+        groups = self._prefix_groups(rows)
+        return BinSize(sum(f.tokens for f in groups), sum(f.squared_lengths for f in groups))
 
-    def size_of_groups(self, groups: Sequence[Family]) -> BinSize:
+    def size_of_groups(self, groups: Sequence[PrefixGroup]) -> BinSize:
         """Return what the bin of the rows of `groups` costs, which were made with this source."""
         # In a bin, where there is no limit to a group, neighbours of one prompt become one.
         if any(left.prompt and left.prompt == right.prompt for left, right in pairwise(groups)):
@@ -163,13 +163,13 @@ class RowSource(ABC):
 
     def _segments(self, rows: Sequence[int]) -> list[Segment]:
         segments: list[Segment] = []
-        for family in self._families(rows):
-            segments += family.segments(len(segments))
+        for group in self._prefix_groups(rows):
+            segments += group.segments(len(segments))
         return segments
 
-    def _families(self, rows: Sequence[int]) -> list[Family]:
+    def _prefix_groups(self, rows: Sequence[int]) -> list[PrefixGroup]:
         """Return neighbours of a bin together that share a prompt."""
-        found: list[Family] = []
+        found: list[PrefixGroup] = []
         for row in rows:
             prompt = self._common(row)
             last = found[-1] if found else None
@@ -184,11 +184,11 @@ class RowSource(ABC):
         prompt = self._prompt(row)
         return prompt.tobytes() if len(prompt) >= _LEAST_SHARED else b""
 
-    def _begin(self, prompt: bytes, row: int) -> Family:
-        return Family(prompt, row, self._sequences(row), self.share_prompts)
+    def _begin(self, prompt: bytes, row: int) -> PrefixGroup:
+        return PrefixGroup(prompt, row, self._sequences(row), self.share_prompts)
 
-    def _join(self, family: Family, row: int, capacity: float) -> bool:
-        return bool(family.prompt) and family.joined_by(row, self._sequences(row), capacity, self.most_keys)
+    def _join(self, group: PrefixGroup, row: int, capacity: float) -> bool:
+        return bool(group.prompt) and group.joined_by(row, self._sequences(row), capacity, self.most_keys)
 
 
 class SampleSource(RowSource):

@@ -10,12 +10,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from offline_align.data.ahead import prepared_ahead
 from offline_align.data.batch import PackedBatch
-from offline_align.data.bins import Family, RowSource
+from offline_align.data.bins import PrefixGroup, RowSource
 from offline_align.data.collate import Indices
 from offline_align.data.context import share_of_context
 from offline_align.data.pack import pack
+from offline_align.data.prefetch import prefetch
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Loader:
         def make(step: int) -> StepData:
             return self.step(step).pin() if pinned else self.step(step)
 
-        return prepared_ahead(make, range(first, self.total_steps))
+        return prefetch(make, range(first, self.total_steps))
 
     def pack_rows(self, rows: list[int]) -> StepData:
         """Return `rows` packed into bins, those of this rank collated."""
@@ -122,7 +122,7 @@ class Loader:
             squared_lengths=sum(size.squared_lengths for size in sizes),
         )
 
-    def _groups(self, rows: list[int]) -> list[Family]:
+    def _groups(self, rows: list[int]) -> list[PrefixGroup]:
         """Return what is packed: none larger than half of what a rank gets, or ranks would wait for the largest."""
         groups = self.source.groups(rows, self.capacity)
         most = sum(group.tokens for group in groups) // (2 * self.dp_size)
@@ -130,7 +130,7 @@ class Loader:
             return groups
         return self.source.groups(rows, min(self.capacity, most))
 
-    def _collate(self, groups: list[Family]) -> PackedBatch:
+    def _collate(self, groups: list[PrefixGroup]) -> PackedBatch:
         rows = [row for group in groups for row in group.rows]
         return share_of_context(self.source.collate(rows, self.pad_to_multiple), self.cp_rank, self.cp_size)
 
@@ -144,4 +144,4 @@ class Loader:
             data = self.pack_rows(list(range(first, min(first + rows_at_once, len(self.source)))))
             return data.pin() if pinned else data
 
-        return prepared_ahead(make, range(0, len(self.source), rows_at_once))
+        return prefetch(make, range(0, len(self.source), rows_at_once))

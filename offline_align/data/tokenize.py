@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offline_align.config.sections import DataSection, TooLong
-from offline_align.data.ahead import prepared_ahead
+from offline_align.data.prefetch import prefetch
 from offline_align.data.records import Message, PreferencePair
 from offline_align.data.template import Part, Renderer
 from offline_align.data.token_store import KEPT, REFUSED, TRUNCATED, Fresh, StoredTokens, responses, stored
@@ -264,7 +264,7 @@ def _tokenize(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limit
 
     batches = ([_render(dialogue, renderer) for dialogue in batch] for batch in batched(dialogues, ROWS_PER_BATCH))
     with (
-        closing(prepared_ahead(encode, batches)) as ahead,
+        closing(prefetch(encode, batches)) as ahead,
         Meter("tokenising", len(dialogues), "rows", least_seconds=1.0) as meter,
     ):
         for rows, ids in ahead:

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from offline_align.distributed.leaving import end_now, leave_after
 from offline_align.distributed.process import Process
+from offline_align.distributed.teardown import before_teardown, exit_now
 from offline_align.errors import AlignError, FailedOnMainRank, StoppedEarly, exit_code_of
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def heartbeat(silent_seconds: float, place: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        leave_after(pulse.leave_together)
+        before_teardown(pulse.leave_together)
         pulse.end()
         # Rank 0 tells what it has met itself, and may still be about it.
         if not isinstance(error, FailedOnMainRank):
@@ -143,7 +143,7 @@ class _Pulse(threading.Thread):
             return
         logger.error("rank %d has ended with exit code %d, and this rank with it", failed, exit_code)
         self.leave()
-        end_now(exit_code)
+        exit_now(exit_code)
 
     def _give_up(self, silent: Process) -> None:
         """End this process, and the silent one where it is of this machine: both wait for what will not come."""

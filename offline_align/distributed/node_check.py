@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_align.distributed.launched import forget_leftovers, launched
-from offline_align.distributed.node_report import Report, judge, node_name
+from offline_align.distributed.node_report import NodeReport, judge, node_name
 from offline_align.errors import AlignError, FailedOnMainRank, StorageError, leave_for_launcher
 from offline_align.lineage.manifest import versions
 
@@ -65,7 +65,7 @@ def check(run_dir: Path, limit: float, free_gib: float, rank: int, world: int) -
     GPU or the network), on rank 0 with the names of the nodes, on the others without a message.
     """
     store = _store(rank, world, limit)
-    found: list[Report] = []
+    found: list[NodeReport] = []
     if rank:
         _report(store, rank, run_dir, limit)
     _agree(store, "report", rank, world, limit, lambda: _compare(store, run_dir, world, limit, free_gib, found))
@@ -113,7 +113,7 @@ def _agree(store: Any, what: str, rank: int, world: int, limit: float, judge: Ca
         raise FailedOnMainRank(code)
 
 
-def _compare(store: Any, run_dir: Path, world: int, limit: float, free_gib: float, found: list[Report]) -> None:
+def _compare(store: Any, run_dir: Path, world: int, limit: float, free_gib: float, found: list[NodeReport]) -> None:
     marker = run_dir / "logs" / f".check-{uuid.uuid4().hex[:8]}"
     try:
         marker.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def _compare(store: Any, run_dir: Path, world: int, limit: float, free_gib: floa
     if missing:
         ranks = [int(key.rpartition("/")[2]) for key in missing]
         raise AlignError("\n".join(f"{node_name(r)}: did not come within {limit:.0f} s" for r in ranks))
-    found += [Report(**json.loads(store.get(f"report/{r}"))) for r in range(world)]
+    found += [NodeReport(**json.loads(store.get(f"report/{r}"))) for r in range(world)]
     judge(found, free_gib)
 
 
@@ -137,7 +137,7 @@ def _report(store: Any, rank: int, run_dir: Path, limit: float) -> None:
     clock = time.time()
     problem, gpus = _gpu_problem()
     marker = store.get("marker").decode() if store.check(["marker"]) else ""
-    own = Report(
+    own = NodeReport(
         rank=rank,
         host=socket.gethostname(),
         versions=versions() | _cuda_versions(),

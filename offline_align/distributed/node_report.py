@@ -12,7 +12,7 @@ LARGEST_SKEW_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Report:
+class NodeReport:
     """What a rank says of its node."""
 
     rank: int
@@ -36,7 +36,7 @@ def node_name(rank: int) -> str:
     return f"node {names[node] if node < len(names) else node}, rank {rank}"
 
 
-def judge(reports: list[Report], free_gib: float) -> None:
+def judge(reports: list[NodeReport], free_gib: float) -> None:
     """Raise the first kind of problem that the reports show, with a line for every node that has it."""
     for error, lines in (
         (ConfigError, list(_different_versions(reports))),
@@ -49,7 +49,7 @@ def judge(reports: list[Report], free_gib: float) -> None:
             raise error("\n".join(dict.fromkeys(lines)))
 
 
-def _different_versions(reports: list[Report]) -> Iterator[str]:
+def _different_versions(reports: list[NodeReport]) -> Iterator[str]:
     for name in dict.fromkeys(n for r in reports for n in r.versions):
         seen = [r.versions.get(name, "not installed") for r in reports]
         usual = Counter(seen).most_common(1)[0][0]
@@ -58,26 +58,26 @@ def _different_versions(reports: list[Report]) -> Iterator[str]:
                 yield f"{_of(r)}: {name} is {version}, elsewhere {usual}; install the same everywhere"
 
 
-def _different_clocks(reports: list[Report]) -> Iterator[str]:
+def _different_clocks(reports: list[NodeReport]) -> Iterator[str]:
     middle = sorted(r.clock for r in reports)[len(reports) // 2]
     for r in reports:
         if abs(r.clock - middle) > LARGEST_SKEW_SECONDS:
             yield f"{_of(r)}: the clock is {r.clock - middle:+.0f} s from that of the others; start its time service"
 
 
-def _different_folders(reports: list[Report]) -> Iterator[str]:
+def _different_folders(reports: list[NodeReport]) -> Iterator[str]:
     for r in reports:
         if not r.shares_folder:
             yield f"{_of(r)}: run.dir is not the folder that rank 0 sees; use storage that all nodes share"
 
 
-def _full_disks(reports: list[Report], free_gib: float) -> Iterator[str]:
+def _full_disks(reports: list[NodeReport], free_gib: float) -> Iterator[str]:
     for r in reports:
         if r.free_bytes < free_gib * 2**30:
             yield f"{_of(r)}: {r.free_bytes / 2**30:.1f} GiB free for run.dir; {free_gib:g} are wanted"
 
 
-def _bad_gpus(reports: list[Report]) -> Iterator[str]:
+def _bad_gpus(reports: list[NodeReport]) -> Iterator[str]:
     most = max(r.gpus for r in reports)
     for r in reports:
         if r.problem is not None:
@@ -86,5 +86,5 @@ def _bad_gpus(reports: list[Report]) -> Iterator[str]:
             yield f"{_of(r)}: {r.gpus} GPUs visible, elsewhere {most}"
 
 
-def _of(report: Report) -> str:
+def _of(report: NodeReport) -> str:
     return f"{node_name(report.rank).partition(',')[0]} ({report.host})"

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from offline_align.config.sections import Device, ParallelSection, Precision, RunSection
 from offline_align.distributed.heartbeat import heartbeat
 from offline_align.distributed.launched import Launcher, launched, shown
-from offline_align.distributed.meeting import meet
+from offline_align.distributed.rendezvous import meet
 from offline_align.errors import AlignError, ConfigError, DataError, FailedOnMainRank
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from itertools import chain
 
 from offline_align.data.journal import Journal
 from offline_align.distributed.stopping import StopRequest
-from offline_align.generate.journal import Place, append_answers, missing
+from offline_align.generate.answer_journal import Place, append_answers, missing
 from offline_align.generate.requests import Engine, Request
 from offline_align.progress import Meter
 

@@ -18,11 +18,11 @@ import torch
 
 from offline_align.config.sections import ComputeSection, DataSection, ParallelSection, RunSection, Template, TooLong
 from offline_align.convert.describe import describe, tokenizer_of
-from offline_align.data.ahead import prepared_ahead
 from offline_align.data.batch import PackedBatch
 from offline_align.data.bins import SampleSource, shares_prompts
 from offline_align.data.context import share_of_context
 from offline_align.data.pack import pack, padding_multiple
+from offline_align.data.prefetch import prefetch
 from offline_align.data.records import Sample
 from offline_align.data.template import Renderer
 from offline_align.data.tokenize import TokenizedRows, reasons, tokenize_samples
@@ -161,7 +161,7 @@ def score_bins(
         return batch.pin() if ranks.device.type == "cuda" else batch
 
     launched: deque[Callable[[], list[tuple[int, float]]]] = deque()
-    with closing(prepared_ahead(collated, range(len(bins)))) as batches:
+    with closing(prefetch(collated, range(len(bins)))) as batches:
         for rows, batch in zip(bins, batches, strict=True):
             launched.append(_launch(model, rows, batch, ranks.device))
             if len(launched) > 1:

@@ -28,7 +28,7 @@ from offline_align.lineage.manifest import (
     write_config,
     write_manifest,
 )
-from offline_align.lineage.verification import FileCheck, Report, Status, verify
+from offline_align.lineage.verification import FileCheck, Status, Verification, verify
 
 __all__ = [
     "CHANGES",
@@ -38,10 +38,10 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "ParentRecord",
-    "Report",
     "RunSettings",
     "Sources",
     "Status",
+    "Verification",
     "completed",
     "file_sha256",
     "finished_key",

@@ -34,7 +34,7 @@ class FileCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Verification:
     """A run folder or a folder of weights, its files, and the same for each of its parents.
 
     `status` is about the folder itself: its manifest, then its outputs, then its inputs.
@@ -46,7 +46,7 @@ class Report:
     reason: str = ""
     outputs: tuple[FileCheck, ...] = ()
     inputs: tuple[FileCheck, ...] = ()
-    parents: tuple["Report", ...] = ()
+    parents: tuple["Verification", ...] = ()
 
     def problems(self) -> list[str]:
         """Return one line for each file or run of the chain that is not as recorded; earliest run first."""
@@ -60,7 +60,7 @@ class Report:
             if check.status is not Status.whole:
                 yield f"{self.run_dir}: {check.path}: {check.status}: {check.reason}"
 
-    def _chain(self) -> Iterator["Report"]:
+    def _chain(self) -> Iterator["Verification"]:
         """Every report once: runs often share a parent."""
         seen: set[int] = set()
         queue = [self]
@@ -72,7 +72,7 @@ class Report:
                 queue.extend(report.parents)
 
 
-def verify(run_dir: Path) -> Report:
+def verify(run_dir: Path) -> Verification:
     """Return what became of a run folder and of everything it came from; every file is read again.
 
     Nothing raises: what cannot be read is in the report.
@@ -84,15 +84,15 @@ class _Walk:
     """One walk along the chain; a run that several others share is read once."""
 
     def __init__(self) -> None:
-        self._reports: dict[Path, Report] = {}
+        self._reports: dict[Path, Verification] = {}
         self._depth = 0
 
-    def run(self, run_dir: Path, claimed: ParentRecord | None) -> Report:
+    def run(self, run_dir: Path, claimed: ParentRecord | None) -> Verification:
         if run_dir not in self._reports:
             if self._depth >= _MOST_GENERATIONS:
-                return Report(run_dir, "", Status.damaged, f"is more than {_MOST_GENERATIONS} generations back")
+                return Verification(run_dir, "", Status.damaged, f"is more than {_MOST_GENERATIONS} generations back")
             # Stands while the parents are walked, so that manifests that name each other come to an end.
-            self._reports[run_dir] = Report(run_dir, "", Status.damaged, "is its own ancestor")
+            self._reports[run_dir] = Verification(run_dir, "", Status.damaged, "is its own ancestor")
             self._depth += 1
             self._reports[run_dir] = self._read(run_dir, claimed.stage if claimed else "")
             self._depth -= 1
@@ -101,28 +101,28 @@ class _Walk:
             return report
         return _against_claim(report, claimed)
 
-    def _read(self, run_dir: Path, stage: str) -> Report:
+    def _read(self, run_dir: Path, stage: str) -> Verification:
         if not run_dir.is_dir():
-            return Report(run_dir, stage, Status.missing, "no such folder")
+            return Verification(run_dir, stage, Status.missing, "no such folder")
         try:
             manifest = read_manifest(run_dir)
         except StorageError as error:
-            return Report(run_dir, stage, Status.damaged, str(error))
+            return Verification(run_dir, stage, Status.damaged, str(error))
         if manifest is not None:
             return self._check(run_dir, manifest)
         if stage in BARE_MODELS:
-            return Report(run_dir, stage, Status.whole)
-        return Report(run_dir, stage, Status.missing, f"no {MANIFEST}: the run has not finished")
+            return Verification(run_dir, stage, Status.whole)
+        return Verification(run_dir, stage, Status.missing, f"no {MANIFEST}: the run has not finished")
 
-    def _check(self, run_dir: Path, manifest: Manifest) -> Report:
+    def _check(self, run_dir: Path, manifest: Manifest) -> Verification:
         outputs = tuple(_check_output(run_dir, record) for record in manifest.outputs)
         inputs = tuple(_check_file(run_dir / r.path, r, Status.changed) for r in manifest.inputs)
         parents = tuple(self.run((run_dir / parent.path).resolve(), parent) for parent in manifest.parents)
         status = next((c.status for c in (*outputs, *inputs) if c.status is not Status.whole), Status.whole)
-        return Report(run_dir, manifest.stage, status, "", outputs, inputs, parents)
+        return Verification(run_dir, manifest.stage, status, "", outputs, inputs, parents)
 
 
-def _against_claim(report: Report, claimed: ParentRecord) -> Report:
+def _against_claim(report: Verification, claimed: ParentRecord) -> Verification:
     """Compare a run with what its child saw of it."""
     bare = claimed.stage in BARE_MODELS
     try:

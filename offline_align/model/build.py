@@ -169,7 +169,7 @@ def _fp8_fields(fp8: bool) -> dict[str, Any]:
 def _block_spec(model: ModelSection, config: TransformerConfig, backend: Backend) -> TransformerBlockSubmodules:
     """Return megatron's local layers with the attention and the norm of this project, or Transformer Engine's."""
     if backend is Backend.transformer_engine:
-        from offline_align.model.engine import engine_block_spec
+        from offline_align.model.transformer_engine import engine_block_spec
 
         return engine_block_spec(model, config)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_layernorm)

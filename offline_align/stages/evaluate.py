@@ -17,7 +17,6 @@ from offline_align.config.runs import EvaluateRun
 from offline_align.config.sections import JudgeKind
 from offline_align.data.records import BadRows, input_paths
 from offline_align.errors import ConfigError
-from offline_align.evaluate.board import write_board
 from offline_align.evaluate.calibration.agreement import Verdicts
 from offline_align.evaluate.calibration.pairs import JudgedPair, both_orders, read_judged_pairs
 from offline_align.evaluate.calibration.section import calibration_section
@@ -35,6 +34,7 @@ from offline_align.evaluate.samples import samples_of_runs
 from offline_align.evaluate.sections import Section, Table
 from offline_align.evaluate.statistics import Floats
 from offline_align.evaluate.tables import headline, overall_table
+from offline_align.evaluate.tensorboard import write_board
 from offline_align.lineage.manifest import describe_parent
 from offline_align.stages.job import Job
 from offline_align.stages.output import show

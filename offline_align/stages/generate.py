@@ -13,7 +13,7 @@ from offline_align.data.journal import Journal
 from offline_align.data.records import Prompt, read_rows, reject_rows
 from offline_align.data.template import Renderer
 from offline_align.errors import ConfigError, StoppedEarly
-from offline_align.generate.journal import Place, merge, missing, read_answers
+from offline_align.generate.answer_journal import Place, merge, missing, read_answers
 from offline_align.generate.requests import Completion, Engine, Workload, build_requests
 from offline_align.stages.job import Job, effort
 from offline_align.stages.origin import Origin
@@ -48,9 +48,9 @@ def run(job: Job[GenerateRun]) -> int:
     if problems:
         raise ConfigError(problems)
     if config.dry_run:
-        from offline_align.stages.generate_plan import print_generate_plan
+        from offline_align.stages.generate_plan import print_generate_dry_run
 
-        print_generate_plan(config, origin, ", ".join(map(asked_text, conditions)), engine)
+        print_generate_dry_run(config, origin, ", ".join(map(asked_text, conditions)), engine)
         return 0
     return job.on_ranks(lambda ranks: _generate(job, conditions, engine, ranks))
 

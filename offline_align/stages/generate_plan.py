@@ -12,7 +12,7 @@ from offline_align.stages.origin import Origin
 from offline_align.stages.output import show
 
 
-def print_generate_plan(config: GenerateRun, origin: Origin, condition: str, engine: str) -> None:
+def print_generate_dry_run(config: GenerateRun, origin: Origin, condition: str, engine: str) -> None:
     """Print the plan of a generation run; nothing is loaded or written."""
     settings = config.generate
     world = world_size(config.launcher.nproc_per_node, config.launcher.nodes)

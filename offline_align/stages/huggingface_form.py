@@ -13,7 +13,7 @@ from offline_align.distributed.setup import Ranks
 from offline_align.errors import StorageError
 from offline_align.model.description import ModelDescription
 from offline_align.stages.origin import Origin, load_origin
-from offline_align.train import checkpoint, reading
+from offline_align.train import checkpoint, safe_unpickling
 
 
 def describe(origin: Origin) -> ModelDescription:
@@ -61,7 +61,7 @@ def _saved_in_bf16(folder: Path, ranks: Ranks) -> bool:
     import torch
 
     checkpoint.verify(folder, ranks)
-    saved = reading.tensors_metadata(folder)
+    saved = safe_unpickling.tensors_metadata(folder)
     return bool(saved["embedding.word_embeddings.weight"].dtype == torch.bfloat16)
 
 

@@ -15,8 +15,8 @@ from offline_align.data.records import BadRows, PreferencePair, Sample, read_sam
 from offline_align.data.template import Renderer
 from offline_align.errors import DataError, StoppedEarly, StorageError
 from offline_align.label.certificate import FILE_NAME, certify, choose_rows, in_words
-from offline_align.label.journal import ScoreWriter, read_scores
 from offline_align.label.rows import leave_out_unscorable, single_answers
+from offline_align.label.score_journal import ScoreWriter, read_scores
 from offline_align.label.statistics import fit, normalise
 from offline_align.stages.job import Job, effort
 
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 def run(job: Job[LabelRun]) -> int:
     """Score every row once and write `labelled.jsonl`, its statistics and the histogram of Figure 3."""
     if job.config.dry_run:
-        from offline_align.stages.plan_text import print_label_plan
+        from offline_align.stages.dry_run import print_label_dry_run
 
-        print_label_plan(job)
+        print_label_dry_run(job)
         return 0
     return job.on_ranks(lambda ranks: _label(job, ranks))
 

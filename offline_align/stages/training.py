@@ -35,9 +35,9 @@ _WORTH_GROUPING = 0.1
 def run(job: Job[TrainRun]) -> int:
     """Train, or print the plan with `dry_run=true`; returns the exit code."""
     if job.config.dry_run:
-        from offline_align.stages.plan_text import print_training_plan
+        from offline_align.stages.dry_run import print_training_dry_run
 
-        print_training_plan(job)
+        print_training_dry_run(job)
         return 0
     return job.on_ranks(lambda ranks: _train(job, ranks))
 

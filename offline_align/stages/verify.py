@@ -7,7 +7,7 @@ from rich.tree import Tree
 
 from offline_align.config.runs import VerifyRun
 from offline_align.errors import ConfigError, StorageError
-from offline_align.lineage import FileCheck, Report, Status, verify
+from offline_align.lineage import FileCheck, Status, Verification, verify
 from offline_align.stages.job import Job
 from offline_align.stages.output import show
 
@@ -35,12 +35,12 @@ def run(job: Job[VerifyRun]) -> int:
     return 0
 
 
-def render(report: Report) -> Tree:
+def render(report: Verification) -> Tree:
     """Return the chain as a tree, each run once, what it came from below it."""
     return _node(report, shown=set())
 
 
-def _node(report: Report, shown: set[Path]) -> Tree:
+def _node(report: Verification, shown: set[Path]) -> Tree:
     label = Text.assemble((report.stage or "run", "bold"), f"  {_shown(report.run_dir)}  ", _status(report.status))
     if report.reason:
         label.append(f"  {report.reason}")

@@ -26,7 +26,7 @@ from offline_align.errors import FailedOnMainRank, StorageError
 from offline_align.lineage import file_sha256
 from offline_align.lineage.files import canonical_json, fsync_path, text_sha256
 from offline_align.lineage.manifest import LONGEST_PATH
-from offline_align.train import optimizer_state, reading
+from offline_align.train import optimizer_state, safe_unpickling
 
 FOLDER = "checkpoints"
 FILES_NAME = "checkpoint.json"
@@ -282,14 +282,14 @@ def load_weights(model: nn.Module, folder: Path, ranks: Ranks, fresh_prefixes: t
     """
     verify(folder, ranks)
     wanted = {k: v for k, v in sharded_weights(model).items() if not k.startswith(fresh_prefixes or ("\0",))}
-    _load_into(model, reading.load(wanted, folder))
+    _load_into(model, safe_unpickling.load(wanted, folder))
 
 
 def load(model: nn.Module, optimizer: MegatronOptimizer, folder: Path) -> TrainState:
     """Load weights, moments and state of a checkpoint saved at any layout, which `newest_whole` has verified."""
     shards = sharded_weights(model)
     shards["optimizer"] = optimizer_state.to_load(optimizer, shards)
-    loaded = reading.load(shards, folder)
+    loaded = safe_unpickling.load(shards, folder)
     optimizer_state.take(optimizer, loaded.pop("optimizer"))
     _load_into(model, loaded)
     return read_state(folder)

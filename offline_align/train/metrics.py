@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from offline_align import board
+from offline_align import tensorboard_writer
 from offline_align.errors import StorageError
 from offline_align.lineage.files import write_atomically
 
@@ -45,7 +45,7 @@ class MetricsWriter:
         _drop_steps_from(self._path, first_step, validation_due)
         with self._storage_errors():
             self._file = self._path.open("a", encoding="utf-8")
-        self._open_board(run_dir / board.FOLDER, first_step)
+        self._open_board(run_dir / tensorboard_writer.FOLDER, first_step)
         if wandb_project is not None:
             import wandb
 
@@ -58,7 +58,7 @@ class MetricsWriter:
     def _open_board(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._thread.enter_context(board.silent_writer_thread())
+        self._thread.enter_context(tensorboard_writer.silent_writer_thread())
         with self._without_board():
             self._board = SummaryWriter(str(folder), purge_step=first_step)
 

@@ -74,10 +74,10 @@ def build_optimizer(
     _offer_own_adam(on_cuda)
     _offer_own_norm()
     if optim.use_precision_aware_optimizer:
-        from offline_align.train.engine_adam import EngineAdam
+        from offline_align.train.transformer_engine_adam import TransformerEngineAdam
 
         lean: Any = megatron_optimizer
-        lean.Adam = EngineAdam
+        lean.Adam = TransformerEngineAdam
     config = OptimizerConfig(
         optimizer="adam",
         lr=_MARK,

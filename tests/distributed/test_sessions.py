@@ -33,7 +33,7 @@ time.sleep(0.4 * ((rank + attempt) % 2))
 with session(ParallelSection(), RunSection(dir="unused", device=Device.cpu)) as ranks:
     assert ranks.gather(rank) == [0, 1]
     if attempt < 2 and rank == 1:
-        # No farewell to the others, as a kill has none.
+        # No callback to the others, as a kill has none.
         os._exit(1)
     ranks.barrier()
 """

@@ -9,8 +9,8 @@ from offline_align.__main__ import run
 from offline_align.config.runs import LabelRun
 from offline_align.config.sections import ComputeSection, Device, ModelSection, Precision, RunSection
 from offline_align.estimate.sizes import model_sizes
+from offline_align.stages.dry_run import print_label_dry_run
 from offline_align.stages.job import Job
-from offline_align.stages.plan_text import print_label_plan
 from offline_align.stages.registry import STAGES
 
 
@@ -71,6 +71,6 @@ def test_a_plan_of_labelling_counts_weights_in_the_precision_of_the_run(
     )
     place = RunSection(dir="unused", device=device)
     config = LabelRun(run=place, model=model, trainer=ComputeSection(precision=precision))
-    print_label_plan(Job(STAGES["label"], config))
+    print_label_dry_run(Job(STAGES["label"], config))
     expected = model_sizes(model, 32_000, scalar_head=True).rank_bytes(1, size) / 2**30
     assert f"weights {expected:.2f}, activations" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from offline_align.__main__ import run
 from offline_align.data import tokenize
 from offline_align.data.preparation import write_rows
 from offline_align.data.template import Renderer
-from offline_align.distributed import meeting
+from offline_align.distributed import rendezvous
 from tests.support import free_ports
 from tests.training import TINY, labelled, samples, write_jsonl
 
@@ -76,7 +76,7 @@ def test_a_rank_that_waits_for_another_says_so_and_stops_at_once(
     place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(meeting, "_FIRST_WORD_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous, "_FIRST_WORD_SECONDS", 0.05)
 
     said: list[str] = []
 
@@ -85,7 +85,7 @@ def test_a_rank_that_waits_for_another_says_so_and_stops_at_once(
             said.append(record.getMessage())
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(meeting.logger, "handlers", [Stop()])
+    monkeypatch.setattr(rendezvous.logger, "handlers", [Stop()])
     assert run(sft(tmp_path, rows)) == 75
     assert f"rank {rank} waits for rank {1 - rank} at 127.0.0.1:{port}" in said[0]
     assert ("stopped by SIGTERM" in capsys.readouterr().err) == (rank == 0)

@@ -21,7 +21,7 @@ LINES = [
     {"train", "label", "generate", "evaluate", "convert", "launch", "launch_slurm"},
     {"stages"},
 ]
-SERVE_ALL = {"board", "distributed", "errors", "estimate", "lineage", "progress"}
+SERVE_ALL = {"distributed", "errors", "estimate", "lineage", "progress", "tensorboard_writer"}
 HEIGHT = {room: height for height, rooms in enumerate(LINES) for room in rooms}
 # What serves all may itself import no more than this.
 SERVED_BY = SERVE_ALL | {"config"}

@@ -45,7 +45,7 @@ BANNED_CALLS = {
     "__import__",
 }
 # The one module that reads megatron's pickles, by an unpickler of its own that knows a list of classes.
-READING = PACKAGE / "train" / "reading.py"
+READING = PACKAGE / "train" / "safe_unpickling.py"
 MEGATRON_LOADS = {
     f"megatron.core.dist_checkpointing.{name}"
     for name in (

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from offline_align.distributed.node_report import LARGEST_SKEW_SECONDS, Report, judge, node_name
+from offline_align.distributed.node_report import LARGEST_SKEW_SECONDS, NodeReport, judge, node_name
 from offline_align.errors import AlignError, ConfigError, StorageError
 
-GOOD = Report(rank=0, host="h0", versions={"torch": "2.13.0"}, gpus=8, clock=1e9, free_bytes=2**40, shares_folder=True)
+GOOD = NodeReport(
+    rank=0, host="h0", versions={"torch": "2.13.0"}, gpus=8, clock=1e9, free_bytes=2**40, shares_folder=True
+)
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +18,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
 
 
-def reports(**wrong: object) -> list[Report]:
+def reports(**wrong: object) -> list[NodeReport]:
     """Four ranks on two nodes; those of the second have something wrong."""
     good = [replace(GOOD, rank=rank, host=f"h{rank // 2}") for rank in range(4)]
     return [*good[:2], *(replace(r, **wrong) for r in good[2:])]  # type: ignore[arg-type]

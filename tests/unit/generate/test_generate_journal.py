@@ -6,7 +6,7 @@ import pytest
 from offline_align.data.journal import Journal
 from offline_align.data.records import Message, Prompt
 from offline_align.errors import StorageError
-from offline_align.generate.journal import Place, append_answers, merge, missing, read_answers
+from offline_align.generate.answer_journal import Place, append_answers, merge, missing, read_answers
 from offline_align.generate.requests import Completion, Request
 
 KEY = "0123456789abcdef0123"

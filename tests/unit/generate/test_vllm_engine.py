@@ -16,7 +16,7 @@ from offline_align.data.journal import Journal
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.distributed.stopping import StopRequest
 from offline_align.generate import engines
-from offline_align.generate.journal import read_answers
+from offline_align.generate.answer_journal import read_answers
 from offline_align.generate.requests import Completion, Request
 from offline_align.generate.runner import answer_all
 from tests.random_llama import save_random_llama

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from offline_align.lineage import (
-    Report,
     Status,
+    Verification,
     file_sha256,
     verify,
 )
 from tests.unit.lineage.chains import make_run
 
 
-def stages(report: Report) -> list[str]:
+def stages(report: Verification) -> list[str]:
     return [report.stage] + [stage for parent in report.parents for stage in stages(parent)]
 
 

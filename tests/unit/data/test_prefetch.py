@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from offline_align.data.ahead import prepared_ahead
+from offline_align.data.prefetch import prefetch
 
 
 def test_results_come_in_order_and_once() -> None:
@@ -17,7 +17,7 @@ def test_results_come_in_order_and_once() -> None:
         made.append(number)
         return number * number
 
-    assert list(prepared_ahead(make, range(3, 20))) == [n * n for n in range(3, 20)]
+    assert list(prefetch(make, range(3, 20))) == [n * n for n in range(3, 20)]
     assert made == list(range(3, 20))
 
 
@@ -31,7 +31,7 @@ def test_it_runs_ahead_but_not_without_bound() -> None:
             reached.set()
         return number
 
-    upcoming = prepared_ahead(make, range(100), depth=2)
+    upcoming = prefetch(make, range(100), depth=2)
     assert next(upcoming) == 0
     assert reached.wait(5)
     assert made == [0, 1, 2]
@@ -50,7 +50,7 @@ def test_items_are_taken_by_who_asks_and_no_more_than_are_needed() -> None:
         makers.append(threading.current_thread())
         return number
 
-    with closing(prepared_ahead(make, items(), depth=2)) as upcoming:
+    with closing(prefetch(make, items(), depth=2)) as upcoming:
         assert next(upcoming) == 0
         assert takers == [threading.current_thread()] * 3
         assert list(upcoming) == list(range(1, 10))
@@ -59,7 +59,7 @@ def test_items_are_taken_by_who_asks_and_no_more_than_are_needed() -> None:
 
 
 def test_an_error_is_raised_in_its_place() -> None:
-    upcoming = prepared_ahead(lambda n: 1 // (2 - n), range(5))
+    upcoming = prefetch(lambda n: 1 // (2 - n), range(5))
     assert list(itertools.islice(upcoming, 2)) == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(upcoming)
@@ -67,7 +67,7 @@ def test_an_error_is_raised_in_its_place() -> None:
 
 def test_leaving_early_makes_no_more() -> None:
     made: list[int] = []
-    upcoming = prepared_ahead(lambda n: made.append(n), range(1000))
+    upcoming = prefetch(lambda n: made.append(n), range(1000))
     next(upcoming)
     upcoming.close()
     assert len(made) <= 3

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 
-def prepared_ahead[A, T](make: Callable[[A], T], items: Iterable[A], depth: int = 2) -> Generator[T]:
+def prefetch[A, T](make: Callable[[A], T], items: Iterable[A], depth: int = 2) -> Generator[T]:
     """Yield `make(item)` for each of `items`, in order, with up to `depth` results waiting.
 
     An error of `make` is raised where its result would have come. One thread makes them all: numpy, torch and the

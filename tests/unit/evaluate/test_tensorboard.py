@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from offline_align.board import FOLDER
-from offline_align.evaluate.board import scalars, write_board
 from offline_align.evaluate.report import Report
 from offline_align.evaluate.sections import Section
+from offline_align.evaluate.tensorboard import scalars, write_board
+from offline_align.tensorboard_writer import FOLDER
 
 
 def report(content: dict[str, Any], **results: Any) -> Report:

@@ -17,14 +17,14 @@ from offline_align.estimate.sizes import (
     training_memory,
 )
 from offline_align.launch import torchrun_command
-from offline_align.stages.advice import layout_advice, scoring_rate
 from offline_align.stages.job import Job
+from offline_align.stages.layout_advice import layout_advice, scoring_rate
 from offline_align.stages.output import show
 
 _GIB = 2**30
 
 
-def print_training_plan(job: Job[TrainRun]) -> None:
+def print_training_dry_run(job: Job[TrainRun]) -> None:
     """Print the plan of a training run."""
     stage, config, model = job.stage, job.config, _model(job)
     assert stage.recipe is not None
@@ -55,7 +55,7 @@ def print_training_plan(job: Job[TrainRun]) -> None:
     _finish(table, stage.name, config)
 
 
-def print_label_plan(job: Job[LabelRun]) -> None:
+def print_label_dry_run(job: Job[LabelRun]) -> None:
     """Print the plan of a labelling run."""
     config, model = job.config, _model(job)
     sizes = model_sizes(model, model.vocab_size or 0, scalar_head=True)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from offline_align.config.sections import ParallelSection, RunSection
 from offline_align.distributed.setup import session
 from offline_align.errors import StorageError
-from offline_align.train import reading
+from offline_align.train import safe_unpickling
 from offline_align.train.checkpoint import newest
 from tests.hostile_checkpoints import RECORDS, Call, move_shard, put_object, put_record
 from tests.training import samples, train, write_jsonl
@@ -42,9 +42,9 @@ def folder(base: Path, tmp_path: Path) -> Path:
 
 
 def test_an_honest_checkpoint_is_read(folder: Path) -> None:
-    tensors = reading.tensors_metadata(folder)
+    tensors = safe_unpickling.tensors_metadata(folder)
     assert tensors["embedding.word_embeddings.weight"].global_shape[1] == 32
-    assert reading.load({}, folder)["content_metadata"]
+    assert safe_unpickling.load({}, folder)["content_metadata"]
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda r: r.__name__)
@@ -56,7 +56,7 @@ def test_code_among_the_records_does_not_run(folder: Path, tmp_path: Path, recor
         reader(folder).read_metadata()
     assert marker.exists()
     marker.unlink()
-    doors: list[Callable[[Path], Any]] = [functools.partial(reading.load, {}), reading.tensors_metadata]
+    doors: list[Callable[[Path], Any]] = [functools.partial(safe_unpickling.load, {}), safe_unpickling.tensors_metadata]
     for read in doors:
         with pytest.raises(StorageError, match=r"\.metadata: refused: .* has no place in it; nothing of it was run"):
             read(folder)
@@ -73,7 +73,7 @@ def test_code_among_the_objects_does_not_run(folder: Path, tmp_path: Path) -> No
     assert marker.exists()
     marker.unlink()
     with pytest.raises(StorageError, match=r"common_state.*more than tensors and plain data"):
-        reading.load({}, folder)
+        safe_unpickling.load({}, folder)
     assert not marker.exists()
 
 
@@ -82,26 +82,26 @@ def test_shards_are_looked_for_in_the_folder_only(folder: Path, name: str) -> No
     (folder / "link").symlink_to("/etc/hostname")
     move_shard(folder, name)
     with pytest.raises(StorageError, match=r"\.metadata: (refused|cannot be read)"):
-        reading.tensors_metadata(folder)
+        safe_unpickling.tensors_metadata(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04.", pickle.dumps({}), pickle.dumps(3), b"junk" * 99])
 def test_what_is_no_record_is_one_line(folder: Path, content: bytes) -> None:
     put_record(folder, content)
     with pytest.raises(StorageError, match=r"\.metadata: refused") as error:
-        reading.tensors_metadata(folder)
+        safe_unpickling.tensors_metadata(folder)
     assert "\n" not in str(error.value)
 
 
 def test_settings_of_older_megatron_are_refused(folder: Path) -> None:
     torch.save({}, folder / "common.pt")
     with pytest.raises(StorageError, match=r"common\.pt: is not part"):
-        reading.load({}, folder)
+        safe_unpickling.load({}, folder)
 
 
 def test_torch_is_as_it_was_afterwards(folder: Path) -> None:
     before = FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes
-    reading.tensors_metadata(folder)
+    safe_unpickling.tensors_metadata(folder)
     assert (FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes) == before
 
 
@@ -122,4 +122,4 @@ def test_torch_is_as_it_was_afterwards(folder: Path) -> None:
 def test_nothing_is_found_beyond_the_list(module: str, name: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"")
     with (tmp_path / "x").open("rb") as file, pytest.raises(pickle.UnpicklingError, match="no place"):
-        reading.MetadataUnpickler(file).find_class(module, name)
+        safe_unpickling.MetadataUnpickler(file).find_class(module, name)

@@ -14,31 +14,31 @@ from collections.abc import Callable
 from typing import NoReturn
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_farewells: list[Callable[[], None]] = []
+_callbacks: list[Callable[[], None]] = []
 
 
-def leave_after(farewell: Callable[[], None]) -> None:
-    """Let `leave` end this process at once, after `farewell`."""
-    _farewells.append(farewell)
+def before_teardown(callback: Callable[[], None]) -> None:
+    """Let `exit_process` end this process at once, after `callback`."""
+    _callbacks.append(callback)
 
 
-def leave(exit_code: int) -> NoReturn:
+def exit_process(exit_code: int) -> NoReturn:
     """End this process: as any other does, or at once where a session of several ranks has ended with an error."""
-    if not _farewells:
+    if not _callbacks:
         sys.exit(exit_code)
     # The launcher stops the ranks that are left when the first one ends. What has happened keeps its code.
     for number in _SIGNALS:
-        signal.signal(number, lambda *_: end_now(exit_code))
-    for farewell in _farewells:
-        farewell()
+        signal.signal(number, lambda *_: exit_now(exit_code))
+    for callback in _callbacks:
+        callback()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    end_now(exit_code)
+    exit_now(exit_code)
 
 
-def end_now(exit_code: int) -> NoReturn:
+def exit_now(exit_code: int) -> NoReturn:
     """End this process whatever its threads do, and those that it has started, as an engine may have."""
     for child in multiprocessing.active_children():
         child.terminate()

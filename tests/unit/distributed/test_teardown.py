@@ -1,11 +1,11 @@
-"""How a process ends after an error among several ranks: at once, with its code, after its farewell."""
+"""How a process ends after an error among several ranks: at once, with its code, after its callback."""
 
 import subprocess
 import sys
 
 import pytest
 
-from offline_align.distributed.leaving import leave
+from offline_align.distributed.teardown import exit_process
 from offline_align.errors import (
     AlignError,
     ConfigError,
@@ -18,25 +18,25 @@ from offline_align.errors import (
 
 FAREWELL = """
 import atexit, multiprocessing, os, signal, sys, threading, time
-from offline_align.distributed import leaving
+from offline_align.distributed import teardown
 
-def farewell():
+def callback():
     if "signal" in sys.argv:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
-    print("farewell")
+    print("callback")
 
 atexit.register(time.sleep, 60)
 threading.Thread(target=time.sleep, args=(60,)).start()
 child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
 child.start()
 print("an error", file=sys.stderr, end=" ")
-leaving.leave_after(farewell)
-leaving.leave(74)
+teardown.before_teardown(callback)
+teardown.exit_process(74)
 """
 
 
-@pytest.mark.parametrize(("word", "said"), [("none", "farewell\n"), ("signal", "")])
+@pytest.mark.parametrize(("word", "said"), [("none", "callback\n"), ("signal", "")])
 def test_nothing_holds_up_a_rank_that_has_failed(word: str, said: str) -> None:
     # The child has our pipes: they are at their end once it has ended too.
     done = subprocess.run(
@@ -47,7 +47,7 @@ def test_nothing_holds_up_a_rank_that_has_failed(word: str, said: str) -> None:
 
 def test_any_other_process_ends_as_python_does() -> None:
     with pytest.raises(SystemExit) as ended:
-        leave(78)
+        exit_process(78)
     assert ended.value.code == 78
 
 

@@ -34,7 +34,7 @@ def meet(rank: int, world_size: int, limit_seconds: float) -> tuple[Any, str]:
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = _store(address, port, rank, limit_seconds)
-    return store, fresh_place(store, rank, world_size, limit_seconds, f" at {address}:{port}")
+    return store, fresh_prefix(store, rank, world_size, limit_seconds, f" at {address}:{port}")
 
 
 @cache
@@ -69,7 +69,7 @@ def _open(address: str, port: int, holds: bool, limit_seconds: float) -> Any:
     return store
 
 
-def fresh_place(store: Any, rank: int, world_size: int, limit_seconds: float, where: str = "") -> str:
+def fresh_prefix(store: Any, rank: int, world_size: int, limit_seconds: float, where: str = "") -> str:
     """Return a name that no earlier meeting in `store` had, the same on all ranks.
 
     Rank 0 chooses it. The others ask with a token that nobody else has and believe the answer to that token alone, so

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from offline_align.distributed import meeting
-from offline_align.distributed.meeting import fresh_place
+from offline_align.distributed import rendezvous
+from offline_align.distributed.rendezvous import fresh_prefix
 from offline_align.distributed.stopping import interruptible
 from offline_align.errors import AlignError, StoppedEarly
 from tests.support import free_ports
@@ -28,7 +28,7 @@ def meet(store: Any, world_size: int, late: float = 0.0) -> list[str]:
     found = [""] * world_size
 
     def come(rank: int) -> None:
-        found[rank] = fresh_place(store, rank, world_size, 20)
+        found[rank] = fresh_prefix(store, rank, world_size, 20)
 
     timers = [threading.Timer(late if rank == world_size - 1 else 0.0, come, [rank]) for rank in range(world_size)]
     for timer in timers:
@@ -59,11 +59,11 @@ def test_what_was_asked_and_answered_before_is_nobodys(store: Any) -> None:
 def test_a_rank_that_dies_after_its_answer_is_followed_by_another(store: Any) -> None:
     store.set("asks/1", "gone")
     found: list[str] = []
-    host = threading.Thread(target=lambda: found.append(fresh_place(store, 0, 2, 20)))
+    host = threading.Thread(target=lambda: found.append(fresh_prefix(store, 0, 2, 20)))
     host.start()
     store.wait(["answers/gone"])
     assert host.is_alive()
-    assert [fresh_place(store, 1, 2, 20)] == ["session_1"]
+    assert [fresh_prefix(store, 1, 2, 20)] == ["session_1"]
     host.join()
     assert found == ["session_1"]
 
@@ -71,7 +71,7 @@ def test_a_rank_that_dies_after_its_answer_is_followed_by_another(store: Any) ->
 @pytest.mark.parametrize(("rank", "missing"), [(0, 1), (1, 0)])
 def test_a_rank_that_does_not_come_is_named(store: Any, rank: int, missing: int) -> None:
     with pytest.raises(AlignError, match=f"rank {missing} has not come within 0 s"):
-        fresh_place(store, rank, 2, 0.2)
+        fresh_prefix(store, rank, 2, 0.2)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def nobody_there(monkeypatch: pytest.MonkeyPatch) -> str:
     (port,) = free_ports(1)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    monkeypatch.setattr(meeting, "_FIRST_WORD_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous, "_FIRST_WORD_SECONDS", 0.05)
     return f"127.0.0.1:{port}"
 
 
@@ -93,7 +93,7 @@ def test_who_waits_says_for_whom_and_hears_signals(
     with pytest.raises(StoppedEarly), interruptible():
         timer.start()
         began = time.monotonic()
-        meeting.meet(rank, 3, 60)
+        rendezvous.meet(rank, 3, 60)
     assert time.monotonic() - began < 4
     said = [record.getMessage() for record in caplog.records]
     assert f"rank {rank} waits for {awaited} at {nobody_there}" in said[0]
@@ -104,7 +104,7 @@ def test_who_waits_says_for_whom_and_hears_signals(
 @pytest.mark.parametrize(("rank", "awaited"), [(0, "rank 1 at"), (1, "rank 0 at")])
 def test_who_waits_for_nobody_gives_up(nobody_there: str, rank: int, awaited: str) -> None:
     with pytest.raises(AlignError, match=f"{awaited} {nobody_there}.* has not come within 0 s"):
-        meeting.meet(rank, 2, 0.3)
+        rendezvous.meet(rank, 2, 0.3)
 
 
 def test_a_port_that_is_taken_is_named(nobody_there: str) -> None:
@@ -113,7 +113,7 @@ def test_a_port_that_is_taken_is_named(nobody_there: str) -> None:
         other.bind(("", port))
         other.listen()
         with pytest.raises(AlignError, match=f"MASTER_PORT={port}: another process has this port"):
-            meeting.meet(0, 2, 5)
+            rendezvous.meet(0, 2, 5)
 
 
 def test_two_ranks_meet_again_in_the_same_process(nobody_there: str) -> None:
@@ -121,7 +121,7 @@ def test_two_ranks_meet_again_in_the_same_process(nobody_there: str) -> None:
 
     def come(rank: int) -> None:
         for _ in range(2):
-            found[rank].append(meeting.meet(rank, 2, 20)[1])
+            found[rank].append(rendezvous.meet(rank, 2, 20)[1])
 
     ranks = [threading.Thread(target=come, args=[rank]) for rank in (1, 0)]
     for thread in ranks:
@@ -132,5 +132,5 @@ def test_two_ranks_meet_again_in_the_same_process(nobody_there: str) -> None:
 
 
 def test_many_ranks_are_named_in_few_words() -> None:
-    assert meeting._ranks([3]) == "rank 3"
-    assert meeting._ranks(list(range(1, 12))) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 3 more"
+    assert rendezvous._ranks([3]) == "rank 3"
+    assert rendezvous._ranks(list(range(1, 12))) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 3 more"

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from offline_align.board import FOLDER, silent_writer_thread
 from offline_align.evaluate.ancestry import find_histograms
 from offline_align.evaluate.figures import Picture
 from offline_align.evaluate.report import Report
 from offline_align.evaluate.sections import contents
+from offline_align.tensorboard_writer import FOLDER, silent_writer_thread
 
 log = logging.getLogger(__name__)
 

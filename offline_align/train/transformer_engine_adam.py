@@ -16,7 +16,7 @@ from offline_align.train.remainders import join, part
 _WEIGHT = "master_param"
 
 
-class EngineAdam(FusedAdam):  # type: ignore[misc]
+class TransformerEngineAdam(FusedAdam):  # type: ignore[misc]
     """FusedAdam that gives and takes its main weights in fp32."""
 
     _whole = True
