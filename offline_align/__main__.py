@@ -23,6 +23,7 @@ from offline_align.config.runs import GenerateRun, LabelRun, Run, TrainRun
 from offline_align.distributed.leaving import leave
 from offline_align.distributed.stopping import interruptible
 from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError, leave_for_launcher
+from offline_align.lineage import effort
 
 _SUMMARIES = {
     "prepare": "raw data sets to rows: SFT and preference files, splits, a report",
@@ -46,12 +47,16 @@ _LISTENERS = (TrainRun, LabelRun, GenerateRun)
 
 def main() -> None:
     """Run the command line of this process and exit with the code of its outcome."""
-    leave(run(sys.argv[1:]))
+    leave(run(sys.argv[1:], whole_process=True))
 
 
-def run(arguments: list[str]) -> int:
-    """Run one command; returns the exit code and prints errors as one line each, without a traceback."""
+def run(arguments: list[str], whole_process: bool = False) -> int:
+    """Run one command; returns the exit code and prints errors as one line each, without a traceback.
+
+    `whole_process`: the process is there for this command alone, so that its start belongs to what the run costs.
+    """
     debug = "debug=true" in arguments
+    effort.begin(whole_process)
     try:
         with interruptible() as limit:
             return _dispatch(arguments, limit)

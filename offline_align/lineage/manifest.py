@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from offline_align.errors import ConfigError, DataError, StorageError
+from offline_align.lineage import effort
 from offline_align.lineage.files import (
     FileRecord,
     canonical_json,
@@ -87,14 +88,17 @@ def write_manifest(
 
     `inputs` and `outputs` are files, or folders that stand for all files in them. `config.yaml` is an
     output by itself, and a finished run that wrote one of the inputs is a parent by itself. `extra` is kept
-    as it is. Raises ConfigError for a parent that is neither a finished run nor a model, DataError for an input that
+    as it is, beside what the run has cost (`effort`).
+    Raises ConfigError for a parent that is neither a finished run nor a model, DataError for an input that
     is not what its run wrote, StorageError, and ValueError for an output outside the run folder.
     """
     root = run_dir.resolve()
     if (root / CONFIG).is_file():
         outputs = [*outputs, root / CONFIG]
-    read = record_files(inputs)
-    built_on = dict.fromkeys([*map(describe_parent, parents), *_producers(read)])
+    with effort.part("hashes"):
+        read = record_files(inputs)
+        built_on = dict.fromkeys([*map(describe_parent, parents), *_producers(read)])
+        written = _record_outputs(outputs, root)
     manifest = Manifest(
         stage=stage,
         key=key,
@@ -102,8 +106,8 @@ def write_manifest(
         versions=versions(),
         inputs=[replace(r, path=_portable(Path(r.path), root)) for r in read],
         parents=[replace(p, path=_portable(Path(p.path), root)) for p in built_on],
-        outputs=_record_outputs(outputs, root),
-        extra=extra,
+        outputs=written,
+        extra=extra | effort.for_manifest(),
     )
     path = root / MANIFEST
     write_atomically(path, _sealed(asdict(manifest)))

@@ -13,12 +13,12 @@ from offline_align import lineage
 from offline_align.config.compose import to_mapping
 from offline_align.config.runs import ConvertRun, EvaluateRun, ModelRun, PrepareRun, Run
 from offline_align.config.sections import JudgeKind, ModelSection
-from offline_align.data.journal import Journal
 from offline_align.data.records import BadRows, input_paths
 from offline_align.data.sources import input_sources
 from offline_align.distributed.run_lock import run_lock
 from offline_align.errors import ConfigError, StorageError
 from offline_align.launch import under_torchrun
+from offline_align.lineage import effort
 from offline_align.model.description import find_model
 from offline_align.stages.continuation import RunKey, begin_or_continue
 
@@ -96,6 +96,7 @@ def is_finished(stage: str, config: Run, key: str) -> bool:
     if done:
         # Left where a run was killed between its manifest and its last line.
         shutil.rmtree(Path(config.run.dir) / "journal", ignore_errors=True)
+        effort.forget(Path(config.run.dir))
         logger.info("%s: %s is complete", stage, config.run.dir)
     return done
 
@@ -114,7 +115,7 @@ def run_on_ranks(stage: str, config: ModelRun, body: "Callable[[Ranks, RunKey], 
         def look() -> RunKey | None:
             settings = settings_of(stage, config)
             if is_finished(stage, config, settings.key) or not held.enter_context(
-                only_job(stage, config, settings.key)
+                only_job(stage, config, settings.key, settings.continuation)
             ):
                 return None
             return begin_or_continue(Path(config.run.dir), settings, lineage.flat(to_mapping(config)))
@@ -126,9 +127,10 @@ def run_on_ranks(stage: str, config: ModelRun, body: "Callable[[Ranks, RunKey], 
 
 
 @contextlib.contextmanager
-def only_job(stage: str, config: Run, key: str) -> Iterator[bool]:
+def only_job(stage: str, config: Run, key: str, continuation: str | None = None) -> Iterator[bool]:
     """Hold the run folder, one rank for all; gives whether there is still work to do.
 
+    What the attempt costs is recorded under the key `continuation`, or `key` where none can be continued.
     Raises ConfigError where another job has it.
     """
     run_dir = Path(config.run.dir)
@@ -138,7 +140,8 @@ def only_job(stage: str, config: Run, key: str) -> Iterator[bool]:
         broken = lineage.incomplete_outputs(run_dir, lineage.read_manifest(run_dir))
         if broken:
             logger.warning("%s: %s is missing or cut short and is made again", run_dir, ", ".join(broken))
-        yield to_do
+        with effort.recorded(run_dir, continuation or key) if to_do else contextlib.nullcontext():
+            yield to_do
 
 
 def start_folder(config: Run, model: ModelSection | None = None) -> Path:
@@ -167,11 +170,6 @@ def bad_rows(config: Any, writes: bool) -> BadRows:
         except OSError as error:
             raise StorageError(f"{quarantine}: cannot be removed: {error.strerror or error}") from error
     return BadRows(config.data.on_bad_row, quarantine if writes else None)
-
-
-def effort(journal: Journal, ranks: "Ranks") -> dict[str, Any]:
-    """Return what a run with a journal cost, for its manifest: seconds of all attempts, ranks and device."""
-    return {"seconds": journal.seconds(), "ranks": ranks.world_size, "device": ranks.device.type}
 
 
 def cache_dir(config: Any) -> Path:

@@ -35,6 +35,7 @@ from offline_align.evaluate.samples import samples_of_runs
 from offline_align.evaluate.sections import Section, Table
 from offline_align.evaluate.statistics import Floats
 from offline_align.evaluate.tables import headline, overall_table
+from offline_align.lineage import effort
 from offline_align.lineage.manifest import describe_parent
 from offline_align.stages import common
 from offline_align.stages.output import show
@@ -97,6 +98,7 @@ def _read(config: EvaluateRun, files: list[Path], bad_rows: BadRows) -> _Materia
     return _Material(comparison, pairs)
 
 
+@effort.part("judging")
 def _score(
     config: EvaluateRun, judge: Judge, second: RewardModelJudge | None, material: _Material, is_main: bool
 ) -> _Scored:

@@ -16,6 +16,7 @@ from offline_align.data.template import Renderer
 from offline_align.errors import ConfigError, StoppedEarly
 from offline_align.generate.journal import Place, merge, missing, read_answers
 from offline_align.generate.requests import Completion, Engine, Workload, build_requests
+from offline_align.lineage import effort
 from offline_align.model.description import Condition
 from offline_align.stages import common
 from offline_align.stages.continuation import RunKey
@@ -115,23 +116,23 @@ def _generate(
     prompts = ranks.main_first(lambda: list(read_rows(files, Prompt, bad_rows)))
     texts = [condition_text(condition) for condition in conditions]
     renderer = Renderer(origin.tokenizer, origin.template)
-    work = build_requests(
-        prompts,
-        renderer,
-        texts,
-        config.data,
-        config.generate,
-        on_refused=lambda refused: reject_rows(files, Prompt, refused, bad_rows),
-    )
+    with effort.part("data"):
+        work = build_requests(
+            prompts,
+            renderer,
+            texts,
+            config.data,
+            config.generate,
+            on_refused=lambda refused: reject_rows(files, Prompt, refused, bad_rows),
+        )
     logger.info("first prompt, as the model sees it: %r", origin.tokenizer.decode(work.requests[0].context))
     journal = Journal(run_dir, key.continuation, ranks.dp_rank)
-    with journal.timed(ranks.is_main):
-        _answer_missing(config, origin, engine, work, journal, ranks)
+    _answer_missing(config, origin, engine, work, journal, ranks)
 
     def finish() -> None:
         output = run_dir / "generations.jsonl"
         rows = merge(output, prompts, work.requests, read_answers(journal, work.requests), texts)
-        facts = {"bad_rows": dict(bad_rows.counts), **common.effort(journal, ranks)}
+        facts = {"bad_rows": dict(bad_rows.counts)}
         _finish(config, origin, conditions, work, facts, key)
         journal.remove()
         logger.info("generate: %d answers: %s", rows, output)
@@ -139,6 +140,7 @@ def _generate(
     ranks.from_main(finish)
 
 
+@effort.part("answers")
 def _answer_missing(
     config: GenerateRun,
     origin: Origin,
@@ -167,6 +169,7 @@ def _answer_missing(
         raise StoppedEarly(f"stopped after {answered} of {len(work.requests)} answers, saved: run it again")
 
 
+@effort.part("load")
 def _load_engine(config: GenerateRun, origin: Origin, engine: EngineName, ranks: Any) -> Engine:
     from offline_align.distributed.setup import uses_bf16
     from offline_align.generate.engines import load_engine

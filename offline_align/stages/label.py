@@ -19,6 +19,7 @@ from offline_align.label.certificate import FILE_NAME, certify, choose_rows, in_
 from offline_align.label.journal import ScoreWriter, read_scores
 from offline_align.label.rows import leave_out_unscorable, single_answers
 from offline_align.label.statistics import fit, normalise
+from offline_align.lineage import effort
 from offline_align.stages import common
 from offline_align.stages.continuation import RunKey
 from offline_align.stages.origin import resolve
@@ -49,20 +50,19 @@ def _label(config: LabelRun, explicit: frozenset[str], ranks: Any, key: RunKey) 
     rows = ranks.main_first(lambda: _rows(config, renderer, bad_rows))
     samples = list(single_answers(rows))
     shares = shares_prompts(config.trainer, config.parallel)
-    source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, common.cache_dir(config), shares))
-    ranks.require_same(source.fingerprint(), "data.input")
+    with effort.part("data"):
+        source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, common.cache_dir(config), shares))
+        ranks.require_same(source.fingerprint(), "data.input")
     # Named by content: scores of another model, other data or other tokens of the same data are never taken for these.
     scored = lineage.text_sha256(f"{key.continuation} {source.fingerprint()}")
     journal = Journal(Path(config.run.dir), scored, ranks.dp_rank)
-    with journal.timed(ranks.is_main):
-        _score_missing(config, source, journal, ranks)
-        again = _score_again(config, samples, renderer, ranks)
+    _score_missing(config, source, journal, ranks)
+    again = _score_again(config, samples, renderer, ranks)
     facts: dict[str, Any] = {"bad_rows": dict(bad_rows.counts)} | describe(origin).text_form
-    ranks.from_main(
-        lambda: _write_results(config, rows, samples, journal, again, key, facts | common.effort(journal, ranks))
-    )
+    ranks.from_main(lambda: _write_results(config, rows, samples, journal, again, key, facts))
 
 
+@effort.part("data")
 def _rows(config: LabelRun, renderer: Renderer, bad_rows: BadRows) -> list[Sample | PreferencePair]:
     """Return the rows that can be scored, all others being bad ones; raises DataError unless those are skipped."""
     files = common.input_files(config)
@@ -70,6 +70,7 @@ def _rows(config: LabelRun, renderer: Renderer, bad_rows: BadRows) -> list[Sampl
     return leave_out_unscorable(rows, files, renderer, config.data, common.cache_dir(config), bad_rows)
 
 
+@effort.part("scoring")
 def _score_missing(config: LabelRun, source: Any, journal: Journal, ranks: Any) -> None:
     """Score the rows that the journal lacks; raises StoppedEarly, with all scores on disk, on request."""
     from offline_align.distributed.setup import uses_bf16
@@ -107,6 +108,7 @@ def _score_missing(config: LabelRun, source: Any, journal: Journal, ranks: Any) 
     ranks.barrier()
 
 
+@effort.part("scoring")
 def _score_again(config: LabelRun, samples: list[Sample], renderer: Renderer, ranks: Any) -> dict[int, float]:
     """Return the scores of the certificate's rows, each alone in its bin and dealt to the ranks in another order."""
     from offline_align.distributed.setup import uses_bf16

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -49,11 +48,9 @@ def run(config: PrepareRun, explicit: frozenset[str]) -> int:
 def _write(config: PrepareRun, sources: list[Source], run_dir: Path, key: str) -> dict[str, int]:
     """Write the whole run folder, the manifest last, and return the rows of each file."""
     lineage.write_config(run_dir, to_mapping(config))
-    started = time.monotonic()
     summary, outputs = _prepare(config, sources, run_dir)
     inputs = [source.path for source in sources if source.path]
-    effort = {"seconds": round(time.monotonic() - started, 3), "ranks": 1, "device": "cpu"}
-    lineage.write_manifest(run_dir, STAGE, key, inputs, [], outputs, {"rows": summary, **effort})
+    lineage.write_manifest(run_dir, STAGE, key, inputs, [], outputs, {"rows": summary})
     return summary
 
 

@@ -24,6 +24,7 @@ from offline_align.data.records import (
     reject_rows,
 )
 from offline_align.data.template import Renderer
+from offline_align.lineage import effort
 from offline_align.methods import TrainingRow
 from offline_align.model.description import Condition, ModelDescription
 from offline_align.stages import common
@@ -120,9 +121,9 @@ def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recip
             common.input_files(config),
             common.parent_models(config),
             [p for p in [*common_outputs, run_dir / "quarantine.jsonl"] if p.exists()],
-            _extra(recipe, facts, state, ranks) | key.facts | {"speed": trainer.speed.summary()},
+            _extra(recipe, facts, state) | key.facts | {"speed": trainer.speed.summary()},
         )
-        logger.info("%s: done after %d steps, %.0f s: %s", stage, state.step, state.seconds, run_dir)
+        logger.info("%s: done after %d steps, %s: %s", stage, state.step, effort.in_words(), run_dir)
     ranks.barrier()
 
 
@@ -132,6 +133,7 @@ def _say_what_grouping_saves(share: float) -> None:
         logger.info("data.train: %.0f %% of the tokens are prompts that come again; %s", 100 * share, fix)
 
 
+@effort.part("data")
 def _source(
     config: TrainRun, which: str, read: Any, renderer: Renderer, ranks: Any, bad_rows: BadRows
 ) -> tuple[Any, dict[str, Any]]:
@@ -183,6 +185,7 @@ def _tokenized(
     return source, facts
 
 
+@effort.part("load")
 def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid: Any, ranks: Any, key: RunKey) -> Any:
     """Build model, optimizer and loaders, and load the initial weights unless the run is continued."""
     from offline_align.distributed.setup import uses_bf16
@@ -251,7 +254,7 @@ def _loader(config: TrainRun, source: Any, ranks: Any, max_steps: int | None) ->
     )
 
 
-def _extra(recipe: Recipe, facts: dict[str, Any], state: Any, ranks: Any) -> dict[str, Any]:
+def _extra(recipe: Recipe, facts: dict[str, Any], state: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {
@@ -262,7 +265,4 @@ def _extra(recipe: Recipe, facts: dict[str, Any], state: Any, ranks: Any) -> dic
         "skipped_steps": state.skipped_steps,
         "best_step": state.best_step,
         "best_validation_loss": state.best_value,
-        "seconds": round(state.seconds, 3),
-        "ranks": ranks.world_size,
-        "device": ranks.device.type,
     }
