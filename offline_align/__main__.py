@@ -24,6 +24,7 @@ from offline_align.distributed.stopping import interruptible
 from offline_align.distributed.teardown import exit_process
 from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError, leave_for_launcher
 from offline_align.launch import needs_launch, run_ranks, set_cuda_environment, set_openmp_environment
+from offline_align.lineage import effort
 from offline_align.stages.job import Job
 from offline_align.stages.registry import STAGES
 
@@ -33,12 +34,16 @@ _LOG_FORM, _LOG_TIME = "%(asctime)s %(message)s", "%H:%M:%S"
 
 def main() -> None:
     """Run the command line of this process and exit with the code of its outcome."""
-    exit_process(run(sys.argv[1:]))
+    exit_process(run(sys.argv[1:], whole_process=True))
 
 
-def run(arguments: list[str]) -> int:
-    """Run one command; returns the exit code and prints errors as one line each, without a traceback."""
+def run(arguments: list[str], whole_process: bool = False) -> int:
+    """Run one command; returns the exit code and prints errors as one line each, without a traceback.
+
+    `whole_process`: the process is there for this command alone, so that its start belongs to what the run costs.
+    """
     debug = "debug=true" in arguments
+    effort.begin(whole_process)
     try:
         with interruptible() as limit:
             return _dispatch(arguments, limit)

@@ -9,6 +9,7 @@ from typing import Any
 from offline_align.config.sections import LauncherKind, LauncherSection, ParallelSection
 from offline_align.distributed.launched import Launcher, launched, shown
 from offline_align.errors import AlignError, StoppedEarly
+from offline_align.lineage import effort
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
         rdzv_backend="c10d",
         # Port 0: any free one, so that several runs on one machine do not meet.
         rdzv_endpoint="localhost:0",
-        run_id=f"offline-align-{os.getpid()}",
+        run_id=effort.launch_name(),
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",

@@ -10,6 +10,7 @@ import yaml
 
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage import CONFIG, MANIFEST, Manifest, read_manifest
+from offline_align.lineage.effort import is_whole, rank_seconds
 from offline_align.lineage.manifest import ParentRecord, describe_parent
 
 REPORT = "report.json"
@@ -122,9 +123,11 @@ def _training(run: SourceRun) -> Rows:
         "effective rows": extra.get("data", {}).get("effective_sample_size"),
     }
     found += [(name, _number(value)) for name, value in facts.items() if value is not None]
-    if "seconds" in extra and "ranks" in extra:
-        hours = extra["seconds"] * extra["ranks"] / 3600
-        found.append(("cost", f"{hours:.3g} hours of {extra.get('device', 'device')}, {extra['ranks']} ranks"))
+    used = rank_seconds(extra)
+    if used is not None and "ranks" in extra:
+        counted = "" if is_whole(extra) else ", steps only"
+        text = f"{used / 3600:.3g} hours of {extra.get('device', 'device')}, {extra['ranks']} ranks{counted}"
+        found.append(("cost", text))
     return found
 
 

@@ -9,19 +9,16 @@ import json
 import logging
 import os
 import shutil
-import time
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from offline_align.errors import StorageError
-from offline_align.lineage.files import fsync_path, write_atomically
+from offline_align.lineage.files import fsync_path
 
 logger = logging.getLogger(__name__)
 _CHECKSUM = "crc32"
-_SECONDS = "seconds"
 
 
 class Journal:
@@ -60,33 +57,6 @@ class Journal:
             fsync_path(self.folder)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written: {error.strerror or error}") from error
-
-    @contextmanager
-    def timed(self, writes: bool) -> Iterator[None]:
-        """Add the seconds of this block to those of earlier attempts, also where it is left early; one rank `writes`.
-
-        The time of an attempt that was killed outright is not known, and that of one on a full disk is not worth a
-        second error.
-        """
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            if writes:
-                self._add_seconds(time.monotonic() - started)
-
-    def _add_seconds(self, more: float) -> None:
-        try:
-            write_atomically(self.folder / _SECONDS, f"{self.seconds() + more:.3f}\n".encode())
-        except StorageError as error:
-            logger.warning("%s", error)
-
-    def seconds(self) -> float:
-        """Return the seconds of all attempts so far."""
-        try:
-            return float((self.folder / _SECONDS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return 0.0
 
     def ask_to_stop(self) -> None:
         """Ask the other ranks, which see the same files, to stop too; raises StorageError."""

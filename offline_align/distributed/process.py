@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def born(pid: int) -> str | None:
     except OSError:
         return None
     return None if state in "ZX" else rest[18]
+
+
+def seconds_since_birth(pid: int) -> float:
+    """Return how long a process of this machine has been there; 0 where the system does not tell."""
+    ticks = born(pid)
+    if ticks is None:
+        return 0.0
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK"))
 
 
 def _machine() -> str:

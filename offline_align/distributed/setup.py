@@ -22,6 +22,7 @@ from offline_align.distributed.heartbeat import heartbeat
 from offline_align.distributed.launched import Launcher, launched, shown
 from offline_align.distributed.rendezvous import meet
 from offline_align.errors import AlignError, ConfigError, DataError, FailedOnMainRank
+from offline_align.lineage import effort
 
 logger = logging.getLogger(__name__)
 # Long enough for a rank that writes or hashes a large checkpoint while the others wait; `heartbeat` ends them sooner
@@ -173,6 +174,7 @@ def session(parallel: ParallelSection, run: RunSection) -> Iterator[Ranks]:
     else:
         torch.cuda.set_device(device)
     place = _init_process_group(device)
+    effort.used(dist.get_world_size(), device.type)
     with heartbeat(parallel.silent_rank_seconds, place), _model_parallel(parallel):
         seed_everything(run.seed)
         yield _ranks(device)

@@ -28,6 +28,7 @@ from offline_align.data.template import Renderer
 from offline_align.data.tokenize import TokenizedRows, reasons, tokenize_samples
 from offline_align.distributed.setup import Ranks, session, uses_bf16
 from offline_align.errors import DataError
+from offline_align.lineage import effort
 from offline_align.methods import TrainingRow
 from offline_align.model.description import is_huggingface
 
@@ -88,6 +89,7 @@ def load_reward_model(checkpoint: Path, parallel: ParallelSection, ranks: Ranks,
     return model
 
 
+@effort.part("load")
 def load_model(
     kind: str, checkpoint: Path, parallel: ParallelSection, ranks: Ranks, bf16: bool
 ) -> "Policy | RewardModel":

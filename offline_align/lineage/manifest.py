@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from offline_align.errors import ConfigError, DataError, StorageError
+from offline_align.lineage import effort
 from offline_align.lineage.files import (
     FileRecord,
     canonical_json,
@@ -101,13 +102,15 @@ def write_manifest(
     """Write `manifest.json`, which declares the run finished: the last thing that a stage does.
 
     `outputs` are files, or folders that stand for all files in them. `config.yaml` is an output by itself, and a
-    finished run that wrote one of the inputs is a parent by itself. `extra` is kept as it is. Raises StorageError, and
-    ValueError for an output outside the run folder.
+    finished run that wrote one of the inputs is a parent by itself. `extra` is kept as it is, beside what the run has
+    cost (`effort`). Raises StorageError, and ValueError for an output outside the run folder.
     """
     root = run_dir.resolve()
     if (root / CONFIG).is_file():
         outputs = [*outputs, root / CONFIG]
-    built_on = dict.fromkeys([*sources.parents.values(), *_producers(sources.files)])
+    with effort.part("hashes"):
+        built_on = dict.fromkeys([*sources.parents.values(), *_producers(sources.files)])
+        written = _record_outputs(outputs, root)
     manifest = Manifest(
         stage=stage,
         key=key,
@@ -115,8 +118,8 @@ def write_manifest(
         versions=versions(),
         inputs=[replace(r, path=_portable(Path(r.path), root)) for r in sources.files],
         parents=[replace(p, path=_portable(Path(p.path), root)) for p in built_on],
-        outputs=_record_outputs(outputs, root),
-        extra=dict(extra),
+        outputs=written,
+        extra={**extra, **effort.for_manifest()},
     )
     path = root / MANIFEST
     write_atomically(path, _sealed(asdict(manifest)))

@@ -35,6 +35,7 @@ from offline_align.evaluate.sections import Section, Table
 from offline_align.evaluate.statistics import Floats
 from offline_align.evaluate.tables import headline, overall_table
 from offline_align.evaluate.tensorboard import write_board
+from offline_align.lineage import effort
 from offline_align.lineage.manifest import describe_parent
 from offline_align.stages.job import Job
 from offline_align.stages.output import show
@@ -115,6 +116,7 @@ def _read(config: EvaluateRun, files: list[Path], bad_rows: BadRows) -> _Materia
     return _Material(comparison, pairs)
 
 
+@effort.part("judging")
 def _score(
     config: EvaluateRun, judge: Judge, second: RewardModelJudge | None, material: _Material, is_main: bool
 ) -> _Scored:

@@ -15,7 +15,8 @@ from offline_align.data.template import Renderer
 from offline_align.errors import ConfigError, StoppedEarly
 from offline_align.generate.answer_journal import Place, merge, missing, read_answers
 from offline_align.generate.requests import Completion, Engine, Workload, build_requests
-from offline_align.stages.job import Job, effort
+from offline_align.lineage import effort
+from offline_align.stages.job import Job
 from offline_align.stages.origin import Origin
 
 if TYPE_CHECKING:
@@ -113,30 +114,30 @@ def _generate(job: Job[GenerateRun], conditions: list[Condition | None], engine:
     prompts = ranks.main_first(lambda: list(read_rows(files, Prompt, bad_rows)))
     texts = [asked_text(condition) for condition in conditions]
     renderer = Renderer(origin.tokenizer, origin.template)
-    work = build_requests(
-        prompts,
-        renderer,
-        texts,
-        config.data,
-        config.generate,
-        on_refused=lambda refused: reject_rows(files, Prompt, refused, bad_rows),
-    )
+    with effort.part("data"):
+        work = build_requests(
+            prompts,
+            renderer,
+            texts,
+            config.data,
+            config.generate,
+            on_refused=lambda refused: reject_rows(files, Prompt, refused, bad_rows),
+        )
     logger.info("first prompt, as the model sees it: %r", origin.tokenizer.decode(work.requests[0].context))
     journal = Journal(job.run_dir, job.key.continuation, ranks.dp_rank)
-    with journal.timed(ranks.is_main):
-        _answer_missing(job, engine, work, journal, ranks)
+    _answer_missing(job, engine, work, journal, ranks)
 
     def finish() -> None:
         output = job.run_dir / "generations.jsonl"
         rows = merge(output, prompts, work.requests, read_answers(journal, work.requests), texts)
-        effort_and_rows = {"bad_rows": dict(bad_rows.counts), **effort(journal, ranks)}
-        job.finish([output], _facts(origin, conditions, work) | effort_and_rows)
+        job.finish([output], _facts(origin, conditions, work) | {"bad_rows": dict(bad_rows.counts)})
         journal.remove()
         logger.info("generate: %d answers: %s", rows, output)
 
     ranks.from_main(finish)
 
 
+@effort.part("answers")
 def _answer_missing(
     job: Job[GenerateRun], engine: EngineName, work: Workload, journal: Journal, ranks: "Ranks"
 ) -> None:
@@ -160,6 +161,7 @@ def _answer_missing(
         raise StoppedEarly(f"stopped after {answered} of {len(work.requests)} answers, saved: run it again")
 
 
+@effort.part("load")
 def _load_engine(job: Job[GenerateRun], engine: EngineName, ranks: "Ranks") -> Engine:
     from offline_align.distributed.setup import uses_bf16
     from offline_align.generate.engines import load_engine

@@ -19,12 +19,12 @@ from offline_align import lineage
 from offline_align.config.compose import to_mapping
 from offline_align.config.runs import ModelRun, Run, section
 from offline_align.config.sections import DataSection, LauncherSection, ModelSection, OnBadRow, RowDataSection
-from offline_align.data.journal import Journal
 from offline_align.data.records import BadRows, input_paths
 from offline_align.data.sources import input_sources
 from offline_align.distributed.launched import launched
 from offline_align.distributed.run_lock import run_lock
 from offline_align.errors import ConfigError, StorageError
+from offline_align.lineage import effort
 from offline_align.model.description import find_model
 from offline_align.stages.continuation import RunKey, begin_or_continue
 from offline_align.stages.origin import Origin, resolve
@@ -127,13 +127,15 @@ class Job[R: Run]:
         if done:
             # A run that was killed between its manifest and its last line has left it.
             shutil.rmtree(self.run_dir / "journal", ignore_errors=True)
+            effort.forget(self.run_dir)
             logger.info("%s: %s is complete", self.stage.name, self.run_dir)
         return done
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[bool]:
+    def held(self, continued: bool = False) -> Iterator[bool]:
         """Hold the run folder, one rank for all; gives whether there is still work to do.
 
+        What the attempt costs is recorded, beside that of earlier attempts if the run can be `continued`.
         Raises ConfigError if another job has it.
         """
         with run_lock(self.run_dir, self.stage.name):
@@ -142,7 +144,9 @@ class Job[R: Run]:
             broken = lineage.incomplete_outputs(self.run_dir, lineage.read_manifest(self.run_dir))
             if broken:
                 logger.warning("%s: %s is missing or cut short and is made again", self.run_dir, ", ".join(broken))
-            yield to_do
+            key = self.settings.continuation if continued else self.settings.key
+            with effort.recorded(self.run_dir, key) if to_do else contextlib.nullcontext():
+                yield to_do
 
     def on_ranks(self, body: "Callable[[Ranks], None]") -> int:
         """Run `body(ranks)` on all ranks unless the run is finished; returns the exit code 0.
@@ -158,7 +162,7 @@ class Job[R: Run]:
         with contextlib.ExitStack() as stack, session(config.parallel, config.run) as ranks:
 
             def begin() -> RunKey | None:
-                if self.is_finished() or not stack.enter_context(self.held()):
+                if self.is_finished() or not stack.enter_context(self.held(continued=True)):
                     return None
                 return begin_or_continue(self.run_dir, self.settings, lineage.flat(to_mapping(config)))
 
@@ -213,8 +217,3 @@ class Job[R: Run]:
         written = [path for path in dict.fromkeys([*outputs, self.run_dir / QUARANTINE]) if path.exists()]
         extra = {**facts, **self.key.facts}
         lineage.write_manifest(self.run_dir, self.stage.name, self.key.finished, self.sources, written, extra)
-
-
-def effort(journal: Journal, ranks: "Ranks") -> dict[str, Any]:
-    """Return what a run with a journal cost, for its manifest: seconds of all attempts, ranks and device."""
-    return {"seconds": journal.seconds(), "ranks": ranks.world_size, "device": ranks.device.type}

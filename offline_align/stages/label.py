@@ -18,7 +18,8 @@ from offline_align.label.certificate import FILE_NAME, certify, choose_rows, in_
 from offline_align.label.rows import leave_out_unscorable, single_answers
 from offline_align.label.score_journal import ScoreWriter, read_scores
 from offline_align.label.statistics import fit, normalise
-from offline_align.stages.job import Job, effort
+from offline_align.lineage import effort
+from offline_align.stages.job import Job
 
 if TYPE_CHECKING:
     from offline_align.data.bins import SampleSource
@@ -49,18 +50,19 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
     samples = list(single_answers(rows))
     config = job.config
     shares = shares_prompts(config.trainer, config.parallel)
-    source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, job.cache_dir, shares))
-    ranks.require_same(source.fingerprint(), "data.input")
+    with effort.part("data"):
+        source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, job.cache_dir, shares))
+        ranks.require_same(source.fingerprint(), "data.input")
     # Named by content: scores of another model, other data or other tokens of the same data are never taken for these.
     scored = lineage.text_sha256(f"{job.key.continuation} {source.fingerprint()}")
     journal = Journal(job.run_dir, scored, ranks.dp_rank)
-    with journal.timed(ranks.is_main):
-        _score_missing(job, source, journal, ranks)
-        again = _score_again(job, samples, renderer, ranks)
+    _score_missing(job, source, journal, ranks)
+    again = _score_again(job, samples, renderer, ranks)
     facts: dict[str, Any] = {"bad_rows": dict(bad_rows.counts)} | describe(origin).text_form
-    ranks.from_main(lambda: _write_results(job, rows, samples, journal, again, facts | effort(journal, ranks)))
+    ranks.from_main(lambda: _write_results(job, rows, samples, journal, again, facts))
 
 
+@effort.part("data")
 def _rows(job: Job[LabelRun], renderer: Renderer, bad_rows: BadRows) -> list[Sample | PreferencePair]:
     """Return the rows that can be scored, all others being bad ones; raises DataError unless those are skipped."""
     files = job.inputs
@@ -68,6 +70,7 @@ def _rows(job: Job[LabelRun], renderer: Renderer, bad_rows: BadRows) -> list[Sam
     return leave_out_unscorable(rows, files, renderer, job.config.data, job.cache_dir, bad_rows)
 
 
+@effort.part("scoring")
 def _score_missing(job: Job[LabelRun], source: "SampleSource", journal: Journal, ranks: "Ranks") -> None:
     """Score the rows that the journal lacks; raises StoppedEarly, with all scores on disk, on request."""
     from offline_align.distributed.setup import uses_bf16
@@ -106,6 +109,7 @@ def _score_missing(job: Job[LabelRun], source: "SampleSource", journal: Journal,
     ranks.barrier()
 
 
+@effort.part("scoring")
 def _score_again(job: Job[LabelRun], samples: list[Sample], renderer: Renderer, ranks: "Ranks") -> dict[int, float]:
     """Return the scores of the certificate's rows, each alone in its bin and dealt to the ranks in another order."""
     from offline_align.distributed.setup import uses_bf16

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -40,10 +39,8 @@ def run(job: Job[PrepareRun]) -> int:
 def _write(job: Job[PrepareRun], sources: list[Source]) -> dict[str, int]:
     """Write the whole run folder, the manifest last, and return the rows of each file."""
     job.start_folder()
-    started = time.monotonic()
     summary, outputs = _prepare(job, sources)
-    effort = {"seconds": round(time.monotonic() - started, 3), "ranks": 1, "device": "cpu"}
-    job.finish(outputs, {"rows": summary, **effort})
+    job.finish(outputs, {"rows": summary})
     return summary
 
 

@@ -14,6 +14,7 @@ from offline_align.config.sections import MethodSection, Precision
 from offline_align.data.jsonl import is_empty
 from offline_align.data.records import BadRows, PreferencePair, input_paths, read_rows, reject_rows
 from offline_align.data.template import Renderer
+from offline_align.lineage import effort
 from offline_align.model.description import ModelDescription
 from offline_align.stages.job import Job
 from offline_align.stages.origin import load_origin
@@ -59,9 +60,9 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
     with stop_requests(config.trainer.max_time) as stop:
         state = trainer.fit(stop)
     if ranks.is_main:
-        done = _facts(job, facts, state, ranks) | {"speed": trainer.speed.summary()}
+        done = _facts(job, facts, state) | {"speed": trainer.speed.summary()}
         job.finish([job.run_dir / "metrics.jsonl", job.run_dir / "checkpoints"], done)
-        logger.info("%s: done after %d steps, %.0f s: %s", job.stage.name, state.step, state.seconds, job.run_dir)
+        logger.info("%s: done after %d steps, %s: %s", job.stage.name, state.step, effort.in_words(), job.run_dir)
     ranks.barrier()
 
 
@@ -76,6 +77,7 @@ def _say_what_grouping_saves(share: float) -> None:
         logger.info("data.train: %.0f %% of the tokens are prompts that come again; %s", 100 * share, fix)
 
 
+@effort.part("data")
 def _source(
     job: Job[TrainRun],
     which: Literal["train", "valid"],
@@ -129,6 +131,7 @@ def _tokenized(
     return source, {**facts, "rows": len(source), "dropped": dropped, "bad_rows": bad}
 
 
+@effort.part("load")
 def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource | None", ranks: "Ranks") -> "Trainer":
     """Build model, optimizer and loaders, and load the initial weights unless the run is continued."""
     from offline_align.distributed.setup import uses_bf16
@@ -199,7 +202,7 @@ def _loader(config: TrainRun, source: "bins.RowSource", ranks: "Ranks", max_step
     )
 
 
-def _facts(job: Job[TrainRun], data: dict[str, Any], state: "TrainState", ranks: "Ranks") -> dict[str, Any]:
+def _facts(job: Job[TrainRun], data: dict[str, Any], state: "TrainState") -> dict[str, Any]:
     """Return what the manifest says of the training."""
     recipe = _recipe(job)
     condition = recipe.condition(section(job.config, MethodSection)) if recipe.condition else None
@@ -211,7 +214,4 @@ def _facts(job: Job[TrainRun], data: dict[str, Any], state: "TrainState", ranks:
         "skipped_steps": state.skipped_steps,
         "best_step": state.best_step,
         "best_validation_loss": state.best_value,
-        "seconds": round(state.seconds, 3),
-        "ranks": ranks.world_size,
-        "device": ranks.device.type,
     }

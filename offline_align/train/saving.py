@@ -27,6 +27,7 @@ from torch import nn
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.distributed.setup import Ranks
 from offline_align.errors import AlignError, StorageError
+from offline_align.lineage.effort import part
 from offline_align.lineage.files import fsync_path
 from offline_align.model.description import ModelDescription
 from offline_align.train import checkpoint, optimizer_state
@@ -120,6 +121,7 @@ class Saver:
         if thread is not None and not self.ranks.any_rank(thread.is_alive())():
             self.finish()
 
+    @part("saves")
     def finish(self) -> None:
         """Wait for the save under way, if there is one, and let it appear."""
         save, self._under_way = self._under_way, None

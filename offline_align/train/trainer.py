@@ -22,6 +22,7 @@ from offline_align.data.tokenizer import Tokenizer
 from offline_align.distributed.setup import Ranks
 from offline_align.distributed.stopping import StopRequest
 from offline_align.errors import AlignError, ConfigError, StoppedEarly
+from offline_align.lineage.effort import part
 from offline_align.model.description import ModelDescription
 from offline_align.objectives import Objective
 from offline_align.progress import Meter
@@ -92,6 +93,7 @@ class Trainer:
         # A node of Slurm is known by its name there.
         hosts = self.ranks.gather(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
         with (
+            part("steps"),
             MetricsWriter(
                 self.run_dir, main, self.state.step + 1, self.state.validation_due, self.trainer.wandb_project
             ) as writer,
@@ -144,6 +146,7 @@ class Trainer:
             f"stopped by {reason} after step {self.state.step} of {self.data.total_steps}, saved: run it again"
         )
 
+    @part("load")
     def _continue(self) -> None:
         newest = checkpoint.newest_whole(self.run_dir, self.ranks)
         if newest is None:
@@ -201,6 +204,7 @@ class Trainer:
                 "lower optim.lr or look at the rows named above; checkpoints before them are kept"
             )
 
+    @part("validation")
     def _validate(self, writer: MetricsWriter, stop: StopRequest | None) -> None:
         """Measure the validation set; raises StoppedEarly on request, with a checkpoint that has it still to do.
 
@@ -234,6 +238,7 @@ class Trainer:
                 if stop is not None:
                     stop.expect(2 * (time.monotonic() - started) + self.saver.seconds)
 
+    @part("saves")
     def _save(self, writer: MetricsWriter) -> None:
         writer.sync()
         self.saver.finish()

@@ -63,7 +63,7 @@ def test_preparing_stops_at_once(tmp_path: Path, rows: Path, way: Any, monkeypat
         patch.setattr("offline_align.stages.prepare.write_rows", interrupted)
         assert run([*words, *limit]) == 75
     assert f"stopped by {way if limit else way.name}" in capsys.readouterr().err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.yaml"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.yaml", "effort.json"}
     # The limit decides nothing of the result, so the same folder goes on without it.
     assert run(words) == 0
 

@@ -3,7 +3,7 @@
 A stage that several methods build on counts in full for each of them: it is what this method alone would have cost.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,13 @@ from offline_align.config.sections import EvaluateSection
 from offline_align.evaluate.ancestry import Ancestor, find_ancestors
 from offline_align.evaluate.comparison import Comparison
 from offline_align.evaluate.sections import Section, Table
+from offline_align.lineage import effort
 
 NOTE = (
-    "Hours of work times ranks, as each run's manifest records them, summed over all runs behind a method's answers. "
-    "Shared stages count in full for each method. A rank is a GPU where the device is cuda; elsewhere the hours are "
-    "those of processes, which are no GPU hours."
+    "Hours of whole commands times ranks, over all attempts, as each run's manifest records them, summed over all runs "
+    "behind a method's answers. Shared stages count in full for each method. A rank is a GPU where the device is cuda; "
+    "elsewhere the hours are those of processes, which are no GPU hours. Of their parts, start is all that is no "
+    "other: imports, meeting of the ranks, building of engines."
 )
 ORDER = ("prepare", "sft", "reward", "label", "fa", "rwr", "ca", "convert", "generate")
 
@@ -24,6 +26,10 @@ ORDER = ("prepare", "sft", "reward", "label", "fa", "rwr", "ca", "convert", "gen
 class _Cost:
     hours: dict[str, float]
     """By stage; only of runs that recorded their time."""
+    parts: dict[str, float]
+    """Hours of all stages by what went on; only of runs that recorded it."""
+    in_part: tuple[str, ...]
+    """Stages of an earlier version, which did not record whole commands."""
     unrecorded: tuple[str, ...]
     devices: frozenset[str]
 
@@ -45,34 +51,50 @@ def cost_section(comparison: Comparison, settings: EvaluateSection) -> Section |
                 "hours": cost.hours,
                 "total_hours": cost.total,
                 "devices": sorted(cost.devices),
+                "hours_by_part": cost.parts,
+                "stages_recorded_in_part": list(cost.in_part),
                 "stages_without_time": list(cost.unrecorded),
                 "share_of_ppo": _share(cost.total, settings.ppo_hours),
             }
             for name, cost in costs.items()
         },
     }
-    return Section("cost", "What did it cost?", NOTE, _findings(content, costs), content, [_table(content)])
+    return Section("cost", "What did it cost?", NOTE, _findings(content, costs), content, list(_tables(content)))
 
 
 def _cost(runs: Sequence[Ancestor]) -> _Cost:
     hours: dict[str, float] = {}
-    unrecorded, devices = [], set()
+    parts: dict[str, float] = {}
+    in_part: list[str] = []
+    unrecorded: list[str] = []
+    devices = set()
     for run in runs:
-        known = run_hours(run.manifest.extra)
+        extra = run.manifest.extra
+        known = run_hours(extra)
         if known is None:
             unrecorded.append(run.stage)
             continue
         hours[run.stage] = hours.get(run.stage, 0.0) + known
-        devices.add(str(run.manifest.extra.get("device", "unknown")))
+        devices.add(str(extra.get("device", "unknown")))
+        for name, seconds in effort.parts(extra).items():
+            parts[name] = parts.get(name, 0.0) + seconds / 3600
+        in_part += [] if effort.is_whole(extra) else [run.stage]
     ordered = {stage: hours[stage] for stage in sorted(hours, key=_place)}
-    return _Cost(ordered, tuple(dict.fromkeys(unrecorded)), frozenset(devices))
+    once, never = tuple(dict.fromkeys(in_part)), tuple(dict.fromkeys(unrecorded))
+    return _Cost(ordered, parts, once, never, frozenset(devices))
 
 
 def run_hours(extra: Mapping[str, Any]) -> float | None:
     """Return a run's hours times ranks, or None where its manifest does not record them."""
-    seconds, ranks = extra.get("seconds"), extra.get("ranks", 1)
-    known = isinstance(seconds, int | float) and isinstance(ranks, int)
-    return seconds * ranks / 3600 if known else None
+    seconds = effort.rank_seconds(extra)
+    return None if seconds is None else seconds / 3600
+
+
+def in_part_finding(names: Iterable[str]) -> list[str]:
+    """Return the line about stages or runs of earlier versions, which did not record whole commands; none for none."""
+    some = ", ".join(names)
+    left_out = "of training they counted the steps alone, of label and generate all but start and tokenising"
+    return [f"{some}: recorded by an earlier version, and cost more than is shown: {left_out}."] if some else []
 
 
 def _share(hours: float | None, ppo_hours: float | None) -> float | None:
@@ -91,6 +113,7 @@ def _findings(content: Mapping[str, Any], costs: Mapping[str, _Cost]) -> list[st
             for name, found in content["methods"].items()
             if found["total_hours"] is not None
         ]
+    lines += in_part_finding(sorted({stage for cost in costs.values() for stage in cost.in_part}))
     missing = sorted({stage for cost in costs.values() for stage in cost.unrecorded})
     if missing:
         lines.append(f"No time is recorded for {', '.join(missing)}: the sums leave these runs out.")
@@ -99,7 +122,16 @@ def _findings(content: Mapping[str, Any], costs: Mapping[str, _Cost]) -> list[st
     return lines
 
 
-def _table(content: Mapping[str, Any]) -> Table:
+def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
+    yield _by_stage(content)
+    parts = {name: found["hours_by_part"] for name, found in content["methods"].items()}
+    names = list(dict.fromkeys(part for some in parts.values() for part in some))
+    if names:
+        rows = [[name, *(f"{some[p]:.3g}" if p in some else "" for p in names)] for name, some in parts.items()]
+        yield Table("Hours by what went on", ["hours", *names], rows)
+
+
+def _by_stage(content: Mapping[str, Any]) -> Table:
     methods = content["methods"]
     stages = sorted({stage for found in methods.values() for stage in found["hours"]}, key=_place)
     header = ["hours", *stages, "total"] + ["of PPO"] * bool(content["ppo_hours"])

@@ -5,12 +5,14 @@ from typing import Any
 
 from offline_align.config.sections import EvaluateSection
 from offline_align.evaluate.ancestry import Ancestor, Curve, read_curves
-from offline_align.evaluate.parts.cost import run_hours
+from offline_align.evaluate.parts.cost import in_part_finding, run_hours
 from offline_align.evaluate.sections import Section, Table
+from offline_align.lineage.effort import is_whole
 
 NOTE = (
     "Every run that was named, and the runs behind it. Training figures are means over the last tenth of the logged "
-    "steps, validation figures the last ones. Hours are those of work times ranks, as each run's manifest records them."
+    "steps, validation figures the last ones. Hours are those of whole commands times ranks, over all attempts, as "
+    "each run's manifest records them."
 )
 LAST = 0.1
 
@@ -38,6 +40,7 @@ def _describe(run: Ancestor) -> dict[str, Any]:
         **{name: _last(curves.get(name)) for name in ("loss", "accuracy")},
         **{f"valid_{name}": _last_valid(curves.get(name)) for name in ("loss", "accuracy")},
         "hours": run_hours(extra),
+        "hours_in_part": run_hours(extra) is not None and not is_whole(extra),
         "ranks": extra.get("ranks"),
         "device": extra.get("device"),
     }
@@ -60,6 +63,7 @@ def _findings(content: Mapping[str, Any], ppo_hours: float | None) -> list[str]:
     if total is not None:
         share = f", {total / ppo_hours:.1%} of PPO's {ppo_hours:g}" if ppo_hours else ""
         lines.append(f"{total:.3g} hours in all{share}.")
+    lines += in_part_finding(name for name, one in content["runs"].items() if one["hours_in_part"])
     if unrecorded:
         lines.append(f"No time is recorded for {', '.join(unrecorded)}.")
     return lines

@@ -114,16 +114,3 @@ def test_a_journal_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> 
     journal.path.mkdir(parents=True)
     with pytest.raises(StorageError, match=r"part_00000\.jsonl"):
         journal.read()
-
-
-def test_the_time_of_all_attempts_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 90.0])
-    monkeypatch.setattr("offline_align.data.journal.time.monotonic", lambda: next(clock))
-    journal = Journal(tmp_path, "k" * 20, 0)
-    with pytest.raises(ValueError), journal.timed(writes=True):
-        raise ValueError
-    with journal.timed(writes=True):
-        pass
-    with journal.timed(writes=False):
-        pass
-    assert journal.seconds() == 5.0

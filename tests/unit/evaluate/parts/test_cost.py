@@ -8,6 +8,8 @@ from offline_align.config.sections import EvaluateSection, OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.evaluate.comparison import load_comparison
 from offline_align.evaluate.parts.cost import cost_section, run_hours
+from offline_align.lineage import read_manifest
+from tests.runs import write_manifest
 from tests.unit.evaluate.conftest import WriteChain, WriteRun, rows_for
 
 
@@ -15,6 +17,7 @@ def test_hours_are_seconds_times_ranks() -> None:
     assert run_hours({"seconds": 1800.0, "ranks": 4}) == 2.0
     assert run_hours({"seconds": 3600.0}) == 1.0
     assert run_hours({"rows": 3}) is None
+    assert run_hours({"seconds": 3.0, "ranks": 4, "rank_seconds": {"total": 7200.0}}) == 2.0
 
 
 def test_every_stage_behind_a_method_counts_and_ppo_is_the_measure(write_chain: WriteChain) -> None:
@@ -28,6 +31,8 @@ def test_every_stage_behind_a_method_counts_and_ppo_is_the_measure(write_chain: 
     assert one["hours"] == {"ca": 2.0}
     assert one["share_of_ppo"] == pytest.approx(0.1)
     assert one["stages_without_time"] == ["reward", "label", "generate"]
+    assert one["stages_recorded_in_part"] == ["ca"]
+    assert any(line.startswith("ca: recorded by an earlier version") for line in found.findings)
     assert found.tables[0].header == ["hours", "ca", "total", "of PPO"]
     assert any("generate, label, reward" in line for line in found.findings)
 
@@ -47,3 +52,20 @@ def test_a_method_whose_runs_recorded_no_time_did_not_cost_nothing(
     assert found.content["methods"]["sft"]["total_hours"] is None
     assert found.tables[0].rows[0] == ["sft", "", "unknown", "unknown"]
     assert not any(line.startswith("sft:") for line in found.findings)
+
+
+def test_whole_commands_are_shown_with_their_parts(write_chain: WriteChain) -> None:
+    path: Path = write_chain([8.0, 12.0], {0.0: ["a", "b", "c"], 1.0: ["d", "e", "f"]})
+    for manifest in path.parents[1].glob("*/manifest.json"):
+        found = read_manifest(manifest.parent)
+        if found is not None and found.stage == "ca":
+            parts = {"rank_seconds": {"total": 9000.0, "start": 1800.0, "steps": 7200.0}}
+            write_manifest(manifest.parent, "ca", found.key, [], [], [], found.extra | parts)
+    section = cost_section(load_comparison([path], BadRows(OnBadRow.fail, None)), EvaluateSection())
+    assert section is not None
+    one = section.content["methods"]["ca(1.0)"]
+    assert one["hours"] == {"ca": 2.5}
+    assert one["hours_by_part"] == {"start": 0.5, "steps": 2.0}
+    assert one["stages_recorded_in_part"] == []
+    assert section.tables[1].rows[0] == ["ca(0.0)", "0.5", "2"]
+    assert not any("earlier version" in line for line in section.findings)
