@@ -17,6 +17,7 @@ from offline_align.convert import names
 from offline_align.convert.architecture import huggingface_config
 from offline_align.convert.card import model_card
 from offline_align.convert.chat_template import chat_template, condition_text
+from offline_align.convert.files import INDEX, SINGLE
 from offline_align.convert.names import Entry, Kind
 from offline_align.convert.provenance import UNKNOWN, Provenance
 from offline_align.convert.tensors import split
@@ -71,6 +72,8 @@ def _moved_when_whole(target: Path) -> Iterator[Path]:
         files = sorted(work.iterdir())
         for file in files:
             fsync_path(file)
+        for name in _weights_in(target) - {file.name for file in files}:
+            (target / name).unlink()
         for file in files:
             file.replace(target / file.name)
         fsync_path(target)
@@ -79,6 +82,11 @@ def _moved_when_whole(target: Path) -> Iterator[Path]:
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _weights_in(folder: Path) -> set[str]:
+    """Return the names of weights that an attempt with another size of shards left; readers could take them."""
+    return {path.name for pattern in (SINGLE, INDEX, "model-*.safetensors") for path in folder.glob(pattern)}
 
 
 def huggingface_tensors(

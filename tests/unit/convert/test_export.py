@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import BytesIO
@@ -154,6 +155,18 @@ def test_large_weights_are_split_into_indexed_shards(
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert not list(folder.glob(".*"))
     transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_shards_of_another_size_are_not_left_beside_new_ones(
+    export: Callable[..., Path], byte_level: Tokenizer, tmp_path: Path
+) -> None:
+    export(byte_level)
+    shutil.rmtree(tmp_path / "llama3-ForCausalLM")
+    folder = export(byte_level, max_shard_size="50KB")
+    assert not (folder / "model.safetensors").exists()
+    shutil.rmtree(tmp_path / "llama3-ForCausalLM")
+    export(byte_level)
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
 
 
 def test_transformers_encodes_as_we_do(export: Callable[..., Path], tokenizer: Tokenizer) -> None:
