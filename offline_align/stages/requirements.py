@@ -4,7 +4,7 @@ import importlib.util
 from typing import Any
 
 from offline_align.config.runs import EvaluateRun, ModelRun, PrepareRun, Run, TrainRun
-from offline_align.config.sections import ConditionalMethodSection, JudgeKind, LauncherKind, ModelSection
+from offline_align.config.sections import ConditionalMethodSection, JudgeKind, LauncherKind, ModelSection, Template
 from offline_align.data.template import Renderer
 from offline_align.errors import AlignError, ConfigError
 from offline_align.launch import under_torchrun
@@ -123,19 +123,29 @@ def _wandb(config: ModelRun) -> list[str]:
 
 
 def _judge(config: Run) -> list[str]:
-    if not isinstance(config, EvaluateRun) or config.judge.kind is not JudgeKind.reward_model:
+    if not isinstance(config, EvaluateRun) or (config.evaluate.runs is not None and not common.needs_judge(config)):
         return []
-    if config.evaluate.runs is not None and not common.needs_judge(config):
-        return []
+    second = config.judge.second_model
+    found = _reward_model("judge.second_model", second, config)[0] if second is not None else []
+    if config.judge.kind is not JudgeKind.reward_model:
+        return found
     if config.judge.model is None:
-        return ["judge.model is not set: give the run folder of a reward model"]
+        return ["judge.model is not set: give the run folder of a reward model", *found]
+    problems, template = _reward_model("judge.model", config.judge.model, config)
+    given = config.data.template
+    if template is not None and given is not None and given is not template:
+        problems = [f"data.template={given}: judge.model was trained with {template}; leave data.template unset"]
+    return problems + found
+
+
+def _reward_model(key: str, source: str, config: EvaluateRun) -> tuple[list[str], Template | None]:
+    """Return what is wrong with the reward model that `key` names, and its template."""
+    from offline_align.convert.describe import tokenizer_of
     from offline_align.evaluate.judges.reward_model import describe_reward_model
 
-    given = config.data.template
     try:
-        _, judge = describe_reward_model(config.judge.model, "judge.model", given)
+        folder, description = describe_reward_model(source, key, config.data.template)
+        tokenizer_of(folder)
+        return [], description.template
     except ConfigError as error:
-        return error.problems
-    if given is not None and given is not judge.template:
-        return [f"data.template={given}: judge.model was trained with {judge.template}; leave data.template unset"]
-    return []
+        return error.problems, None
