@@ -21,8 +21,9 @@ from offline_align.convert.files import INDEX, SINGLE
 from offline_align.convert.names import Entry, Kind
 from offline_align.convert.provenance import UNKNOWN, Provenance
 from offline_align.convert.tensors import split
-from offline_align.convert.tokenizer_files import first_prompt_difference, padding_id, write_tokenizer
+from offline_align.convert.tokenizer_files import Written, first_prompt_difference, write_tokenizer
 from offline_align.convert.weights import parse_size, write_weights
+from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import ConfigError, StorageError
@@ -52,9 +53,11 @@ def export_huggingface(
     dtype = str(first[1].dtype).removeprefix("torch.")
     with _moved_when_whole(target) as work:
         write_weights(itertools.chain([first], tensors), work, max_shard_bytes)
-        _write_json(work / "config.json", _config(description, tokenizer, dtype))
-        _write_json(work / "generation_config.json", _token_ids(tokenizer) | {"do_sample": False})
-        _write_texts(description, tokenizer, work, known)
+        written = _write_tokenizer(description, tokenizer, work)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": written.pad_id}
+        _write_json(work / "config.json", _config(description, dtype) | ids)
+        _write_json(work / "generation_config.json", ids | {"do_sample": False})
+        _write_card(description, tokenizer, work, known, written.fast)
         names_written = sorted(path.name for path in work.iterdir())
     return [target / name for name in names_written]
 
@@ -110,12 +113,21 @@ def _split(entry: Entry, tensor: Tensor, model: ModelSection) -> list[Tensor]:
     return split(entry.join, tensor, names.query_groups(model), names.channels(model), model.vocab_size)
 
 
-def _write_texts(description: ModelDescription, tokenizer: Tokenizer, target: Path, known: Provenance) -> None:
-    """Write the tokenizer and the model card, which says where `transformers` encodes otherwise."""
+def _write_tokenizer(description: ModelDescription, tokenizer: Tokenizer, target: Path) -> Written:
+    template = chat_template(tokenizer, description.template, condition_text(description.condition))
+    renderer = Renderer(tokenizer, description.template)
+    last = frozenset({tokenizer.eos_id, renderer.target((Message("user", "a"),), "b")[-1]})
+    length = description.model.max_position_embeddings
+    return write_tokenizer(tokenizer, target, template, length, description.kind, last)
+
+
+def _write_card(
+    description: ModelDescription, tokenizer: Tokenizer, target: Path, known: Provenance, fast: bool
+) -> None:
+    """Write the model card, which says where `transformers` encodes otherwise."""
     condition = condition_text(description.condition)
-    template = chat_template(tokenizer, description.template, condition)
     notes = []
-    if not write_tokenizer(tokenizer, target, template, description.model.max_position_embeddings):
+    if not fast:
         notes.append("No `tokenizer.json` gives the ids of this SentencePiece model: encode with `tokenizer.model`.")
     elif first_prompt_difference(target, Renderer(tokenizer, description.template), condition) is not None:
         notes.append(
@@ -126,23 +138,14 @@ def _write_texts(description: ModelDescription, tokenizer: Tokenizer, target: Pa
     (target / "README.md").write_text(card, encoding="utf-8")
 
 
-def _config(description: ModelDescription, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def _config(description: ModelDescription, dtype: str) -> dict[str, Any]:
     condition = description.condition
     ours = {
         "method": description.method,
         "template": description.template.value,
         "condition": None if condition is None else asdict(condition),
     }
-    config = huggingface_config(description.model, description.kind, dtype)
-    return config | _token_ids(tokenizer) | {"offline_align": ours}
-
-
-def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": padding_id(tokenizer),
-    }
+    return huggingface_config(description.model, description.kind, dtype) | {"offline_align": ours}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
