@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offline_align.convert import sentencepiece_fast
 from offline_align.convert.names import Kind
+from offline_align.data import sentencepiece_fast
+from offline_align.data.companions import HUGGING_FACE_FILE
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
-from offline_align.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer
+from offline_align.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 
 logger = logging.getLogger(__name__)
 
