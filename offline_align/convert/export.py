@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ from offline_align.convert.files import INDEX, SINGLE
 from offline_align.convert.names import Entry, Kind
 from offline_align.convert.provenance import UNKNOWN, Provenance
 from offline_align.convert.tensors import split
-from offline_align.convert.tokenizer_files import Written, first_prompt_difference, write_tokenizer
+from offline_align.convert.tokenizer_files import Written, first_prompt_difference, is_replaced, write_tokenizer
 from offline_align.convert.weights import parse_size, write_weights
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
@@ -29,6 +30,8 @@ from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage.files import fsync_path
 from offline_align.model.description import ModelDescription
+
+logger = logging.getLogger(__name__)
 
 _WORK = ".export-"
 
@@ -129,7 +132,13 @@ def _write_card(
     notes = []
     if not fast:
         notes.append("No `tokenizer.json` gives the ids of this SentencePiece model: encode with `tokenizer.model`.")
-    elif first_prompt_difference(target, Renderer(tokenizer, description.template), condition) is not None:
+    if fast and is_replaced(target, tokenizer):
+        logger.warning("transformers 5 does not read this tokenizer.json as it is; README.md of the folder says more")
+        notes.append(
+            "`AutoTokenizer` of transformers 5 takes the tokenizer class of the model's family instead of this "
+            "`tokenizer.json`: load it with `PreTrainedTokenizerFast.from_pretrained`."
+        )
+    if fast and first_prompt_difference(target, Renderer(tokenizer, description.template), condition) is not None:
         notes.append(
             "The turns of a dialogue and the condition were encoded each by itself in training, and this "
             "tokenizer joins some of them: encode them apart for exactly the prompts of training."

@@ -127,12 +127,25 @@ def first_prompt_difference(folder: Path, renderer: Renderer, condition: str) ->
     They can differ where a token of the exported tokenizer reaches over the boundary of two turns, or of the
     prompt and the condition: we encode each by itself.
     """
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    loaded = PreTrainedTokenizerFast.from_pretrained(str(folder))
     for dialogue in _DIALOGUES:
         turns = [{"role": message.role, "content": message.content} for message in dialogue]
         text = loaded.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         if loaded.encode(text, add_special_tokens=False) != renderer.context(dialogue, condition):
             return str(text)
     return None
+
+
+def is_replaced(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Return whether `AutoTokenizer` gives other ids than the `tokenizer.json` in `folder`.
+
+    Version 5 takes the tokenizer class of some families (Qwen2) whatever `tokenizer_config.json` names, and that class
+    keeps of the file vocabulary and merges alone.
+    """
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    texts = sentencepiece_fast.SAMPLES
+    return any(loaded.encode(t, add_special_tokens=False) != tokenizer.encode(t, special=True) for t in texts)

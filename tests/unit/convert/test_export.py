@@ -314,6 +314,19 @@ def test_the_model_card_says_how_it_is_asked_and_made(export: Callable[..., Path
     assert "| optim.lr | 5e-06 |" in card
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "llama3"])
+def test_the_model_card_says_if_the_tokenizer_is_replaced(
+    export: Callable[..., Path], sentencepiece: Tokenizer, family: str
+) -> None:
+    folder = export(sentencepiece, family)
+    stock, text = transformers.AutoTokenizer.from_pretrained(folder), " two  spaces\nand 日本 "
+    replaced = stock.encode(text, add_special_tokens=False) != sentencepiece.encode(text)
+    assert ("PreTrainedTokenizerFast.from_pretrained" in (folder / "README.md").read_text()) is replaced
+    exact = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert exact.encode(text, add_special_tokens=False) == sentencepiece.encode(text)
+    assert replaced is (family == "qwen2")
+
+
 def test_config_keeps_what_generation_needs(export: Callable[..., Path], sentencepiece: Tokenizer) -> None:
     folder = export(sentencepiece, method="ca", condition=CONDITION)
     extra = read_architecture(folder).extra
