@@ -60,7 +60,7 @@ test-slurm: $(READY) ## jobs against a private Slurm of two nodes on this machin
 	    || { echo "make test-slurm: install Slurm and munge first (Debian: slurm-wlm, munge)" >&2; exit 1; }
 	TEST_SLURM=1 $(BIN)/pytest -q -s tests/slurm $(PYTEST_ARGS)
 
-test-container: $(READY) ## lint the Dockerfile and run its steps in new environments (downloads packages)
+test-container: $(READY) ## the Dockerfile's steps, and exports in other versions of transformers, in new environments (downloads)
 	TEST_CONTAINER=1 $(BIN)/pytest -q tests/container $(PYTEST_ARGS)
 
 faults: $(READY) ## kill, stop and starve commands at random, hundreds of times (some hours)

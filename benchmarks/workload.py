@@ -85,7 +85,8 @@ def _write_model(folder: Path, tokenizer: Path, shape: Shape) -> None:
         **asdict(shape),
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    write_tokenizer(loaded, folder, "{% for m in messages %}{{ m.content }}{% endfor %}", 4096)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    write_tokenizer(loaded, folder, template, 4096, "policy", frozenset({loaded.eos_id}))
 
 
 def _sample(source: Path, target: Path, count: int, seed: int) -> None:

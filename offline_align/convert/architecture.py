@@ -13,6 +13,7 @@ from offline_align.config.sections import ModelSection
 from offline_align.convert import names
 from offline_align.convert.names import FAMILIES, MISTRAL, QWEN2, QWEN3, Family, Kind
 from offline_align.errors import ConfigError
+from offline_align.model.description import refuse_adapter
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _REQUIRED = (
@@ -49,6 +50,8 @@ def is_huggingface(folder: Path) -> bool:
 
 def read_architecture(folder: Path) -> Architecture:
     """Return what `folder/config.json` describes; ConfigError lists everything that is not supported."""
+    # Where peft is installed, transformers would load the adapter's base model in place of these weights.
+    refuse_adapter(folder)
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -63,7 +63,8 @@ class Difference:
 def compare(folder: Path, renderer: Renderer, device: torch.device) -> Difference:
     """Return how far logits (of a policy) or scores (of a reward model) are apart on a few dialogues.
 
-    A further row goes through the whole vocabulary. Needs a session of one rank, and memory for both models in
+    A further row goes through the whole vocabulary. Scores of a folder that we wrote are compared in padded batches as
+    well, since padding says where `transformers` reads them. Needs a session of one rank, and memory for both models in
     fp32, one after the other. Raises AlignError where they differ by more than rounding.
     """
     found = read_architecture(folder)
@@ -89,7 +90,10 @@ def compare(folder: Path, renderer: Renderer, device: torch.device) -> Differenc
 def _numbers_of_transformers(
     found: Architecture, folder: Path, rows: Sequence[Sequence[int]], device: torch.device
 ) -> Tensor:
-    """Return [T, V] logits of all tokens, or [S] scores, row by row without padding."""
+    """Return [1, T, V] logits of all tokens, or [1, S] scores, row by row without padding.
+
+    Of a reward model that we exported, [3, S]: the same scores in batches that are padded on the left and on the right.
+    """
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -101,10 +105,22 @@ def _numbers_of_transformers(
         str(folder), dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     model = model.to(device).eval()
+    together = _padded_scores(model, folder, rows) if found.kind == "reward_model" and found.extra else []
     # Rows come alone: the last token is the last of the row, even where that is the folder's padding.
     model.config.pad_token_id = None
     logits = [model(torch.tensor([row], device=device)).logits[0] for row in rows]
-    return torch.cat(logits)
+    return torch.stack([torch.cat(logits), *together])
+
+
+def _padded_scores(model: Any, folder: Path, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return the [S] scores of one batch of all rows, padded by the folder's tokenizer on the left and on the right."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    batches = [
+        tokenizer.pad({"input_ids": list(rows)}, padding_side=side, return_tensors="pt") for side in ("left", "right")
+    ]
+    return [model(**batch.to(model.device)).logits[:, 0] for batch in batches]
 
 
 @torch.inference_mode()

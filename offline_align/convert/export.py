@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -17,16 +18,20 @@ from offline_align.convert import names
 from offline_align.convert.architecture import huggingface_config
 from offline_align.convert.card import model_card
 from offline_align.convert.chat_template import chat_template
+from offline_align.convert.files import INDEX, SINGLE
 from offline_align.convert.names import Entry, Kind
 from offline_align.convert.provenance import UNKNOWN, Provenance
 from offline_align.convert.tensors import split
-from offline_align.convert.tokenizer_files import first_prompt_difference, padding_id, write_tokenizer
+from offline_align.convert.tokenizer_files import Written, first_prompt_difference, is_replaced, write_tokenizer
 from offline_align.convert.weights import parse_size, write_weights
+from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage.files import fsync_path
 from offline_align.model.description import ModelDescription
+
+logger = logging.getLogger(__name__)
 
 _WORK = ".export-"
 
@@ -51,9 +56,11 @@ def export_huggingface(
     dtype = str(first[1].dtype).removeprefix("torch.")
     with _moved_when_whole(target) as work:
         write_weights(itertools.chain([first], tensors), work, max_shard_bytes)
-        _write_json(work / "config.json", _config(description, tokenizer, dtype))
-        _write_json(work / "generation_config.json", _token_ids(tokenizer) | {"do_sample": False})
-        _write_texts(description, tokenizer, work, known)
+        written = _write_tokenizer(description, tokenizer, work)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": written.pad_id}
+        _write_json(work / "config.json", _config(description, dtype) | ids)
+        _write_json(work / "generation_config.json", ids | {"do_sample": False})
+        _write_card(description, tokenizer, work, known, written.fast)
         names_written = sorted(path.name for path in work.iterdir())
     return [target / name for name in names_written]
 
@@ -71,6 +78,8 @@ def _moved_when_whole(target: Path) -> Iterator[Path]:
         files = sorted(work.iterdir())
         for file in files:
             fsync_path(file)
+        for name in _weights_in(target) - {file.name for file in files}:
+            (target / name).unlink()
         for file in files:
             file.replace(target / file.name)
         fsync_path(target)
@@ -79,6 +88,11 @@ def _moved_when_whole(target: Path) -> Iterator[Path]:
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _weights_in(folder: Path) -> set[str]:
+    """Return the names of weights that an attempt with another size of shards left; readers could take them."""
+    return {path.name for pattern in (SINGLE, INDEX, "model-*.safetensors") for path in folder.glob(pattern)}
 
 
 def huggingface_tensors(
@@ -102,14 +116,33 @@ def _split(entry: Entry, tensor: Tensor, model: ModelSection) -> list[Tensor]:
     return split(entry.join, tensor, model.query_groups, model.head_width, model.vocab_size)
 
 
-def _write_texts(description: ModelDescription, tokenizer: Tokenizer, target: Path, known: Provenance) -> None:
-    """Write the tokenizer and the model card, which says where `transformers` encodes otherwise."""
-    condition = description.condition.text if description.condition else ""
-    template = chat_template(tokenizer, description.template, condition)
+def _write_tokenizer(description: ModelDescription, tokenizer: Tokenizer, target: Path) -> Written:
+    template = chat_template(tokenizer, description.template, _condition(description))
+    renderer = Renderer(tokenizer, description.template)
+    last = frozenset({tokenizer.eos_id, renderer.target((Message("user", "a"),), "b")[-1]})
+    length = description.model.max_position_embeddings
+    return write_tokenizer(tokenizer, target, template, length, description.kind, last)
+
+
+def _condition(description: ModelDescription) -> str:
+    return description.condition.text if description.condition else ""
+
+
+def _write_card(
+    description: ModelDescription, tokenizer: Tokenizer, target: Path, known: Provenance, fast: bool
+) -> None:
+    """Write the model card, which says where `transformers` encodes otherwise."""
+    condition = _condition(description)
     notes = []
-    if not write_tokenizer(tokenizer, target, template, description.model.max_position_embeddings):
+    if not fast:
         notes.append("No `tokenizer.json` gives the ids of this SentencePiece model: encode with `tokenizer.model`.")
-    elif first_prompt_difference(target, Renderer(tokenizer, description.template), condition) is not None:
+    if fast and is_replaced(target, tokenizer):
+        logger.warning("transformers 5 does not read this tokenizer.json as it is; README.md of the folder says more")
+        notes.append(
+            "`AutoTokenizer` of transformers 5 takes the tokenizer class of the model's family instead of this "
+            "`tokenizer.json`: load it with `PreTrainedTokenizerFast.from_pretrained`."
+        )
+    if fast and first_prompt_difference(target, Renderer(tokenizer, description.template), condition) is not None:
         notes.append(
             "The turns of a dialogue and the condition were encoded each by itself in training, and this "
             "tokenizer joins some of them: encode them apart for exactly the prompts of training."
@@ -118,23 +151,14 @@ def _write_texts(description: ModelDescription, tokenizer: Tokenizer, target: Pa
     (target / "README.md").write_text(card, encoding="utf-8")
 
 
-def _config(description: ModelDescription, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+def _config(description: ModelDescription, dtype: str) -> dict[str, Any]:
     condition = description.condition
     ours = {
         "method": description.method,
         "template": description.template.value,
         "condition": None if condition is None else asdict(condition),
     }
-    config = huggingface_config(description.model, description.kind, dtype)
-    return config | _token_ids(tokenizer) | {"offline_align": ours}
-
-
-def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": padding_id(tokenizer),
-    }
+    return huggingface_config(description.model, description.kind, dtype) | {"offline_align": ours}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The safetensors files of a Hugging Face folder: found, checked and opened without reading weights."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from offline_align.errors import ConfigError, StorageError
 
+logger = logging.getLogger(__name__)
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -17,13 +20,16 @@ SINGLE = "model.safetensors"
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of `folder`, each checked to lie inside it.
 
-    Raises ConfigError where there are none (pickled weights are refused: loading them runs code), or where
-    the index names a path outside of the folder.
+    A whole file goes before an index, as in `transformers`; a warning names the index that is ignored. Raises
+    ConfigError if there are none (pickled weights are refused: loading them runs code), or if the index names a path
+    outside of the folder.
     """
+    if (folder / SINGLE).is_file():
+        if ignored_index(folder) is not None:
+            logger.warning("%s: %s is read; %s beside it is ignored: remove the older one", folder, SINGLE, INDEX)
+        return [_inside(folder, SINGLE)]
     if (folder / INDEX).is_file():
         return [_inside(folder, name) for name in sorted(set(_weight_map(folder).values()))]
-    if (folder / SINGLE).is_file():
-        return [_inside(folder, SINGLE)]
     pickled = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
     if pickled:
         raise ConfigError(
@@ -31,6 +37,12 @@ def weight_files(folder: Path) -> list[Path]:
             "so it is refused; save the model as safetensors first"
         )
     raise ConfigError(f"init.from: {folder} has neither {SINGLE} nor {INDEX}; give a folder with weights")
+
+
+def ignored_index(folder: Path) -> Path | None:
+    """Return the index that lies beside a whole file of weights, which goes before it; None if there is none."""
+    both = (folder / SINGLE).is_file() and (folder / INDEX).is_file()
+    return folder / INDEX if both else None
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -2,15 +2,24 @@
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offline_align.convert import sentencepiece_fast
+from offline_align.convert.names import Kind
+from offline_align.data import sentencepiece_fast
+from offline_align.data.companions import HUGGING_FACE_FILE
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
-from offline_align.data.tokenizer import HUGGING_FACE_FILE, SENTENCEPIECE_FILE, Tokenizer
+from offline_align.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_CLASS = "PreTrainedTokenizerFast"
+"""Reads `tokenizer.json` as it is, in transformers 4 and 5; other classes are missing in one, or rebuild parts."""
+
+# How one version loaded the tokenizer, or names of its own classes.
+_OF_ONE_VERSION = {"auto_map", "backend", "is_local", "local_files_only", "name_or_path", "processor_class"}
 
 _DIALOGUES = (
     (Message("user", "What is the capital of France?"),),
@@ -18,32 +27,50 @@ _DIALOGUES = (
 )
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str, max_length: int) -> bool:
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What `write_tokenizer` wrote."""
+
+    fast: bool
+    """Whether there is a `tokenizer.json`."""
+    pad_id: int
+    """Padding, which `tokenizer_config.json` names by its text."""
+
+
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, chat_template: str, max_length: int, kind: Kind, last: frozenset[int]
+) -> Written:
     """Write the tokenizer with its `tokenizer_config.json` into `folder`.
 
-    A SentencePiece model also gets a `tokenizer.json`, where one gives the same ids.
-    Returns whether there is one.
+    A SentencePiece model also gets a `tokenizer.json`, if one gives the same ids. `last` are ids that rows can end
+    with, see `padding`.
     """
     tokenizer.save(folder)
-    # It would take precedence over the template in tokenizer_config.json.
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
     if not (folder / HUGGING_FACE_FILE).is_file():
         _write_fast_form(folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else _plain_config(max_length)
-    config |= tokenizer.named_tokens | {"chat_template": chat_template}
-    if config.get("pad_token") in (None, config["eos_token"]) and "bos_token" in tokenizer.named_tokens:
-        config["pad_token"] = tokenizer.named_tokens["bos_token"]
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return (folder / HUGGING_FACE_FILE).is_file()
+    pad_token, pad_id = padding(tokenizer, folder, kind, last)
+    config = _settings(folder, max_length) | tokenizer.named_tokens
+    config |= {"chat_template": chat_template, "pad_token": pad_token}
+    # Each of them would take precedence over tokenizer_config.json.
+    for name in ("chat_template.jinja", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    return Written((folder / HUGGING_FACE_FILE).is_file(), pad_id)
 
 
-def _plain_config(max_length: int) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,
-    }
+def _settings(folder: Path, max_length: int) -> dict[str, Any]:
+    """Return what the files of a saved tokenizer say, in keys and values that transformers 4 and 5 both know."""
+    found: dict[str, Any] = {"model_max_length": max_length, "clean_up_tokenization_spaces": False}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = folder / name
+        found |= json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    extra = found.pop("extra_special_tokens", None)
+    if isinstance(extra, dict):
+        found["extra_special_tokens"] = extra
+    elif extra:  # version 5 saves a list, which version 4 knows by its older name alone
+        found["additional_special_tokens"] = extra
+    return {key: value for key, value in found.items() if key not in _OF_ONE_VERSION} | {"tokenizer_class": _CLASS}
 
 
 def _write_fast_form(folder: Path) -> None:
@@ -58,14 +85,40 @@ def _write_fast_form(folder: Path) -> None:
         (folder / HUGGING_FACE_FILE).write_text(fast.to_str(pretty=True), encoding="utf-8")
 
 
-def padding_id(tokenizer: Tokenizer) -> int:
-    """Return an id for padding that is not end of sequence.
+def padding(tokenizer: Tokenizer, folder: Path, kind: Kind, last: frozenset[int]) -> tuple[str, int]:
+    """Return text and id of the padding for the tokenizer files in `folder`: no id of `last`.
 
-    `transformers` reads a reward at the last token that is not padding, we at end of sequence, the last token
-    of every row: the two agree for any padding but end of sequence.
+    `transformers` reads a reward at the last token that is not padding, so padding must not be what a row ends with.
+    It is a special token, the tokenizer's own padding before all others. If all of these can end a row, policies are
+    padded with end of sequence, since nothing is read from them that way. For a reward model it is then the longest
+    token: its text stands for padding from there on, in the spelling of the vocabulary, which texts hardly have.
     """
-    candidates = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.vocab_size - 1, tokenizer.vocab_size - 2)
-    return next(token for token in candidates if token is not None and token != tokenizer.eos_id)
+    vocabulary, special = _vocabulary(folder)
+    own = {text: token for text, token in vocabulary.items() if token not in last}
+    by_role = [tokenizer.named_tokens.get(role) for role in ("pad_token", "bos_token", "unk_token")]
+    others = sorted(special, key=lambda text: ("pad" not in text.lower(), vocabulary[text]))
+    for text in (*by_role, *others):
+        if text in own:
+            return str(text), own[text]
+    if kind == "policy":
+        return tokenizer.named_tokens["eos_token"], tokenizer.eos_id
+    longest = max(own, key=lambda text: (len(text), -own[text]))
+    return longest, own[longest]
+
+
+def _vocabulary(folder: Path) -> tuple[dict[str, int], set[str]]:
+    """Return the ids of all tokens by their text, and the special tokens among them."""
+    if (folder / HUGGING_FACE_FILE).is_file():
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_file(str(folder / HUGGING_FACE_FILE))
+        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        return backend.get_vocab(with_added_tokens=True), special
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
+    pieces = {model.id_to_piece(token): token for token in range(model.get_piece_size())}
+    return pieces, {text for text, token in pieces.items() if model.is_control(token)}
 
 
 def first_prompt_difference(folder: Path, renderer: Renderer, condition: str) -> str | None:
@@ -74,12 +127,25 @@ def first_prompt_difference(folder: Path, renderer: Renderer, condition: str) ->
     They can differ where a token of the exported tokenizer reaches over the boundary of two turns, or of the
     prompt and the condition: we encode each by itself.
     """
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    loaded = PreTrainedTokenizerFast.from_pretrained(str(folder))
     for dialogue in _DIALOGUES:
         turns = [{"role": message.role, "content": message.content} for message in dialogue]
         text = loaded.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         if loaded.encode(text, add_special_tokens=False) != renderer.context(dialogue, condition):
             return str(text)
     return None
+
+
+def is_replaced(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Return whether `AutoTokenizer` gives other ids than the `tokenizer.json` in `folder`.
+
+    Version 5 takes the tokenizer class of some families (Qwen2) whatever `tokenizer_config.json` names, and that class
+    keeps of the file vocabulary and merges alone.
+    """
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    texts = sentencepiece_fast.SAMPLES
+    return any(loaded.encode(t, add_special_tokens=False) != tokenizer.encode(t, special=True) for t in texts)

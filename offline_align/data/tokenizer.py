@@ -7,18 +7,25 @@ Only text that a template supplies may name special tokens (`special=True`).
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from offline_align.data.companions import (
+    COMPANIONS,
+    HUGGING_FACE_FILE,
+    json_object,
+    roles,
+    settings,
+    with_added_tokens,
+)
 from offline_align.errors import ConfigError, StorageError
 
-SENTENCEPIECE_FILE = "tokenizer.model"
-HUGGING_FACE_FILE = "tokenizer.json"
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""Files beside `tokenizer.json` that name its special tokens and its chat template."""
+logger = logging.getLogger(__name__)
 
+SENTENCEPIECE_FILE = "tokenizer.model"
 USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]")
 """End-of-sequence tokens that a bare `tokenizer.json` is searched for."""
 
@@ -71,15 +78,23 @@ class Tokenizer(Protocol):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Return the tokenizer of a `.model` or `tokenizer.json` file, or of a folder with either of them.
 
-    A folder with both is read as Hugging Face means it, by `tokenizer.json`. Raises ConfigError naming
-    `model.tokenizer`.
+    A folder with both is read as Hugging Face means it, by `tokenizer.json`. What lies beside a `tokenizer.json`, or
+    beside the `.model` of a folder, counts; a `.model` file that is given by itself is read alone. Raises ConfigError
+    naming `model.tokenizer`.
     """
     found = _find(Path(path))
     try:
+        beside = [found.with_name(name) for name in COMPANIONS]
+        companions = {file.name: file.read_bytes() for file in beside if file.is_file()}
         if found.suffix == ".json":
-            names = [found.with_name(name) for name in COMPANIONS]
-            files = {HUGGING_FACE_FILE: found.read_bytes()}
-            return HuggingFaceTokenizer(files | {n.name: n.read_bytes() for n in names if n.is_file()})
+            return HuggingFaceTokenizer({HUGGING_FACE_FILE: found.read_bytes()} | companions)
+        if companions and Path(path).is_dir():
+            from offline_align.data.sentencepiece_folder import with_tokenizer_json
+
+            files = with_tokenizer_json(found.read_bytes(), companions)
+            if files is not None:
+                return HuggingFaceTokenizer(files)
+            logger.warning("%s: is read without %s: no tokenizer.json gives its ids", found, ", ".join(companions))
         return SentencePieceTokenizer(found.read_bytes())
     except OSError as error:
         raise _problem(found, f"cannot be read: {error.strerror}") from error
@@ -210,9 +225,9 @@ class HuggingFaceTokenizer:
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self._files = dict(files)
-        config = _json_object(self._files, "special_tokens_map.json")
-        config |= _json_object(self._files, "tokenizer_config.json")
-        definition = _json_object(self._files, HUGGING_FACE_FILE) | {"truncation": None, "padding": None}
+        config = settings(self._files)
+        definition = with_added_tokens(json_object(self._files, HUGGING_FACE_FILE), config, self._files)
+        definition |= {"truncation": None, "padding": None}
         self.named_tokens = _named_tokens(config, definition)
         self.special_texts = _flag_special(definition, set(self.named_tokens.values()))
         self._special, self._plain = _backend(definition), _backend(definition)
@@ -221,6 +236,8 @@ class HuggingFaceTokenizer:
         if self.vocab_size > MOST_ENTRIES:
             raise ValueError(f"has the id {self.vocab_size - 1}: no vocabulary is that large, the file is damaged")
         eos = self._id_of("eos_token")
+        if eos is None and "eos_token" in self.named_tokens:
+            raise self._unknown("eos_token")
         if eos is None:
             raise ValueError("names no end of sequence; put tokenizer_config.json with eos_token beside it")
         self.eos_id = eos
@@ -228,8 +245,17 @@ class HuggingFaceTokenizer:
         self.pad_id = self._id_of("pad_token")
         self.adds_bos = self._adds_bos(config.get("add_bos_token"))
         self.chat_template = _chat_template(config, self._files)
+        begins = config.get("add_bos_token") is True or "bos_token" in (self.chat_template or "")
+        if begins and self.bos_id is None and "bos_token" in self.named_tokens:
+            raise self._unknown("bos_token")
         rules = [definition, self.named_tokens, self.adds_bos, self.chat_template]
         self.content_hash = _sha256(json.dumps(rule, sort_keys=True).encode() for rule in rules)
+
+    def _unknown(self, role: str) -> ValueError:
+        return ValueError(
+            f"{role}={self.named_tokens[role]!r} of the files beside it is not in its vocabulary; "
+            "name a token that is, or save the tokenizer with it"
+        )
 
     def _id_of(self, role: str) -> int | None:
         text = self.named_tokens.get(role)
@@ -269,23 +295,9 @@ def _backend(definition: dict[str, Any]) -> Any:
         raise ValueError(f"is not a usable tokenizer.json: {error}") from error
 
 
-def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(files.get(name, b"{}"))
-    except ValueError as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is not a JSON object")
-    return value
-
-
 def _named_tokens(config: dict[str, Any], definition: dict[str, Any]) -> dict[str, str]:
     """Return `{role: token}` of the companions; the usual end of sequence where they name none."""
-    named = {}
-    for role, value in config.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if role.endswith("_token") and isinstance(text, str):
-            named[role] = text
+    named = roles(config)
     if "eos_token" not in named:
         added = {token["content"] for token in definition.get("added_tokens") or []}
         usual = [text for text in USUAL_EOS if text in added]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from offline_align.config.sections import Device, GenerateSection
 from offline_align.config.sections import Engine as EngineName
+from offline_align.convert.files import SINGLE, ignored_index
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import ConfigError
 from offline_align.generate.requests import Engine
@@ -56,11 +57,20 @@ def load_engine(
     bf16: bool,
     max_length: int,
 ) -> Engine:
-    """Return the engine with the policy of a Hugging Face folder loaded."""
+    """Return the engine with the policy of a Hugging Face folder loaded.
+
+    Raises ConfigError for a folder that vLLM would read otherwise than everybody else.
+    """
     import torch
 
     eos_ids = frozenset({tokenizer.eos_id}) | folder_eos_ids(folder)
     if name is EngineName.vllm:
+        index = ignored_index(folder)
+        if index is not None:
+            raise ConfigError(
+                f"init.from: {index} lies beside {SINGLE}, and vLLM would read the files that it names; remove the "
+                "older of the two, or use generate.engine=transformers"
+            )
         from offline_align.generate.vllm_engine import VllmEngine
 
         dtype = "bfloat16" if bf16 else "float32"

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from offline_align.config.sections import GenerateSection
-from offline_align.data.tokenizer import HUGGING_FACE_FILE, Tokenizer
+from offline_align.data.companions import HUGGING_FACE_FILE
+from offline_align.data.tokenizer import Tokenizer
 from offline_align.generate.requests import Completion, Request
 from offline_align.generate.stop import finish
 

@@ -16,6 +16,7 @@ from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.errors import ConfigError, StorageError
 
 FILE_NAME = "model.json"
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,16 @@ def find_checkpoint(path: str | Path, key: str = "init.from") -> Path:
     for folder in (given, given / "checkpoints" / "latest"):
         if (folder / FILE_NAME).is_file():
             return folder.resolve()
+    refuse_adapter(given, key)
     if (given / "checkpoints").is_dir():
         raise ConfigError(f"{key}={path}: this run has no finished checkpoint yet; run its command again")
     raise ConfigError(f"{key}={path}: neither a run folder, a checkpoint folder nor a Hugging Face folder")
+
+
+def refuse_adapter(folder: Path, key: str = "init.from") -> None:
+    """Raise ConfigError, naming `key`, for a folder with an adapter (LoRA and the like): it is no whole model."""
+    if (folder / ADAPTER).is_file():
+        raise ConfigError(
+            f"{key}: {folder} holds an adapter ({ADAPTER}), not a model of its own; merge it into its base model and "
+            "give the folder of that (peft: merge_and_unload, then save_pretrained of model and tokenizer)"
+        )

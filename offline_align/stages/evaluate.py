@@ -14,7 +14,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from offline_align.config.runs import EvaluateRun
-from offline_align.config.sections import JudgeKind
+from offline_align.config.sections import JudgeKind, Template
+from offline_align.convert.describe import tokenizer_of
 from offline_align.data.records import BadRows, input_paths
 from offline_align.errors import ConfigError
 from offline_align.evaluate.calibration.agreement import Verdicts
@@ -74,22 +75,31 @@ def run(job: Job[EvaluateRun]) -> int:
 
 
 def problems(job: Job[EvaluateRun]) -> list[str]:
-    """Return what is wrong with the reward model that judges."""
+    """Return what is wrong with the reward models that judge."""
     config = job.config
-    if config.judge.kind is not JudgeKind.reward_model:
-        return []
     if config.evaluate.runs is not None and not config.judges:
         return []
+    second = config.judge.second_model
+    found = _reward_model("judge.second_model", second, config)[0] if second is not None else []
+    if config.judge.kind is not JudgeKind.reward_model:
+        return found
     if config.judge.model is None:
-        return ["judge.model is not set: give the run folder of a reward model"]
+        return ["judge.model is not set: give the run folder of a reward model", *found]
+    wrong, template = _reward_model("judge.model", config.judge.model, config)
     given = config.data.template
+    if template is not None and given is not None and given is not template:
+        wrong = [f"data.template={given}: judge.model was trained with {template}; leave data.template unset"]
+    return wrong + found
+
+
+def _reward_model(key: str, source: str, config: EvaluateRun) -> tuple[list[str], Template | None]:
+    """Return what is wrong with the reward model that `key` names, and its template."""
     try:
-        _, judge = describe_reward_model(config.judge.model, "judge.model", given)
+        folder, description = describe_reward_model(source, key, config.data.template)
+        tokenizer_of(folder)
+        return [], description.template
     except ConfigError as error:
-        return error.problems
-    if given is not None and given is not judge.template:
-        return [f"data.template={given}: judge.model was trained with {judge.template}; leave data.template unset"]
-    return []
+        return error.problems, None
 
 
 @dataclass(frozen=True, slots=True)

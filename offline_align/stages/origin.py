@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from offline_align.config.runs import ModelRun
 from offline_align.config.sections import ModelSection, Template
+from offline_align.convert.token_ids import check_token_ids
 from offline_align.data.condition import Condition
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.errors import ConfigError
@@ -51,6 +52,7 @@ def resolve(config: ModelRun, explicit: frozenset[str]) -> Origin:
     folder = find_checkpoint(source)
     description = ModelDescription.load(folder)
     tokenizer = description.load_tokenizer(folder)
+    check_token_ids(folder, description.model, tokenizer)
     if "model.tokenizer" in explicit and config.model.tokenizer is not None:
         given = load_tokenizer(tokenizer_path(config.model.tokenizer))
         if given.content_hash != tokenizer.content_hash:
@@ -103,6 +105,7 @@ def _from_huggingface(config: ModelRun, folder: Path, explicit: frozenset[str]) 
     model = _merged(config.model, architecture.model, explicit, str(folder))
     given = config.model.tokenizer if "model.tokenizer" in explicit else None
     tokenizer = load_tokenizer(tokenizer_path(given) if given is not None else folder)
+    check_token_ids(folder, architecture.model, tokenizer, "init.from" if given is None else f"model.tokenizer={given}")
     template, condition = exported(folder, architecture.extra)
     return Origin(
         model=model,

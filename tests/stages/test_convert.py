@@ -88,6 +88,20 @@ def test_there_and_back_are_the_same_bits(
     assert (back / "model.safetensors.index.json").is_file()
 
 
+def test_the_check_scores_padded_batches(
+    save: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights are right, and still a batch is read at another place: where padding is what a row ends with."""
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    assert convert(save("Qwen2ForSequenceClassification"), ours, "megatron") == 0
+    assert convert(ours, back, "huggingface", "convert.check=true") == 0
+    shutil.copytree(back, tmp_path / "edited", ignore=shutil.ignore_patterns("manifest.json"))
+    config = json.loads((back / "config.json").read_text())
+    (tmp_path / "edited" / "config.json").write_text(json.dumps(config | {"pad_token_id": config["eos_token_id"]}))
+    assert convert(tmp_path / "edited", tmp_path / "again", "megatron", "convert.check=true") == 70
+    assert "scores of ours and of transformers differ" in capsys.readouterr().err
+
+
 def test_running_again_changes_nothing(save: Callable[..., Path], tmp_path: Path) -> None:
     theirs = save("LlamaForCausalLM")
     assert convert(theirs, tmp_path / "ours", "megatron") == 0

@@ -172,3 +172,60 @@ def test_a_row_that_the_chat_template_refuses_is_named_by_its_line(
     (kept,) = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
     assert f"{kept['file']}:{kept['line']}" == line
     assert json.loads(kept["raw"])["prompt"] == "never say"
+
+
+@pytest.mark.parametrize(
+    ("stage", "architecture", "key"),
+    [
+        ("sft", "LlamaForCausalLM", "init.from"),
+        ("reward", "LlamaForCausalLM", "init.from"),
+        ("fa", "LlamaForCausalLM", "init.from"),
+        ("generate", "LlamaForCausalLM", "init.from"),
+        ("label", "LlamaForSequenceClassification", "init.from"),
+        ("convert", "LlamaForSequenceClassification", "init.from"),
+        ("evaluate", "LlamaForSequenceClassification", "judge.model"),
+        ("evaluate", "LlamaForSequenceClassification", "judge.second_model"),
+    ],
+)
+def test_every_stage_refuses_a_folder_that_is_no_whole_model(
+    tmp_path: Path, stage: str, architecture: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer longer than the embedding, and an adapter: one line and 78, before anything is computed."""
+    size = load_tokenizer(write_hugging_face(tmp_path / "model")).vocab_size
+    config = {
+        "architectures": [architecture],
+        "vocab_size": size - 1,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "id2label": {"0": "reward"},
+    }
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    rows = write_jsonl(tmp_path / "rows.jsonl", pairs() if stage == "reward" else samples())
+    data = "data.train" if stage in ("sft", "reward", "fa") else "data.input"
+    words = [stage, f"run.dir={tmp_path / 'run'}", "run.device=cpu"]
+    words += ["convert.to=megatron"] if stage == "convert" else [f"{data}={rows}"]
+    words += ["judge=ground_truth"] if key == "judge.second_model" else []
+    for dry_run in ("true", "false"):
+        assert run([*words, f"{key}={tmp_path / 'model'}", f"dry_run={dry_run}"]) == 78
+        said = capsys.readouterr().err
+        assert f"{key}: the tokenizer has {size} entries, the model {size - 1}:" in said
+        assert said.count("error") == 1
+        assert run([*words, f"{key}={tmp_path / 'adapter'}", f"dry_run={dry_run}"]) == 78
+        assert f"{key}: {tmp_path / 'adapter'} holds an adapter" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_given_beside_a_folder_must_fit_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(write_hugging_face(tmp_path / "policy"))
+    save_random_llama(tmp_path / "policy", tokenizer)
+    larger = write_sentencepiece(tmp_path / "larger")
+    rows = write_jsonl(tmp_path / "rows.jsonl", samples())
+    words = [f"run.dir={tmp_path / 'run'}", f"init.from={tmp_path / 'policy'}", f"data.train={rows}", "run.device=cpu"]
+    assert run(["sft", *words, f"model.tokenizer={larger}", "dry_run=true"]) == 78
+    sizes = f"the tokenizer has {load_tokenizer(larger).vocab_size} entries, the model {tokenizer.vocab_size}:"
+    assert f"model.tokenizer={larger}: {sizes}" in capsys.readouterr().err

@@ -76,7 +76,8 @@ def test_tokens_of_the_reward_model_behind_the_labels(tmp_path: Path, capsys: py
     checkpoint = reward / "checkpoints" / "latest"
     write_sentencepiece(checkpoint / "tokenizer")
     tokenizer = load_tokenizer(checkpoint / "tokenizer")
-    sizes = ModelSection(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
+    size = tokenizer.vocab_size
+    sizes = ModelSection(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, vocab_size=size)
     ModelDescription("reward_model", sizes, Template.paper, tokenizer.content_hash).save(checkpoint)
     (reward / "log").write_text("x")
     write_manifest(reward, "reward", "key", [], [], [reward / "log"], {})

@@ -120,3 +120,10 @@ def test_no_family_has_both_biases_and_norms() -> None:
     model = ModelSection(add_qkv_bias=True, qk_layernorm=True)
     with pytest.raises(ConfigError, match="add_qkv_bias"):
         architecture.huggingface_config(model, "policy", "float32")
+
+
+def test_an_adapter_beside_a_config_is_refused(tmp_path: Path) -> None:
+    """Which of the two is the model nobody can tell, and transformers with peft takes the adapter."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"init\.from: .* holds an adapter \(adapter_config\.json\)"):
+        read(tmp_path)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import BytesIO
@@ -16,7 +17,6 @@ from offline_align.convert.architecture import read_architecture
 from offline_align.convert.export import export_huggingface
 from offline_align.convert.load import load_huggingface
 from offline_align.convert.provenance import UNKNOWN
-from offline_align.convert.tokenizer_files import padding_id
 from offline_align.convert.weights import parse_size
 from offline_align.data.condition import Condition
 from offline_align.data.records import Message
@@ -63,12 +63,10 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(path)
 
 
-@pytest.fixture(scope="module")
-def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def write_byte_level(folder: Path, special: list[str], **config: Any) -> Tokenizer:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         special_tokens=[AddedToken(text, special=True) for text in special],
@@ -76,10 +74,32 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
-    folder = tmp_path_factory.mktemp("byte_level")
     backend.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "chat_template": CHATML}
+    return write_byte_level(tmp_path_factory.mktemp("byte_level"), special, **named)
+
+
+@pytest.fixture(scope="module")
+def one_special(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """As GPT-2's: begin, end, unknown and padding are one token, and there is no other special one."""
+    roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+    named = dict.fromkeys(roles, "<|endoftext|>")
+    return write_byte_level(tmp_path_factory.mktemp("one_special"), ["<|endoftext|>"], **named)
+
+
+@pytest.fixture(scope="module")
+def begin_is_end(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Begin and end are one token, no padding is named, and a file of an older form names the end once more."""
+    folder = tmp_path_factory.mktemp("begin_is_end")
+    write_byte_level(folder, ["<|endoftext|>", "<|im_start|>"], bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}))
     return load_tokenizer(folder)
 
 
@@ -157,6 +177,18 @@ def test_large_weights_are_split_into_indexed_shards(
     transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_shards_of_another_size_are_not_left_beside_new_ones(
+    export: Callable[..., Path], byte_level: Tokenizer, tmp_path: Path
+) -> None:
+    export(byte_level)
+    shutil.rmtree(tmp_path / "llama3-ForCausalLM")
+    folder = export(byte_level, max_shard_size="50KB")
+    assert not (folder / "model.safetensors").exists()
+    shutil.rmtree(tmp_path / "llama3-ForCausalLM")
+    export(byte_level)
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
+
+
 def test_transformers_encodes_as_we_do(export: Callable[..., Path], tokenizer: Tokenizer) -> None:
     loaded = transformers.AutoTokenizer.from_pretrained(export(tokenizer))
     for text in ["Paris is  the capital\n of France.", " 2 + 2", "naïve 日本 👍", "\tx\n\n", *CORPUS[:3]]:
@@ -191,9 +223,11 @@ def test_a_chat_template_is_kept_and_gets_the_condition(
     assert "<rm_score>" not in loaded.apply_chat_template(turns(DIALOGUE), tokenize=False)
 
 
+@pytest.mark.parametrize("name", ["sentencepiece", "byte_level", "one_special", "begin_is_end"])
 def test_a_reward_model_scores_padded_rows_at_end_of_sequence(
-    export: Callable[..., Path], tokenizer: Tokenizer
+    export: Callable[..., Path], name: str, request: pytest.FixtureRequest
 ) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
     folder = export(tokenizer, head="ForSequenceClassification")
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -206,7 +240,7 @@ def test_a_reward_model_scores_padded_rows_at_end_of_sequence(
         (DIALOGUE, "4"),
     ]
     rows = [renderer.context(prompt) + renderer.target(prompt, answer) for prompt, answer in answers]
-    loaded.pad_token_id = model.config.pad_token_id
+    assert loaded.pad_token_id == model.config.pad_token_id
     for side in ("left", "right"):
         batch = loaded.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
         with torch.no_grad():
@@ -216,9 +250,61 @@ def test_a_reward_model_scores_padded_rows_at_end_of_sequence(
         assert (together - alone).abs().max() < 1e-5
 
 
-def test_padding_is_never_end_of_sequence(byte_level: Tokenizer, sentencepiece: Tokenizer) -> None:
-    assert byte_level.pad_id == byte_level.eos_id != padding_id(byte_level)
-    assert padding_id(sentencepiece) == sentencepiece.bos_id
+def test_padding_is_no_end_and_has_one_name(
+    export: Callable[..., Path], tokenizer: Tokenizer, byte_level: Tokenizer
+) -> None:
+    folder = export(tokenizer)
+    config, settings = (json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+    assert byte_level.pad_id == byte_level.eos_id
+    assert settings["pad_token"] == ("<|endoftext|>" if tokenizer is byte_level else "<s>")
+    assert config["pad_token_id"] == transformers.AutoTokenizer.from_pretrained(folder).pad_token_id
+    assert config["pad_token_id"] == json.loads((folder / "generation_config.json").read_text())["pad_token_id"]
+    assert config["pad_token_id"] != config["eos_token_id"]
+
+
+def test_padding_of_a_tokenizer_with_one_special_token(export: Callable[..., Path], one_special: Tokenizer) -> None:
+    """An answer may hold any other token, so a policy is padded with the end; a reward model may not be."""
+    policy = transformers.AutoTokenizer.from_pretrained(export(one_special))
+    assert policy.pad_token_id == one_special.eos_id
+
+
+def test_padding_leaves_the_ids_of_texts_as_they_are(export: Callable[..., Path], one_special: Tokenizer) -> None:
+    loaded = transformers.AutoTokenizer.from_pretrained(export(one_special, head="ForSequenceClassification"))
+    assert loaded.pad_token_id != one_special.eos_id
+    for text in [*CORPUS[:3], loaded.decode([loaded.pad_token_id]).replace("Ġ", " "), "naïve 日本 👍"]:
+        assert loaded.encode(text, add_special_tokens=False) == one_special.encode(text)
+
+
+def test_the_files_are_for_transformers_4_and_5(export: Callable[..., Path], tmp_path: Path) -> None:
+    """What version 5 alone writes is not handed on."""
+    from_five = {
+        "tokenizer_class": "TokenizersBackend",
+        "backend": "tokenizers",
+        "is_local": True,
+        "local_files_only": True,
+        "eos_token": "<|im_end|>",
+        "extra_special_tokens": ["<|im_start|>"],
+        "model_max_length": 99,
+    }
+    (tmp_path / "five").mkdir()
+    tokenizer = write_byte_level(tmp_path / "five", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], **from_five)
+    folder = export(tokenizer)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "additional_special_tokens": ["<|im_start|>"],
+        "model_max_length": 99,
+        "chat_template": settings["chat_template"],
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500000.0
+    assert config["rope_scaling"].items() <= config["rope_parameters"].items()
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    assert set(loaded.all_special_tokens) == {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
 
 
 def test_the_model_card_says_how_it_is_asked_and_made(export: Callable[..., Path], sentencepiece: Tokenizer) -> None:
@@ -227,6 +313,19 @@ def test_the_model_card_says_how_it_is_asked_and_made(export: Callable[..., Path
     assert "ends with `<rm_score>5.0`" in card
     assert "- `sft`, made yesterday" in card
     assert "| optim.lr | 5e-06 |" in card
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral", "llama3"])
+def test_the_model_card_says_if_the_tokenizer_is_replaced(
+    export: Callable[..., Path], sentencepiece: Tokenizer, family: str
+) -> None:
+    folder = export(sentencepiece, family)
+    stock, text = transformers.AutoTokenizer.from_pretrained(folder), " two  spaces\nand 日本 "
+    replaced = stock.encode(text, add_special_tokens=False) != sentencepiece.encode(text)
+    assert ("PreTrainedTokenizerFast.from_pretrained" in (folder / "README.md").read_text()) is replaced
+    exact = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert exact.encode(text, add_special_tokens=False) == sentencepiece.encode(text)
+    assert replaced is (family == "qwen2")
 
 
 def test_config_keeps_what_generation_needs(export: Callable[..., Path], sentencepiece: Tokenizer) -> None:

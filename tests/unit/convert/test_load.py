@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from offline_align.config.sections import ModelSection
@@ -83,6 +84,25 @@ def test_sharded_files_give_the_same_tensors(save_model: Save, tmp_path: Path) -
     assert all(torch.equal(single[name], sharded[name]) for name in single)
 
 
+@pytest.mark.parametrize("shards_are_there", [True, False])
+def test_a_whole_file_goes_before_an_index(
+    save_model: Save, read_tensors: Read, caplog: pytest.LogCaptureFixture, shards_are_there: bool
+) -> None:
+    """As `transformers` has it: an index is left over where a folder was saved again in one piece."""
+    folder = save_model("llama", max_shard_size="40KB")
+    shards = list(folder.glob("*.safetensors"))
+    whole = {name: tensor + 1.0 for name, tensor in read_tensors(folder).items()}
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    if not shards_are_there:
+        for shard in shards:
+            shard.unlink()
+    embedding = dict(load_huggingface(folder))["embedding.word_embeddings.weight"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).model.embed_tokens.weight
+    assert torch.equal(embedding[:301], theirs)
+    assert torch.equal(theirs, whole["model.embed_tokens.weight"])
+    assert "model.safetensors is read; model.safetensors.index.json beside it is ignored" in caplog.text
+
+
 def test_tensor_parallel_size_must_divide_the_model(save_model: Save) -> None:
     with pytest.raises(ConfigError, match="query groups 2"):
         next(load_huggingface(save_model("llama3"), 0, 4))
@@ -138,6 +158,7 @@ def test_a_folder_without_weights_is_refused(save_model: Save) -> None:
 
 def index(folder: Path, file_name: str) -> None:
     weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), file_name)
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -174,6 +195,7 @@ def test_the_links_of_the_hub_cache_are_followed(save_model: Save, tmp_path: Pat
 @pytest.mark.parametrize("weight_map", ['{"weight_map": []}', "[]", "{", '{"weight_map": {"a": 1}}'])
 def test_a_broken_index_is_refused(save_model: Save, weight_map: str) -> None:
     folder = save_model("llama")
+    (folder / "model.safetensors").rename(folder / "shard.safetensors")
     (folder / "model.safetensors.index.json").write_text(weight_map)
     with pytest.raises(ConfigError, match=r"index\.json"):
         next(load_huggingface(folder))

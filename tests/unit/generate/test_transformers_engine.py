@@ -27,9 +27,9 @@ def requests(tokenizer: Tokenizer) -> list[Request]:
     return [Request(row, 0, context, 24) for row, context in enumerate(contexts)]
 
 
-def load(policy: Path, tokenizer: Tokenizer, seed: int = 1, **settings: Any) -> Any:
+def load(policy: Path, tokenizer: Tokenizer, seed: int = 1, name: Engine = Engine.transformers, **settings: Any) -> Any:
     return engines.load_engine(
-        Engine.transformers,
+        name,
         policy,
         tokenizer,
         GenerateSection(**settings),
@@ -152,3 +152,12 @@ def test_a_broken_generation_config_is_named(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
         engines.folder_eos_ids(tmp_path)
+
+
+def test_vllm_is_refused_a_folder_that_it_would_read_otherwise(
+    policy: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(policy, tmp_path / "both")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json lies beside model\.safetensors"):
+        load(folder, tokenizer, name=Engine.vllm)

@@ -47,7 +47,8 @@ def wide_policy(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) 
     """A random policy with heads as wide as vLLM's kernels ask for."""
     width = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
     folder = save_random_llama(tmp_path_factory.mktemp("wide"), tokenizer, 0.2, **width)
-    assert write_tokenizer(tokenizer, folder, "{{ messages[0]['content'] }}", 128)
+    last = frozenset({tokenizer.eos_id})
+    assert write_tokenizer(tokenizer, folder, "{{ messages[0]['content'] }}", 128, "policy", last).fast
     # Defaults that must not be used.
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_id, "temperature": 9.0}))
     return folder

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import sentencepiece as spm
 
-from offline_align.convert import sentencepiece_fast
+from offline_align.data import sentencepiece_fast
 from tests.support import real_data_dir
 
 CORPUS = ["The quick brown fox jumps over the lazy dog.", "She sells sea shells.\nTwice 2 is 4."] * 50

@@ -6,6 +6,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from offline_align.data.tokenizer import MARKER
+
 SPACE = "▁"
 # Piece types and model types of SentencePiece's own format description.
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
@@ -35,33 +37,70 @@ def convert(path: Path) -> Tokenizer | None:
     The result gives SentencePiece's ids on every text of `SAMPLES`; control symbols (end-of-sequence and the
     like) that occur in a text are special tokens in it, which they are not for SentencePiece.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(path.read_bytes())
-    if proto.trainer_spec.model_type not in (_UNIGRAM, _BPE) or proto.trainer_spec.treat_whitespace_as_suffix:
+    proto = _parsed(path.read_bytes())
+    if not _convertible(proto):
         return None
     tokenizer = _build(proto)
     return tokenizer if first_difference(path, tokenizer) is None else None
 
 
+def faithful(model: bytes, prefix: str | None) -> Tokenizer | None:
+    """Return the fast form of a SentencePiece model as `transformers` reads such folders, or None as `convert`.
+
+    User-defined symbols are added tokens; those that look like markers are special. `prefix` says when a space is put
+    in front of a text ("always": also behind added tokens; "first", "never"); None leaves the model's own rule.
+    """
+    proto = _parsed(model)
+    if not _convertible(proto) or _first_difference(model, _build(proto)) is not None:
+        return None
+    symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    tokenizer = _build(proto, symbols_apart=False)
+    if prefix is not None:
+        proto.normalizer_spec.add_dummy_prefix = False
+        tokenizer.normalizer = _normalizer(proto.normalizer_spec)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prefix, split=False)
+        proto.normalizer_spec.add_dummy_prefix = prefix != "never"
+        tokenizer.decoder = _decoder(proto.normalizer_spec)
+    for text in symbols:
+        tokenizer.add_tokens([AddedToken(text, normalized=False, special=bool(MARKER.fullmatch(text)))])
+    return tokenizer
+
+
 def first_difference(path: Path, tokenizer: Tokenizer) -> str | None:
     """Return the first of `SAMPLES` that gets other ids than from SentencePiece, or None."""
+    return _first_difference(path.read_bytes(), tokenizer)
+
+
+def _first_difference(model: bytes, tokenizer: Tokenizer) -> str | None:
     from sentencepiece import SentencePieceProcessor
 
-    processor = SentencePieceProcessor(model_file=str(path))
+    processor = SentencePieceProcessor()
+    processor.LoadFromSerializedProto(model)
     for text in SAMPLES:
         if tokenizer.encode(text, add_special_tokens=False).ids != processor.encode(text):
             return text
     return None
 
 
-def _build(proto: Any) -> Tokenizer:
+def _parsed(model: bytes) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model)
+    return proto
+
+
+def _convertible(proto: Any) -> bool:
+    spec = proto.trainer_spec
+    return spec.model_type in (_UNIGRAM, _BPE) and not spec.treat_whitespace_as_suffix
+
+
+def _build(proto: Any, symbols_apart: bool = True) -> Tokenizer:
     tokenizer = Tokenizer(_unigram(proto) if proto.trainer_spec.model_type == _UNIGRAM else _bpe(proto))
     tokenizer.normalizer = _normalizer(proto.normalizer_spec)
     tokenizer.decoder = _decoder(proto.normalizer_spec)
     symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
-    if symbols:
+    if symbols and symbols_apart:
         # As added tokens they would be cut out before the space at the start of a text is put there.
         longest_first = "|".join(re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), "isolated")
