@@ -1,9 +1,11 @@
 """The documentation against the code: commands compose, keys exist, links and paths lead somewhere."""
 
+import json
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,11 +14,14 @@ import pytest
 from offline_align.__main__ import run
 from offline_align.config import checks
 from offline_align.config.reference import reference_page, schema_keys, stage_help
+from offline_align.data.condition import Condition
 from offline_align.stages.registry import STAGES
 from tests.runs import compose
+from tests.small_tokenizers import write_hugging_face
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = REPOSITORY / "README.md"
+INDEX = REPOSITORY / "docs" / "README.md"
 PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -125,6 +130,76 @@ def test_a_wrong_command_is_noticed(line: str, complaint: str) -> None:
     assert complaint in " ".join(problems(command))
 
 
+# Print the command instead of running it; scripts inherit these.
+STAND_INS = """
+offline-align() { printf '%q ' offline-align "$@"; echo; }
+torchrun() { printf '%q ' torchrun "$@"; echo; }
+make() { printf '%q ' make "$@"; echo; }
+export -f offline-align torchrun make
+"""
+
+
+def started_by(shell: str) -> list[list[str]]:
+    """Return the words of each command that a shell block starts, also through the scripts that it calls."""
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", STAND_INS + shell],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def make_up(words: tuple[str, ...]) -> None:
+    """Write the models and the rows that a command reads, unless they are there: a dry run looks for both."""
+    for key, _, value in (word.partition("=") for word in words):
+        for path in map(Path, value.strip("[]").split(",")):
+            if key in ("init.from", "judge.model"):
+                make_up_model(path)
+            elif key in ("data.train", "data.valid", "data.input"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text('{"prompt": "Name a prime.", "response": "2"}\n', encoding="utf-8")
+
+
+def make_up_model(folder: Path) -> None:
+    """Write a folder in Hugging Face form without weights, which no dry run reads; its name says what it holds."""
+    condition = Condition("<rm_score>{reward:.1f}", reward_limit=9.9, target_reward=5.0)
+    config = {
+        "architectures": ["LlamaForSequenceClassification" if folder.name == "reward" else "LlamaForCausalLM"],
+        "offline_align": {"condition": asdict(condition)} if folder.name == "ca" else {},
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 4096,
+        "vocab_size": 512,
+        "num_labels": 1,
+    }
+    write_hugging_face(folder)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize("shell", blocks(README.read_text(encoding="utf-8"), "bash"))
+def test_commands_of_the_readme_run_dry(
+    shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = started_by(shell)
+    assert found
+    monkeypatch.chdir(tmp_path)
+    for words in found:
+        if words[0] == "make":
+            makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
+            continue
+        command = parse([word.replace("/data/", "data/") for word in words])
+        assert command is not None, words
+        make_up(command.words)
+        ranks = [f"launcher.nproc_per_node={command.ranks}"] if command.ranks else []
+        assert run([command.stage, *command.words, *ranks, "dry_run=true"]) == 0, (words, capsys.readouterr())
+
+
 def plans() -> Iterator[tuple[str, str]]:
     """Yield every block that shows what a dry run prints, after the block of its command."""
     for page in PAGES:
@@ -193,17 +268,26 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_paths_of_the_tree_exist() -> None:
-    part = README.read_text(encoding="utf-8").split("## Where things live\n")[1].split("\n## ")[0]
+    part = INDEX.read_text(encoding="utf-8").split("## Where things live\n")[1].split("\n## ")[0]
     (tree,) = blocks(part, "")
     paths = [line.split()[0] for line in tree.splitlines()]
     assert len(paths) > 10
     assert [path for path in paths if not (REPOSITORY / path).exists()] == []
 
 
-def test_every_room_stands_in_the_tree() -> None:
-    rooms = {p.name for p in (REPOSITORY / "offline_align").iterdir() if (p / "__init__.py").is_file()}
-    text = README.read_text(encoding="utf-8")
-    assert {room for room in rooms if f"offline_align/{room}/ " not in text} == set()
+def test_every_part_of_the_package_stands_in_the_tree() -> None:
+    parts = {p.name for p in (REPOSITORY / "offline_align").iterdir() if (p / "__init__.py").is_file()}
+    text = INDEX.read_text(encoding="utf-8")
+    assert {part for part in parts if f"offline_align/{part}/ " not in text} == set()
+
+
+def test_every_page_stands_in_the_index() -> None:
+    linked = set(LINK.findall(INDEX.read_text(encoding="utf-8")))
+    assert {page.name for page in PAGES if page.parent == INDEX.parent} - linked == {INDEX.name}
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 200
 
 
 # What a stage needs besides, so that it runs; files of jobs before need not be there.
