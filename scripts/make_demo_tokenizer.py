@@ -9,7 +9,7 @@ from offline_align.data.sentencepiece_training import train_sentencepiece
 
 SEED = 1234
 NUM_ROWS = 6000
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 640
 # Words of the templates and of conditions, often enough to become pieces.
 TEMPLATE_WORDS = ("User:", "Assistant: ", "System:", "<rm_score>")
 

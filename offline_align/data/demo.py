@@ -1,8 +1,9 @@
 """The demo corpus: answers of annotators of very mixed care to the questions of `demo_language`.
 
-Small enough for a transformer of a few million parameters to learn in minutes on a CPU, yet a real
-preference problem: quality is graded, and a good answer depends on the prompt (who asks, about which
-animal, which of its facts). Everything follows from the seed.
+Small enough for a transformer of less than a million parameters to learn in seconds on a CPU, yet a real
+preference problem: quality is graded, and a good answer depends on the prompt (about which animal, which
+of its facts). What makes an answer better (a greeting, all facts, a friendly end, nothing else) is what a
+reward model of that size can learn to see. Everything follows from the seed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +18,10 @@ from offline_align.data.demo_language import (
     ASPECTS,
     CLOSINGS,
     GREETINGS,
-    NAMES,
     PROMPTS,
     RUDE,
     STATEMENTS,
     VAGUE,
-    VALUES,
     Request,
     is_demo_prompt,
     true_quality,
@@ -41,51 +40,45 @@ __all__ = [
 ASPECT_COUNT_WEIGHTS = {1: 0.15, 2: 0.35, 3: 0.35, 4: 0.15}
 LABEL_NOISE = 0.05
 SMALLEST_GAP = 0.25
-MOST_PROMPTS = 5000
-"""Evaluation prompts at most, out of about 69,000 that the language has."""
+MOST_PROMPTS = 500
+"""Evaluation prompts at most, out of the 1,440 that the language has."""
 
 
 def careful(request: Request, random: Random) -> list[str]:
-    """Return a whole answer: greeting by name, every fact, a friendly end."""
-    facts = _facts(request, request.aspects, 0.01, random)
-    return [_greeting(request.name, random), *facts, random.choice(CLOSINGS)]
+    """Return a whole answer: a greeting, every fact, a friendly end."""
+    return [random.choice(GREETINGS), *_facts(request, request.aspects), random.choice(CLOSINGS)]
 
 
 def plain(request: Request, random: Random) -> list[str]:
     """Return an answer with nearly all facts, seldom a greeting, often a friendly end."""
-    greeting = [_greeting(request.name, random)] if random.random() < 0.2 else []
+    greeting = [random.choice(GREETINGS)] if random.random() < 0.1 else []
     aspects = [aspect for aspect in request.aspects if random.random() < 0.93] or request.aspects[:1]
-    closing = [random.choice(CLOSINGS)] if random.random() < 0.6 else []
-    return [*greeting, *_facts(request, aspects, 0.04, random), *closing]
+    closing = [random.choice(CLOSINGS)] if random.random() < 0.7 else []
+    return [*greeting, *_facts(request, aspects), *closing]
 
 
 def brief(request: Request, random: Random) -> list[str]:
-    """Return an answer that stops early: about half of the facts, no greeting, hardly ever a friendly end."""
-    count = max(1, len(request.aspects) - random.choice((1, 1, 2)))
+    """Return an answer that stops early: half of the facts, no greeting, hardly ever a friendly end."""
+    count = max(1, len(request.aspects) // 2)
     closing = [random.choice(CLOSINGS)] if random.random() < 0.08 else []
-    return [*_facts(request, request.aspects[:count], 0.1, random), *closing]
+    return [*_facts(request, request.aspects[:count]), *closing]
 
 
 def careless(request: Request, random: Random) -> list[str]:
-    """Return a poor answer: wrong, about something else, repeated, vague or rude."""
-    fault = random.choice((_wrong, _repeated, _repeated, _off_topic, _off_topic, _vague, _vague))
-    greeting = [_greeting(random.choice(NAMES), random)] if random.random() < 0.1 else []
+    """Return a poor answer: about something else, repeated, vague or rude."""
+    fault = random.choice((_repeated, _off_topic, _vague))
+    greeting = [random.choice(GREETINGS)] if random.random() < 0.1 else []
     return [*greeting, *fault(request, random)]
 
 
-def _wrong(request: Request, random: Random) -> list[str]:
-    return _facts(request, request.aspects, 0.7, random)
-
-
 def _repeated(request: Request, random: Random) -> list[str]:
-    facts = _facts(request, request.aspects[: random.randint(1, 2)], 0.2, random)
+    facts = _facts(request, request.aspects[: random.randint(1, 2)])
     return [*facts, *[facts[-1]] * random.randint(2, 4)]
 
 
 def _off_topic(request: Request, random: Random) -> list[str]:
     other = replace(request, animal=random.choice([animal for animal in ANIMALS if animal != request.animal]))
-    asked = _facts(request, request.aspects[:1], 0.2, random)
-    return [*asked, *_facts(other, random.sample(ASPECTS, random.randint(2, 3)), 0.0, random)]
+    return [*_facts(request, request.aspects[:1]), *_facts(other, random.sample(ASPECTS, random.randint(2, 3)))]
 
 
 def _vague(request: Request, random: Random) -> list[str]:
@@ -93,21 +86,14 @@ def _vague(request: Request, random: Random) -> list[str]:
     return [*said, random.choice(RUDE)] if random.random() < 0.5 else said
 
 
-ANNOTATORS = {careful: 0.16, plain: 0.28, brief: 0.34, careless: 0.22}
+ANNOTATORS = {careful: 0.15, plain: 0.27, brief: 0.38, careless: 0.2}
 
 
-def _greeting(name: str, random: Random) -> str:
-    return random.choice(GREETINGS).format(name=name)
-
-
-def _facts(request: Request, aspects: Sequence[str], error_rate: float, random: Random) -> list[str]:
+def _facts(request: Request, aspects: Sequence[str]) -> list[str]:
     facts = []
     for number, aspect in enumerate(aspects):
-        value = ANIMALS[request.animal][aspect]
-        if random.random() < error_rate:
-            value = random.choice([other for other in VALUES[aspect] if other != value])
         subject = "It" if number else f"The {request.animal}"
-        facts.append(STATEMENTS[aspect].format(subject=subject, value=value))
+        facts.append(STATEMENTS[aspect].format(subject=subject, value=ANIMALS[request.animal][aspect]))
     return facts
 
 
@@ -120,7 +106,7 @@ def answer(request: Request, random: Random) -> str:
 def _draw_request(random: Random) -> Request:
     count = random.choices(list(ASPECT_COUNT_WEIGHTS), list(ASPECT_COUNT_WEIGHTS.values()))[0]
     aspects = random.choice(list(combinations(ASPECTS, count)))
-    return Request(random.choice(NAMES), random.choice(list(ANIMALS)), aspects, random.randrange(len(PROMPTS)))
+    return Request(random.choice(list(ANIMALS)), aspects, random.randrange(len(PROMPTS)))
 
 
 def _held_out_texts(count: int, seed: int) -> dict[str, Request]:

@@ -1,6 +1,6 @@
 """The language of the demo corpus: a visitor asks an animal park about an animal.
 
-Prompts and answers are plain English of less than 200 words. What a prompt asks for can be read back from its
+Prompts and answers are plain English of less than 150 words. What a prompt asks for can be read back from its
 text, so the true quality of any answer is known.
 """
 
@@ -10,39 +10,26 @@ from dataclasses import dataclass
 
 from offline_align.data.records import Message
 
-_NAMES = """
-Anna Ben Clara David Emma Felix Grace Henry Ivy Jack Kate Leo
-Mia Noah Olivia Paul Rosa Sam Tom Uma Vera Will Zoe Max
-"""
 _FACTS = """
-fox red forest mice bark running
-owl brown tower mice hoot flying
-duck green pond bread quack swimming
-frog green pond flies croak jumping
-bee yellow garden honey buzz flying
-horse brown stable hay neigh running
-wolf grey forest meat howl hunting
-lion yellow savanna meat roar hunting
-crow black tower seeds caw flying
-mouse grey barn seeds squeak hiding
-sheep white meadow grass bleat climbing
-pig pink barn apples grunt digging
-cow white meadow grass moo resting
-cat black garden fish purr climbing
-dog brown kennel meat bark digging
-bear black cave honey growl hunting
-goat white mountains leaves bleat climbing
-seal grey sea fish bark swimming
-robin red garden berries sing flying
-snake green desert eggs hiss hiding
-elephant grey savanna leaves trumpet resting
-monkey brown jungle apples chatter climbing
-whale blue sea fish sing swimming
-squirrel red park nuts chatter jumping
+fox red forest mice bark
+owl brown tower mice hoot
+duck green pond bread quack
+frog green pond flies croak
+horse brown stable hay neigh
+wolf grey forest meat howl
+lion yellow savanna meat roar
+crow black tower seeds caw
+sheep white meadow grass bleat
+pig pink barn apples grunt
+cow white meadow grass moo
+cat black garden fish purr
+dog brown barn meat bark
+bear black forest honey growl
+seal grey sea fish bark
+whale blue sea fish sing
 """
 
-ASPECTS = ("colour", "home", "food", "voice", "talent")
-NAMES = tuple(_NAMES.split())
+ASPECTS = ("colour", "home", "food", "voice")
 ANIMALS = {
     animal: dict(zip(ASPECTS, facts, strict=True))
     for animal, *facts in (row.split() for row in _FACTS.strip().splitlines())
@@ -53,15 +40,16 @@ STATEMENTS = {
     "home": "{subject} lives in the {value}.",
     "food": "{subject} eats {value}.",
     "voice": "{subject} can {value}.",
-    "talent": "{subject} is good at {value}.",
 }
 PROMPTS = (
-    "My name is {name}. Please tell me the {aspects} of the {animal}.",
-    "Hello, I am {name}. What is the {aspects} of the {animal}?",
-    "I am {name} and I would like to know the {aspects} of the {animal}.",
-    "Can you help me? My name is {name}. I want to learn the {aspects} of the {animal}.",
+    "Please tell me the {aspects} of the {animal}.",
+    "What is the {aspects} of the {animal}?",
+    "I would like to know the {aspects} of the {animal}.",
+    "Can you help me? I want to learn the {aspects} of the {animal}.",
+    "My child asks for the {aspects} of the {animal}.",
+    "We are looking for the {aspects} of the {animal}.",
 )
-GREETINGS = ("Hello {name}!", "Good day {name}!", "Welcome {name}!")
+GREETINGS = ("Hello!", "Good day!", "Welcome!")
 CLOSINGS = ("Enjoy your visit!", "Have a nice day!", "Come back soon!")
 VAGUE = ("The {animal} is an animal.", "It depends.", "I am not sure.", "Many people like it.")
 RUDE = ("I do not know.", "Look it up yourself.", "That is a silly question.")
@@ -69,16 +57,15 @@ RUDE = ("I do not know.", "Look it up yourself.", "That is a silly question.")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a prompt asks for: who asks, about which animal, which aspects of it, in which wording."""
+    """What a prompt asks for: which aspects of which animal, in which wording."""
 
-    name: str
     animal: str
     aspects: tuple[str, ...]
     wording: int
 
     def text(self) -> str:
         """Return the prompt."""
-        return PROMPTS[self.wording].format(name=self.name, animal=self.animal, aspects=_enumeration(self.aspects))
+        return PROMPTS[self.wording].format(animal=self.animal, aspects=_enumeration(self.aspects))
 
 
 def _enumeration(aspects: Sequence[str]) -> str:
@@ -88,7 +75,6 @@ def _enumeration(aspects: Sequence[str]) -> str:
 
 def _pattern(template: str) -> str:
     slots = {
-        "name": "(?P<name>[A-Z][a-z]+)",
         "animal": "(?P<animal>[a-z]+)",
         "aspects": "(?P<aspects>[a-z, ]+)",
         "value": "(?P<value>[a-z]+)",
@@ -111,13 +97,13 @@ def parse_prompt(text: str) -> Request | None:
         match = pattern.fullmatch(text)
         if match:
             aspects = tuple(re.split(r", the | and the ", match["aspects"]))
-            request = Request(match["name"], match["animal"], aspects, wording)
+            request = Request(match["animal"], aspects, wording)
             return request if _is_known(request) and request.text() == text else None
     return None
 
 
 def _is_known(request: Request) -> bool:
-    known = request.name in NAMES and request.animal in ANIMALS
+    known = request.animal in ANIMALS
     return known and len(set(request.aspects)) == len(request.aspects) and set(request.aspects) <= set(ASPECTS)
 
 
@@ -130,10 +116,10 @@ def true_quality(prompt: Sequence[Message] | str, response: str) -> float:
     """Return the true quality of a response, 0 to 10, from the texts alone.
 
     Let f be the share of requested facts stated correctly, less half of the share stated wrongly, at
-    least 0: 6 f, 1.5 for greeting the visitor by name first, 1 for a friendly last sentence, and 1.5 f
-    where the answer holds nothing else. Each fault (a sentence said twice, a fact not asked for or of
-    another animal, a wrong name, anything vague, rude or broken off) costs 0.5.
-    ValueError where the prompt is not of this corpus.
+    least 0: 6 f, 1.5 for a greeting first, 1 for a friendly last sentence, and 1.5 f if the answer holds
+    nothing else. Each fault (a sentence said twice, a fact not asked for or of another animal, a greeting
+    elsewhere, anything vague, rude or broken off) costs 0.5.
+    Raises ValueError if the prompt is not of this corpus.
     """
     text = prompt if isinstance(prompt, str) else prompt[-1].content
     request = parse_prompt(text)
@@ -141,7 +127,7 @@ def true_quality(prompt: Sequence[Message] | str, response: str) -> float:
         raise ValueError(f"true quality is known for demo prompts only, not for {text!r}")
     sentences = [sentence.strip() for sentence in _SENTENCE.findall(response) if sentence.strip()]
     stated, faults = _stated_facts(request, sentences)
-    greeted = bool(sentences) and sentences[0] in [text.format(name=request.name) for text in GREETINGS]
+    greeted = bool(sentences) and sentences[0] in GREETINGS
     closed = bool(sentences) and sentences[-1] in CLOSINGS
     faults += sum(_statement(sentence) is None for sentence in sentences) - greeted - closed
     correct = sum(value == ANIMALS[request.animal][aspect] for aspect, value in stated.items())

@@ -66,8 +66,7 @@ def test_the_chain_is_a_graph() -> None:
         "generate_fa": ["prepare", "fa"],
         "generate_rwr": ["prepare", "rwr"],
         "generate_ca": ["prepare", "ca"],
-        "generate_ca_low": ["prepare", "ca"],
-        "evaluate": ["reward", "generate_sft", "generate_fa", "generate_rwr", "generate_ca", "generate_ca_low"],
+        "evaluate": ["reward", "generate_sft", "generate_fa", "generate_rwr", "generate_ca"],
     }
     assert "4 x 8 ranks, TP 4" in graph["rwr"]
     assert "2 x 8 ranks, TP 1" in graph["label"]

@@ -8,6 +8,7 @@ deviations of the baseline's own scores, which puts two models on one scale.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,10 @@ NOTE = (
     "baseline on the same prompts; those of scores in standard deviations of the baseline's scores. At equal length "
     "is what remains of the gain where answers are as long as the baseline's, by a straight line through all methods' "
     "differences of score and length."
+)
+TRUTH_NOTE = (
+    " True quality is that of the demo corpus, in its own points from 0 to 10: a gain of score without a gain of it is "
+    "the reward model's mistake."
 )
 DIVERGENCE_NOTE = (
     " KL is the mean log-likelihood of a method's own answers under its policy less that under the baseline's, in nats "
@@ -61,10 +66,14 @@ def optimisation_section(
         measures["at_equal_length"] = equal
     if second is not None:
         measures["second_gain"] = standardised_gains(columns[1][judged], base)
+    truth = None if compared.quality is None else compared.quality.mean(axis=1)[judged]
+    if truth is not None:
+        measures["true_gain"] = truth - truth[:, [base]]
     estimates = {
         name: mean_estimates(values, settings.bootstrap_samples, settings.confidence, seed)
         for name, values in measures.items()
     }
+    reversed_pairs = [] if truth is None else reversals(scores[judged], truth, comparison.methods, settings, seed)
     others = [k for k in range(len(comparison.methods)) if k != base]
     methods: dict[str, dict[str, Any]] = {
         comparison.methods[k]: {"at_equal_length": None} | {name: asdict(v[k]) for name, v in estimates.items()}
@@ -76,8 +85,8 @@ def optimisation_section(
     return Section(
         name="optimisation",
         title="Is the gain real?",
-        note=NOTE + DIVERGENCE_NOTE * (divergence is not None),
-        findings=_findings(methods) + _distances(methods, baseline),
+        note=NOTE + TRUTH_NOTE * (truth is not None) + DIVERGENCE_NOTE * (divergence is not None),
+        findings=_findings(methods, reversed_pairs) + _distances(methods, baseline),
         content={"baseline": baseline, "second_model": second_name, "methods": methods},
         tables=[_table(methods, baseline)],
         drawings=_drawings(methods, comparison.methods),
@@ -137,10 +146,36 @@ def at_equal_length(gains: Floats, words: Floats, base: int) -> Floats | None:
     return result
 
 
-def _findings(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def reversals(
+    scores: Floats, truth: Floats, names: Sequence[str], settings: EvaluateSection, seed: int
+) -> list[tuple[str, str]]:
+    """Return the pairs (a, b) of methods of which a surely has the higher score and the lower true quality.
+
+    `scores` and `truth` [P, M]; the intervals are those of paired differences.
+    """
+    pairs = list(combinations(range(len(names)), 2))
+    differences = [np.stack([values[:, a] - values[:, b] for a, b in pairs], axis=1) for values in (scores, truth)]
+    judged, true = (
+        mean_estimates(values, settings.bootstrap_samples, settings.confidence, seed) for values in differences
+    )
+    found = []
+    for (a, b), score, quality in zip(pairs, judged, true, strict=True):
+        if score.low > 0 > quality.high:
+            found.append((names[a], names[b]))
+        elif score.high < 0 < quality.low:
+            found.append((names[b], names[a]))
+    return found
+
+
+def _findings(methods: Mapping[str, Mapping[str, Any]], reversed_pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Return which gains are in doubt; where none is, by which checks, of those that could be made."""
     lines = _doubts(methods)
-    made = {"at_equal_length": "length alone", "second_gain": "one reward model alone"}
+    lines += [f"{a} has a higher score than {b}, and a lower true quality." for a, b in reversed_pairs]
+    made = {
+        "at_equal_length": "length alone",
+        "second_gain": "one reward model alone",
+        "true_gain": "a mistake of the reward model",
+    }
     checks = [words for key, words in made.items() if all(found.get(key) for found in methods.values())]
     if not lines and checks:
         lines.append(f"No gain rests on {' or on '.join(checks)}, as far as is measured here.")
@@ -157,6 +192,9 @@ def _doubts(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
         equal = found["at_equal_length"]
         if equal is not None and equal["low"] <= 0:
             lines.append(f"{name} gains, but not surely at equal length.")
+        true = found.get("true_gain")
+        if true is not None and true["low"] <= 0:
+            lines.append(f"{name} gains by the judge, but not surely in true quality: {_interval(true)}.")
         second = found.get("second_gain")
         if second is not None and second["low"] <= 0:
             lines.append(f"{name} gains by the judge, but not surely by the second reward model.")
@@ -200,7 +238,7 @@ def _drawings(methods: Mapping[str, Mapping[str, Any]], order: Sequence[str]) ->
 
 def _table(methods: Mapping[str, Mapping[str, Any]], baseline: str) -> Table:
     names = {"gain": "gain", "at_equal_length": "at equal length", "second_gain": "second model", "words": "words"}
-    names |= {"kl": "KL", "kl_per_token": "KL a token"}
+    names |= {"true_gain": "true quality", "kl": "KL", "kl_per_token": "KL a token"}
     used = [key for key in names if any(key in found for found in methods.values())]
     rows = [[method, *(_cell(found.get(key)) for key in used)] for method, found in methods.items()]
     return Table(f"Gain over {baseline}", ["method", *(names[key] for key in used)], rows)

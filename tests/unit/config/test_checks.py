@@ -21,7 +21,7 @@ def test_defaults_have_no_problem() -> None:
 @pytest.mark.parametrize(
     ("words", "world", "line"),
     [
-        (["parallel.tensor_model_parallel_size=4"], 4, "does not divide model.num_attention_heads=6"),
+        (["parallel.tensor_model_parallel_size=8"], 8, "does not divide model.num_attention_heads=4"),
         (["parallel.tensor_model_parallel_size=2"], 3, "3 ranks cannot be divided into groups of 2"),
         (["parallel.sequence_parallel=true"], 1, "parallel.sequence_parallel=True"),
         (["parallel.context_parallel_size=2"], 3, "parallel.context_parallel_size=2: 3 ranks"),
@@ -35,8 +35,8 @@ def test_defaults_have_no_problem() -> None:
         (["optim.min_lr=1"], 1, "must not exceed optim.lr"),
         (["optim.adam_beta1=1"], 1, "optim.adam_beta1=1.0"),
         (["optim.clip_grad=-1"], 1, "optim.clip_grad=-1.0"),
-        (["model.hidden_size=100"], 1, "not a multiple of model.num_attention_heads=6"),
-        (["model.num_query_groups=4"], 1, "not a multiple of model.num_query_groups=4"),
+        (["model.hidden_size=102"], 1, "not a multiple of model.num_attention_heads=4"),
+        (["model.num_query_groups=3"], 1, "not a multiple of model.num_query_groups=3"),
         (["data.max_length=8192"], 1, "the model has 4096 positions"),
         (["data.max_length=1"], 1, "a row needs at least 2 tokens"),
         (["run.seed=-1"], 1, "run.seed=-1"),

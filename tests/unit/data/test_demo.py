@@ -12,6 +12,7 @@ import pytest
 
 from offline_align.data.demo import (
     LABEL_NOISE,
+    MOST_PROMPTS,
     SMALLEST_GAP,
     answer,
     demo_pairs,
@@ -21,26 +22,27 @@ from offline_align.data.demo import (
     is_demo_prompt,
     true_quality,
 )
-from offline_align.data.demo_language import ANIMALS, ASPECTS, NAMES, PROMPTS, Request, parse_prompt
+from offline_align.data.demo_language import ANIMALS, ASPECTS, PROMPTS, STATEMENTS, Request, parse_prompt
 from offline_align.data.records import Message
 from tests.support import REPOSITORY
 
-PROMPT = "My name is Mia. Please tell me the colour, the home and the food of the fox."
-FIRST_PROMPT = "I am Grace and I would like to know the colour, the home, the food and the voice of the monkey."
-FIRST_RESPONSE = "The monkey is an animal. It depends. I am not sure."
+PROMPT = "Please tell me the colour, the home and the food of the fox."
+FIRST_PROMPT = "We are looking for the colour, the home, the food and the voice of the lion."
+FIRST_RESPONSE = "The lion is yellow. It lives in the savanna."
 FACTS = "The fox is red. It lives in the forest. It eats mice."
 
 
 @pytest.mark.parametrize(
     ("response", "quality"),
     [
-        (f"Hello Mia! {FACTS} Have a nice day!", 10),
-        (f"Good day Mia! {FACTS}", 9),
+        (f"Hello! {FACTS} Have a nice day!", 10),
+        (f"Good day! {FACTS}", 9),
         (f"{FACTS} Come back soon!", 8.5),
         (FACTS, 7.5),
         ("It eats mice. The fox lives in the forest. It is red.", 7.5),
-        (f"Hello Ben! {FACTS}", 5.5),
-        (f"{FACTS} Hello Mia!", 5.5),
+        (f"Hello Mia! {FACTS}", 5.5),
+        (f"{FACTS} Hello!", 5.5),
+        (f"Hello! Welcome! {FACTS}", 7),
         (f"{FACTS} It eats mice.", 5.5),
         (f"{FACTS} It can bark.", 5.5),
         (f"{FACTS} The fox is an animal.", 5.5),
@@ -51,7 +53,7 @@ FACTS = "The fox is red. It lives in the forest. It eats mice."
         ("The fox is red.", 2.5),
         ("The whale is red. It lives in the forest. It eats mice.", 0),
         ("The fox is red. The whale is blue. It eats mice.", 1),
-        ("Hello Mia! Have a nice day!", 2.5),
+        ("Hello! Have a nice day!", 2.5),
         ("I do not know.", 0),
         ("", 0),
         ("red forest mice", 0),
@@ -64,15 +66,16 @@ def test_true_quality_counts_what_it_says(response: str, quality: float) -> None
 
 
 def test_a_good_answer_depends_on_the_prompt() -> None:
-    best = f"Hello Mia! {FACTS} Have a nice day!"
-    others = [PROMPT.replace("Mia", "Ben"), PROMPT.replace("fox", "wolf"), PROMPT.replace("food", "voice")]
+    best = f"Hello! {FACTS} Have a nice day!"
+    shorter = PROMPT.replace("colour, the home and the food", "food")
+    others = [PROMPT.replace("fox", "wolf"), PROMPT.replace("food", "voice"), shorter]
     assert all(true_quality(other, best) < 9 for other in others)
 
 
 @pytest.mark.parametrize("wording", range(len(PROMPTS)))
 @pytest.mark.parametrize("aspects", [ASPECTS[:1], ASPECTS[1:3], ASPECTS])
 def test_prompts_are_read_back(wording: int, aspects: tuple[str, ...]) -> None:
-    request = Request("Zoe", "whale", aspects, wording)
+    request = Request("whale", aspects, wording)
     assert parse_prompt(request.text()) == request
 
 
@@ -83,7 +86,6 @@ def test_prompts_are_read_back(wording: int, aspects: tuple[str, ...]) -> None:
         "",
         PROMPT + " ",
         PROMPT.replace("fox", "unicorn"),
-        PROMPT.replace("Mia", "Nobody"),
         PROMPT.replace("food", "colour"),
         PROMPT.replace("food", "weight"),
         PROMPT.replace("colour, the", "colour the"),
@@ -97,7 +99,7 @@ def test_other_prompts_have_no_true_quality(text: str) -> None:
 
 def test_every_animal_has_every_fact() -> None:
     assert all(set(facts) == set(ASPECTS) for facts in ANIMALS.values())
-    assert len(set(map(str, ANIMALS.values()))) == len(ANIMALS) == len(NAMES) == 24
+    assert len(set(map(str, ANIMALS.values()))) == len(ANIMALS) == 16
 
 
 def test_samples_are_of_mixed_quality() -> None:
@@ -107,9 +109,9 @@ def test_samples_are_of_mixed_quality() -> None:
     assert 4.8 < mean(qualities) < 6
     assert min(qualities) == 0
     assert max(qualities) == 10
-    assert len(set(qualities)) > 25
+    assert len(set(qualities)) >= 25
     for low, high in ((0, 2), (2, 4), (4, 6), (6, 8), (8, 10.1)):
-        assert 0.08 < mean(low <= quality < high for quality in qualities) < 0.35
+        assert 0.05 < mean(low <= quality < high for quality in qualities) < 0.37
 
 
 def test_the_better_answer_is_chosen_but_for_the_noise() -> None:
@@ -119,6 +121,14 @@ def test_the_better_answer_is_chosen_but_for_the_noise() -> None:
     assert min(map(abs, gaps)) >= SMALLEST_GAP - 0.001
     assert mean(abs(gap) < 2 for gap in gaps) > 0.1
     assert all(row["quality_chosen"] == round(true_quality(row["prompt"], row["chosen"]), 3) for row in rows)
+
+
+def test_nobody_states_a_wrong_value() -> None:
+    """A reward model of the demo's size would not learn to see it, so no trait of the corpus rests on it."""
+    text = " ".join(row["response"] for row in demo_samples(2000, seed=5, held_out=50))
+    said = re.findall(r"The [a-z]+ (?:is [a-z]+|lives in the [a-z]+|eats [a-z]+|can [a-z]+)\.", text)
+    known = [(f"The {animal}", facts) for animal, facts in ANIMALS.items()]
+    assert set(said) == {STATEMENTS[a].format(subject=s, value=v) for s, facts in known for a, v in facts.items()}
 
 
 def test_length_alone_does_not_decide() -> None:
@@ -146,16 +156,17 @@ def test_alignment_can_be_seen_in_greedy_answers() -> None:
     sentences = [re.findall(r"[^.!?]+[.!?]", text) for text in answers]
     sentences = [[sentence.strip() for sentence in row] for row in sentences]
     qualities = [true_quality(PROMPT, greedy(rows)) for rows in (sentences, sentences[1500:], sentences[-300:])]
-    assert 4 < qualities[0] < qualities[1] < qualities[2] == 10
-    assert true_quality(PROMPT, greedy(sentences[:600])) < 2
+    assert 2 < qualities[0] < qualities[1] - 3
+    assert qualities[1] < qualities[2] == 10
+    assert true_quality(PROMPT, greedy(sentences[:300])) < 2
 
 
 def test_evaluation_prompts_are_kept_out_of_training() -> None:
-    prompts = [row["prompt"] for row in demo_prompts(2000, seed=5)]
-    assert len(set(prompts)) == 2000
+    prompts = [row["prompt"] for row in demo_prompts(MOST_PROMPTS, seed=5)]
+    assert len(set(prompts)) == MOST_PROMPTS
     assert all(map(is_demo_prompt, prompts))
     assert prompts[:160] == [row["prompt"] for row in demo_prompts(160, seed=5)]
-    rows = [*demo_samples(4000, 5, held_out=2000), *demo_pairs(4000, 5, held_out=2000)]
+    rows = [*demo_samples(4000, 5, held_out=MOST_PROMPTS), *demo_pairs(4000, 5, held_out=MOST_PROMPTS)]
     assert not {row["prompt"] for row in rows} & set(prompts)
     without = {row["prompt"] for row in demo_samples(4000, 5, held_out=0)}
     assert without & set(prompts), "the check above would hold by chance"
@@ -185,7 +196,7 @@ def test_demo_rows_are_short_in_tokens_and_any_text_survives() -> None:
     from offline_align.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(demo_tokenizer_path())
-    assert tokenizer.vocab_size == 1024
+    assert tokenizer.vocab_size == 640
     rows = list(demo_samples(500, 7, 0))
     assert max(len(tokenizer.encode(row["prompt"])) for row in rows) <= 32
     assert max(len(tokenizer.encode(row["response"])) for row in rows) <= 48

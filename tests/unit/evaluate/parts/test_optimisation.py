@@ -7,7 +7,12 @@ from offline_align.config.sections import EvaluateSection, OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.evaluate.comparison import load_comparison
 from offline_align.evaluate.divergence import Divergence
-from offline_align.evaluate.parts.optimisation import at_equal_length, optimisation_section, standardised_gains
+from offline_align.evaluate.parts.optimisation import (
+    at_equal_length,
+    optimisation_section,
+    reversals,
+    standardised_gains,
+)
 from offline_align.evaluate.results import Compared, Judgement
 from offline_align.evaluate.sections import Section
 from offline_align.evaluate.statistics import Floats
@@ -23,6 +28,7 @@ def section(
     second: Floats | None = None,
     divergence: Divergence | None = None,
     spread: int = 5,
+    truth: Floats | None = None,
 ) -> Section | None:
     """Return the section for answers of one word by sft, of 2 to 1 + `spread` words by fa."""
     files = []
@@ -32,7 +38,8 @@ def section(
     comparison = load_comparison(files, BadRows(OnBadRow.fail, None))
     judgement = Judgement("rm", scores[:, None, :], {})
     others = None if second is None else second[:, None, :]
-    return optimisation_section(Compared(comparison, judgement), SETTINGS, 0, others, "runs/other", divergence)
+    quality = None if truth is None else truth[:, None, :]
+    return optimisation_section(Compared(comparison, judgement, quality), SETTINGS, 0, others, "runs/other", divergence)
 
 
 def noise(seed: int) -> Floats:
@@ -59,6 +66,38 @@ def test_without_a_second_model_length_alone_is_looked_at(write_run: WriteRun) -
     assert found is not None
     assert "second_gain" not in found.content["methods"]["fa"]
     assert found.findings == ["No gain rests on length alone, as far as is measured here."]
+
+
+def test_a_gain_that_true_quality_shares_is_real(write_run: WriteRun) -> None:
+    gain = np.array([0.0, 3.0])
+    found = section(write_run, noise(0) + gain, truth=noise(1) + gain)
+    assert found is not None
+    assert found.content["methods"]["fa"]["true_gain"]["low"] > 1
+    assert found.findings == [
+        "No gain rests on length alone or on a mistake of the reward model, as far as is measured here."
+    ]
+    assert found.tables[0].header[-2:] == ["words", "true quality"]
+
+
+@pytest.mark.parametrize(("true_gain", "lines"), [(0.0, 1), (-3.0, 2)])
+def test_a_reward_that_truth_does_not_follow_is_found(write_run: WriteRun, true_gain: float, lines: int) -> None:
+    """The reward model is gamed: its score rises by three deviations, the true quality stays or falls."""
+    found = section(write_run, noise(0) + np.array([0.0, 3.0]), truth=noise(1) + np.array([0.0, true_gain]))
+    assert found is not None
+    assert len(found.findings) == lines
+    assert found.findings[0].startswith("fa gains by the judge, but not surely in true quality: ")
+    worse = "fa has a higher score than sft, and a lower true quality."
+    assert found.findings[1:] == [worse] * (lines - 1)
+
+
+def test_an_order_that_truth_reverses_is_found() -> None:
+    """Both methods gain over the baseline, and yet the judge's favourite is the worse of the two."""
+    scores = np.random.default_rng(0).normal(size=(PROMPTS, 3)) + np.array([0.0, 2.0, 4.0])
+    truth = np.random.default_rng(1).normal(size=(PROMPTS, 3)) + np.array([0.0, 4.0, 2.0])
+    names = ["sft", "fa", "ca"]
+    assert reversals(scores, truth, names, SETTINGS, 0) == [("ca", "fa")]
+    assert reversals(scores[:, ::-1], truth[:, ::-1], names[::-1], SETTINGS, 0) == [("ca", "fa")]
+    assert reversals(scores, scores, names, SETTINGS, 0) == []
 
 
 @pytest.mark.parametrize("second", [None, noise(1) + np.array([0.0, 3.0])])
