@@ -328,5 +328,5 @@ def test_a_name_that_nobody_has_and_a_server_without_tls_end_the_run(
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     section = JudgeSection(JudgeKind.openai, "m", "http://judge.invalid/v1", retries=0)
-    with pytest.raises(ConfigError, match="Name or service not known"):
+    with pytest.raises(ConfigError, match="cannot be reached: .*Name or service not known"):
         served_model_judge(section, tmp_path, 0).score(make_samples(1))
