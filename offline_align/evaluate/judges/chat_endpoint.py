@@ -91,6 +91,8 @@ class ChatEndpoint:
     _form: Form = Form()
     _answers: bool = False
     """Whether any completion has come."""
+    _end: AlignError | None = None
+    """Why nothing more is asked."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, messages: Messages) -> Reply:
@@ -101,14 +103,20 @@ class ChatEndpoint:
         """
         from openai import APIError
 
+        if self._end is not None:
+            raise self._end
         try:
             return self._send_adapted(messages, self.retries)
         except NoCompletion as error:
             if self._answers or self._answers_another():
                 return Reply("", f"no chat completion: {self._said(str(error))}")
-            raise self._unusable(f"answers with no chat completion: {error}") from error
+            self._end = self._unusable(f"answers with no chat completion: {error}")
+            raise self._end from error
         except APIError as error:
-            raise self._meaning(error) from error
+            meaning = self._meaning(error)
+            if isinstance(meaning, AlignError):
+                self._end = meaning
+            raise meaning from error
 
     def _meaning(self, error: "APIError") -> Refused | AlignError:
         scope, words = scope_of(error), self._said(words_of(error))

@@ -213,7 +213,7 @@ def test_what_no_question_survives_ends_the_run_at_once(
     assert "\n" not in str(error.value)
     assert KEY not in str(error.value)
     assert "judge.base_url" in str(error.value)
-    assert len(endpoint.bodies) <= 4
+    assert len(endpoint.bodies) <= 2, "the question, and a harmless one"
 
 
 def test_every_question_refused_is_no_result(endpoint: Endpoint, tmp_path: Path) -> None:
