@@ -91,6 +91,8 @@ class ChatEndpoint:
     _form: Form = Form()
     _answers: bool = False
     """Whether any completion has come."""
+    _end: AlignError | None = None
+    """Why nothing more is asked."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, messages: Messages) -> Reply:
@@ -101,25 +103,32 @@ class ChatEndpoint:
         """
         from openai import APIError
 
+        if self._end is not None:
+            raise self._end
         try:
             return self._send_adapted(messages, self.retries)
         except NoCompletion as error:
             if self._answers or self._answers_another():
                 return Reply("", f"no chat completion: {self._said(str(error))}")
-            raise self._unusable(f"with no chat completion: {error}") from error
+            self._end = self._unusable(f"answers with no chat completion: {error}")
+            raise self._end from error
         except APIError as error:
-            raise self._meaning(error) from error
+            meaning = self._meaning(error)
+            if isinstance(meaning, AlignError):
+                self._end = meaning
+            raise meaning from error
 
     def _meaning(self, error: "APIError") -> Refused | AlignError:
         scope, words = scope_of(error), self._said(words_of(error))
+        said = f"answers {words}" if hasattr(error, "status_code") else f"cannot be reached: {words}"
         if scope is Scope.run:
-            return self._unusable(words)
+            return self._unusable(said)
         if scope is Scope.question and self._answers:
             return Refused(problem_of(error), words)
         if scope is not Scope.moment and self._answers_another():
             return Refused(problem_of(error), words)
         if scope in (Scope.question, Scope.forbidden):
-            return self._unusable(words)
+            return self._unusable(said)
         return StoppedEarly(
             f"judge.base_url={self.client.base_url}: no verdict after {self.retries} retries "
             f"({type(error).__name__}: {words}); run the same command again: verdicts so far are kept"
@@ -127,7 +136,7 @@ class ChatEndpoint:
 
     def _unusable(self, words: str) -> ConfigError:
         return ConfigError(
-            f"judge.model={self.model}: {self.client.base_url} answers {self._said(words)}; check judge.model, "
+            f"judge.model={self.model}: {self.client.base_url} {self._said(words)}; check judge.model, "
             "judge.base_url, OPENAI_API_KEY and its credit, and run again: verdicts so far are kept"
         )
 

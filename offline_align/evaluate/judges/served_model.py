@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -101,7 +101,7 @@ class ServedModelJudge:
         }
 
     def _judge(self, key: str, messages: Messages, question: Question) -> Verdict:
-        known = self.cache.get(key)
+        known = self._known(key, len(question.shown))
         if known is not None:
             return known
         verdict = self._ask(key, question.samples[0].id, messages, len(question.shown))
@@ -109,6 +109,12 @@ class ServedModelJudge:
             log.warning("%s: no verdict: %s: %s", verdict.id, verdict.problem, shortened(verdict.reply))
         self.cache.add(verdict)
         return verdict
+
+    def _known(self, key: str, count: int) -> Verdict | None:
+        """Return a kept verdict by what its reply says today: earlier versions may have read it otherwise."""
+        kept = self.cache.get(key)
+        found = verdict_text.parse(kept.reply, count) if kept else None
+        return replace(kept, scores=found) if kept and found else None
 
     def _ask(self, key: str, set_id: str, messages: Messages, count: int) -> Verdict:
         request, text, problem, attempt, sent, received = messages, "", "", 0, 0, 0

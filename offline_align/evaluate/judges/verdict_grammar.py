@@ -93,17 +93,13 @@ def _entries(line: str) -> list[Entry] | None:
     names = list(_NAME.finditer(line))
     if not names or not _BEFORE.fullmatch(line[: names[0].start()]):
         return None
-    ends = [name.start() for name in names[1:]] + [len(line)]
-    scores = [_SCORE.fullmatch(line[name.end() : end]) for name, end in zip(names, ends, strict=True)]
-    return (
-        [
-            (_key(name["name"]), float(score[1].replace(",", ".")))
-            for name, score in zip(names, scores, strict=True)
-            if score
-        ]
-        if all(scores)
-        else None
-    )
+    found: list[Entry] = []
+    for name, end in zip(names, [n.start() for n in names[1:]] + [len(line)], strict=True):
+        score = _SCORE.fullmatch(line[name.end() : end])
+        if score is None:
+            return None
+        found.append((_key(name["name"]), float(score[1].replace(",", "."))))
+    return found
 
 
 def _key(name: str) -> str:

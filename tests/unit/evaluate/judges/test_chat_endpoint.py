@@ -213,7 +213,7 @@ def test_what_no_question_survives_ends_the_run_at_once(
     assert "\n" not in str(error.value)
     assert KEY not in str(error.value)
     assert "judge.base_url" in str(error.value)
-    assert len(endpoint.bodies) <= 4
+    assert len(endpoint.bodies) <= 2, "the question, and a harmless one"
 
 
 def test_every_question_refused_is_no_result(endpoint: Endpoint, tmp_path: Path) -> None:
@@ -328,5 +328,5 @@ def test_a_name_that_nobody_has_and_a_server_without_tls_end_the_run(
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     section = JudgeSection(JudgeKind.openai, "m", "http://judge.invalid/v1", retries=0)
-    with pytest.raises(ConfigError, match="Name or service not known"):
+    with pytest.raises(ConfigError, match="cannot be reached: .*Name or service not known"):
         served_model_judge(section, tmp_path, 0).score(make_samples(1))

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,20 @@ def test_verdicts_are_never_asked_for_twice(endpoint: Endpoint, tmp_path: Path) 
     assert again.score(make_samples(6)) == [1.0, 3.0, 5.0] * 6
     assert len(endpoint.bodies) == 6
     assert again.describe()["prompt_tokens"] == 600
+
+
+def test_kept_replies_are_read_anew(endpoint: Endpoint, tmp_path: Path) -> None:
+    first = make_judge(endpoint, tmp_path, form=JudgeForm.single)
+    first.score(make_samples(1))
+    again, draft, same = (first.cache.get(key) for key in {v.key: 0 for v in first._verdicts})
+    assert again and draft and same
+    first.cache.add(replace(again, scores=[9.0], reply="Assistant A: 9\nWait: Assistant A deserves 2"))
+    first.cache.add(replace(draft, scores=[9.0], reply="Assistant A: 9\nNo:\nAssistant A: 2 (wrong)"))
+    asked = len(endpoint.bodies)
+    judge = make_judge(endpoint, tmp_path, form=JudgeForm.single)
+    judge.score(make_samples(1))
+    assert len(endpoint.bodies) == asked + 1
+    assert [v.scores for v in judge._verdicts] == [again.scores, [2.0], same.scores]
 
 
 def test_the_key_is_sent_but_never_written(
