@@ -21,7 +21,7 @@ import numpy.typing as npt
 from offline_align.config.sections import DataSection, TooLong
 from offline_align.data.ahead import prepared_ahead
 from offline_align.data.records import Message, PreferencePair
-from offline_align.data.template import Part, Renderer
+from offline_align.data.template import Renderer, Span
 from offline_align.data.token_store import KEPT, REFUSED, TRUNCATED, Fresh, StoredTokens, responses, stored
 from offline_align.errors import DataError
 from offline_align.progress import Meter
@@ -29,7 +29,7 @@ from offline_align.progress import Meter
 if TYPE_CHECKING:
     from offline_align.methods import TrainingRow
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of every key: a change of how ids are made, or of what is stored beside them, must change it."""
 
 ROWS_PER_BATCH = 512
@@ -57,7 +57,7 @@ class _Limits:
 class _Rendered:
     """One dialogue as text, before it is encoded."""
 
-    sequences: list[list[Part]]
+    sequences: list[Span]
     """The context and every target; nothing where the template refuses the dialogue."""
     status: str
     responses: int
@@ -220,6 +220,8 @@ def _key(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) ->
         FORMAT_VERSION,
         renderer.tokenizer.content_hash,
         renderer.template,
+        str(renderer.day),
+        str(renderer.reading),
         limits.max_length,
         limits.too_long,
         limits.least_target,
@@ -239,7 +241,7 @@ def _tokenize(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limit
     """
 
     def encode(rows: list[_Rendered]) -> tuple[list[_Rendered], list[list[int]]]:
-        return rows, renderer.encode([parts for row in rows for parts in row.sequences])
+        return rows, renderer.encode([span for row in rows for span in row.sequences])
 
     batches = ([_render(dialogue, renderer) for dialogue in batch] for batch in batched(dialogues, ROWS_PER_BATCH))
     with (
@@ -254,9 +256,7 @@ def _tokenize(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limit
 def _render(dialogue: _Dialogue, renderer: Renderer) -> _Rendered:
     prompt, responses, condition = dialogue
     try:
-        sequences = [renderer.context_parts(prompt, condition)]
-        sequences += [renderer.target_parts(prompt, response) for response in responses]
-        return _Rendered(sequences, KEPT, len(responses), condition)
+        return _Rendered(renderer.spans(prompt, responses, condition), KEPT, len(responses), condition)
     except DataError as error:
         return _Rendered([], f"{REFUSED}{error}", len(responses), condition)
 
@@ -280,16 +280,21 @@ def _fit(ids: list[list[int]], condition: str, renderer: Renderer, limits: _Limi
 
     Cut is the left of the context: begin of sequence, the request for the answer and the condition stay.
     """
-    context, targets = ids[0], [renderer.finish_target(target) for target in ids[1:]]
-    if min(map(len, targets)) < limits.least_target:
+    rows = renderer.rows(ids)
+    if min(len(target) for _, target in rows) < limits.least_target:
         return [], "no_target"
-    room = limits.max_length - max(map(len, targets))
+    room = limits.max_length - max(len(target) for _, target in rows)
     status = KEPT
-    if len(context) > room:
+    if max(len(context) for context, _ in rows) > room:
         start = renderer.start_ids
         if room < len(start) + renderer.tail_tokens(condition):
             return [], "response_too_long"
         if limits.too_long is TooLong.drop:
             return [], "too_long"
-        context, status = start + context[len(context) - room + len(start) :], TRUNCATED
-    return [(context + target, len(context)) for target in targets], status
+        rows, status = [(_cut(context, room, start), target) for context, target in rows], TRUNCATED
+    return [(context + target, len(context)) for context, target in rows], status
+
+
+def _cut(context: list[int], room: int, start: list[int]) -> list[int]:
+    """Return the context in at most `room` tokens, begin of sequence kept."""
+    return context if len(context) <= room else start + context[len(context) - room + len(start) :]

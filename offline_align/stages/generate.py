@@ -126,7 +126,7 @@ def _generate(
     logger.info("first prompt, as the model sees it: %r", origin.tokenizer.decode(work.requests[0].context))
     journal = Journal(run_dir, key.continuation, ranks.dp_rank)
     with journal.timed(ranks.is_main):
-        _answer_missing(config, origin, engine, work, journal, ranks)
+        _answer_missing(config, origin, engine, work, journal, ranks, renderer.end_ids)
 
     def finish() -> None:
         output = run_dir / "generations.jsonl"
@@ -146,6 +146,7 @@ def _answer_missing(
     work: Workload,
     journal: Journal,
     ranks: Any,
+    end_ids: frozenset[int],
 ) -> None:
     """Answer what the journal lacks, each rank its share; raises StoppedEarly, on all ranks, on request."""
     from offline_align.distributed.stopping import stop_requests
@@ -158,7 +159,7 @@ def _answer_missing(
     done = ranks.from_main(look)
     if not missing(work.requests, done):
         return
-    loaded = _load_engine(config, origin, engine, ranks)
+    loaded = _load_engine(config, origin, engine, ranks, end_ids)
     own = share(work.requests, loaded.batch_size, done, ranks.dp_rank, ranks.dp_size)
     with stop_requests(config.trainer.max_time) as stop:
         finished = ranks.gather(answer_all(loaded, own, journal, stop, ranks.is_main))
@@ -167,7 +168,9 @@ def _answer_missing(
         raise StoppedEarly(f"stopped after {answered} of {len(work.requests)} answers, saved: run it again")
 
 
-def _load_engine(config: GenerateRun, origin: Origin, engine: EngineName, ranks: Any) -> Engine:
+def _load_engine(
+    config: GenerateRun, origin: Origin, engine: EngineName, ranks: Any, end_ids: frozenset[int]
+) -> Engine:
     from offline_align.distributed.setup import uses_bf16
     from offline_align.generate.engines import load_engine
     from offline_align.stages.huggingface_form import cached
@@ -182,6 +185,7 @@ def _load_engine(config: GenerateRun, origin: Origin, engine: EngineName, ranks:
         device=ranks.device,
         bf16=uses_bf16(config.trainer.precision, ranks.device),
         max_length=config.data.max_length,
+        end_ids=end_ids,
     )
 
 

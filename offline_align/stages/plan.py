@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import batched
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -109,14 +109,14 @@ def _token_sizes(rows: Sequence[LabelledSample], renderer: Renderer, max_length:
     """Return sizes in tokens, rows over `max_length` counted as cut to it."""
     lengths: list[int] = []
     targets: list[int] = []
-    batches = iter(rows)
-    while batch := list(islice(batches, ROWS_PER_BATCH)):
-        contexts = renderer.encode([renderer.context_parts(row.prompt) for row in batch])
-        encoded = renderer.encode([renderer.target_parts(row.prompt, row.response) for row in batch])
-        targets += [min(max_length, len(renderer.finish_target(ids))) for ids in encoded]
-        lengths += [min(max_length, len(ids)) for ids in contexts]
+    for batch in batched(rows, ROWS_PER_BATCH):
+        spans = [renderer.spans(row.prompt, [row.response]) for row in batch]
+        ids = renderer.encode([span for row in spans for span in row])
+        tokens = [renderer.rows(pair)[0] for pair in batched(ids, 2)]
+        targets += [min(max_length, len(target)) for _, target in tokens]
+        lengths += [min(max_length, len(context)) for context, _ in tokens]
     both = [min(max_length, context + target) for context, target in zip(lengths, targets, strict=True)]
-    return Sizes("tokens", both, targets, lambda text: len(renderer.tokenizer.encode(text, special=True)))
+    return Sizes("tokens", both, targets, renderer.condition_tokens)
 
 
 def _character_sizes(rows: Sequence[LabelledSample]) -> Sizes:
