@@ -89,3 +89,53 @@ def write_hugging_face(folder: Path, chat_template: Any = CHATML, adds_bos: bool
         settings["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | config), encoding="utf-8")
     return folder
+
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "spaces": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+    ),
+    "touching": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    ),
+    "empty_thought": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}"
+        "<think>\n\n</think>\n\n{% endif %}{{ m['content'].split('</think>')[-1].lstrip('\n') }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "thoughts": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last and "
+        "'</think>' not in m['content'] %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "headings": (
+        "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+    ),
+}
+"""Chat templates that write something around an answer, or nothing."""
+
+
+def with_spaces_in_front(folder: Path, form: str, chat_template: str, **config: Any) -> Path:
+    """Write a `tokenizer.json` that puts a space in front of text, by one of three rules, and return its folder.
+
+    `prepend` and `always` do it behind special tokens too, `first` at the start of a text alone.
+    """
+    from tokenizers import AddedToken
+
+    from offline_align.data.sentencepiece_fast import convert
+
+    fast = convert(write_sentencepiece(folder / "source"))
+    assert fast is not None
+    fast.add_special_tokens([AddedToken(text, normalized=False) for text in ("<|im_start|>", "<|im_end|>")])
+    definition = json.loads(fast.to_str())
+    if form != "prepend":
+        definition["normalizer"] = None
+        definition["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": form, "split": False}
+    (folder / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": chat_template} | config))
+    return folder

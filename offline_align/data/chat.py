@@ -7,13 +7,13 @@ rendering as plain text. All other dialogues get exactly the stock rendering.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import date, datetime, time
 from functools import lru_cache, partial
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Environment, Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -24,15 +24,21 @@ from offline_align.errors import ConfigError, DataError
 PRIVATE_USE = range(0x100000, 0x10FFFE)
 """Code points of Unicode's last plane, which no standard assigns."""
 
+_CLOCK = "strftime_now"
+_MARKER = chr(PRIVATE_USE[-1])
+"""Stands for an answer where what is written around it is looked for."""
+
 Piece = tuple[str, bool]
 """Text, and whether special-token strings in it are special tokens."""
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer."""
+    """The chat template of a tokenizer, rendered on `day` (today's where that is None)."""
 
-    def __init__(self, source: str, named_tokens: Mapping[str, str], special_texts: Sequence[str]) -> None:
-        self._template = _compile(source)
+    def __init__(
+        self, source: str, named_tokens: Mapping[str, str], special_texts: Sequence[str], day: date | None = None
+    ) -> None:
+        self._template = _compile(source, day)
         self._named_tokens = dict(named_tokens)
         longest_first = sorted(set(special_texts), key=len, reverse=True)
         self._special_texts = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -47,6 +53,31 @@ class ChatTemplate:
         shielded, shields = self._shield(messages)
         text = self._prompt_text(tuple(shielded)) if generation_prompt else self._run(shielded, generation_prompt)
         return _pieces(text, shields)
+
+    def whole(self, messages: Sequence[Message]) -> list[Piece]:
+        """Return the pieces of a dialogue that ends with its answer. Raises as `prompt`."""
+        return self.prompt(messages, generation_prompt=False)
+
+    def around(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """Return what the template writes before and behind an answer to `messages`; nothing where it cannot be told.
+
+        A template can write other things around other answers; this is said of one that is a plain word.
+        """
+        try:
+            pieces = self.answer(messages, _MARKER)
+        except (DataError, ConfigError):  # a template for prompts alone can be generated with
+            return "", ""
+        before, marker, behind = "".join(text for text, _ in pieces).partition(_MARKER)
+        return (before, behind) if marker and _MARKER not in behind else ("", "")
+
+    def without_special(self, text: str) -> str:
+        """Return `text` as decoding shows it."""
+        return self._special_texts.sub("", text) if self._special_texts else text
+
+    def first_special(self, text: str) -> tuple[str, str | None]:
+        """Return what stands before the first special token of `text`, and this token, if there is one."""
+        found = self._special_texts.search(text) if self._special_texts else None
+        return (text[: found.start()], found[0]) if found else (text, None)
 
     def answer(self, messages: Sequence[Message], response: str) -> list[Piece]:
         """Return the pieces that the template writes after `prompt(messages)` for this response.
@@ -109,15 +140,44 @@ class Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _compile(source: str) -> Template:
+def uses_date(source: str) -> bool:
+    """Return whether a template writes the day on which it is rendered; raises as `ChatTemplate`."""
+    return _CLOCK in meta.find_undeclared_variables(_parsed(_environment(), source))
+
+
+def with_day(source: str, day: date) -> str | None:
+    """Return a template that writes `day` whenever it is rendered, or None where it computes the form of the date."""
+    calls = [
+        call.args
+        for call in _parsed(_environment(), source).find_all(nodes.Call)
+        if isinstance(call.node, nodes.Name) and call.node.name == _CLOCK
+    ]
+    if not all(len(args) == 1 and isinstance(args[0], nodes.Const) for args in calls):
+        return None
+    forms = {args[0].value: _on(day)(args[0].value) for args in calls if isinstance(args[0], nodes.Const)}
+    written = json.dumps(forms, ensure_ascii=False)
+    return f"{{%- macro {_CLOCK}(form) -%}}{{{{ {written}[form] }}}}{{%- endmacro -%}}\n{source}"
+
+
+def _compile(source: str, day: date | None) -> Template:
+    environment = _environment()
+    environment.globals[_CLOCK] = _strftime_now if day is None else _on(day)
+    _parsed(environment, source)
+    return environment.from_string(source)
+
+
+def _environment() -> Environment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _parsed(environment: Environment, source: str) -> nodes.Template:
     try:
-        return environment.from_string(source)
+        return environment.parse(source)
     except TemplateError as error:
         raise ConfigError(f"model.tokenizer: its chat template is not valid Jinja: {error}") from error
 
@@ -128,6 +188,11 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
+
+
+def _on(day: date) -> Callable[[str], str]:
+    """Return the clock of a template that stands still at the beginning of `day`."""
+    return datetime.combine(day, time()).strftime
 
 
 def _tojson(

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from offline_align.data.tokenizer import MARKER
+from offline_align.data.sentencepiece_model import MARKER
 
 SPACE = "▁"
 # Piece types and model types of SentencePiece's own format description.

@@ -3,18 +3,25 @@
 The paper's (section 4): `User:{instruction}Assistant: {response}`. Earlier answers end with end of
 sequence, a system message stands first as `System:{text}`, and Conditional Alignment puts its
 condition between `Assistant: ` and the response (Eq. 6). Context, condition and response are encoded
-each by itself, in training as in generation, so no token ever reaches over a boundary.
+each by itself, in training as in generation, so no token ever reaches over a boundary. What stands
+behind other text is encoded so: without the space that some tokenizers put in front of a text.
+
+Reward models of others are read as `transformers` reads them, see `Reading`.
 
 Begin of sequence: the paper's template has none. It is put first only where the rules of a
 `tokenizer.json` say so, because models with such a rule were never trained without it; a SentencePiece
 model has no such rule. A chat template writes its own.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 
 from offline_align.config.sections import Template
-from offline_align.data.chat import ChatTemplate, Piece
+from offline_align.data.chat import ChatTemplate, Piece, uses_date
+from offline_align.data.frame import Frame
+from offline_align.data.prefix import After
 from offline_align.data.records import Message
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import ConfigError
@@ -25,42 +32,85 @@ PREFIXES = {"system": "System:", "user": "User:"}
 Part = Piece | int
 """A piece of text, or the id of a token."""
 
+_QUESTION = (Message("user", "a"),)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What is encoded into one list of ids."""
+
+    parts: list[Part]
+    after: After = After.nothing
+    """What the first part stands behind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a reward model of others reads a dialogue.
+
+    Its ids are those of `apply_chat_template(prompt and answer, tokenize=True)`, which encodes the whole text at once,
+    and `AutoModelForSequenceClassification` takes the score from the last token that is not padding.
+    """
+
+    pad_id: int | None
+    """`pad_token_id` of its `config.json`."""
+
 
 class Renderer:
     """Turns dialogues into token ids with one tokenizer and one template.
 
-    Raises ConfigError where the chat template is asked for and the tokenizer has none.
+    `day` is what the template takes for today; None: the day it is. Raises ConfigError where the chat template is asked
+    for and the tokenizer has none.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: Template) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, template: Template, day: date | None = None, reading: Reading | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self._chat = _chat_template(tokenizer) if template is Template.chat else None
+        self.day = day if writes_date(tokenizer, template) else None
+        self._chat = _chat_template(tokenizer, day) if template is Template.chat else None
+        self.reading = reading if self._chat else None
 
     def context(self, prompt: Sequence[Message], condition: str = "") -> list[int]:
         """Return the ids of all that stands before the response.
 
         Raises DataError where the chat template refuses the dialogue.
         """
-        return self.encode([self.context_parts(prompt, condition)])[0]
+        return self.encode([self._context_span(prompt, condition)])[0]
 
     def target(self, prompt: Sequence[Message], response: str, condition: str = "") -> list[int]:
         """Return the ids of the response, end of sequence last; no condition changes them.
 
         Raises DataError and ConfigError as `ChatTemplate.answer` does.
         """
-        return self.finish_target(self.encode([self.target_parts(prompt, response)])[0])
+        return self.row(prompt, response, condition)[1]
 
-    def context_parts(self, prompt: Sequence[Message], condition: str = "") -> list[Part]:
-        """Return what `encode` turns into the context."""
-        parts: list[Part] = [*self._chat.prompt(prompt)] if self._chat else self._paper_context(prompt)
-        return [*parts, (condition, True)] if condition else parts
+    def row(self, prompt: Sequence[Message], response: str, condition: str = "") -> tuple[list[int], list[int]]:
+        """Return the ids of context and target; raises as `target`."""
+        return self.rows(self.encode(self.spans(prompt, [response], condition)))[0]
 
-    def target_parts(self, prompt: Sequence[Message], response: str) -> list[Part]:
-        """Return what `encode` and then `finish_target` turn into the target."""
-        return [*self._chat.answer(prompt, response)] if self._chat else [(response, False)]
+    def spans(self, prompt: Sequence[Message], responses: Sequence[str], condition: str = "") -> list[Span]:
+        """Return what `encode` and then `rows` turn into context and target of each response.
 
-    def finish_target(self, ids: list[int]) -> list[int]:
+        Raises DataError and ConfigError as `ChatTemplate.answer` does.
+        """
+        context = self._context_span(prompt, condition)
+        if self._chat and self.reading:
+            dialogues = [[*prompt, Message("assistant", response)] for response in responses]
+            return [context, *(Span([*self._chat.whole(dialogue)]) for dialogue in dialogues)]
+        after = self._after_context(prompt)
+        answers = [self._chat.answer(prompt, r) if self._chat else [(r, False)] for r in responses]
+        return [context, *(Span([*answer], after) for answer in answers)]
+
+    def rows(self, ids: Sequence[list[int]]) -> list[tuple[list[int], list[int]]]:
+        """Return context and target of each response, of what `encode` made of `spans`."""
+        context, *answers = ids
+        if self.reading is None:
+            return [(context, self._finished(answer)) for answer in answers]
+        return [_split(context, self.reading, whole) for whole in answers]
+
+    def _finished(self, ids: list[int]) -> list[int]:
         """Return the ids up to their final end of sequence, which is added where the template wrote none.
 
         A template that writes a line break after end of sequence loses it: nobody asks a model for it.
@@ -72,18 +122,41 @@ class Renderer:
                 return ids[:end]
         return [*ids, eos]
 
-    def encode(self, sequences: Sequence[Sequence[Part]]) -> list[list[int]]:
-        """Return the ids of every sequence of parts; each distinct text is encoded once."""
-        pieces = [part for parts in sequences for part in parts if not isinstance(part, int)]
-        ids = {special: self._encode_texts(pieces, special) for special in (False, True)}
+    def encode(self, spans: Sequence[Span]) -> list[list[int]]:
+        """Return the ids of every span; each distinct text is encoded once in each place that it can have."""
+        placed = [list(self._placed(span)) for span in spans]
+        texts: dict[tuple[bool, After], dict[str, list[int]]] = {}
+        for parts in placed:
+            for part in parts:
+                if not isinstance(part, int):
+                    texts.setdefault(part[1:], {})[part[0]] = []
+        for (special, after), found in texts.items():
+            found.update(zip(found, self.tokenizer.encode_batch(list(found), special, after), strict=True))
         return [
-            [token for part in parts for token in ([part] if isinstance(part, int) else ids[part[1]][part[0]])]
-            for parts in sequences
+            [token for part in parts for token in ([part] if isinstance(part, int) else texts[part[1:]][part[0]])]
+            for parts in placed
         ]
 
-    def _encode_texts(self, pieces: Iterable[Piece], special: bool) -> dict[str, list[int]]:
-        texts = list(dict.fromkeys(text for text, kind in pieces if kind is special))
-        return dict(zip(texts, self.tokenizer.encode_batch(texts, special), strict=True)) if texts else {}
+    def _placed(self, span: Span) -> Iterator[int | tuple[str, bool, After]]:
+        """Yield the parts of a span, texts with what they stand behind."""
+        after, started = span.after, False
+        for part in span.parts:
+            if isinstance(part, int):
+                # Begin of sequence is put in front of a text, which starts all the same.
+                after = After.special if started else after
+                yield part
+            elif part[0]:
+                yield *part, after
+                after, started = self.tokenizer.behind(*part), True
+
+    def _context_span(self, prompt: Sequence[Message], condition: str) -> Span:
+        parts: list[Part] = [*self._chat.prompt(prompt)] if self._chat else self._paper_context(prompt)
+        return Span([*parts, (condition, True)] if condition else parts)
+
+    def _after_context(self, prompt: Sequence[Message]) -> After:
+        """Return what a response stands behind."""
+        pieces = self._chat.prompt(prompt) if self._chat else [(ASSISTANT, False)]
+        return self.tokenizer.behind(*pieces[-1]) if pieces else After.nothing
 
     def _paper_context(self, prompt: Sequence[Message]) -> list[Part]:
         parts: list[Part] = [*self.start_ids]
@@ -96,6 +169,22 @@ class Renderer:
                 text += PREFIXES[message.role] + message.content
         return [*parts, (text + ASSISTANT, False)]
 
+    def frame(self, prompt: Sequence[Message]) -> Frame:
+        """Return what the template writes around an answer to `prompt`."""
+        if not self._chat:
+            return Frame(after=self._after_context(prompt))
+        before, behind = self._chat.around(prompt)
+        behind, _ = self._chat.first_special(behind)
+        return Frame(self._chat.without_special(before), behind, self._after_context(prompt))
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end an answer: end of sequence, and the special token that the template closes answers with."""
+        before, behind = self._chat.around(_QUESTION) if self._chat else ("", "")
+        end = self._chat.first_special(behind)[1] if self._chat else None
+        ids = self.tokenizer.encode(end, special=True, after=After.text) if end and end not in before else []
+        return frozenset({self.tokenizer.eos_id, *(ids if len(ids) == 1 else [])})
+
     @cached_property
     def start_ids(self) -> list[int]:
         """Begin of sequence where contexts start with it, else nothing."""
@@ -103,7 +192,7 @@ class Renderer:
         if bos is None:
             return []
         if self._chat:
-            return [bos] if self.context([Message("user", "a")])[:1] == [bos] else []
+            return [bos] if self.context(_QUESTION)[:1] == [bos] else []
         return [bos] if self.tokenizer.adds_bos else []
 
     def tail_tokens(self, condition: str) -> int:
@@ -112,22 +201,42 @@ class Renderer:
 
     def condition_tokens(self, condition: str) -> int:
         """Return how many tokens of a context are its condition."""
-        return len(self.tokenizer.encode(condition, special=True)) if condition else 0
+        if not condition:
+            return 0
+        return len(self.tokenizer.encode(condition, special=True, after=self._after_context(_QUESTION)))
 
     @cached_property
     def _assistant_tokens(self) -> int:
         if not self._chat:
-            return len(self.tokenizer.encode(ASSISTANT))
-        question = [Message("user", "a")]
-        pieces = [self._chat.prompt(question, generation_prompt) for generation_prompt in (True, False)]
-        whole, asked = self.encode(pieces)
+            return len(self.tokenizer.encode(ASSISTANT, after=After.text))
+        pieces = [self._chat.prompt(_QUESTION, generation_prompt) for generation_prompt in (True, False)]
+        whole, asked = self.encode([Span([*texts]) for texts in pieces])
         return len(whole) - len(asked)
 
 
-def _chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+def writes_date(tokenizer: Tokenizer, template: Template) -> bool:
+    """Return whether the text of a dialogue depends on the day; raises ConfigError for an unusable chat template."""
+    source = tokenizer.chat_template if template is Template.chat else None
+    return source is not None and uses_date(source)
+
+
+def _split(context: list[int], reading: Reading, whole: list[int]) -> tuple[list[int], list[int]]:
+    """Return a row of a reward model of others up to the token that is read, cut where it leaves the context.
+
+    A token can reach over the end of the prompt's text; it belongs to the answer then.
+    """
+    end = len(whole)
+    while end > 1 and whole[end - 1] == reading.pad_id:
+        end -= 1
+    same = (ours == theirs for ours, theirs in zip(context, whole[: end - 1], strict=False))
+    start = next((place for place, equal in enumerate(same) if not equal), min(len(context), end - 1))
+    return whole[:start], whole[start:end]
+
+
+def _chat_template(tokenizer: Tokenizer, day: date | None) -> ChatTemplate:
     if tokenizer.chat_template is None:
         raise ConfigError(
             "data.template=chat: the tokenizer has no chat template; "
             "give a Hugging Face folder that has one, or use data.template=paper"
         )
-    return ChatTemplate(tokenizer.chat_template, tokenizer.named_tokens, tokenizer.special_texts)
+    return ChatTemplate(tokenizer.chat_template, tokenizer.named_tokens, tokenizer.special_texts, day)

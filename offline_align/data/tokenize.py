@@ -21,7 +21,7 @@ import numpy.typing as npt
 from offline_align.config.sections import DataSection, TooLong
 from offline_align.data.prefetch import prefetch
 from offline_align.data.records import Message, PreferencePair
-from offline_align.data.template import Part, Renderer
+from offline_align.data.template import Renderer, Span
 from offline_align.data.token_store import KEPT, REFUSED, TRUNCATED, Fresh, StoredTokens, responses, stored
 from offline_align.errors import DataError
 from offline_align.progress import Meter
@@ -29,7 +29,7 @@ from offline_align.progress import Meter
 if TYPE_CHECKING:
     from offline_align.methods import TrainingRow
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of every key: a change of how ids are made, or of what is stored beside them, must change it."""
 
 ROWS_PER_BATCH = 512
@@ -58,7 +58,7 @@ class _Limits:
 class _Rendered:
     """One dialogue as text, before it is encoded."""
 
-    sequences: list[list[Part]]
+    sequences: list[Span]
     """The context and every target, those that only share it last; nothing if the template refuses the dialogue."""
     status: str
     responses: int
@@ -237,6 +237,8 @@ def _key(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) ->
         FORMAT_VERSION,
         renderer.tokenizer.content_hash,
         renderer.template,
+        str(renderer.day),
+        str(renderer.reading),
         limits.max_length,
         limits.too_long,
         limits.least_target,
@@ -260,7 +262,7 @@ def _tokenize(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limit
     """
 
     def encode(rows: list[_Rendered]) -> tuple[list[_Rendered], list[list[int]]]:
-        return rows, renderer.encode([parts for row in rows for parts in row.sequences])
+        return rows, renderer.encode([span for row in rows for span in row.sequences])
 
     batches = ([_render(dialogue, renderer) for dialogue in batch] for batch in batched(dialogues, ROWS_PER_BATCH))
     with (
@@ -275,8 +277,7 @@ def _tokenize(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limit
 def _render(dialogue: _Dialogue, renderer: Renderer) -> _Rendered:
     prompt, responses, condition, beside = dialogue
     try:
-        sequences = [renderer.context_parts(prompt, condition)]
-        sequences += [renderer.target_parts(prompt, response) for response in (*responses, *beside)]
+        sequences = renderer.spans(prompt, [*responses, *beside], condition)
         return _Rendered(sequences, KEPT, len(responses), condition)
     except DataError as error:
         return _Rendered([], f"{REFUSED}{error}", len(responses), condition)
@@ -301,18 +302,23 @@ def _fit(ids: list[list[int]], condition: str, renderer: Renderer, limits: _Limi
 
     Cut is the left of the context: begin of sequence, the request for the answer and the condition stay.
     """
-    context, targets = ids[0], [renderer.finish_target(target) for target in ids[1:]]
-    status = _status(len(context), list(map(len, targets)), condition, renderer, limits)
+    rows = renderer.rows(ids)
+    lengths = [len(target) for _, target in rows]
+    status = _status(max(len(context) for context, _ in rows), lengths, condition, renderer, limits)
     if status not in (KEPT, TRUNCATED):
         return [], status
-    if status == TRUNCATED:
-        start, room = renderer.start_ids, limits.max_length - max(map(len, targets))
-        context = start + context[len(context) - room + len(start) :]
-    return [(context + target, len(context)) for target in targets], status
+    room = limits.max_length - max(lengths)
+    cut = [(_cut(context, room, renderer.start_ids), target) for context, target in rows]
+    return [(context + target, len(context)) for context, target in cut], status
+
+
+def _cut(context: list[int], room: int, start: list[int]) -> list[int]:
+    """Return the context in at most `room` tokens, begin of sequence kept."""
+    return context if len(context) <= room else start + context[len(context) - room + len(start) :]
 
 
 def left_out(context: int, target: int, renderer: Renderer, data: DataSection) -> str | None:
-    """Return why training leaves out a row of so many tokens, without a condition, or None where it does not."""
+    """Return why training leaves out a row of so many tokens, without a condition, or None if it does not."""
     status = _status(context, [target], "", renderer, _Limits(data.max_length, data.too_long))
     return None if status in (KEPT, TRUNCATED) else status
 

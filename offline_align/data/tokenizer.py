@@ -21,6 +21,8 @@ from offline_align.data.companions import (
     settings,
     with_added_tokens,
 )
+from offline_align.data.prefix import After, Breaks, Prefixed, PrefixRule, prefix_rule, without_prefix
+from offline_align.data.sentencepiece_model import parsed, processor, without_dummy_prefix, without_markers
 from offline_align.errors import ConfigError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -28,10 +30,6 @@ logger = logging.getLogger(__name__)
 SENTENCEPIECE_FILE = "tokenizer.model"
 USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]")
 """End-of-sequence tokens that a bare `tokenizer.json` is searched for."""
-
-MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-"""Shape of a user-defined SentencePiece symbol that is taken for a control token."""
-
 
 MOST_ENTRIES = 10_000_000
 """A file that asks for more embedding rows is damaged; the largest vocabularies have about a million."""
@@ -59,17 +57,25 @@ class Tokenizer(Protocol):
     content_hash: str
     """SHA-256 of all that determines the ids of a dialogue."""
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Return the ids of `text`, without begin or end of sequence.
+    def encode(self, text: str, special: bool = False, after: After = After.nothing) -> list[int]:
+        """Return the ids of `text`, without begin or end of sequence, as they are `after` what stands before it.
 
         Special-token strings in it are plain characters, unless `special`.
         """
 
-    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str], special: bool = False, after: After = After.nothing
+    ) -> list[list[int]]:
         """Return the ids of every text; see `encode`. Uses all cores."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; special tokens are left out."""
+    def behind(self, text: str, special: bool = False) -> After:
+        """Return how the text is to be encoded that stands behind `text`."""
+
+    def decode(self, ids: Sequence[int], after: After = After.nothing) -> str:
+        """Return the text of `ids`, which stand `after` something; special tokens are left out."""
+
+    def shown(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids` with special tokens in it, for people."""
 
     def save(self, folder: Path) -> None:
         """Write the files that `load_tokenizer(folder)` needs. Raises StorageError."""
@@ -146,7 +152,7 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
         raise StorageError(f"{folder}: cannot write the tokenizer: {error.strerror}") from error
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Prefixed):
     """A SentencePiece model. Its file has no chat template and no rule that adds begin of sequence.
 
     Control symbols are never matched in text. User-defined symbols are, so those that look like markers
@@ -157,13 +163,11 @@ class SentencePieceTokenizer:
     adds_bos = False
 
     def __init__(self, model: bytes) -> None:
-        from sentencepiece import SentencePieceProcessor
-
         self._model = model
-        plain, self.special_texts = _without_markers(model)
-        self._special, self._plain = SentencePieceProcessor(), SentencePieceProcessor()
-        for processor, content in ((self._special, model), (self._plain, plain)):
-            processor.LoadFromSerializedProto(content)
+        plain, self.special_texts = without_markers(model)
+        self._special, self._plain = processor(model), processor(plain)
+        self._processors = {(True, False): self._special, (False, False): self._plain}
+        self._set_prefix(model, plain)
         self.vocab_size = int(self._special.get_piece_size())
         self.eos_id = int(self._special.eos_id())
         if self.eos_id < 0:
@@ -174,49 +178,49 @@ class SentencePieceTokenizer:
         self.named_tokens = {r: self._special.id_to_piece(i) for r, i in roles.items() if i is not None}
         self.content_hash = _sha256([b"sentencepiece", model])
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """See `Tokenizer.encode`."""
-        return self.encode_batch([text], special)[0]
+    def _set_prefix(self, model: bytes, plain: bytes) -> None:
+        proto = parsed(model)
+        adds = proto.normalizer_spec.add_dummy_prefix and not proto.trainer_spec.treat_whitespace_as_suffix
+        self._rule = PrefixRule.always if adds else PrefixRule.never
+        self._strips = proto.normalizer_spec.remove_extra_whitespaces
+        self._breaks = dict.fromkeys((True, False), Breaks({}, special=True))
+        for special, content in ((True, model), (False, plain)):
+            usual = self._processors[special, False]
+            self._processors[special, True] = processor(without_dummy_prefix(content)) if adds else usual
 
-    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """See `Tokenizer.encode_batch`."""
-        processor = self._special if special else self._plain
-        ids: list[list[int]] = processor.encode(list(texts), out_type=int)
+    def _encoded(self, texts: Sequence[str], special: bool, apart: bool) -> list[list[int]]:
+        ids: list[list[int]] = self._processors[special, apart].encode(list(texts), out_type=int)
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """See `Tokenizer.decode`."""
-        return str(self._special.decode([int(i) for i in ids]))
+    def _decoded(self, ids: Sequence[int], apart: bool) -> str:
+        return str(self._processors[True, apart].decode([int(i) for i in ids]))
+
+    def shown(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.shown`."""
+        pieces = [self._special.id_to_piece(int(i)) if self._special.is_control(int(i)) else None for i in ids]
+        return _shown(self, ids, pieces)
 
     def save(self, folder: Path) -> None:
         """See `Tokenizer.save`."""
         _write(folder, {SENTENCEPIECE_FILE: self._model})
 
 
-def _without_markers(model: bytes) -> tuple[bytes, tuple[str, ...]]:
-    """Return the model with its marker-shaped user-defined symbols unused, and these symbols."""
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(model)
-    except DecodeError as error:
-        raise ValueError("is not a SentencePiece model") from error
-    if not proto.pieces:
-        raise ValueError("is not a SentencePiece model: it has no pieces")
-    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
-    markers = [p for p in proto.pieces if p.type == kinds.USER_DEFINED and MARKER.fullmatch(p.piece)]
-    for piece in markers:
-        piece.type = kinds.UNUSED
-    return proto.SerializeToString(), tuple(piece.piece for piece in markers)
+def _shown(tokenizer: Tokenizer, ids: Sequence[int], named: Sequence[str | None]) -> str:
+    """Return the text of `ids`, with the names of those that have one in their places."""
+    shown, run = "", list[int]()
+    for token, name in zip(ids, named, strict=True):
+        if name is None:
+            run.append(token)
+        else:
+            shown, run = shown + tokenizer.decode(run) + name, []
+    return shown + tokenizer.decode(run)
 
 
 def _present(token_id: int) -> int | None:
     return int(token_id) if token_id >= 0 else None
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Prefixed):
     """A `tokenizer.json` with what its companions say about special tokens and the chat template.
 
     Special are the tokens flagged so in `tokenizer.json` and those that a companion names in a role.
@@ -230,8 +234,11 @@ class HuggingFaceTokenizer:
         definition |= {"truncation": None, "padding": None}
         self.named_tokens = _named_tokens(config, definition)
         self.special_texts = _flag_special(definition, set(self.named_tokens.values()))
-        self._special, self._plain = _backend(definition), _backend(definition)
-        self._plain.encode_special_tokens = True  # as the characters that they consist of
+        self._rule = prefix_rule(definition)
+        self._backends = _backends(definition, apart=self._rule is not PrefixRule.never)
+        self._special = self._backends[True, False]
+        unknown = (definition.get("model") or {}).get("unk_token")
+        self._never_text = {self._special.token_to_id(text) for text in self.special_texts if text != unknown}
         self.vocab_size = max(self._special.get_vocab(with_added_tokens=True).values(), default=0) + 1
         if self.vocab_size > MOST_ENTRIES:
             raise ValueError(f"has the id {self.vocab_size - 1}: no vocabulary is that large, the file is damaged")
@@ -248,6 +255,8 @@ class HuggingFaceTokenizer:
         begins = config.get("add_bos_token") is True or "bos_token" in (self.chat_template or "")
         if begins and self.bos_id is None and "bos_token" in self.named_tokens:
             raise self._unknown("bos_token")
+        self._breaks = {special: Breaks(definition, special) for special in (True, False)}
+        self._strips = self._encoded(["a "], True, False) == self._encoded(["a"], True, False)
         rules = [definition, self.named_tokens, self.adds_bos, self.chat_template]
         self.content_hash = _sha256(json.dumps(rule, sort_keys=True).encode() for rule in rules)
 
@@ -268,22 +277,46 @@ class HuggingFaceTokenizer:
             return setting
         return bool(self._special.encode("a").ids[:1] == [self.bos_id])
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """See `Tokenizer.encode`."""
-        return self.encode_batch([text], special)[0]
+    def _encoded(self, texts: Sequence[str], special: bool, apart: bool) -> list[list[int]]:
+        backend = self._backends[special, apart]
+        ids = [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return ids if special else [self._spelt(t, i, apart) for t, i in zip(texts, ids, strict=True)]
 
-    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """See `Tokenizer.encode_batch`."""
-        backend = self._special if special else self._plain
-        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def _spelt(self, text: str, ids: list[int], apart: bool) -> list[int]:
+        """Return the ids of plain `text`; special tokens that the model finds among its words are spelt out."""
+        if self._never_text.isdisjoint(ids):
+            return ids
+        parts = re.split("(" + "|".join(map(re.escape, self.special_texts)) + ")", text)
+        texts = [piece for part in parts for piece in (part if part in self.special_texts else [part]) if piece]
+        backends = [self._backends[False, apart or place > 0] for place in range(len(texts))]
+        return [
+            token
+            for backend, piece in zip(backends, texts, strict=True)
+            for token in backend.encode(piece, add_special_tokens=False).ids
+        ]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """See `Tokenizer.decode`."""
-        return str(self._special.decode([int(i) for i in ids], skip_special_tokens=True))
+    def _decoded(self, ids: Sequence[int], apart: bool) -> str:
+        return str(self._backends[True, apart].decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def shown(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.shown`."""
+        return str(self._special.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def save(self, folder: Path) -> None:
         """See `Tokenizer.save`."""
         _write(folder, self._files)
+
+
+def _backends(definition: dict[str, Any], apart: bool) -> dict[tuple[bool, bool], Any]:
+    """Return the backends by whether special tokens count, and whether the prefix is left out."""
+    made: dict[tuple[bool, bool], Any] = {}
+    for special in (True, False):
+        usual = _backend(definition)
+        without = _backend(without_prefix(definition)) if apart else usual
+        for backend in (usual, without):
+            backend.encode_special_tokens = not special  # as the characters that they consist of
+        made |= {(special, False): usual, (special, True): without}
+    return made
 
 
 def _backend(definition: dict[str, Any]) -> Any:

@@ -56,14 +56,15 @@ def load_engine(
     device: "torch.device",
     bf16: bool,
     max_length: int,
+    end_ids: frozenset[int] = frozenset(),
 ) -> Engine:
-    """Return the engine with the policy of a Hugging Face folder loaded.
+    """Return the engine with the policy of a Hugging Face folder loaded; its answers end at `end_ids`, too.
 
     Raises ConfigError for a folder that vLLM would read otherwise than everybody else.
     """
     import torch
 
-    eos_ids = frozenset({tokenizer.eos_id}) | folder_eos_ids(folder)
+    eos_ids = end_ids | frozenset({tokenizer.eos_id}) | folder_eos_ids(folder)
     if name is EngineName.vllm:
         index = ignored_index(folder)
         if index is not None:

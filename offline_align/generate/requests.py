@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from offline_align.config.sections import DataSection, GenerateSection, TooLong
+from offline_align.data.frame import PLAIN, Frame
 from offline_align.data.records import Prompt
 from offline_align.data.template import Renderer
 from offline_align.data.tokenize import OnRefused
@@ -27,6 +28,8 @@ class Request:
     context: list[int]
     max_new_tokens: int
     variant: int = 0
+    frame: Frame = PLAIN
+    """What the template writes around the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ def build_requests(
     for row, prompt in enumerate(prompts):
         try:
             whole = [renderer.context(prompt.prompt, condition) for condition in conditions]
+            frame = renderer.frame(prompt.prompt)
         except DataError as error:
             refused[prompt.id] = str(error)
             continue
@@ -95,7 +99,7 @@ def build_requests(
         for variant, context in enumerate(contexts):
             assert context is not None
             room = min(generate.max_new_tokens, data.max_length - len(context))
-            requests += [Request(row, sample, context, room, variant) for sample in range(generate.n)]
+            requests += [Request(row, sample, context, room, variant, frame) for sample in range(generate.n)]
     if refused:
         on_refused(refused)
         dropped["refused by the chat template"] = len(refused)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from offline_align.data.prefix import After
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.generate.requests import Completion, Request
 
@@ -10,20 +11,36 @@ from offline_align.generate.requests import Completion, Request
 def finish(
     request: Request, ids: Sequence[int], tokenizer: Tokenizer, eos_ids: frozenset[int], stop: Sequence[str]
 ) -> Completion:
-    """Return the answer in the generated `ids`, which may go on past its end."""
+    """Return the answer in the generated `ids`, which may go on past its end.
+
+    What the template writes around answers is learnt with them, and no part of them.
+    """
     ids = ids[: request.max_new_tokens]
     end = next((place for place, token in enumerate(ids) if token in eos_ids), None)
-    text = decode(tokenizer, ids[:end])
+    text = request.frame.within(decode(tokenizer, ids[:end], request.frame.after))
     cut = first_stop(text, stop)
+    if end is not None and cut is None:
+        text = text.removesuffix(request.frame.behind)
     ended = end is not None or cut is not None
     reason: Literal["stop", "length"] = "stop" if ended else "length"
     num_tokens = len(ids) if end is None else end + 1
     return Completion(request.row, request.sample_index, text[:cut], reason, num_tokens, request.variant)
 
 
-def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+def decode(tokenizer: Tokenizer, ids: Sequence[int], after: After) -> str:
     """Return the text of `ids`; embedding rows that stand for no token are left out."""
-    return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
+    return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size], after)
+
+
+def is_stopped(request: Request, ids: Sequence[int], tokenizer: Tokenizer, stop: Sequence[str]) -> bool:
+    """Return whether the answer in the `ids` generated so far has a stop string.
+
+    Most looks end at the last tokens; what the template writes before the answer stops nothing.
+    """
+    if first_stop(decode(tokenizer, ids[-window_tokens(stop) :], After.text), stop) is None:
+        return False
+    text = decode(tokenizer, ids, request.frame.after)
+    return not request.frame.is_before(text) and first_stop(request.frame.within(text), stop) is not None
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

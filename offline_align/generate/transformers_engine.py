@@ -12,7 +12,7 @@ from offline_align.config.sections import GenerateSection
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.generate.requests import Completion, Request
 from offline_align.generate.sampling import choose, uniforms
-from offline_align.generate.stop import decode, finish, first_stop, window_tokens
+from offline_align.generate.stop import finish, is_stopped
 
 
 class TransformersEngine:
@@ -58,7 +58,7 @@ class TransformersEngine:
             attention_mask=mask,
             generation_config=self._generation_config(requests),
             logits_processor=self._processors(requests, width),
-            stopping_criteria=self._criteria(width),
+            stopping_criteria=self._criteria(requests, width),
         )
         stop = self._settings.stop
         return [
@@ -91,10 +91,10 @@ class TransformersEngine:
         numbers = uniforms(requests, self._seed, self._model.device)
         return transformers.LogitsProcessorList([_Sampling(numbers, width, self._settings)])
 
-    def _criteria(self, width: int) -> Any:
+    def _criteria(self, requests: Sequence[Request], width: int) -> Any:
         if not self._settings.stop:
             return transformers.StoppingCriteriaList()
-        return transformers.StoppingCriteriaList([_StopStrings(self._tokenizer, width, self._settings.stop)])
+        return transformers.StoppingCriteriaList([_StopStrings(self._tokenizer, requests, width, self._settings.stop)])
 
 
 class _Sampling(transformers.LogitsProcessor):  # type: ignore[misc]
@@ -110,14 +110,12 @@ class _Sampling(transformers.LogitsProcessor):  # type: ignore[misc]
 
 
 class _StopStrings(transformers.StoppingCriteria):  # type: ignore[misc]
-    """Ends a row whose last tokens hold a stop string."""
+    """Ends a row whose answer has a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, width: int, stop: Sequence[str]) -> None:
-        self._tokenizer, self._width, self._stop = tokenizer, width, stop
-        self._window = window_tokens(stop)
+    def __init__(self, tokenizer: Tokenizer, requests: Sequence[Request], width: int, stop: Sequence[str]) -> None:
+        self._tokenizer, self._requests, self._width, self._stop = tokenizer, requests, width, stop
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        start = max(self._width, input_ids.size(1) - self._window)
-        tails = input_ids[:, start:].tolist()
-        found = [first_stop(decode(self._tokenizer, tail), self._stop) is not None for tail in tails]
+        answers = zip(self._requests, input_ids[:, self._width :].tolist(), strict=True)
+        found = [is_stopped(request, ids, self._tokenizer, self._stop) for request, ids in answers]
         return torch.tensor(found, device=input_ids.device)

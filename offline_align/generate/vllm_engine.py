@@ -87,6 +87,7 @@ class VllmEngine:
     def _parameters(self, request: Request) -> Any:
         from vllm import SamplingParams
 
+        touched = any(request.frame.touches(stop) for stop in self._settings.stop)
         seeds = np.random.SeedSequence((self._seed, request.row, request.sample_index))
         return SamplingParams(
             temperature=self._settings.temperature,
@@ -94,7 +95,8 @@ class VllmEngine:
             max_tokens=request.max_new_tokens,
             stop_token_ids=sorted(self._eos_ids),
             seed=int(seeds.generate_state(1)[0]),
-            stop=self._settings.stop if self._stops_itself else None,
+            # It would also stop at what the template writes before the answer.
+            stop=self._settings.stop if self._stops_itself and not touched else None,
             # `finish` removes them, as it does for the other engine.
             include_stop_str_in_output=True,
             detokenize=self._stops_itself,

@@ -125,7 +125,7 @@ def _generate(job: Job[GenerateRun], conditions: list[Condition | None], engine:
         )
     logger.info("first prompt, as the model sees it: %r", origin.tokenizer.decode(work.requests[0].context))
     journal = Journal(job.run_dir, job.key.continuation, ranks.dp_rank)
-    _answer_missing(job, engine, work, journal, ranks)
+    _answer_missing(job, engine, work, journal, ranks, renderer.end_ids)
 
     def finish() -> None:
         output = job.run_dir / "generations.jsonl"
@@ -139,7 +139,12 @@ def _generate(job: Job[GenerateRun], conditions: list[Condition | None], engine:
 
 @effort.part("answers")
 def _answer_missing(
-    job: Job[GenerateRun], engine: EngineName, work: Workload, journal: Journal, ranks: "Ranks"
+    job: Job[GenerateRun],
+    engine: EngineName,
+    work: Workload,
+    journal: Journal,
+    ranks: "Ranks",
+    end_ids: frozenset[int],
 ) -> None:
     """Answer what the journal lacks, each rank its share; raises StoppedEarly, on all ranks, on request."""
     from offline_align.distributed.stopping import stop_requests
@@ -152,7 +157,7 @@ def _answer_missing(
     done = ranks.from_main(look)
     if not missing(work.requests, done):
         return
-    loaded = _load_engine(job, engine, ranks)
+    loaded = _load_engine(job, engine, ranks, end_ids)
     own = share(work.requests, loaded.batch_size, done, ranks.dp_rank, ranks.dp_size)
     with stop_requests(job.config.trainer.max_time) as stop:
         finished = ranks.gather(answer_all(loaded, own, journal, stop, ranks.is_main))
@@ -162,7 +167,7 @@ def _answer_missing(
 
 
 @effort.part("load")
-def _load_engine(job: Job[GenerateRun], engine: EngineName, ranks: "Ranks") -> Engine:
+def _load_engine(job: Job[GenerateRun], engine: EngineName, ranks: "Ranks", end_ids: frozenset[int]) -> Engine:
     from offline_align.distributed.setup import uses_bf16
     from offline_align.generate.engines import load_engine
     from offline_align.stages.huggingface_form import cached
@@ -178,6 +183,7 @@ def _load_engine(job: Job[GenerateRun], engine: EngineName, ranks: "Ranks") -> E
         device=ranks.device,
         bf16=uses_bf16(config.trainer.precision, ranks.device),
         max_length=config.data.max_length,
+        end_ids=end_ids,
     )
 
 

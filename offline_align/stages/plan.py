@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import batched
 from pathlib import Path
 
 from offline_align import lineage
@@ -118,22 +118,20 @@ def _token_sizes(
     lengths: list[int] = []
     targets: list[int] = []
     out: Counter[str] = Counter()
-    batches = iter(rows)
-    while batch := list(islice(batches, ROWS_PER_BATCH)):
-        contexts = renderer.encode([renderer.context_parts(row.prompt) for row in batch])
-        encoded = renderer.encode([renderer.target_parts(row.prompt, row.response) for row in batch])
-        for row, context, ids in zip(batch, contexts, encoded, strict=True):
-            target = len(renderer.finish_target(ids))
-            if reason := left_out(len(context), target, renderer, data):
+    for batch in batched(rows, ROWS_PER_BATCH):
+        spans = [renderer.spans(row.prompt, [row.response]) for row in batch]
+        ids = renderer.encode([span for row in spans for span in row])
+        for row, pair in zip(batch, batched(ids, 2), strict=True):
+            ((context, target),) = renderer.rows(pair)
+            if reason := left_out(len(context), len(target), renderer, data):
                 out[reason] += 1
                 continue
             kept.append(row)
-            targets.append(target)
-            lengths.append(min(data.max_length, len(context) + target))
+            targets.append(len(target))
+            lengths.append(min(data.max_length, len(context) + len(target)))
     if not kept:
         raise DataError(f"none of {len(rows)} rows is left: {reasons(out)}; see data.max_length={data.max_length}")
-    sizes = Sizes("tokens", lengths, targets, lambda text: len(renderer.tokenizer.encode(text, special=True)))
-    return kept, sizes, out
+    return kept, Sizes("tokens", lengths, targets, renderer.condition_tokens), out
 
 
 def _left_out(out: Counter[str], data: DataSection) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from offline_align import lineage
 from offline_align.__main__ import run
 from offline_align.config.sections import Template
+from offline_align.data.prefix import After
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import load_tokenizer
@@ -92,7 +93,7 @@ def greedy_by_hand(policy: Path, prompt: str, condition: str = "") -> str:
             ids.append(token)
             if ids[-1] == tokenizer.eos_id:
                 break
-    return tokenizer.decode([token for token in ids[len(context) :] if token != tokenizer.eos_id])
+    return tokenizer.decode([token for token in ids[len(context) :] if token != tokenizer.eos_id], After.text)
 
 
 @pytest.mark.distributed

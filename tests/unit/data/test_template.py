@@ -8,6 +8,7 @@ import pytest
 
 from offline_align.config.sections import Template
 from offline_align.data.chat import ChatTemplate
+from offline_align.data.prefix import After
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
@@ -63,7 +64,7 @@ def test_paper_text_of_many_turns(paper: Renderer) -> None:
     encode, eos = paper.tokenizer.encode, paper.tokenizer.eos_id
     assert paper.context(DIALOGUE) == [
         *encode("System:Answer in short lines.User:HelloAssistant: "),
-        *encode("Hi!\n"),
+        *encode("Hi!\n", after=After.text),
         eos,
         *encode("User:  What can you do?  Assistant: "),
     ]
@@ -80,14 +81,14 @@ def test_paper_target_is_the_response_and_end_of_sequence(paper: Renderer, respo
     ids = paper.target(QUESTION, response)
     assert ids[-1] == paper.tokenizer.eos_id
     assert paper.tokenizer.eos_id not in ids[:-1]
-    assert ids[:-1] == paper.tokenizer.encode(response)
-    assert paper.tokenizer.decode(ids) == response
+    assert ids[:-1] == paper.tokenizer.encode(response, after=After.text)
+    assert paper.tokenizer.decode(ids, After.text) == response
 
 
 def test_condition_stands_right_before_the_response(paper: Renderer) -> None:
     condition = "<rm_score>5.0"
     ids = paper.context(DIALOGUE, condition)
-    assert ids == paper.context(DIALOGUE) + paper.tokenizer.encode(condition, special=True)
+    assert ids == paper.context(DIALOGUE) + paper.tokenizer.encode(condition, special=True, after=After.text)
     assert paper.target(DIALOGUE, "yes", condition) == paper.target(DIALOGUE, "yes")
 
 
