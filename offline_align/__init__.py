@@ -5,4 +5,4 @@ The four losses of arXiv 2308.12050 are one: SFT, FA, RWR and CA all minimise a 
 row has and what prefix it gets. Hence one trainer, two objectives and three small row functions.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
