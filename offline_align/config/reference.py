@@ -15,7 +15,7 @@ from types import NoneType, UnionType
 from typing import Any, cast, get_args
 
 from offline_align.config.compose import MISSING, configs_dir
-from offline_align.config.runs import Run
+from offline_align.config.runs import Run, TrainRun
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def reference_page(schemas: Mapping[str, type[Run]]) -> str:
     ]
     for section in dict.fromkeys(_section(key) for key in stages_of):
         lines += [f"## {section}", "", "| key | type | default | stages | meaning |", "|---|---|---|---|---|"]
-        lines += [_row(key, on, len(schemas)) for key, on in stages_of.items() if _section(key) == section]
+        lines += [_row(key, _in_short(on, schemas)) for key, on in stages_of.items() if _section(key) == section]
         lines.append("")
     return "\n".join(lines)
 
@@ -133,7 +133,16 @@ def _section(key: Key) -> str:
     return key.name.partition(".")[0] if "." in key.name else "every stage"
 
 
-def _row(key: Key, stages: list[str], all_stages: int) -> str:
-    where = "all" if len(stages) == all_stages else " ".join(stages)
+def _row(key: Key, stages: str) -> str:
     text = key.text.replace("|", "\\|")
-    return f"| `{key.name}` | {key.kind} | `{key.default}` | {where} | {text} |"
+    return f"| `{key.name}` | {key.kind} | `{key.default}` | {stages} | {text} |"
+
+
+def _in_short(stages: list[str], schemas: Mapping[str, type[Run]]) -> str:
+    """Return the names of stages, those of all training stages as one."""
+    if len(stages) == len(schemas):
+        return "all"
+    training = {name for name, schema in schemas.items() if issubclass(schema, TrainRun)}
+    if not training <= set(stages):
+        return " ".join(stages)
+    return " ".join(["training", *(name for name in stages if name not in training)])
