@@ -115,7 +115,7 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
     if not config.dry_run:
         from offline_align.stages.hub import with_files
 
-        config = with_files(config)
+        config, words = _with_template_date(with_files(config), composed.explicit, words)
     if _becomes_a_job(config):
         return _submit(stage, config, words)
     if isinstance(config, (TrainRun, LabelRun)):
@@ -132,6 +132,16 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
         limit(getattr(getattr(config, "trainer", None), "max_time", None))
     code: int = module.run(config, composed.explicit)
     return code
+
+
+def _with_template_date(config: Run, explicit: frozenset[str], words: list[str]) -> tuple[Run, list[str]]:
+    """Return the run with the day of its template, and its words, so that all ranks take the same."""
+    if getattr(config, "data", None) is None:
+        return config, words
+    from offline_align.stages.template_date import with_template_date
+
+    dated: Any = with_template_date(config, explicit)
+    return dated, words if dated is config else [*words, f"data.template_date={dated.data.template_date}"]
 
 
 def _problems(stage: str, config: Run, explicit: frozenset[str]) -> list[str]:

@@ -29,13 +29,15 @@ _REQUIRED = (
 class Architecture:
     """What a Hugging Face folder holds: its family, policy or reward model, and our model section.
 
-    `extra` is the part that our exporter adds to `config.json` (template, condition, method), or empty.
+    `extra` is the part that our exporter adds to `config.json` (template, condition, method), or empty: the model is
+    one of others. `pad_token_id` is the padding, at which no reward is read.
     """
 
     family: Family
     kind: Kind
     model: ModelSection
     extra: dict[str, Any]
+    pad_token_id: int | None = None
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -58,7 +60,8 @@ def read_architecture(folder: Path) -> Architecture:
     try:
         problems = _problems(family, kind, config)
         if not problems:
-            return Architecture(family, kind, _model(family, config), dict(config.get("offline_align") or {}))
+            ours = dict(config.get("offline_align") or {})
+            return Architecture(family, kind, _model(family, config), ours, config.get("pad_token_id"))
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         problems = [f"is not the configuration of a model ({type(error).__name__}: {error})"]
     raise ConfigError([f"init.from: {path}: {problem}" for problem in problems])

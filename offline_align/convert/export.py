@@ -22,7 +22,8 @@ from offline_align.convert.provenance import UNKNOWN, Provenance
 from offline_align.convert.tensors import split
 from offline_align.convert.tokenizer_files import first_prompt_difference, padding_id, write_tokenizer
 from offline_align.convert.weights import parse_size, write_weights
-from offline_align.data.template import Renderer
+from offline_align.data.chat import uses_date
+from offline_align.data.template import Reading
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage.files import fsync_path
@@ -54,6 +55,8 @@ def export_huggingface(
         _write_json(work / "config.json", _config(description, tokenizer, dtype))
         _write_json(work / "generation_config.json", _token_ids(tokenizer) | {"do_sample": False})
         _write_texts(description, tokenizer, work, known)
+        if description.reading is not None:
+            _keep_padding(work, description.reading, tokenizer)
         names_written = sorted(path.name for path in work.iterdir())
     return [target / name for name in names_written]
 
@@ -105,28 +108,45 @@ def _split(entry: Entry, tensor: Tensor, model: ModelSection) -> list[Tensor]:
 def _write_texts(description: ModelDescription, tokenizer: Tokenizer, target: Path, known: Provenance) -> None:
     """Write the tokenizer and the model card, which says where `transformers` encodes otherwise."""
     condition = condition_text(description.condition)
-    template = chat_template(tokenizer, description.template, condition)
+    template = chat_template(tokenizer, description.template, condition, description.template_date)
     notes = []
     if not write_tokenizer(tokenizer, target, template, description.model.max_position_embeddings):
         notes.append("No `tokenizer.json` gives the ids of this SentencePiece model: encode with `tokenizer.model`.")
-    elif first_prompt_difference(target, Renderer(tokenizer, description.template), condition) is not None:
+    elif first_prompt_difference(target, description.renderer(tokenizer), condition) is not None:
         notes.append(
             "The turns of a dialogue and the condition were encoded each by itself in training, and this "
             "tokenizer joins some of them: encode them apart for exactly the prompts of training."
         )
+    if uses_date(template):
+        notes.append("The chat template writes the day on which it is rendered; no day is fixed for this model.")
     card = model_card(description, condition, notes, known)
     (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def _config(description: ModelDescription, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
     condition = description.condition
-    ours = {
+    ours: dict[str, Any] = {
         "method": description.method,
         "template": description.template.value,
         "condition": None if condition is None else asdict(condition),
     }
+    if description.template_date is not None:
+        ours["template_date"] = description.template_date
+    if description.reading is not None:
+        ours["reading"] = asdict(description.reading)
     config = huggingface_config(description.model, description.kind, dtype)
     return config | _token_ids(tokenizer) | {"offline_align": ours}
+
+
+def _keep_padding(folder: Path, reading: Reading, tokenizer: Tokenizer) -> None:
+    """Name the padding of a reward model of others in all files: no score is read there."""
+    token = None if reading.pad_id is None else tokenizer.shown([reading.pad_id])
+    for name, key, value in (
+        ("config.json", "pad_token_id", reading.pad_id),
+        ("generation_config.json", "pad_token_id", reading.pad_id),
+        ("tokenizer_config.json", "pad_token", token),
+    ):
+        _write_json(folder / name, json.loads((folder / name).read_text(encoding="utf-8")) | {key: value})
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:

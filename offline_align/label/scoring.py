@@ -72,12 +72,26 @@ def tokens_by_place(rows: Sequence[TrainingRow], checkpoint: Path, data: DataSec
     """
     cache = Path(data.cache_dir) if data.cache_dir else Path(run.dir) / "cache"
     placed = [replace(row, sample=replace(row.sample, id=str(k))) for k, row in enumerate(rows)]
-    return tokenize_samples(placed, renderer_of(checkpoint, data.template), data, cache, empty_answers=True)
+    renderer = renderer_of(checkpoint, data.template, data.template_date)
+    tokens = tokenize_samples(placed, renderer, data, cache, empty_answers=True)
+    say_what_is_read(renderer, tokens)
+    return tokens
 
 
-def renderer_of(checkpoint: Path, template: Template | None = None) -> Renderer:
-    """Return the renderer that a model was trained with; `template` is for one that does not say, see `describe`."""
-    return Renderer(tokenizer_of(checkpoint), describe(checkpoint, template).template)
+def renderer_of(checkpoint: Path, template: Template | None = None, template_date: str | None = None) -> Renderer:
+    """Return the renderer that a model was trained with; the rest is for one that does not say, see `describe`."""
+    return describe(checkpoint, template, template_date).renderer(tokenizer_of(checkpoint))
+
+
+def say_what_is_read(renderer: Renderer, rows: TokenizedRows) -> None:
+    """Say in one line how the reward model reads rows, with the first one as it sees it."""
+    first = rows.ids[: rows.offsets[1]].tolist()
+    form = f"data.template={renderer.template}"
+    if renderer.reading:
+        form = f"a reward model of others, {form}, ids and place of the score as in transformers"
+    if renderer.day:
+        form += f", data.template_date={renderer.day}"
+    logger.info("first row, as the reward model reads it (%s): %r", form, renderer.tokenizer.shown(first))
 
 
 def load_reward_model(checkpoint: Path, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> "RewardModel":
@@ -106,9 +120,17 @@ def load_model(
 
 
 def tokenized(
-    samples: Sequence[Sample], renderer: Renderer, data: DataSection, cache_dir: Path, share_prompts: bool = False
+    samples: Sequence[Sample],
+    renderer: Renderer,
+    data: DataSection,
+    cache_dir: Path,
+    share_prompts: bool = False,
+    announced: bool = False,
 ) -> SampleSource:
-    """Return the tokens of all `samples`; raises DataError where one would be left out, for no row may be lost."""
+    """Return the tokens of all `samples`, the first one `announced` if that is asked for.
+
+    Raises DataError where one would be left out, for no row may be lost.
+    """
     rows = tokenize_samples([TrainingRow(s) for s in samples], renderer, data, cache_dir, empty_answers=True)
     if len(rows) != len(samples):
         kept = set(rows.row_ids)
@@ -118,6 +140,8 @@ def tokenized(
             f"row {lost[0]}: cannot be scored ({reasons(rows.dropped)} of {len(samples)} rows): "
             f"raise data.max_length={data.max_length}{fix}"
         )
+    if announced:
+        say_what_is_read(renderer, rows)
     return SampleSource(rows, share_prompts)
 
 

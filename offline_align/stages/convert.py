@@ -49,10 +49,9 @@ def _convert(config: ConvertRun, origin: Origin, ranks: Any, key: RunKey) -> Non
 def _check_numbers(config: ConvertRun, origin: Origin, ranks: Any) -> dict[str, Any]:
     """Compare ours with `transformers` on the Hugging Face side; return what the manifest says of it."""
     from offline_align.convert.check import compare
-    from offline_align.data.template import Renderer
 
     folder = origin.huggingface or Path(config.run.dir)
-    found = compare(folder, Renderer(origin.tokenizer, origin.template), ranks.device)
+    found = compare(folder, origin.renderer(), ranks.device)
     logger.info("convert: %s", found.in_words())
     return {"check": found.as_json()}
 

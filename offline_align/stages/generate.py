@@ -12,7 +12,6 @@ from offline_align.config.sections import Engine as EngineName
 from offline_align.convert.chat_template import condition_text
 from offline_align.data.journal import Journal
 from offline_align.data.records import Prompt, read_rows, reject_rows
-from offline_align.data.template import Renderer
 from offline_align.errors import ConfigError, StoppedEarly
 from offline_align.generate.journal import Place, merge, missing, read_answers
 from offline_align.generate.requests import Completion, Engine, Workload, build_requests
@@ -114,7 +113,7 @@ def _generate(
     files = common.input_files(config)
     prompts = ranks.main_first(lambda: list(read_rows(files, Prompt, bad_rows)))
     texts = [condition_text(condition) for condition in conditions]
-    renderer = Renderer(origin.tokenizer, origin.template)
+    renderer = origin.renderer()
     work = build_requests(
         prompts,
         renderer,
@@ -123,7 +122,7 @@ def _generate(
         config.generate,
         on_refused=lambda refused: reject_rows(files, Prompt, refused, bad_rows),
     )
-    logger.info("first prompt, as the model sees it: %r", origin.tokenizer.decode(work.requests[0].context))
+    logger.info("first prompt, as the model sees it: %r", origin.tokenizer.shown(work.requests[0].context))
     journal = Journal(run_dir, key.continuation, ranks.dp_rank)
     with journal.timed(ranks.is_main):
         _answer_missing(config, origin, engine, work, journal, ranks, renderer.end_ids)

@@ -25,6 +25,8 @@ def describe(origin: Origin) -> ModelDescription:
         tokenizer_hash=origin.tokenizer.content_hash,
         condition=origin.condition,
         method=origin.method,
+        template_date=origin.template_date,
+        reading=origin.reading,
     )
 
 

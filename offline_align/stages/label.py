@@ -40,7 +40,7 @@ def _label(config: LabelRun, explicit: frozenset[str], ranks: Any, key: RunKey) 
     from offline_align.stages.huggingface_form import describe
 
     origin = resolve(config, explicit)
-    renderer = Renderer(origin.tokenizer, origin.template)
+    renderer = origin.renderer()
     if ranks.is_main:
         common.start_folder(config)
     ranks.barrier()
@@ -78,7 +78,9 @@ def _score_missing(config: LabelRun, samples: list[Sample], renderer: Renderer, 
     (checkpoint,) = common.parent_models(config)
     model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
     shares = shares_prompts(config.trainer, config.parallel)
-    source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, common.cache_dir(config), shares))
+    source = ranks.main_first(
+        lambda: tokenized(samples, renderer, config.data, common.cache_dir(config), shares, announced=True)
+    )
     ranks.require_same(source.fingerprint(), "data.input")
     bins = plan_bins(source, config.trainer.micro_batch_size * config.data.max_length)
     left = [b for b in bins if any(row not in done for row in b)]

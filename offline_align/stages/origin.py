@@ -3,11 +3,14 @@
 import dataclasses
 import logging
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offline_align.config.checks import template_date
 from offline_align.config.runs import ModelRun
 from offline_align.config.sections import ModelSection, Template
+from offline_align.data.template import Reading, Renderer, writes_date
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.errors import ConfigError
 from offline_align.model.description import Condition, ModelDescription, find_checkpoint, is_huggingface
@@ -38,10 +41,25 @@ class Origin:
     """Folder in Hugging Face form."""
     condition: Condition | None
     method: str
+    template_date: str | None = None
+    """The day that the template takes for today: that of the training of the model, else that of the settings."""
+    reading: Reading | None = None
+    """How a reward model of others reads rows."""
+
+    def renderer(self) -> Renderer:
+        """Return what turns dialogues into ids as the model reads them."""
+        day = date.fromisoformat(self.template_date) if self.template_date else None
+        return Renderer(self.tokenizer, self.template, day, self.reading)
 
 
 def resolve(config: ModelRun, explicit: frozenset[str]) -> Origin:
     """Return the origin that `init.from` and `model.*` name; raises ConfigError with all that is wrong."""
+    found = _found(config, explicit)
+    return replace(found, template_date=_template_date(config, found))
+
+
+def _found(config: ModelRun, explicit: frozenset[str]) -> Origin:
+    """Return the origin with the day of its training alone."""
     source = config.init.from_
     if source is None:
         return _fresh(config)
@@ -60,12 +78,14 @@ def resolve(config: ModelRun, explicit: frozenset[str]) -> Origin:
     return Origin(
         model=_merged(config.model, description.model, explicit, source),
         tokenizer=tokenizer,
-        template=_template(config, description.template if description.method else None),
+        template=_template(config, description.template if description.method else None, description.template),
         kind=description.kind,
         checkpoint=folder,
         huggingface=None,
         condition=description.condition,
         method=description.method,
+        template_date=description.template_date,
+        reading=description.reading,
     )
 
 
@@ -96,22 +116,24 @@ def _fresh(config: ModelRun) -> Origin:
 
 def _from_huggingface(config: ModelRun, folder: Path, explicit: frozenset[str]) -> Origin:
     from offline_align.convert.architecture import read_architecture
-    from offline_align.convert.describe import exported
+    from offline_align.convert.describe import text_of
 
     architecture = read_architecture(folder)
     model = _merged(config.model, architecture.model, explicit, str(folder))
     given = config.model.tokenizer if "model.tokenizer" in explicit else None
     tokenizer = load_tokenizer(tokenizer_path(given) if given is not None else folder)
-    template, condition = exported(folder, architecture.extra)
+    text = text_of(folder, architecture, tokenizer)
     return Origin(
         model=model,
         tokenizer=tokenizer,
-        template=_template(config, template),
+        template=_template(config, text.template, text.usual),
         kind=str(architecture.kind),
         checkpoint=None,
         huggingface=folder,
-        condition=condition,
+        condition=text.condition,
         method=str(architecture.extra.get("method", "")),
+        template_date=text.template_date,
+        reading=text.reading,
     )
 
 
@@ -127,14 +149,28 @@ def _merged(given: ModelSection, found: ModelSection, explicit: frozenset[str], 
     return replace(found, backend=given.backend, overrides=found.overrides | given.overrides)
 
 
-def _template(config: ModelRun, trained: Template | None) -> Template:
+def _template(config: ModelRun, trained: Template | None, usual: Template = Template.paper) -> Template:
     data = getattr(config, "data", None)
     given = data.template if data is not None else None
     if trained is not None and given is not None and given is not trained:
         raise ConfigError(
             f"data.template={given}: the model in init.from was trained with {trained}; leave data.template unset"
         )
-    return trained or given or Template.paper
+    return trained or given or usual
+
+
+def _template_date(config: ModelRun, origin: Origin) -> str | None:
+    """Return the day that the template takes for today, or None where it writes none or nobody has fixed one."""
+    data = getattr(config, "data", None)
+    given = data.template_date if data is not None else None
+    if template_date(given):
+        return None  # said by the checks of the settings
+    trained = origin.template_date
+    if trained is not None and given is not None and given != trained:
+        raise ConfigError(
+            f"data.template_date={given}: the model in init.from was trained with {trained}; leave it unset"
+        )
+    return (trained or given) if writes_date(origin.tokenizer, origin.template) else None
 
 
 def load_origin(

@@ -7,7 +7,8 @@ the labelled file's manifest names. Otherwise they are characters, and the table
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import date
 from itertools import batched
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from omegaconf import MISSING
 
 from offline_align import lineage
 from offline_align.config.runs import PlanRun
-from offline_align.config.sections import Template
+from offline_align.config.sections import InputDataSection, Template
 from offline_align.convert.describe import describe, tokenizer_of
 from offline_align.data.records import BadRows, LabelledSample, input_paths, read_rows
 from offline_align.data.template import Renderer
@@ -88,11 +89,15 @@ def _renderer(config: PlanRun, paths: Sequence[Path]) -> Renderer | None:
     """Return the renderer of `model.tokenizer`, or of a model that a labelled file came from, or None."""
     if config.model.tokenizer is not None:
         tokenizer = load_tokenizer(tokenizer_path(config.model.tokenizer))
-        return Renderer(tokenizer, config.data.template or Template.paper)
-    return next(_renderers_behind(paths, config.data.template), None)
+        return Renderer(tokenizer, config.data.template or Template.paper, _day(config.data.template_date))
+    return next(_renderers_behind(paths, config.data), None)
 
 
-def _renderers_behind(paths: Sequence[Path], template: Template | None) -> Iterator[Renderer]:
+def _day(given: str | None) -> date | None:
+    return date.fromisoformat(given) if given else None
+
+
+def _renderers_behind(paths: Sequence[Path], data: InputDataSection) -> Iterator[Renderer]:
     """Yield those of the models that the manifests beside the files name, where they are still there."""
     for run_dir in dict.fromkeys(path.resolve().parent for path in paths):
         manifest = lineage.read_manifest(run_dir)
@@ -100,7 +105,8 @@ def _renderers_behind(paths: Sequence[Path], template: Template | None) -> Itera
             folder = run_dir / parent.path / (parent.part or "")
             try:
                 model = find_model(folder)
-                yield Renderer(tokenizer_of(model), template or describe(model).template)
+                found = describe(model, data.template, data.template_date)
+                yield replace(found, template=data.template or found.template).renderer(tokenizer_of(model))
             except ConfigError:
                 logger.debug("%s: not a model", folder)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from offline_align.config.runs import EvaluateRun, ModelRun, PrepareRun, Run, TrainRun
 from offline_align.config.sections import ConditionalMethodSection, JudgeKind, LauncherKind, ModelSection
-from offline_align.data.template import Renderer
 from offline_align.errors import AlignError, ConfigError
 from offline_align.launch import under_torchrun
 from offline_align.stages import common
@@ -34,7 +33,7 @@ def problems(stage: str, config: Run, explicit: frozenset[str]) -> tuple[list[st
         return found, config.model
     try:
         origin = resolve(config, explicit)
-        Renderer(origin.tokenizer, origin.template)  # refuses a chat template that is not there or not Jinja
+        origin.renderer()  # refuses a chat template that is not there or not Jinja
     except ConfigError as error:
         # The architecture as given can still be checked beside what is wrong with the rest.
         return found + error.problems, None if config.init.from_ else config.model

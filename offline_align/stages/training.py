@@ -6,7 +6,7 @@ A command differs in its rows and its objective alone, which it hands over as a 
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +91,8 @@ def _train(stage: str, config: TrainRun, explicit: frozenset[str], recipe: Recip
     if ranks.is_main:
         common.start_folder(config, origin.model if config.init.from_ else None)
     ranks.barrier()
-    renderer = Renderer(origin.tokenizer, origin.template)
+    # A reward model of others reads rows as ours do from here on.
+    renderer = replace(origin, reading=None).renderer()
     bad_rows = common.bad_rows(config, ranks.is_main)
     data, facts = _source(config, "train", recipe.read, renderer, ranks, bad_rows)
     valid, _ = _source(config, "valid", recipe.read_validation, renderer, ranks, bad_rows)
@@ -208,6 +209,7 @@ def _assemble(config: TrainRun, recipe: Recipe, origin: Origin, data: Any, valid
             tokenizer_hash=origin.tokenizer.content_hash,
             condition=recipe.condition,
             method=recipe.method,
+            template_date=origin.template_date,
         ),
         tokenizer=origin.tokenizer,
         speed=SpeedMeter(sizes, config.parallel.sequence_parallel, ranks.device, ranks.world_size),
