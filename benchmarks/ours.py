@@ -73,18 +73,18 @@ def method(workload: str, scratch: str, stage: str, *words: str) -> None:
 def label(workload: str, scratch: str, rows: str) -> None:
     """Score every row with a reward model: packing and forward passes; answers to one prompt share it."""
     from offline_align.config.sections import DataSection, Device, OnBadRow, ParallelSection, RunSection
+    from offline_align.convert.source import open_model
     from offline_align.data.records import BadRows, Sample, read_rows
     from offline_align.distributed.setup import session
-    from offline_align.label.scoring import load_reward_model, plan_bins, renderer_of, score_all, tokenized
-    from offline_align.model.description import find_checkpoint
+    from offline_align.label.scoring import load_reward_model, plan_bins, score_all, tokenized
 
     folder = Path(workload)
-    checkpoint = find_checkpoint(str(folder / "reward"))
+    reward_model = open_model(folder / "reward")
     samples = list(read_rows([folder / f"{rows}.jsonl"], Sample, BadRows(OnBadRow.fail, None)))
     with session(ParallelSection(), RunSection(dir=scratch, device=Device.cpu)) as ranks:
-        model = load_reward_model(checkpoint, ParallelSection(), ranks, in_bf16(workload))
+        model = load_reward_model(reward_model, ParallelSection(), ranks, in_bf16(workload))
         data = DataSection(max_length=MAX_LENGTH)
-        source = tokenized(samples, renderer_of(checkpoint), data, Path(scratch), share_prompts=True)
+        source = tokenized(samples, reward_model.renderer(), data, Path(scratch), share_prompts=True)
 
         def score() -> dict[int, float]:
             return score_all(model, source, plan_bins(source, MAX_LENGTH), ranks)

@@ -112,6 +112,7 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
         from offline_align.stages.hub import fetch_data_sets
 
         fetch_data_sets(job)
+        words = _with_template_date(job, words)
     return _run(job, words, limit)
 
 
@@ -130,6 +131,14 @@ def _run(job: Job[Run], words: list[str], limit: Callable[[str | None], None]) -
     if not job.stage.watches_the_clock:
         limit(trainer.max_time if trainer else None)
     return job.stage.run(job)
+
+
+def _with_template_date(job: Job[Run], words: list[str]) -> list[str]:
+    """Fix the day that the template writes; returns the words of the command with it, for all ranks."""
+    from offline_align.stages.template_date import fix_template_date
+
+    day = fix_template_date(job)
+    return words if day is None else [*words, f"data.template_date={day}"]
 
 
 def _problems(job: Job[Run]) -> list[str]:

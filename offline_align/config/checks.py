@@ -6,6 +6,7 @@ Each function returns problems as lines that name key, value and fix; an empty l
 import importlib.util
 import math
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,18 @@ def _run(run: s.RunSection) -> list[str]:
 
 
 def _data(data: s.DataSection) -> list[str]:
-    if data.max_length < 2:
-        return [f"data.max_length={data.max_length}: a row needs at least 2 tokens"]
-    return []
+    short = [f"data.max_length={data.max_length}: a row needs at least 2 tokens"] if data.max_length < 2 else []
+    return short + template_date(data.template_date)
+
+
+def template_date(given: str | None) -> list[str]:
+    """Return what is wrong with `data.template_date`."""
+    try:
+        if given is None or date.fromisoformat(given).isoformat() == given:
+            return []
+    except ValueError:
+        pass
+    return [f"data.template_date={given}: is no day; write one as 2026-01-31"]
 
 
 def _limit(trainer: s.LimitSection) -> list[str]:

@@ -30,22 +30,15 @@ _REQUIRED = (
 class Architecture:
     """What a Hugging Face folder holds: its family, policy or reward model, and our model section.
 
-    `extra` is the part that our exporter adds to `config.json` (template, condition, method), or empty.
+    `extra` is the part that our exporter adds to `config.json` (template, condition, method), or empty: the model is
+    one of others. `pad_token_id` is the padding, at which no reward is read.
     """
 
     family: Family
     kind: Kind
     model: ModelSection
     extra: dict[str, Any]
-
-
-def is_huggingface(folder: Path) -> bool:
-    """Return whether `folder` holds a model in Hugging Face form: a `config.json` with `architectures`."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "architectures" in config
+    pad_token_id: int | None = None
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -61,7 +54,8 @@ def read_architecture(folder: Path) -> Architecture:
     try:
         problems = _problems(family, kind, config)
         if not problems:
-            return Architecture(family, kind, _model(family, config), dict(config.get("offline_align") or {}))
+            ours = dict(config.get("offline_align") or {})
+            return Architecture(family, kind, _model(family, config), ours, config.get("pad_token_id"))
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         problems = [f"is not the configuration of a model ({type(error).__name__}: {error})"]
     raise ConfigError([f"init.from: {path}: {problem}" for problem in problems])

@@ -1,21 +1,26 @@
 """Our templates in Jinja, so that `apply_chat_template` of an exported folder asks as generation does."""
 
 import json
+from datetime import date
 
 from offline_align.config.sections import Template
+from offline_align.data.chat import with_day
 from offline_align.data.template import ASSISTANT, PREFIXES
 from offline_align.data.tokenizer import Tokenizer
 
 
-def chat_template(tokenizer: Tokenizer, template: Template, condition: str) -> str:
+def chat_template(tokenizer: Tokenizer, template: Template, condition: str, template_date: str | None = None) -> str:
     """Return the chat template of an exported policy or reward model.
 
     The paper's template is written out; a chat template is the tokenizer's own. `condition` (the reward text
-    of Conditional Alignment, Eq. 6, or empty) follows the generation prompt, right before the response.
+    of Conditional Alignment, Eq. 6, or empty) follows the generation prompt, right before the response. A date that
+    the template writes becomes that of training, `template_date`.
     """
     if template is Template.chat:
         assert tokenizer.chat_template is not None
         source = tokenizer.chat_template.removesuffix("\n")
+        if template_date is not None:
+            source = with_day(source, date.fromisoformat(template_date)) or source
         return source + _at_generation_prompt(condition) if condition else source
     start = "{{ bos_token }}" if tokenizer.adds_bos else ""
     return start + _PAPER + _at_generation_prompt(ASSISTANT + condition)

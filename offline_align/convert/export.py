@@ -24,8 +24,9 @@ from offline_align.convert.provenance import UNKNOWN, Provenance
 from offline_align.convert.tensors import split
 from offline_align.convert.tokenizer_files import Written, first_prompt_difference, is_replaced, write_tokenizer
 from offline_align.convert.weights import parse_size, write_weights
+from offline_align.data.chat import uses_date
 from offline_align.data.records import Message
-from offline_align.data.template import Renderer
+from offline_align.data.template import Reading
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage.files import fsync_path
@@ -61,6 +62,8 @@ def export_huggingface(
         _write_json(work / "config.json", _config(description, dtype) | ids)
         _write_json(work / "generation_config.json", ids | {"do_sample": False})
         _write_card(description, tokenizer, work, known, written.fast)
+        if description.reading is not None:
+            _keep_padding(work, description.reading, tokenizer)
         names_written = sorted(path.name for path in work.iterdir())
     return [target / name for name in names_written]
 
@@ -117,11 +120,15 @@ def _split(entry: Entry, tensor: Tensor, model: ModelSection) -> list[Tensor]:
 
 
 def _write_tokenizer(description: ModelDescription, tokenizer: Tokenizer, target: Path) -> Written:
-    template = chat_template(tokenizer, description.template, _condition(description))
-    renderer = Renderer(tokenizer, description.template)
+    template = _chat_template(description, tokenizer)
+    renderer = description.renderer(tokenizer)
     last = frozenset({tokenizer.eos_id, renderer.target((Message("user", "a"),), "b")[-1]})
     length = description.model.max_position_embeddings
     return write_tokenizer(tokenizer, target, template, length, description.kind, last)
+
+
+def _chat_template(description: ModelDescription, tokenizer: Tokenizer) -> str:
+    return chat_template(tokenizer, description.template, _condition(description), description.template_date)
 
 
 def _condition(description: ModelDescription) -> str:
@@ -142,23 +149,40 @@ def _write_card(
             "`AutoTokenizer` of transformers 5 takes the tokenizer class of the model's family instead of this "
             "`tokenizer.json`: load it with `PreTrainedTokenizerFast.from_pretrained`."
         )
-    if fast and first_prompt_difference(target, Renderer(tokenizer, description.template), condition) is not None:
+    if fast and first_prompt_difference(target, description.renderer(tokenizer), condition) is not None:
         notes.append(
             "The turns of a dialogue and the condition were encoded each by itself in training, and this "
             "tokenizer joins some of them: encode them apart for exactly the prompts of training."
         )
+    if uses_date(_chat_template(description, tokenizer)):
+        notes.append("The chat template writes the day on which it is rendered; no day is fixed for this model.")
     card = model_card(description, condition, notes, known)
     (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def _config(description: ModelDescription, dtype: str) -> dict[str, Any]:
     condition = description.condition
-    ours = {
+    ours: dict[str, Any] = {
         "method": description.method,
         "template": description.template.value,
         "condition": None if condition is None else asdict(condition),
     }
+    if description.template_date is not None:
+        ours["template_date"] = description.template_date
+    if description.reading is not None:
+        ours["reading"] = asdict(description.reading)
     return huggingface_config(description.model, description.kind, dtype) | {"offline_align": ours}
+
+
+def _keep_padding(folder: Path, reading: Reading, tokenizer: Tokenizer) -> None:
+    """Name the padding of a reward model of others in all files: no score is read there."""
+    token = None if reading.pad_id is None else tokenizer.shown([reading.pad_id])
+    for name, key, value in (
+        ("config.json", "pad_token_id", reading.pad_id),
+        ("generation_config.json", "pad_token_id", reading.pad_id),
+        ("tokenizer_config.json", "pad_token", token),
+    ):
+        _write_json(folder / name, json.loads((folder / name).read_text(encoding="utf-8")) | {key: value})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
+from typing import Any
 
 from offline_align.config.sections import Template
 from offline_align.data.chat import ChatTemplate, Piece, uses_date
@@ -54,6 +55,16 @@ class Reading:
 
     pad_id: int | None
     """`pad_token_id` of its `config.json`."""
+
+    @classmethod
+    def from_values(cls, values: Any) -> "Reading | None":
+        """Return what a file says of a reading, or None for nothing; ValueError where it cannot be one."""
+        if values is None:
+            return None
+        pad_id = values.get("pad_id") if isinstance(values, dict) else values
+        if not isinstance(values, dict) or not (pad_id is None or type(pad_id) is int):
+            raise ValueError(f"the reading {values!r} cannot be used")
+        return cls(pad_id)
 
 
 class Renderer:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from offline_align.config.runs import EvaluateRun
+from offline_align.convert.source import ModelSource, open_model
 from offline_align.data.batch import PackedBatch
 from offline_align.data.bins import SampleSource
 from offline_align.data.context import share_of_context, slices_of_rank
@@ -49,11 +50,12 @@ def log_likelihoods(checkpoint: Path, answers: Sequence[Given], config: Evaluate
 
     All ranks call it together. End of sequence is a token of an answer that came to its end, and of no other.
     """
+    policy = open_model(checkpoint, template=config.data.template, template_date=config.data.template_date)
     with session(config.parallel, config.run) as ranks:
         given = [TrainingRow(answer.sample, condition=answer.condition) for answer in answers]
-        rows = tokens_by_place(given, checkpoint, config.data, config.run)
+        rows = tokens_by_place(given, policy.renderer(), config.data, config.run)
         source = SampleSource(rows)
-        model = _load(checkpoint, config, ranks)
+        model = _load(policy, config, ranks)
         places = [int(row_id) for row_id in rows.row_ids]
         bins = plan_bins(source, config.trainer.micro_batch_size * config.data.max_length)
         own: dict[int, tuple[float, float]] = {}
@@ -68,11 +70,11 @@ def log_likelihoods(checkpoint: Path, answers: Sequence[Given], config: Evaluate
         return Likelihoods(nats, tokens)
 
 
-def _load(checkpoint: Path, config: EvaluateRun, ranks: Ranks) -> "Policy":
+def _load(source: ModelSource, config: EvaluateRun, ranks: Ranks) -> "Policy":
     from offline_align.model.heads import Policy
 
     bf16 = uses_bf16(config.trainer.precision, ranks.device)
-    model = load_model("policy", checkpoint, config.parallel, ranks, bf16)
+    model = load_model(source, config.parallel, ranks, bf16)
     assert isinstance(model, Policy)
     return model
 

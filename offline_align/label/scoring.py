@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from offline_align.config.sections import ComputeSection, DataSection, ParallelSection, RunSection, Template, TooLong
-from offline_align.convert.describe import describe, tokenizer_of
+from offline_align.config.sections import ComputeSection, DataSection, ParallelSection, RunSection, TooLong
+from offline_align.convert.source import ModelSource, open_model
 from offline_align.data.batch import PackedBatch
 from offline_align.data.bins import SampleSource, shares_prompts
 from offline_align.data.context import share_of_context
@@ -30,7 +30,6 @@ from offline_align.distributed.setup import Ranks, session, uses_bf16
 from offline_align.errors import DataError
 from offline_align.lineage import effort
 from offline_align.methods import TrainingRow
-from offline_align.model.description import is_huggingface
 
 if TYPE_CHECKING:
     from offline_align.model.heads import Policy, RewardModel
@@ -53,9 +52,10 @@ def score_samples(
 
     NaN, with a warning, for a row whose response alone is longer than `data.max_length`.
     """
+    judge = open_model(checkpoint, template=data.template, template_date=data.template_date)
     with session(parallel, run) as ranks:
-        model = load_reward_model(checkpoint, parallel, ranks, uses_bf16(trainer.precision, ranks.device))
-        tokens = tokens_by_place([TrainingRow(s) for s in samples], checkpoint, data, run)
+        model = load_reward_model(judge, parallel, ranks, uses_bf16(trainer.precision, ranks.device))
+        tokens = tokens_by_place([TrainingRow(s) for s in samples], judge.renderer(), data, run)
         source = SampleSource(tokens, shares_prompts(trainer, parallel))
         bins = plan_bins(source, trainer.micro_batch_size * data.max_length)
         merged = {int(tokens.row_ids[row]): score for row, score in score_all(model, source, bins, ranks).items()}
@@ -65,51 +65,64 @@ def score_samples(
         return [merged.get(i, math.nan) for i in range(len(samples))]
 
 
-def tokens_by_place(rows: Sequence[TrainingRow], checkpoint: Path, data: DataSection, run: RunSection) -> TokenizedRows:
-    """Return the tokens of rows as a checkpoint reads them, with places in `rows` as their ids.
+def tokens_by_place(
+    rows: Sequence[TrainingRow], renderer: Renderer, data: DataSection, run: RunSection
+) -> TokenizedRows:
+    """Return the tokens of rows, with places in `rows` as their ids.
 
     Ids of samples need not differ; places do, and tell which rows were left out.
     """
     cache = Path(data.cache_dir) if data.cache_dir else Path(run.dir) / "cache"
     placed = [replace(row, sample=replace(row.sample, id=str(k))) for k, row in enumerate(rows)]
-    return tokenize_samples(placed, renderer_of(checkpoint, data.template), data, cache, empty_answers=True)
+    tokens = tokenize_samples(placed, renderer, data, cache, empty_answers=True)
+    say_what_is_read(renderer, tokens)
+    return tokens
 
 
-def renderer_of(checkpoint: Path, template: Template | None = None) -> Renderer:
-    """Return the renderer that a model was trained with; `template` is for one that does not say, see `describe`."""
-    return Renderer(tokenizer_of(checkpoint), describe(checkpoint, template).template)
+def say_what_is_read(renderer: Renderer, rows: TokenizedRows) -> None:
+    """Say in one line how the reward model reads rows, with the first one as it sees it."""
+    first = rows.ids[: rows.offsets[1]].tolist()
+    form = f"data.template={renderer.template}"
+    if renderer.reading:
+        form = f"a reward model of others, {form}, ids and place of the score as in transformers"
+    if renderer.day:
+        form += f", data.template_date={renderer.day}"
+    logger.info("first row, as the reward model reads it (%s): %r", form, renderer.tokenizer.shown(first))
 
 
-def load_reward_model(checkpoint: Path, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> "RewardModel":
-    """Return the reward model of a checkpoint or Hugging Face folder, ready to score, at any layout."""
+def load_reward_model(source: ModelSource, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> "RewardModel":
+    """Return a reward model, ready to score, at any layout."""
     from offline_align.model.heads import RewardModel
 
-    model = load_model("reward_model", checkpoint, parallel, ranks, bf16)
+    model = load_model(source, parallel, ranks, bf16)
     assert isinstance(model, RewardModel)
     return model
 
 
 @effort.part("load")
-def load_model(
-    kind: str, checkpoint: Path, parallel: ParallelSection, ranks: Ranks, bf16: bool
-) -> "Policy | RewardModel":
-    """Return the "policy" or "reward_model" of such a folder, for forward passes alone, at any layout."""
+def load_model(source: ModelSource, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> "Policy | RewardModel":
+    """Return a model for forward passes only, at any layout."""
     # megatron-core is imported once the session has prepared this process for it.
-    from offline_align.convert.load import load_into
     from offline_align.model.build import build_model
-    from offline_align.train.checkpoint import load_weights
 
-    model = build_model(kind, describe(checkpoint).model, parallel, ranks.device, bf16)
-    load = load_into if is_huggingface(checkpoint) else load_weights
-    load(model, checkpoint, ranks)
+    model = build_model(source.kind, source.model, parallel, ranks.device, bf16)
+    source.load_into(model, ranks)
     model.eval()
     return model
 
 
 def tokenized(
-    samples: Sequence[Sample], renderer: Renderer, data: DataSection, cache_dir: Path, share_prompts: bool = False
+    samples: Sequence[Sample],
+    renderer: Renderer,
+    data: DataSection,
+    cache_dir: Path,
+    share_prompts: bool = False,
+    announced: bool = False,
 ) -> SampleSource:
-    """Return the tokens of all `samples`; raises DataError where one would be left out, for no row may be lost."""
+    """Return the tokens of all `samples`, the first one `announced` if that is asked for.
+
+    Raises DataError where one would be left out, for no row may be lost.
+    """
     rows = tokenize_samples([TrainingRow(s) for s in samples], renderer, data, cache_dir, empty_answers=True)
     if len(rows) != len(samples):
         kept = set(rows.row_ids)
@@ -119,6 +132,8 @@ def tokenized(
             f"row {lost[0]}: cannot be scored ({reasons(rows.dropped)} of {len(samples)} rows): "
             f"raise data.max_length={data.max_length}{fix}"
         )
+    if announced:
+        say_what_is_read(renderer, rows)
     return SampleSource(rows, share_prompts)
 
 

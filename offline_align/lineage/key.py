@@ -10,6 +10,9 @@ from offline_align.errors import ConfigError
 from offline_align.lineage.files import canonical_json, file_size, real_path, text_sha256
 from offline_align.lineage.manifest import CONFIG, Manifest, Sources, read_manifest
 
+# Came after the first results: unset it means what it meant before, and their keys stay as they are.
+_LATER_KEYS = {"data.template_date"}
+
 CHANGES = "changed_settings"
 """What the manifest calls the changes of a run that was continued with other settings."""
 
@@ -97,7 +100,9 @@ def _relevant(node: Any, digests: dict[str, str], key: str = "") -> Any:
     if isinstance(node, dict):
         dotted = {name: f"{key}.{name}".lstrip(".") for name in node}
         values = {
-            n: _relevant(node[n], digests, dotted[n]) for n in node if change_class(dotted[n]) is not Change.allow
+            n: _relevant(node[n], digests, dotted[n])
+            for n in node
+            if change_class(dotted[n]) is not Change.allow and not (node[n] is None and dotted[n] in _LATER_KEYS)
         }
         return {name: value for name, value in values.items() if value != {}}
     if isinstance(node, list | tuple):

@@ -6,12 +6,14 @@ the text that a model sees is the same in training, labelling and generation.
 
 import json
 from dataclasses import asdict, dataclass, fields
+from datetime import date
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from offline_align.config.sections import Backend, ModelSection, Template
 from offline_align.data.condition import Condition
+from offline_align.data.template import Reading, Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.errors import ConfigError, StorageError
 
@@ -29,11 +31,21 @@ class ModelDescription:
     tokenizer_hash: str
     condition: Condition | None = None
     method: str = ""
+    template_date: str | None = None
+    """The day that the template takes for today, as `YYYY-MM-DD`; None: it writes none, or nobody has fixed it."""
+    reading: Reading | None = None
+    """How a reward model of others reads rows; None: as ours do."""
 
     @property
     def text_form(self) -> dict[str, str]:
         """How text becomes tokens: what must agree where one model's work is another's training data."""
-        return {"tokenizer_hash": self.tokenizer_hash, "template": self.template.value}
+        dated = {"template_date": self.template_date} if self.template_date else {}
+        return {"tokenizer_hash": self.tokenizer_hash, "template": self.template.value} | dated
+
+    def renderer(self, tokenizer: Tokenizer) -> Renderer:
+        """Return what turns dialogues into the ids that the model was trained with."""
+        day = date.fromisoformat(self.template_date) if self.template_date else None
+        return Renderer(tokenizer, self.template, day, self.reading)
 
     def save(self, folder: Path) -> None:
         """Write `model.json` into `folder`."""
@@ -76,7 +88,14 @@ class ModelDescription:
             tokenizer_hash=str(values["tokenizer_hash"]),
             condition=Condition.from_values(values["condition"]),
             method=str(values["method"]),
+            template_date=day_of(values.get("template_date")),
+            reading=Reading.from_values(values.get("reading")),
         )
+
+
+def day_of(value: Any) -> str | None:
+    """Return a day as files have it; ValueError or TypeError where it is none."""
+    return None if value is None else date.fromisoformat(value).isoformat()
 
 
 def _check_types(values: dict[str, Any]) -> None:

@@ -8,10 +8,10 @@ from offline_align import lineage
 from offline_align.config.compose import world_size
 from offline_align.config.runs import ConvertRun
 from offline_align.config.sections import ConvertTo
+from offline_align.convert.source import Form, ModelSource
 from offline_align.convert.weights import parse_size
 from offline_align.errors import ConfigError
 from offline_align.stages.job import Job
-from offline_align.stages.origin import Origin
 
 if TYPE_CHECKING:
     from offline_align.distributed.setup import Ranks
@@ -25,7 +25,7 @@ def run(job: Job[ConvertRun]) -> int:
     Raises ConfigError if it has that form already.
     """
     config = job.config
-    _check(config, job.origin)
+    _check(config, job.source)
     if config.dry_run:
         logger.info("convert: %s to %s form in %s", config.init.from_, config.convert.to.value, config.run.dir)
         return 0
@@ -33,34 +33,36 @@ def run(job: Job[ConvertRun]) -> int:
 
 
 def _convert(job: Job[ConvertRun], ranks: "Ranks") -> None:
-    config, origin = job.config, job.origin
-    job.start_folder(origin.model, ranks)
+    config, source = job.config, job.source
+    job.start_folder(source.model, ranks)
     to_megatron = config.convert.to is ConvertTo.megatron
-    outputs = _to_megatron(origin, job.run_dir, ranks) if to_megatron else _to_huggingface(config, origin, ranks)
-    checked = _check_numbers(config, origin, ranks) if config.convert.check else {}
+    outputs = _to_megatron(source, job.run_dir, ranks) if to_megatron else _to_huggingface(config, source, ranks)
+    checked = _check_numbers(config, source, ranks) if config.convert.check else {}
     if ranks.is_main:
-        job.finish(outputs, {"to": config.convert.to.value, "kind": origin.kind, "method": origin.method, **checked})
+        job.finish(
+            outputs,
+            {"to": config.convert.to.value, "kind": source.kind, "method": source.description.method, **checked},
+        )
         logger.info("convert: done: %s", job.run_dir)
     ranks.barrier()
 
 
-def _check_numbers(config: ConvertRun, origin: Origin, ranks: "Ranks") -> dict[str, Any]:
+def _check_numbers(config: ConvertRun, source: ModelSource, ranks: "Ranks") -> dict[str, Any]:
     """Compare ours with `transformers` on the Hugging Face side; return what the manifest says of it."""
     from offline_align.convert.check import compare
-    from offline_align.data.template import Renderer
 
-    folder = origin.huggingface or Path(config.run.dir)
-    found = compare(folder, Renderer(origin.tokenizer, origin.template), ranks.device)
+    folder = source.folder if source.form is Form.huggingface else None
+    found = compare(folder or Path(config.run.dir), source.renderer(), ranks.device)
     logger.info("convert: %s", found.in_words())
     return {"check": found.as_json()}
 
 
-def _check(config: ConvertRun, origin: Origin) -> None:
+def _check(config: ConvertRun, source: ModelSource) -> None:
     problems = []
     if config.convert.evaluation is not None and config.convert.to is ConvertTo.megatron:
         problems.append("convert.evaluation: goes into the model card of convert.to=huggingface; leave it unset")
     wanted = config.convert.to
-    has = ConvertTo.megatron if origin.checkpoint is not None else ConvertTo.huggingface
+    has = ConvertTo.megatron if source.form is Form.checkpoint else ConvertTo.huggingface
     if wanted is has:
         other = next(form for form in ConvertTo if form is not has)
         problems.append(
@@ -81,27 +83,26 @@ def _check(config: ConvertRun, origin: Origin) -> None:
         raise ConfigError(problems)
 
 
-def _to_huggingface(config: ConvertRun, origin: Origin, ranks: "Ranks") -> list[Path]:
+def _to_huggingface(config: ConvertRun, source: ModelSource, ranks: "Ranks") -> list[Path]:
     from offline_align.stages import huggingface_form
 
     run_dir = Path(config.run.dir)
     evaluation = Path(config.convert.evaluation) if config.convert.evaluation is not None else None
-    written = huggingface_form.write(origin, run_dir, ranks, config.convert.max_shard_size, evaluation)
+    written = huggingface_form.write(source, run_dir, ranks, config.convert.max_shard_size, evaluation)
     own = {lineage.MANIFEST, lineage.CONFIG}
     return [path for path in written if path.name not in own]
 
 
-def _to_megatron(origin: Origin, run_dir: Path, ranks: "Ranks") -> list[Path]:
+def _to_megatron(source: ModelSource, run_dir: Path, ranks: "Ranks") -> list[Path]:
     """Save a checkpoint of step 0 in the precision of the safetensors files."""
     from offline_align.convert.files import open_tensors
     from offline_align.stages import huggingface_form
     from offline_align.train import checkpoint
     from offline_align.train.saving import Saver
 
-    assert origin.huggingface is not None
-    with open_tensors(origin.huggingface) as tensors:
+    assert source.folder is not None
+    with open_tensors(source.folder) as tensors:
         bf16 = tensors["model.embed_tokens.weight"].get_dtype() == "BF16"
-    model = huggingface_form.build(origin, ranks, bf16)
-    description = huggingface_form.describe(origin)
-    Saver(run_dir, model, None, description, origin.tokenizer, ranks).save(checkpoint.TrainState())
+    model = huggingface_form.build(source, ranks, bf16)
+    Saver(run_dir, model, None, source.description, source.tokenizer, ranks).save(checkpoint.TrainState())
     return [run_dir / checkpoint.FOLDER]

@@ -77,7 +77,7 @@ def _model[R: ModelRun](job: Job[R]) -> ModelSection:
     config = job.config
     if config.init.from_ is None and config.model.vocab_size is not None:
         return config.model
-    return job.origin.model
+    return job.source.model
 
 
 def _ranks(config: ModelRun) -> ParallelSizes:

@@ -15,7 +15,6 @@ from rich.text import Text
 
 from offline_align.config.runs import EvaluateRun
 from offline_align.config.sections import JudgeKind, Template
-from offline_align.convert.describe import tokenizer_of
 from offline_align.data.records import BadRows, input_paths
 from offline_align.errors import ConfigError
 from offline_align.evaluate.calibration.agreement import Verdicts
@@ -25,7 +24,7 @@ from offline_align.evaluate.comparison import Comparison, load_comparison, name_
 from offline_align.evaluate.divergence import Divergence, measure_divergence
 from offline_align.evaluate.judges import Judge, build_judge
 from offline_align.evaluate.judges.ground_truth import GroundTruthJudge, is_demo_prompt
-from offline_align.evaluate.judges.reward_model import RewardModelJudge, describe_reward_model, second_reward_model
+from offline_align.evaluate.judges.reward_model import RewardModelJudge, open_reward_model, second_reward_model
 from offline_align.evaluate.judges.section import judge_section
 from offline_align.evaluate.parts.comparison import Context, comparison_sections
 from offline_align.evaluate.parts.runs import runs_section
@@ -95,9 +94,7 @@ def problems(job: Job[EvaluateRun]) -> list[str]:
 def _reward_model(key: str, source: str, config: EvaluateRun) -> tuple[list[str], Template | None]:
     """Return what is wrong with the reward model that `key` names, and its template."""
     try:
-        folder, description = describe_reward_model(source, key, config.data.template)
-        tokenizer_of(folder)
-        return [], description.template
+        return [], open_reward_model(source, key, config.data.template).description.template
     except ConfigError as error:
         return error.problems, None
 

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 from offline_align.config.runs import GenerateRun
 from offline_align.config.sections import ConditionalMethodSection
 from offline_align.config.sections import Engine as EngineName
+from offline_align.convert.source import ModelSource
 from offline_align.data.condition import Condition
 from offline_align.data.journal import Journal
 from offline_align.data.records import Prompt, read_rows, reject_rows
-from offline_align.data.template import Renderer
 from offline_align.errors import ConfigError, StoppedEarly
 from offline_align.generate.answer_journal import Place, merge, missing, read_answers
 from offline_align.generate.requests import Completion, Engine, Workload, build_requests
 from offline_align.lineage import effort
 from offline_align.stages.job import Job
-from offline_align.stages.origin import Origin
 
 if TYPE_CHECKING:
     from offline_align.distributed.setup import Ranks
@@ -33,8 +32,8 @@ def run(job: Job[GenerateRun]) -> int:
     """
     from offline_align.generate.engines import choose_engine
 
-    config, origin = job.config, job.origin
-    conditions = requested_conditions(origin, config.method.target_reward)
+    config, source = job.config, job.source
+    conditions = requested_conditions(source, config.method.target_reward)
     engine = choose_engine(config.generate.engine, config.run.device)
     parallel = config.parallel
     sizes = {
@@ -51,7 +50,7 @@ def run(job: Job[GenerateRun]) -> int:
     if config.dry_run:
         from offline_align.stages.generate_plan import print_generate_dry_run
 
-        print_generate_dry_run(config, origin, ", ".join(map(asked_text, conditions)), engine)
+        print_generate_dry_run(config, source, ", ".join(map(asked_text, conditions)), engine)
         return 0
     return job.on_ranks(lambda ranks: _generate(job, conditions, engine, ranks))
 
@@ -61,13 +60,13 @@ def asked_text(condition: Condition | None) -> str:
     return condition.text if condition else ""
 
 
-def requested_conditions(origin: Origin, target_reward: float | Sequence[float] | None) -> list[Condition | None]:
+def requested_conditions(source: ModelSource, target_reward: float | Sequence[float] | None) -> list[Condition | None]:
     """Return the conditions that every prompt is asked under: one for each target reward, None for no condition.
 
     Raises ConfigError naming `method.target_reward`, also where two targets are the same text.
     """
     targets = target_reward if isinstance(target_reward, Sequence) else [target_reward]
-    conditions = [requested_condition(origin, target) for target in targets]
+    conditions = [requested_condition(source, target) for target in targets]
     texts = [asked_text(condition) for condition in conditions]
     for k, text in enumerate(texts):
         first = texts.index(text)
@@ -78,17 +77,17 @@ def requested_conditions(origin: Origin, target_reward: float | Sequence[float] 
     return conditions
 
 
-def requested_condition(origin: Origin, target_reward: float | None) -> Condition | None:
+def requested_condition(source: ModelSource, target_reward: float | None) -> Condition | None:
     """Return the condition of a Conditional Alignment policy with the reward that is asked for, else None.
 
     Raises ConfigError naming `method.target_reward` where it is unknown, out of range, or given for a policy
     that was not trained with rewards.
     """
-    trained = origin.condition
-    if trained is None and origin.method == "ca" and target_reward is not None:
+    trained = source.description.condition
+    if trained is None and source.description.method == "ca" and target_reward is not None:
         usual = ConditionalMethodSection()
         trained = Condition(usual.reward_format, usual.reward_limit, target_reward)
-    if trained is None and origin.method == "ca":
+    if trained is None and source.description.method == "ca":
         raise ConfigError("method.target_reward is not set, and this policy of `ca` stores none; give a reward")
     if trained is None:
         if target_reward is not None:
@@ -107,13 +106,13 @@ def requested_condition(origin: Origin, target_reward: float | None) -> Conditio
 
 
 def _generate(job: Job[GenerateRun], conditions: list[Condition | None], engine: EngineName, ranks: "Ranks") -> None:
-    config, origin = job.config, job.origin
-    job.start_folder(origin.model, ranks)
+    config, source = job.config, job.source
+    job.start_folder(source.model, ranks)
     bad_rows = job.bad_rows(ranks.is_main)
     files = job.inputs
     prompts = ranks.main_first(lambda: list(read_rows(files, Prompt, bad_rows)))
     texts = [asked_text(condition) for condition in conditions]
-    renderer = Renderer(origin.tokenizer, origin.template)
+    renderer = source.renderer()
     with effort.part("data"):
         work = build_requests(
             prompts,
@@ -123,14 +122,14 @@ def _generate(job: Job[GenerateRun], conditions: list[Condition | None], engine:
             config.generate,
             on_refused=lambda refused: reject_rows(files, Prompt, refused, bad_rows),
         )
-    logger.info("first prompt, as the model sees it: %r", origin.tokenizer.decode(work.requests[0].context))
+    logger.info("first prompt, as the model sees it: %r", source.tokenizer.shown(work.requests[0].context))
     journal = Journal(job.run_dir, job.key.continuation, ranks.dp_rank)
     _answer_missing(job, engine, work, journal, ranks, renderer.end_ids)
 
     def finish() -> None:
         output = job.run_dir / "generations.jsonl"
         rows = merge(output, prompts, work.requests, read_answers(journal, work.requests), texts)
-        job.finish([output], _facts(origin, conditions, work) | {"bad_rows": dict(bad_rows.counts)})
+        job.finish([output], _facts(source, conditions, work) | {"bad_rows": dict(bad_rows.counts)})
         journal.remove()
         logger.info("generate: %d answers: %s", rows, output)
 
@@ -172,12 +171,12 @@ def _load_engine(job: Job[GenerateRun], engine: EngineName, ranks: "Ranks", end_
     from offline_align.generate.engines import load_engine
     from offline_align.stages.huggingface_form import cached
 
-    config, origin = job.config, job.origin
-    folder = cached(origin, job.run_dir / "huggingface", ranks)
+    config, source = job.config, job.source
+    folder = cached(source, job.run_dir / "huggingface", ranks)
     return load_engine(
         engine,
         folder,
-        origin.tokenizer,
+        source.tokenizer,
         config.generate,
         seed=config.run.seed,
         device=ranks.device,
@@ -187,11 +186,11 @@ def _load_engine(job: Job[GenerateRun], engine: EngineName, ranks: "Ranks", end_
     )
 
 
-def _facts(origin: Origin, conditions: list[Condition | None], work: Workload) -> dict[str, Any]:
+def _facts(source: ModelSource, conditions: list[Condition | None], work: Workload) -> dict[str, Any]:
     """Return what the manifest says of the answers."""
     condition = conditions[0] if len(conditions) == 1 else None
     return {
-        "method": origin.method,
+        "method": source.description.method,
         "condition": None if condition is None else asdict(condition),
         "target_reward": None if condition is None else condition.target_reward,
         # Which target each condition of the rows stands for.

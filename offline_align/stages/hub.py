@@ -9,7 +9,6 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def fetch_data_sets(job: Job[Any]) -> None:
     values = {key.partition("data.")[2]: value for key, value in job.config.named_files().items()}
     changed = {k: _filed(job, f"data.{k}", v) for k, v in values.items() if k and _names_a_set(v)}
     if changed:
-        job.config = replace(job.config, data=replace(data, **changed))
+        job.change_data(**changed)
 
 
 def _names_a_set(value: Any) -> bool:

@@ -19,6 +19,7 @@ from offline_align import lineage
 from offline_align.config.compose import to_mapping
 from offline_align.config.runs import ModelRun, Run, section
 from offline_align.config.sections import DataSection, LauncherSection, ModelSection, OnBadRow, RowDataSection
+from offline_align.convert.source import ModelSource
 from offline_align.data.records import BadRows, input_paths
 from offline_align.data.sources import input_sources
 from offline_align.distributed.launched import launched
@@ -27,7 +28,7 @@ from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage import effort
 from offline_align.model.description import find_model
 from offline_align.stages.continuation import RunKey, begin_or_continue
-from offline_align.stages.origin import Origin, resolve
+from offline_align.stages.origin import resolve
 from offline_align.stages.registry import Reads, Stage
 
 if TYPE_CHECKING:
@@ -45,6 +46,13 @@ class Job[R: Run]:
         self.config = config
         self.explicit = explicit
         self._key: RunKey | None = None
+
+    def change_data(self, **values: Any) -> None:
+        """Set keys of the data section that are known only now; what was derived from it is derived again."""
+        config: Any = self.config
+        self.config = replace(config, data=replace(config.data, **values))
+        for name in ("source", "sources", "settings"):
+            self.__dict__.pop(name, None)
 
     @property
     def run_dir(self) -> Path:
@@ -70,7 +78,7 @@ class Job[R: Run]:
     # ---- What it reads
 
     @cached_property
-    def origin(self) -> Origin:
+    def source(self) -> ModelSource:
         """The model of `init.from` and `model.*`; raises ConfigError with all that is wrong."""
         assert isinstance(self.config, ModelRun)
         return resolve(self.config, self.explicit)

@@ -40,10 +40,8 @@ def run(job: Job[LabelRun]) -> int:
 
 def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
     from offline_align.label.scoring import tokenized
-    from offline_align.stages.huggingface_form import describe
 
-    origin = job.origin
-    renderer = Renderer(origin.tokenizer, origin.template)
+    renderer = job.source.renderer()
     job.start_folder(ranks=ranks)
     bad_rows = job.bad_rows(ranks.is_main)
     rows = ranks.main_first(lambda: _rows(job, renderer, bad_rows))
@@ -51,14 +49,16 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
     config = job.config
     shares = shares_prompts(config.trainer, config.parallel)
     with effort.part("data"):
-        source = ranks.main_first(lambda: tokenized(samples, renderer, config.data, job.cache_dir, shares))
+        source = ranks.main_first(
+            lambda: tokenized(samples, renderer, config.data, job.cache_dir, shares, announced=True)
+        )
         ranks.require_same(source.fingerprint(), "data.input")
     # Named by content: scores of another model, other data or other tokens of the same data are never taken for these.
     scored = lineage.text_sha256(f"{job.key.continuation} {source.fingerprint()}")
     journal = Journal(job.run_dir, scored, ranks.dp_rank)
     _score_missing(job, source, journal, ranks)
     again = _score_again(job, samples, renderer, ranks)
-    facts: dict[str, Any] = {"bad_rows": dict(bad_rows.counts)} | describe(origin).text_form
+    facts: dict[str, Any] = {"bad_rows": dict(bad_rows.counts)} | job.source.description.text_form
     ranks.from_main(lambda: _write_results(job, rows, samples, journal, again, facts))
 
 
@@ -82,8 +82,7 @@ def _score_missing(job: Job[LabelRun], source: "SampleSource", journal: Journal,
     done = ranks.from_main(lambda: read_scores(journal, len(source)))
     if len(done) == len(source):
         return
-    (checkpoint,) = job.models
-    model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
+    model = load_reward_model(job.source, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
     bins = plan_bins(source, config.trainer.micro_batch_size * config.data.max_length)
     left = [b for b in bins if any(row not in done for row in b)]
     # Ranks go round by round, so that all of them leave at the same bin when one is asked to. One that has no bin in
@@ -119,8 +118,7 @@ def _score_again(job: Job[LabelRun], samples: list[Sample], renderer: Renderer, 
     rows = choose_rows(len(samples), config.label.certificate_fraction, config.run.seed)
     if not rows:
         return {}
-    (checkpoint,) = job.models
-    model = load_reward_model(checkpoint, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
+    model = load_reward_model(job.source, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
     chosen = [samples[row] for row in rows]
     source = ranks.main_first(lambda: tokenized(chosen, renderer, config.data, job.cache_dir))
     bins = [[place] for place in reversed(range(len(rows)))]

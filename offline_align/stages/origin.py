@@ -1,75 +1,33 @@
-"""Where a stage's model comes from: a checkpoint of ours, a Hugging Face folder, or random weights."""
+"""The model of a run: what `init.from` names, under the settings that the user gave beside it."""
 
 import dataclasses
-import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from offline_align.config.runs import ModelRun
-from offline_align.config.sections import ModelSection, Template
-from offline_align.convert.token_ids import check_token_ids
-from offline_align.data.condition import Condition
-from offline_align.data.tokenizer import Tokenizer, load_tokenizer
+from offline_align.config.checks import template_date
+from offline_align.config.runs import ModelRun, section
+from offline_align.config.sections import DataSection, ModelSection, Template
+from offline_align.convert.source import Form, ModelSource, open_model
+from offline_align.data.template import writes_date
+from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import ConfigError
-from offline_align.model.description import ModelDescription, find_checkpoint, is_huggingface
+from offline_align.model.description import ModelDescription
 
-if TYPE_CHECKING:
-    import torch
-
-    from offline_align.distributed.setup import Ranks
-
-logger = logging.getLogger(__name__)
 # These say how a model is run here, not what it is.
 _FREE_KEYS = {"model.tokenizer", "model.backend", "model.overrides"}
 
 
-@dataclass(frozen=True)
-class Origin:
-    """A model before it is built: architecture, tokenizer, template and where its weights lie."""
+def resolve(config: ModelRun, explicit: frozenset[str]) -> ModelSource:
+    """Return the model that `init.from` and `model.*` name; raises ConfigError with all that is wrong.
 
-    model: ModelSection
-    """Architecture with the vocabulary size filled in."""
-    tokenizer: Tokenizer
-    template: Template
-    kind: str
-    """"policy" or "reward_model"."""
-    checkpoint: Path | None
-    """Checkpoint of ours."""
-    huggingface: Path | None
-    """Folder in Hugging Face form."""
-    condition: Condition | None
-    method: str
-
-
-def resolve(config: ModelRun, explicit: frozenset[str]) -> Origin:
-    """Return the origin that `init.from` and `model.*` name; raises ConfigError with all that is wrong."""
-    source = config.init.from_
-    if source is None:
-        return _fresh(config)
-    if is_huggingface(source):
-        return _from_huggingface(config, Path(source), explicit)
-    folder = find_checkpoint(source)
-    description = ModelDescription.load(folder)
-    tokenizer = description.load_tokenizer(folder)
-    check_token_ids(folder, description.model, tokenizer)
-    if "model.tokenizer" in explicit and config.model.tokenizer is not None:
-        given = load_tokenizer(tokenizer_path(config.model.tokenizer))
-        if given.content_hash != tokenizer.content_hash:
-            raise ConfigError(
-                f"model.tokenizer={config.model.tokenizer}: init.from={source} was trained with another tokenizer; "
-                "leave model.tokenizer unset"
-            )
-    return Origin(
-        model=_merged(config.model, description.model, explicit, source),
-        tokenizer=tokenizer,
-        template=_template(config, description.template if description.method else None),
-        kind=description.kind,
-        checkpoint=folder,
-        huggingface=None,
-        condition=description.condition,
-        method=description.method,
-    )
+    `explicit` are the keys that the user set.
+    """
+    found = _fresh(config) if config.init.from_ is None else _opened(config, config.init.from_, explicit)
+    data = section(config, DataSection)
+    template = _template(data.template if data else None, found)
+    found = replace(found, description=replace(found.description, template=template))
+    day = _template_date(data.template_date if data else None, found)
+    return replace(found, description=replace(found.description, template_date=day))
 
 
 def tokenizer_path(name: str) -> Path:
@@ -81,7 +39,7 @@ def tokenizer_path(name: str) -> Path:
     return Path(name)
 
 
-def _fresh(config: ModelRun) -> Origin:
+def _fresh(config: ModelRun) -> ModelSource:
     if config.model.tokenizer is None:
         raise ConfigError(
             "model.tokenizer is not set: give a SentencePiece .model, a tokenizer.json or a Hugging Face folder, "
@@ -94,28 +52,21 @@ def _fresh(config: ModelRun) -> Origin:
             f"model.vocab_size={size}: the tokenizer has {tokenizer.vocab_size} entries; leave it unset to take those"
         )
     model = replace(config.model, vocab_size=size or tokenizer.vocab_size)
-    return Origin(model, tokenizer, _template(config, None), "policy", None, None, None, "")
+    description = ModelDescription("policy", model, Template.paper, tokenizer.content_hash)
+    return ModelSource(description, tokenizer, Form.random)
 
 
-def _from_huggingface(config: ModelRun, folder: Path, explicit: frozenset[str]) -> Origin:
-    from offline_align.convert.architecture import read_architecture
-    from offline_align.convert.describe import exported
-
-    architecture = read_architecture(folder)
-    model = _merged(config.model, architecture.model, explicit, str(folder))
+def _opened(config: ModelRun, source: str, explicit: frozenset[str]) -> ModelSource:
     given = config.model.tokenizer if "model.tokenizer" in explicit else None
-    tokenizer = load_tokenizer(tokenizer_path(given) if given is not None else folder)
-    check_token_ids(folder, architecture.model, tokenizer, "init.from" if given is None else f"model.tokenizer={given}")
-    template, condition = exported(folder, architecture.extra)
-    return Origin(
-        model=model,
-        tokenizer=tokenizer,
-        template=_template(config, template),
-        kind=str(architecture.kind),
-        checkpoint=None,
-        huggingface=folder,
-        condition=condition,
-        method=str(architecture.extra.get("method", "")),
+    tokenizer = tokenizer_path(given) if given is not None else None
+    found = open_model(source, tokenizer=tokenizer)
+    if tokenizer is not None and load_tokenizer(tokenizer).content_hash != found.tokenizer.content_hash:
+        raise ConfigError(
+            f"model.tokenizer={given}: init.from={source} was trained with another tokenizer; "
+            "leave model.tokenizer unset"
+        )
+    return replace(
+        found, description=replace(found.description, model=_merged(config.model, found.model, explicit, source))
     )
 
 
@@ -131,27 +82,22 @@ def _merged(given: ModelSection, found: ModelSection, explicit: frozenset[str], 
     return replace(found, backend=given.backend, overrides=found.overrides | given.overrides)
 
 
-def _template(config: ModelRun, trained: Template | None) -> Template:
-    data = getattr(config, "data", None)
-    given = data.template if data is not None else None
-    if trained is not None and given is not None and given is not trained:
+def _template(given: Template | None, source: ModelSource) -> Template:
+    own = source.description.template
+    if source.states_template and given is not None and given is not own:
         raise ConfigError(
-            f"data.template={given}: the model in init.from was trained with {trained}; leave data.template unset"
+            f"data.template={given}: the model in init.from was trained with {own}; leave data.template unset"
         )
-    return trained or given or Template.paper
+    return own if source.states_template or given is None else given
 
 
-def load_origin(
-    module: "torch.nn.Module", origin: Origin, ranks: "Ranks", fresh_prefixes: tuple[str, ...] = ()
-) -> None:
-    """Put the weights of `origin` into a built model; random ones stay where it has none, and are announced."""
-    if origin.checkpoint is not None:
-        from offline_align.train.checkpoint import load_weights
-
-        load_weights(module, origin.checkpoint, ranks, fresh_prefixes)
-    elif origin.huggingface is not None:
-        from offline_align.convert.load import load_into
-
-        load_into(module, origin.huggingface, ranks, origin.model.make_vocab_size_divisible_by, fresh_prefixes)
-    else:
-        logger.warning("init.from is not set: training starts from random weights")
+def _template_date(given: str | None, source: ModelSource) -> str | None:
+    """Return the day that the template writes as today's, or None if it writes none or nobody has fixed one."""
+    if template_date(given):
+        return None  # the checks of the settings refuse it
+    trained = source.description.template_date
+    if trained is not None and given is not None and given != trained:
+        raise ConfigError(
+            f"data.template_date={given}: the model in init.from was trained with {trained}; leave it unset"
+        )
+    return (trained or given) if writes_date(source.tokenizer, source.description.template) else None

@@ -8,14 +8,15 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import date
 from itertools import batched
 from pathlib import Path
 
 from offline_align import lineage
 from offline_align.config.runs import PlanRun
-from offline_align.config.sections import DataSection, Template
-from offline_align.convert.describe import describe, tokenizer_of
+from offline_align.config.sections import DataSection, InputDataSection, Template
+from offline_align.convert.source import open_model
 from offline_align.data.condition import check_format
 from offline_align.data.records import LabelledSample, read_rows
 from offline_align.data.template import Renderer
@@ -24,7 +25,6 @@ from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import ConfigError, DataError
 from offline_align.methods import ca, checked
 from offline_align.methods.planner import Settings, Sizes, plan
-from offline_align.model.description import find_model
 from offline_align.stages.job import Job
 from offline_align.stages.origin import tokenizer_path
 from offline_align.stages.output import show
@@ -90,19 +90,24 @@ def _renderer(config: PlanRun, paths: Sequence[Path]) -> Renderer | None:
     """Return the renderer of `model.tokenizer`, or of a model that a labelled file came from, or None."""
     if config.model.tokenizer is not None:
         tokenizer = load_tokenizer(tokenizer_path(config.model.tokenizer))
-        return Renderer(tokenizer, config.data.template or Template.paper)
-    return next(_renderers_behind(paths, config.data.template), None)
+        return Renderer(tokenizer, config.data.template or Template.paper, _day(config.data.template_date))
+    return next(_renderers_behind(paths, config.data), None)
 
 
-def _renderers_behind(paths: Sequence[Path], template: Template | None) -> Iterator[Renderer]:
+def _day(given: str | None) -> date | None:
+    return date.fromisoformat(given) if given else None
+
+
+def _renderers_behind(paths: Sequence[Path], data: InputDataSection) -> Iterator[Renderer]:
     """Yield those of the models that the manifests beside the files name, where they are still there."""
     for run_dir in dict.fromkeys(path.resolve().parent for path in paths):
         manifest = lineage.read_manifest(run_dir)
         for parent in manifest.parents if manifest else []:
             folder = run_dir / parent.path / (parent.part or "")
             try:
-                model = find_model(folder)
-                yield Renderer(tokenizer_of(model), template or describe(model).template)
+                found = open_model(folder, template=data.template, template_date=data.template_date)
+                template = data.template or found.description.template
+                yield replace(found.description, template=template).renderer(found.tokenizer)
             except ConfigError:
                 logger.debug("%s: not a model", folder)
 

@@ -12,7 +12,6 @@ from offline_align.config.sections import (
     TrainerSection,
 )
 from offline_align.data.condition import check_format
-from offline_align.data.template import Renderer
 from offline_align.distributed.launched import launched
 from offline_align.errors import AlignError, ConfigError
 from offline_align.launch import contradictions
@@ -34,12 +33,12 @@ def problems(job: Job[Any]) -> tuple[list[str], ModelSection | None]:
     if config.dry_run and config.init.from_ is None:
         return found, config.model
     try:
-        origin = job.origin
-        Renderer(origin.tokenizer, origin.template)  # refuses a chat template that is not there or not Jinja
+        source = job.source
+        source.renderer()  # refuses a chat template that is not there or not Jinja
     except ConfigError as error:
         # The architecture as given can still be checked beside what is wrong with the rest.
         return found + error.problems, None if config.init.from_ else config.model
-    return found + _kind(job, origin.kind) + _wandb(config), origin.model
+    return found + _kind(job, source.kind) + _wandb(config), source.model
 
 
 def _files(job: Job[Any]) -> list[str]:

@@ -5,7 +5,7 @@ A command differs in its rows and its objective alone, which its record names as
 
 import logging
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,9 +15,7 @@ from offline_align.data.jsonl import is_empty
 from offline_align.data.records import BadRows, PreferencePair, input_paths, read_rows, reject_rows
 from offline_align.data.template import Renderer
 from offline_align.lineage import effort
-from offline_align.model.description import ModelDescription
 from offline_align.stages.job import Job
-from offline_align.stages.origin import load_origin
 from offline_align.stages.recipe import Recipe, RowSource
 
 if TYPE_CHECKING:
@@ -47,8 +45,9 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
     from offline_align.distributed.stopping import stop_requests
 
     config = job.config
-    job.start_folder(job.origin.model if config.init.from_ else None, ranks)
-    renderer = Renderer(job.origin.tokenizer, job.origin.template)
+    job.start_folder(job.source.model if config.init.from_ else None, ranks)
+    # A reward model of others reads rows as ours do from here on.
+    renderer = replace(job.source.description, reading=None).renderer(job.source.tokenizer)
     bad_rows = job.bad_rows(ranks.is_main)
     recipe = _recipe(job)
     data, facts = _source(job, "train", recipe.train, renderer, ranks, bad_rows)
@@ -142,17 +141,17 @@ def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource
     from offline_align.train.speed import SpeedMeter
     from offline_align.train.trainer import Trainer
 
-    config, origin, recipe = job.config, job.origin, _recipe(job)
+    config, source, recipe = job.config, job.source, _recipe(job)
     bf16 = uses_bf16(config.trainer.precision, ranks.device)
     fp8 = config.trainer.precision is Precision.fp8
-    module = build_model(recipe.makes, origin.model, config.parallel, ranks.device, bf16, config.trainer.recompute, fp8)
+    module = build_model(recipe.makes, source.model, config.parallel, ranks.device, bf16, config.trainer.recompute, fp8)
     if ranks.broadcast(checkpoint.newest(job.run_dir) is None):
-        fresh = ("reward_head.",) if recipe.makes == "reward_model" and origin.kind == "policy" else ()
-        load_origin(module, origin, ranks, fresh)
+        fresh = ("reward_head.",) if recipe.makes == "reward_model" and source.kind == "policy" else ()
+        source.load_into(module, ranks, fresh)
     on_cuda = ranks.device.type == "cuda"
     model = wrap_model(module, config.parallel, on_cuda)
-    assert origin.model.vocab_size is not None
-    sizes = model_sizes(origin.model, origin.model.vocab_size, scalar_head=recipe.makes == "reward_model")
+    assert source.model.vocab_size is not None
+    sizes = model_sizes(source.model, source.model.vocab_size, scalar_head=recipe.makes == "reward_model")
     settings = section(config, MethodSection)
     return Trainer(
         run_dir=job.run_dir,
@@ -165,15 +164,14 @@ def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource
         objective=recipe.objective(settings),
         data=_loader(config, data, ranks, config.trainer.max_steps),
         validation=_loader(config, valid, ranks, None) if valid is not None else None,
-        description=ModelDescription(
+        description=replace(
+            source.description,
             kind=recipe.makes,
-            model=origin.model,
-            template=origin.template,
-            tokenizer_hash=origin.tokenizer.content_hash,
             condition=recipe.condition(settings) if recipe.condition else None,
             method=job.stage.name,
+            reading=None,
         ),
-        tokenizer=origin.tokenizer,
+        tokenizer=source.tokenizer,
         speed=SpeedMeter(sizes, config.parallel.sequence_parallel, ranks.device, ranks.world_size),
         settings=job.key.continuation,
     )

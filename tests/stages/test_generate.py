@@ -75,7 +75,7 @@ def generate(*arguments: Any) -> None:
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "generations.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run_dir / "generations.jsonl").read_text().split("\n")[:-1]]
 
 
 def greedy_by_hand(policy: Path, prompt: str, condition: str = "") -> str:

@@ -51,7 +51,9 @@ class DataSection(RowDataSection):
     too_long: TooLong = TooLong.truncate_prompt
     """What happens to rows over `max_length`; a response alone over it is always dropped and counted."""
     template: Template | None = None
-    """`paper` or `chat`; unset: that of the model in `init.from`, else `paper`."""
+    """`paper` or `chat`; unset: that of the model in `init.from`, `chat` for reward models of others, else `paper`."""
+    template_date: str | None = None
+    """Day (YYYY-MM-DD) that a chat template writes as today's; unset: the model's, else the day the run began."""
     cache_dir: str | None = None
     """Folder of tokenised data, keyed by content; unset: `cache/` in `run.dir`."""
 

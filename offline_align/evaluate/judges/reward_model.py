@@ -7,10 +7,9 @@ from typing import Any
 
 from offline_align.config.runs import EvaluateRun
 from offline_align.config.sections import Template
-from offline_align.convert.describe import describe
+from offline_align.convert.source import ModelSource, open_model
 from offline_align.data.records import Message, Sample
 from offline_align.errors import ConfigError
-from offline_align.model.description import ModelDescription, find_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ def reward_model_judge(config: EvaluateRun) -> RewardModelJudge:
         raise ConfigError(
             "judge.model is not set: give the run folder of `reward`, or choose judge=openai or ground_truth"
         )
-    return RewardModelJudge(describe_reward_model(config.judge.model, "judge.model")[0], config)
+    return RewardModelJudge(_folder(config.judge.model, "judge.model"), config)
 
 
 def second_reward_model(config: EvaluateRun) -> RewardModelJudge | None:
@@ -62,19 +61,21 @@ def second_reward_model(config: EvaluateRun) -> RewardModelJudge | None:
     named = config.judge.second_model
     if named is None:
         return None
-    return RewardModelJudge(describe_reward_model(named, "judge.second_model")[0], config, "second reward model")
+    return RewardModelJudge(_folder(named, "judge.second_model"), config, "second reward model")
 
 
-def describe_reward_model(source: str, key: str, template: Template | None = None) -> tuple[Path, ModelDescription]:
-    """Return the checkpoint or Hugging Face folder that `key` names, and its description.
+def open_reward_model(source: str, key: str, template: Template | None = None) -> ModelSource:
+    """Return the reward model that `key` names; `template` is for a folder that does not state its own.
 
-    `template` is for a folder that does not say its own. Raises ConfigError, naming `key`, where it is no reward model.
+    Raises ConfigError, naming `key`, if it is no reward model.
     """
-    folder = find_model(source, key)
-    try:
-        description = describe(folder, template)
-    except ConfigError as error:
-        raise ConfigError([problem.replace("init.from:", f"{key}:", 1) for problem in error.problems]) from error
-    if description.kind != "reward_model":
-        raise ConfigError(f"{key}={source}: is a {description.kind}; give a reward model, trained by `reward`")
-    return folder, description
+    found = open_model(source, key, template)
+    if found.kind != "reward_model":
+        raise ConfigError(f"{key}={source}: is a {found.kind}; give a reward model, trained by `reward`")
+    return found
+
+
+def _folder(source: str, key: str) -> Path:
+    folder = open_reward_model(source, key).folder
+    assert folder is not None
+    return folder

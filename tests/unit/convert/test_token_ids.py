@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from offline_align.config.sections import ModelSection, Template
-from offline_align.convert.describe import tokenizer_of
+from offline_align.convert.source import open_model
 from offline_align.convert.token_ids import check_token_ids
 from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import ConfigError
@@ -69,7 +69,7 @@ def test_a_checkpoint_of_ours_is_looked_at_too(tmp_path: Path) -> None:
         model = replace(MODEL, vocab_size=rows)
         ModelDescription("reward_model", model, Template.paper, tokenizer.content_hash).save(tmp_path)
         if fits:
-            assert tokenizer_of(tmp_path).vocab_size == rows
+            assert open_model(tmp_path).tokenizer.vocab_size == rows
         else:
             with pytest.raises(ConfigError, match="the tokenizer has .* entries, the model"):
-                tokenizer_of(tmp_path)
+                open_model(tmp_path)

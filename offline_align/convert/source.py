@@ -1,0 +1,139 @@
+"""Where a model comes from: a checkpoint of ours, a Hugging Face folder, or random weights."""
+
+import logging
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offline_align.config.sections import ModelSection, Template
+from offline_align.convert.architecture import Architecture, read_architecture
+from offline_align.convert.token_ids import check_token_ids
+from offline_align.data.condition import Condition
+from offline_align.data.template import Reading, Renderer
+from offline_align.data.tokenizer import Tokenizer, load_tokenizer
+from offline_align.errors import ConfigError
+from offline_align.model.description import ModelDescription, day_of, find_model, is_huggingface
+
+if TYPE_CHECKING:
+    import torch
+
+    from offline_align.distributed.setup import Ranks
+
+logger = logging.getLogger(__name__)
+
+
+class Form(Enum):
+    """In which form the weights of a model are stored."""
+
+    checkpoint = "a checkpoint of ours"
+    huggingface = "a Hugging Face folder"
+    random = "random weights"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model before it is built: what it is, its tokenizer, and where its weights are."""
+
+    description: ModelDescription
+    tokenizer: Tokenizer
+    form: Form
+    folder: Path | None = None
+    """The checkpoint or the Hugging Face folder; None for random weights."""
+    states_template: bool = False
+    """Whether the model was trained with the template of its description; the user may choose another one if not."""
+
+    @property
+    def model(self) -> ModelSection:
+        """Its architecture, with the vocabulary size filled in."""
+        return self.description.model
+
+    @property
+    def kind(self) -> str:
+        """`policy` or `reward_model`."""
+        return self.description.kind
+
+    def renderer(self) -> Renderer:
+        """Return what turns dialogues into token ids as the model reads them."""
+        return self.description.renderer(self.tokenizer)
+
+    def load_into(self, module: "torch.nn.Module", ranks: "Ranks", fresh_prefixes: tuple[str, ...] = ()) -> None:
+        """Load the weights into a built model, at any layout.
+
+        Parameters whose names start with one of `fresh_prefixes` keep their random values if the source has none.
+        """
+        if self.folder is None:
+            logger.warning("init.from is not set: training starts from random weights")
+        elif self.form is Form.checkpoint:
+            from offline_align.train.checkpoint import load_weights
+
+            load_weights(module, self.folder, ranks, fresh_prefixes)
+        else:
+            from offline_align.convert.load import load_into
+
+            load_into(module, self.folder, ranks, self.model.make_vocab_size_divisible_by, fresh_prefixes)
+
+
+def open_model(
+    path: str | Path,
+    key: str = "init.from",
+    template: Template | None = None,
+    template_date: str | None = None,
+    tokenizer: Path | None = None,
+) -> ModelSource:
+    """Return the model that the setting `key` names: a run folder, a checkpoint folder or a Hugging Face folder.
+
+    `template` and `template_date` are for a model that does not state its own, `tokenizer` for a Hugging Face folder.
+    Raises ConfigError, naming `key`, for a folder that is no model or not supported and for a tokenizer that is longer
+    than the model; StorageError for a damaged checkpoint.
+    """
+    folder = find_model(path, key)
+    try:
+        found = _from_huggingface(folder, tokenizer) if is_huggingface(folder) else _from_checkpoint(folder)
+    except ConfigError as error:
+        raise ConfigError([problem.replace("init.from:", f"{key}:", 1) for problem in error.problems]) from error
+    own = found.description
+    chosen = own.template if found.states_template or template is None else template
+    described = replace(own, template=chosen, template_date=own.template_date or template_date)
+    return replace(found, description=described)
+
+
+def _from_checkpoint(folder: Path) -> ModelSource:
+    description = ModelDescription.load(folder)
+    tokenizer = description.load_tokenizer(folder)
+    check_token_ids(folder, description.model, tokenizer)
+    # A checkpoint that `convert` has made was trained by others, with a template that is not known.
+    return ModelSource(description, tokenizer, Form.checkpoint, folder, states_template=bool(description.method))
+
+
+def _from_huggingface(folder: Path, given: Path | None) -> ModelSource:
+    architecture = read_architecture(folder)
+    tokenizer = load_tokenizer(given or folder)
+    check_token_ids(folder, architecture.model, tokenizer, f"model.tokenizer={given}" if given else "init.from")
+    try:
+        description = _description(architecture, tokenizer)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"init.from: {folder / 'config.json'}: offline_align: {error}; export it again") from error
+    states_template = bool(architecture.extra.get("template"))
+    return ModelSource(description, tokenizer, Form.huggingface, folder, states_template)
+
+
+def _description(architecture: Architecture, tokenizer: Tokenizer) -> ModelDescription:
+    """Return what our exporter wrote into `config.json`, or how the model of others reads text.
+
+    Reward models of others were trained with their chat template, if they have one, and are read as `transformers`
+    reads them. Raises TypeError and ValueError for a damaged record.
+    """
+    extra = architecture.extra
+    foreign = architecture.kind == "reward_model" and not extra
+    usual = Template.chat if foreign and tokenizer.chat_template is not None else Template.paper
+    return ModelDescription(
+        kind=architecture.kind,
+        model=architecture.model,
+        template=Template(extra["template"]) if extra.get("template") else usual,
+        tokenizer_hash=tokenizer.content_hash,
+        condition=Condition.from_values(extra.get("condition")),
+        method=str(extra.get("method", "")),
+        template_date=day_of(extra.get("template_date")),
+        reading=Reading(architecture.pad_token_id) if foreign else Reading.from_values(extra.get("reading")),
+    )
