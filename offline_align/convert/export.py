@@ -19,6 +19,7 @@ from offline_align.convert.card import model_card
 from offline_align.convert.chat_template import chat_template, condition_text
 from offline_align.convert.names import Entry, Kind
 from offline_align.convert.provenance import UNKNOWN, Provenance
+from offline_align.convert.recipe import recipe
 from offline_align.convert.tensors import split
 from offline_align.convert.tokenizer_files import first_prompt_difference, padding_id, write_tokenizer
 from offline_align.convert.weights import parse_size, write_weights
@@ -110,16 +111,18 @@ def _write_texts(description: ModelDescription, tokenizer: Tokenizer, target: Pa
     condition = condition_text(description.condition)
     template = chat_template(tokenizer, description.template, condition, description.template_date)
     notes = []
+    code = recipe(description, tokenizer)
     if not write_tokenizer(tokenizer, target, template, description.model.max_position_embeddings):
         notes.append("No `tokenizer.json` gives the ids of this SentencePiece model: encode with `tokenizer.model`.")
-    elif first_prompt_difference(target, description.renderer(tokenizer), condition) is not None:
+        code = ""
+    elif not code and first_prompt_difference(target, description.renderer(tokenizer), condition) is not None:
         notes.append(
-            "The turns of a dialogue and the condition were encoded each by itself in training, and this "
-            "tokenizer joins some of them: encode them apart for exactly the prompts of training."
+            "`transformers` encodes some prompts otherwise than training did: encode with `tokenizer.json`, "
+            "through the library tokenizers, for the tokens of training."
         )
     if uses_date(template):
         notes.append("The chat template writes the day on which it is rendered; no day is fixed for this model.")
-    card = model_card(description, condition, notes, known)
+    card = model_card(description, condition, notes, known, code)
     (target / "README.md").write_text(card, encoding="utf-8")
 
 
