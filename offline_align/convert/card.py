@@ -14,13 +14,19 @@ _METHODS = {
 }
 
 
-def model_card(description: ModelDescription, condition: str, notes: list[str], known: Provenance) -> str:
-    """Return the text of README.md; `condition` is the reward text that generation uses, or empty."""
+def model_card(
+    description: ModelDescription, condition: str, notes: list[str], known: Provenance, recipe: str = ""
+) -> str:
+    """Return the text of README.md.
+
+    `condition` is the reward text that generation uses, or empty; `recipe` is code that encodes as training did, if
+    `apply_chat_template` does not.
+    """
     method = _METHODS.get(description.method, description.method or "no training: converted weights")
     task = "text-generation" if description.kind == "policy" else "text-classification"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [alignment, offline-align]"]
     lines += ["---", "", "# Model card", "", f"Made by offline-align: {method}.", ""]
-    lines += _policy_usage(condition) if description.kind == "policy" else _reward_usage()
+    lines += _policy_usage(condition, recipe) if description.kind == "policy" else _reward_usage(recipe)
     lines += [f"- {note}" for note in notes]
     lines += _facts("Training", known.training) + _facts("Reward model behind the labels", known.reward_model)
     lines += _evaluation(known.evaluation) if known.evaluation else []
@@ -46,14 +52,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
 
 
-def _policy_usage(condition: str) -> list[str]:
-    usage = [
-        "## Asking it",
-        "",
-        "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)` gives the prompt "
-        "that the model was trained with.",
-        "",
-    ]
+def _policy_usage(condition: str, recipe: str) -> list[str]:
+    call = "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)`"
+    usage = ["## Asking it", "", *_encoding(call, "prompt", recipe, "prompt_ids")]
     if condition:
         usage += [
             f"- The response is conditioned on the reward: the prompt ends with `{condition}`. Write another "
@@ -62,13 +63,28 @@ def _policy_usage(condition: str) -> list[str]:
     return usage
 
 
-def _reward_usage() -> list[str]:
+def _reward_usage(recipe: str) -> list[str]:
+    call = "`tokenizer.apply_chat_template(messages)` with the answer as the last message"
     return [
         "## Scoring with it",
         "",
-        "`AutoModelForSequenceClassification` gives one logit, the reward of the last answer, read at the "
-        "end-of-sequence token that closes it: score "
-        '`tokenizer.apply_chat_template(messages, return_tensors="pt")` with the answer as the last message.',
+        "`AutoModelForSequenceClassification` gives one logit, the reward of the last answer.",
         "",
+        *_encoding(call, "row", recipe, "row_ids"),
         "- The head is kept in fp32; load with `dtype=torch.float32` for scores equal to those of training.",
+    ]
+
+
+def _encoding(call: str, what: str, recipe: str, function: str) -> list[str]:
+    """Return how `what` becomes the tokens of training."""
+    if not recipe:
+        return [f"{call} gives the tokens that the model was trained with.", ""]
+    return [
+        f"{call} gives the text of the {what}. In training its pieces were encoded each by itself, and a tokenizer "
+        f"that is given all of it can join some of them. `{function}(messages)` gives the tokens of training:",
+        "",
+        "```python",
+        recipe,
+        "```",
+        "",
     ]

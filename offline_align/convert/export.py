@@ -21,6 +21,7 @@ from offline_align.convert.chat_template import chat_template
 from offline_align.convert.files import INDEX, SINGLE
 from offline_align.convert.names import Entry, Kind
 from offline_align.convert.provenance import UNKNOWN, Provenance
+from offline_align.convert.recipe import recipe
 from offline_align.convert.tensors import split
 from offline_align.convert.tokenizer_files import Written, first_prompt_difference, is_replaced, write_tokenizer
 from offline_align.convert.weights import parse_size, write_weights
@@ -141,6 +142,7 @@ def _write_card(
     """Write the model card, which says where `transformers` encodes otherwise."""
     condition = _condition(description)
     notes = []
+    code = recipe(description, tokenizer) if fast else ""
     if not fast:
         notes.append("No `tokenizer.json` gives the ids of this SentencePiece model: encode with `tokenizer.model`.")
     if fast and is_replaced(target, tokenizer):
@@ -149,14 +151,14 @@ def _write_card(
             "`AutoTokenizer` of transformers 5 takes the tokenizer class of the model's family instead of this "
             "`tokenizer.json`: load it with `PreTrainedTokenizerFast.from_pretrained`."
         )
-    if fast and first_prompt_difference(target, description.renderer(tokenizer), condition) is not None:
+    if fast and not code and first_prompt_difference(target, description.renderer(tokenizer), condition) is not None:
         notes.append(
-            "The turns of a dialogue and the condition were encoded each by itself in training, and this "
-            "tokenizer joins some of them: encode them apart for exactly the prompts of training."
+            "`transformers` encodes some prompts otherwise than training did: encode with `tokenizer.json`, "
+            "through the library tokenizers, for the tokens of training."
         )
     if uses_date(_chat_template(description, tokenizer)):
         notes.append("The chat template writes the day on which it is rendered; no day is fixed for this model.")
-    card = model_card(description, condition, notes, known)
+    card = model_card(description, condition, notes, known, code)
     (target / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -33,7 +33,7 @@ class PrefixRule(StrEnum):
     """There, and behind every added token."""
 
 
-def prefix_rule(definition: dict[str, Any]) -> PrefixRule:
+def rule_of(definition: dict[str, Any]) -> PrefixRule:
     """Return the rule of a `tokenizer.json`."""
     steps = [*_steps(definition.get("normalizer")), *_steps(definition.get("pre_tokenizer"))]
     rules = {_rule_of(step) for step in steps}
@@ -118,7 +118,8 @@ class Prefixed(ABC):
     A tokenizer says what its prefix rule is and how it encodes and decodes with and without it.
     """
 
-    _rule: PrefixRule
+    prefix_rule: PrefixRule
+    """Where a space is put in front of text."""
     _strips: bool
     """Whether white space at the ends of a text is lost; the prefix then stands for a space between two texts."""
     _breaks: dict[bool, Breaks]
@@ -151,15 +152,15 @@ class Prefixed(ABC):
 
     def behind(self, text: str, special: bool = False) -> After:
         """See `Tokenizer.behind`."""
-        if self._rule is PrefixRule.never or (self._strips and text[-1:].isspace()):
+        if self.prefix_rule is PrefixRule.never or (self._strips and text[-1:].isspace()):
             return After.nothing
         return After.special if self._breaks[special].ends(text) else After.text
 
     def _is_apart(self, after: After) -> bool:
-        return after is After.text or (after is After.special and self._rule is PrefixRule.first)
+        return after is After.text or (after is After.special and self.prefix_rule is PrefixRule.first)
 
     def _cut(self, text: str, special: bool) -> tuple[str, str]:
         """Return what is encoded without the prefix, and the rest."""
         if self._strips and text[:1].isspace():
             return "", text
-        return self._breaks[special].cut(text) if self._rule is PrefixRule.always else (text, "")
+        return self._breaks[special].cut(text) if self.prefix_rule is PrefixRule.always else (text, "")

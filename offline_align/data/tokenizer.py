@@ -21,7 +21,7 @@ from offline_align.data.companions import (
     settings,
     with_added_tokens,
 )
-from offline_align.data.prefix import After, Breaks, Prefixed, PrefixRule, prefix_rule, without_prefix
+from offline_align.data.prefix import After, Breaks, Prefixed, PrefixRule, rule_of, without_prefix
 from offline_align.data.sentencepiece_model import parsed, processor, without_dummy_prefix, without_markers
 from offline_align.errors import ConfigError, StorageError
 
@@ -54,6 +54,8 @@ class Tokenizer(Protocol):
     """Strings that become one special token where `special=True`."""
     chat_template: str | None
     """Jinja source of the chat template."""
+    prefix_rule: PrefixRule
+    """Where a space is put in front of text."""
     content_hash: str
     """SHA-256 of all that determines the ids of a dialogue."""
 
@@ -181,7 +183,7 @@ class SentencePieceTokenizer(Prefixed):
     def _set_prefix(self, model: bytes, plain: bytes) -> None:
         proto = parsed(model)
         adds = proto.normalizer_spec.add_dummy_prefix and not proto.trainer_spec.treat_whitespace_as_suffix
-        self._rule = PrefixRule.always if adds else PrefixRule.never
+        self.prefix_rule = PrefixRule.always if adds else PrefixRule.never
         self._strips = proto.normalizer_spec.remove_extra_whitespaces
         self._breaks = dict.fromkeys((True, False), Breaks({}, special=True))
         for special, content in ((True, model), (False, plain)):
@@ -234,8 +236,8 @@ class HuggingFaceTokenizer(Prefixed):
         definition |= {"truncation": None, "padding": None}
         self.named_tokens = _named_tokens(config, definition)
         self.special_texts = _flag_special(definition, set(self.named_tokens.values()))
-        self._rule = prefix_rule(definition)
-        self._backends = _backends(definition, apart=self._rule is not PrefixRule.never)
+        self.prefix_rule = rule_of(definition)
+        self._backends = _backends(definition, apart=self.prefix_rule is not PrefixRule.never)
         self._special = self._backends[True, False]
         unknown = (definition.get("model") or {}).get("unk_token")
         self._never_text = {self._special.token_to_id(text) for text in self.special_texts if text != unknown}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from offline_align.config.sections import Template
-from offline_align.data.prefix import After, PrefixRule, prefix_rule
+from offline_align.data.prefix import After, PrefixRule, rule_of
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
@@ -91,8 +91,8 @@ def test_a_space_that_is_lost_at_the_end_of_a_text_is_put_in_front_of_the_next(l
 
 
 def test_rules_of_older_files() -> None:
-    assert prefix_rule({"pre_tokenizer": {"type": "Metaspace", "add_prefix_space": True}}) is PrefixRule.always
-    assert prefix_rule({"pre_tokenizer": {"type": "Metaspace", "add_prefix_space": False}}) is PrefixRule.never
+    assert rule_of({"pre_tokenizer": {"type": "Metaspace", "add_prefix_space": True}}) is PrefixRule.always
+    assert rule_of({"pre_tokenizer": {"type": "Metaspace", "add_prefix_space": False}}) is PrefixRule.never
     sequence = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "▁"}]}
-    assert prefix_rule({"normalizer": sequence}) is PrefixRule.always
-    assert prefix_rule({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}) is PrefixRule.never
+    assert rule_of({"normalizer": sequence}) is PrefixRule.always
+    assert rule_of({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}) is PrefixRule.never
