@@ -46,7 +46,7 @@ def test_the_chain_runs_as_jobs(cluster: Cluster) -> None:
     for name in ("sft", "reward", "fa", "rwr", "ca"):
         assert json.loads((runs / name / "manifest.json").read_text())["extra"]["ranks"] == 2
     report = (runs / "evaluate" / "report.md").read_text()
-    assert all(name in report for name in ("sft", "fa", "rwr", "ca(1.4)", "ca(-1.5)"))
+    assert all(name in report for name in ("sft", "fa", "rwr", "ca(1.1)", "ca(-1.1)"))
     again = cluster.run(str(PIPELINE), "--wait", more=settings(runs))
     assert " job " not in again
     assert report.strip() in again
