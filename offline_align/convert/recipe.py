@@ -7,7 +7,6 @@ ends into one token, so the code encodes them apart, too.
 import json
 
 from offline_align.config.sections import Template
-from offline_align.convert.chat_template import condition_text
 from offline_align.data.prefix import After, PrefixRule
 from offline_align.data.records import Message
 from offline_align.data.template import ASSISTANT, PREFIXES, Renderer
@@ -26,7 +25,7 @@ def recipe(description: ModelDescription, tokenizer: Tokenizer) -> str:
     """
     renderer = description.renderer(tokenizer)
     is_policy = description.kind == "policy"
-    condition = condition_text(description.condition)
+    condition = description.condition.text if description.condition else ""
     if renderer.reading or (description.template is Template.chat and is_policy and not condition):
         return ""
     behind = "behind" if _is_apart(renderer) else "encode"
@@ -49,9 +48,10 @@ def _is_apart(renderer: Renderer) -> bool:
 
 
 _HEAD = [
-    "from transformers import AutoTokenizer",
+    # `AutoTokenizer` of transformers 5 replaces this class for some families.
+    "from transformers import PreTrainedTokenizerFast",
     "",
-    'tokenizer = AutoTokenizer.from_pretrained(".")  # this folder',
+    'tokenizer = PreTrainedTokenizerFast.from_pretrained(".")  # this folder',
     "",
     "",
     "def encode(text):",

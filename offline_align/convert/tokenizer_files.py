@@ -129,7 +129,7 @@ def first_prompt_difference(folder: Path, renderer: Renderer, condition: str) ->
     """
     from transformers import PreTrainedTokenizerFast
 
-    loaded = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    loaded = PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
     for dialogue in _DIALOGUES:
         turns = [{"role": message.role, "content": message.content} for message in dialogue]
         text = loaded.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)

@@ -12,10 +12,11 @@ from offline_align.config.sections import Template
 from offline_align.convert.architecture import read_architecture
 from offline_align.convert.export import export_huggingface
 from offline_align.convert.load import load_huggingface
+from offline_align.data.condition import Condition
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
-from offline_align.model.description import Condition, ModelDescription
+from offline_align.model.description import ModelDescription
 from tests.small_tokenizers import TEMPLATES, with_spaces_in_front, write_hugging_face, write_sentencepiece
 
 CONDITION = Condition("<rm_score>{reward:.1f}", 9.9, 5.0)
