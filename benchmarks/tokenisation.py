@@ -27,8 +27,7 @@ CONTENDERS = [
 
 def _rows(workload: str) -> list[Any]:
     from offline_align.config.sections import OnBadRow
-    from offline_align.data.records import BadRows, Sample, read_rows
-    from offline_align.methods import TrainingRow
+    from offline_align.data.records import BadRows, Sample, TrainingRow, read_rows
 
     rows = read_rows([Path(workload) / "sft.jsonl"], Sample, BadRows(OnBadRow.fail, None))
     return [TrainingRow(sample) for sample in rows]

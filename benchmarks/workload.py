@@ -117,11 +117,10 @@ def _add_rewards(source: Path, target: Path, seed: int) -> None:
 def _write_tokens(folder: Path) -> None:
     """Tokenise as the training stages do, so that all contenders see equal tokens and equal targets."""
     from offline_align.config.sections import DataSection, OnBadRow, Template
-    from offline_align.data.records import BadRows, PreferencePair, Sample, read_rows
+    from offline_align.data.records import BadRows, PreferencePair, Sample, TrainingRow, read_rows
     from offline_align.data.template import Renderer
     from offline_align.data.tokenize import tokenize_pairs, tokenize_samples
     from offline_align.data.tokenizer import load_tokenizer
-    from offline_align.methods import TrainingRow
 
     renderer = Renderer(load_tokenizer(folder / "model"), Template.paper)
     section = DataSection(max_length=MAX_LENGTH)

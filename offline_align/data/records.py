@@ -24,6 +24,7 @@ __all__ = [
     "Prompt",
     "RowError",
     "Sample",
+    "TrainingRow",
     "input_paths",
     "parse_row",
     "read_rows",
@@ -79,6 +80,15 @@ class LabelledSample(Sample):
     reward_raw: float
     reward: float
     source_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRow:
+    """A sample, the weight of its loss, and the text put right before its response."""
+
+    sample: Sample
+    weight: float = 1.0
+    condition: str = ""
 
 
 @dataclass(frozen=True, slots=True)

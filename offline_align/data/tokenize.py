@@ -13,21 +13,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import batched, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from offline_align.config.sections import DataSection, TooLong
 from offline_align.data.prefetch import prefetch
-from offline_align.data.records import Message, PreferencePair
+from offline_align.data.records import Message, PreferencePair, TrainingRow
 from offline_align.data.template import Renderer, Span
 from offline_align.data.token_store import KEPT, REFUSED, TRUNCATED, Fresh, StoredTokens, responses, stored
 from offline_align.errors import DataError
 from offline_align.progress import Meter
-
-if TYPE_CHECKING:
-    from offline_align.methods import TrainingRow
 
 FORMAT_VERSION = 3
 """Part of every key: a change of how ids are made, or of what is stored beside them, must change it."""
@@ -118,7 +114,7 @@ class TokenizedPairs:
 
 
 def tokenize_samples(
-    rows: "Sequence[TrainingRow]",
+    rows: Sequence[TrainingRow],
     renderer: Renderer,
     data: DataSection,
     cache_dir: Path,
@@ -145,7 +141,7 @@ def tokenize_samples(
 
 
 def unusable_samples(
-    rows: "Sequence[TrainingRow]",
+    rows: Sequence[TrainingRow],
     renderer: Renderer,
     data: DataSection,
     cache_dir: Path,
@@ -159,14 +155,14 @@ def unusable_samples(
 
 
 def _sample_tokens(
-    rows: "Sequence[TrainingRow]", renderer: Renderer, data: DataSection, cache_dir: Path, empty_answers: bool
+    rows: Sequence[TrainingRow], renderer: Renderer, data: DataSection, cache_dir: Path, empty_answers: bool
 ) -> StoredTokens:
     dialogues = [_dialogue(row) for row in rows]
     limits = _Limits(data.max_length, data.too_long, 1 if empty_answers else 2)
     return _cached(dialogues, renderer, limits, cache_dir)
 
 
-def _dialogue(row: "TrainingRow") -> _Dialogue:
+def _dialogue(row: TrainingRow) -> _Dialogue:
     sample = row.sample
     return sample.prompt, [sample.response], row.condition, [] if sample.beside is None else [sample.beside]
 

@@ -18,11 +18,10 @@ from offline_align.data.batch import PackedBatch
 from offline_align.data.bins import SampleSource
 from offline_align.data.context import share_of_context, slices_of_rank
 from offline_align.data.pack import padding_multiple
-from offline_align.data.records import Sample
+from offline_align.data.records import Sample, TrainingRow
 from offline_align.distributed.setup import Ranks, session, uses_bf16
 from offline_align.evaluate.statistics import Floats
 from offline_align.label.scoring import load_model, plan_bins, tokens_by_place
-from offline_align.methods import TrainingRow
 
 if TYPE_CHECKING:
     from offline_align.model.heads import Policy

@@ -5,12 +5,11 @@ from pathlib import Path
 
 from offline_align.config.sections import DataSection
 from offline_align.data.jsonl import BadRows
-from offline_align.data.records import PreferencePair, Sample, reject_rows
+from offline_align.data.records import PreferencePair, Sample, TrainingRow, reject_rows
 from offline_align.data.template import Renderer
 from offline_align.data.token_store import REFUSED
 from offline_align.data.tokenize import unusable_samples
 from offline_align.errors import DataError
-from offline_align.methods import TrainingRow
 
 
 def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:

@@ -23,13 +23,12 @@ from offline_align.data.bins import SampleSource, shares_prompts
 from offline_align.data.context import share_of_context
 from offline_align.data.pack import pack, padding_multiple
 from offline_align.data.prefetch import prefetch
-from offline_align.data.records import Sample
+from offline_align.data.records import Sample, TrainingRow
 from offline_align.data.template import Renderer
 from offline_align.data.tokenize import TokenizedRows, reasons, tokenize_samples
 from offline_align.distributed.setup import Ranks, session, uses_bf16
 from offline_align.errors import DataError
 from offline_align.lineage import effort
-from offline_align.methods import TrainingRow
 
 if TYPE_CHECKING:
     from offline_align.model.heads import Policy, RewardModel

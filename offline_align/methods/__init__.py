@@ -10,18 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from offline_align.data.records import LabelledSample, Sample
+from offline_align.data.records import LabelledSample, TrainingRow
 from offline_align.data.template import Renderer
 from offline_align.errors import DataError
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingRow:
-    """A sample, the weight of its loss, and the text put right before its response."""
-
-    sample: Sample
-    weight: float = 1.0
-    condition: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from typing import Protocol
 
 from offline_align.config.sections import ConditionalMethodSection
 from offline_align.data.condition import Condition, check_format, condition_text
-from offline_align.data.records import LabelledSample, Message
+from offline_align.data.records import LabelledSample, Message, TrainingRow
 from offline_align.data.template import Renderer
 from offline_align.errors import ConfigError
-from offline_align.methods import Finalized, MethodRows, TrainingRow, checked
+from offline_align.methods import Finalized, MethodRows, checked
 
 
 class ContextRenderer(Protocol):

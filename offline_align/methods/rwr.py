@@ -5,10 +5,10 @@ import math
 from collections.abc import Iterable, Sequence
 
 from offline_align.config.sections import RewardWeightedMethodSection
-from offline_align.data.records import LabelledSample
+from offline_align.data.records import LabelledSample, TrainingRow
 from offline_align.data.template import Renderer
 from offline_align.errors import ConfigError
-from offline_align.methods import Finalized, MethodRows, TrainingRow, checked
+from offline_align.methods import Finalized, MethodRows, checked
 
 logger = logging.getLogger(__name__)
 

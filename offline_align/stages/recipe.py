@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from offline_align.config.sections import MethodSection, RewardMethodSection
 from offline_align.data.condition import Condition
-from offline_align.data.records import LabelledSample, PreferencePair, Sample
+from offline_align.data.records import LabelledSample, PreferencePair, Sample, TrainingRow
 from offline_align.data.template import Renderer
-from offline_align.methods import MethodRows, RowFunction, TrainingRow
+from offline_align.methods import MethodRows, RowFunction
 
 if TYPE_CHECKING:
     from offline_align.objectives import Objective

@@ -12,13 +12,12 @@ import pytest
 
 from offline_align.config.sections import DataSection, OnBadRow, Template, TooLong
 from offline_align.data import tokenize
-from offline_align.data.records import BadRows, Message, PreferencePair, Sample, read_rows
+from offline_align.data.records import BadRows, Message, PreferencePair, Sample, TrainingRow, read_rows
 from offline_align.data.template import Renderer
 from offline_align.data.tokenize import TokenizedRows, tokenize_pairs, tokenize_samples
 from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import DataError, StorageError
 from offline_align.label.rows import single_answers
-from offline_align.methods import TrainingRow
 from tests.small_tokenizers import CHATML, write_hugging_face, write_sentencepiece
 from tests.support import real_data_dir
 

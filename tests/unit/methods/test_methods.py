@@ -10,11 +10,11 @@ import pytest
 
 from offline_align.config.sections import ConditionalMethodSection, Template
 from offline_align.data.condition import check_format, condition_text
-from offline_align.data.records import LabelledSample, Message
+from offline_align.data.records import LabelledSample, Message, TrainingRow
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import ConfigError, DataError
-from offline_align.methods import TrainingRow, ca, fa, rwr
+from offline_align.methods import ca, fa, rwr
 from tests.small_tokenizers import write_hugging_face, write_sentencepiece
 
 FORMAT = ConditionalMethodSection().reward_format
