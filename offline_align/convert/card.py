@@ -5,14 +5,6 @@ from collections.abc import Sequence
 from offline_align.convert.provenance import Evaluation, Provenance, Rows
 from offline_align.model.description import ModelDescription
 
-_METHODS = {
-    "sft": "supervised fine-tuning",
-    "fa": "Filtering Alignment",
-    "rwr": "Reward-Weighted Regression",
-    "ca": "Conditional Alignment",
-    "reward": "a reward model trained on preference pairs",
-}
-
 
 def model_card(
     description: ModelDescription, condition: str, notes: list[str], known: Provenance, recipe: str = ""
@@ -22,7 +14,7 @@ def model_card(
     `condition` is the reward text that generation uses, or empty; `recipe` is code that encodes as training did, if
     `apply_chat_template` does not.
     """
-    method = _METHODS.get(description.method, description.method or "no training: converted weights")
+    method = known.method or description.method or "no training: converted weights"
     task = "text-generation" if description.kind == "policy" else "text-classification"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [alignment, offline-align]"]
     lines += ["---", "", "# Model card", "", f"Made by offline-align: {method}.", ""]

@@ -61,6 +61,8 @@ class Provenance:
     runs: list[str]
     """Lines of a nested Markdown list, newest run first."""
     evaluation: Evaluation | None = None
+    method: str = ""
+    """The training method in words."""
 
 
 UNKNOWN = Provenance([], [], [])

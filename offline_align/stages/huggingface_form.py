@@ -12,6 +12,7 @@ from offline_align.convert.provenance import provenance
 from offline_align.convert.source import Form, ModelSource
 from offline_align.distributed.setup import Ranks
 from offline_align.errors import StorageError
+from offline_align.stages.registry import title
 from offline_align.train import checkpoint, safe_unpickling
 
 
@@ -40,7 +41,7 @@ def write(
     if not ranks.is_main:
         return []
     state = ((name, parameter.detach()) for name, parameter in model.named_parameters())
-    known = provenance(source.folder, evaluation)
+    known = replace(provenance(source.folder, evaluation), method=title(source.description.method))
     return export_huggingface(state, source.description, source.tokenizer, target, max_shard_size, known)
 
 

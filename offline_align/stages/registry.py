@@ -204,3 +204,9 @@ _ALL = (
     Stage("verify", "whether a run folder is whole and where it came from", runs.VerifyRun, "verify"),
 )
 STAGES = {stage.name: stage for stage in _ALL}
+
+
+def title(method: str) -> str:
+    """Return the name of a training method in words; the name itself if no stage is called so."""
+    stage = STAGES.get(method)
+    return stage.recipe.title if stage is not None and stage.recipe is not None else method

@@ -129,7 +129,12 @@ def export(save_model: Save, tmp_path: Path) -> Callable[..., Path]:
             tokenizer,
             tmp_path / "out",
             max_shard_size,
-            replace(UNKNOWN, runs=["- `sft`, made yesterday"], training=[("optim.lr", "5e-06")]),
+            replace(
+                UNKNOWN,
+                runs=["- `sft`, made yesterday"],
+                training=[("optim.lr", "5e-06")],
+                method="Conditional Alignment",
+            ),
         )
         return tmp_path / "out"
 
