@@ -27,7 +27,7 @@ PAGES = [README, *sorted((REPOSITORY / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 INLINE_KEY = re.compile(r"`([a-z_]+\.[a-z_.]+?)(?:=[^`]*)?`")
-FILE_SUFFIXES = (".json", ".jsonl", ".model", ".yaml", ".md", ".html")
+FILE_SUFFIXES = (".json", ".safetensors", ".jsonl", ".model", ".yaml", ".md", ".html")
 
 
 @dataclass(frozen=True)
