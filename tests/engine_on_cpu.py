@@ -283,6 +283,6 @@ def build_from_its_layers(attention: str = "unfused") -> None:
     patched.choose_backend = lambda asked, *_: asked if asked is Backend.torch else Backend.transformer_engine
     patched._fields = lambda *given: fields(*given) | of_cuda
     optimizers: Any = optim
-    optimizers._offer_own_adam = lambda *_: None
+    optimizers._register_own_adam = lambda *_: None
     refusals: Any = checks
     refusals._engine = lambda _: []

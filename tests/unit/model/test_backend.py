@@ -130,13 +130,13 @@ def test_fp8_is_for_linear_layers_of_the_engine() -> None:
     assert padding_multiple(2, 2, True, fp8=True) % 16 == 0
 
 
-def test_lean_state_follows_the_gradients() -> None:
+def test_precision_aware_fields_follow_the_gradients() -> None:
     from megatron.core.optimizer import OptimizerConfig
 
-    from offline_align.train.optim import _lean_state
+    from offline_align.train.optim import _precision_aware_fields
 
     assert not OptimSection().use_precision_aware_optimizer
-    fields = _lean_state(ParallelSection(grad_reduce_in_fp32=False))
+    fields = _precision_aware_fields(ParallelSection(grad_reduce_in_fp32=False))
     assert fields["main_grads_dtype"] is torch.bfloat16
-    assert _lean_state(ParallelSection())["main_grads_dtype"] is torch.float32
+    assert _precision_aware_fields(ParallelSection())["main_grads_dtype"] is torch.float32
     assert set(fields) <= set(OptimizerConfig.__dataclass_fields__)

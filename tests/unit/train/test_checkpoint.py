@@ -96,7 +96,7 @@ def test_damaged_ones_are_set_aside_until_they_are_made_again(tmp_path: Path) ->
 
     assert hidden() == [".step_00000004.damaged", ".step_00000006.damaged"]
     make(tmp_path, 4)
-    checkpoint.settle(tmp_path, TrainState(step=4), keep=2)
+    checkpoint.update_links_and_prune(tmp_path, TrainState(step=4), keep=2)
     assert hidden() == [".step_00000006.damaged"]
 
 
@@ -106,7 +106,7 @@ def test_old_ones_go_and_leftovers_too(tmp_path: Path) -> None:
     folder = tmp_path / checkpoint.FOLDER
     (folder / ".step_00000005.tmp-0").mkdir()
     (folder / ".latest.tmp-0").symlink_to("step_00000001")
-    checkpoint.settle(tmp_path, TrainState(step=4, best_step=1), keep=2)
+    checkpoint.update_links_and_prune(tmp_path, TrainState(step=4, best_step=1), keep=2)
     left = {path.name for path in folder.iterdir()}
     assert left == {"step_00000001", "step_00000003", "step_00000004", "latest", "best"}
     assert (folder / "best").resolve().name == "step_00000001"
@@ -120,7 +120,7 @@ def test_a_best_loss_that_is_not_finite_is_none(tmp_path: Path, value: str) -> N
     state = checkpoint.read_state(folder)
     assert (state.best_step, state.best_value) == (None, None)
     checkpoint.link(folder, "best")
-    checkpoint.settle(tmp_path, state, keep=1)
+    checkpoint.update_links_and_prune(tmp_path, state, keep=1)
     assert not (tmp_path / checkpoint.FOLDER / "best").is_symlink()
 
 
