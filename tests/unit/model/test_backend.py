@@ -28,7 +28,7 @@ def test_auto_takes_what_is_installed(
     monkeypatch: pytest.MonkeyPatch, asked: Backend, device: torch.device, installed: bool, chosen: Backend
 ) -> None:
     monkeypatch.setattr(backend, "engine_is_installed", lambda: installed)
-    monkeypatch.setattr(backend, "_say", lambda _: None)
+    monkeypatch.setattr(backend, "_log_choice", lambda _: None)
     assert choose_backend(asked, device) is chosen
 
 
@@ -55,7 +55,7 @@ def test_the_compiled_part_is_found_wherever_it_is_put(
 
 def test_transformer_engine_is_not_taken_unasked_for_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "engine_is_installed", lambda: True)
-    monkeypatch.setattr(backend, "_say", lambda _: None)
+    monkeypatch.setattr(backend, "_log_choice", lambda _: None)
     assert choose_backend(Backend.auto, CUDA, bf16=False) is Backend.torch
     assert choose_backend(Backend.transformer_engine, CUDA, bf16=False) is Backend.transformer_engine
 
@@ -101,7 +101,7 @@ def test_what_cannot_be_used_is_refused(
 
 
 def test_the_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    backend._say.cache_clear()
+    backend._log_choice.cache_clear()
     for _ in range(3):
         choose_backend(Backend.auto, CPU)
     assert [r.message.split()[:2] for r in caplog.records] == [["model.backend:", "torch"]]
