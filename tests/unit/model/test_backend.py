@@ -1,4 +1,4 @@
-"""The choice between the layers of megatron-core and those of Transformer Engine, as far as neither has to run."""
+"""The choice between megatron-core's layers and Transformer Engine's, without running either."""
 
 from pathlib import Path
 

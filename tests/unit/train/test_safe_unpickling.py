@@ -1,4 +1,4 @@
-"""Checkpoints of strangers whose hashes are right: what would run when torch reads them does not run here."""
+"""Untrusted checkpoints with correct hashes: code that torch would execute on loading is not executed."""
 
 import contextlib
 import functools
@@ -51,7 +51,7 @@ def test_an_honest_checkpoint_is_read(folder: Path) -> None:
 def test_code_among_the_records_does_not_run(folder: Path, tmp_path: Path, record: Callable[[Path], bytes]) -> None:
     marker = tmp_path / "executed"
     put_record(folder, record(marker))
-    with contextlib.suppress(Exception):  # where nothing guards it runs: else this test would show nothing
+    with contextlib.suppress(Exception):  # torch itself executes it, or this test would show nothing
         reader: Any = FileSystemReader
         reader(folder).read_metadata()
     assert marker.exists()
