@@ -19,7 +19,7 @@ from offline_align.estimate.sizes import ModelSizes
 
 
 class OwnTime:
-    """Measures the own work of this rank in a step: waiting for its rows, and computing its gradients.
+    """Measures this rank's own part of a step: waiting for its rows and computing its gradients.
 
     The measurement ends when the rank begins to reduce gradients with the others. Tensor parallel ranks
     wait for each other in every layer, so they show equal times; only their groups can differ.

@@ -97,7 +97,7 @@ class Trainer:
         total = self.data.total_steps
         main = self.ranks.is_main
         self.saver.check_space(total - self.state.step, self.trainer.save_interval, self.validation is not None)
-        # Slurm's name of a node may differ from its host name, and administrators use Slurm's.
+        # Prefer Slurm's name of the node, which can differ from its host name.
         hosts = self.ranks.gather(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
         with (
             part("steps"),
