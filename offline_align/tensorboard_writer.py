@@ -1,4 +1,4 @@
-"""TensorBoard's files: where they lie, and what a disk that fails under them says."""
+"""The folder of TensorBoard's files, and the handling of write errors in its thread."""
 
 import contextlib
 import threading
@@ -9,7 +9,7 @@ FOLDER = "tensorboard"
 
 @contextlib.contextmanager
 def silent_writer_thread() -> Iterator[None]:
-    """Leave errors of the operating system in TensorBoard's thread unsaid: the next call of its writer raises them."""
+    """Suppress the traceback of an OSError in TensorBoard's thread; the next call of its writer raises it."""
     before = threading.excepthook
 
     def hook(failure: threading.ExceptHookArgs) -> None:

@@ -1,1 +1,1 @@
-"""The GPT: from a model section to megatron-core's GPTModel, with a vocabulary head or a reward head."""
+"""The model: megatron-core's GPTModel, built from a model section, with a vocabulary or a reward head."""

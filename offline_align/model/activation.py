@@ -1,5 +1,6 @@
-"""SwiGLU in few passes over memory, for the CPU; on CUDA megatron's compiled one is used, where it can be compiled.
+"""SwiGLU in few passes over memory.
 
+It is used on the CPU, and on CUDA if megatron's fused SwiGLU cannot be compiled.
 Shape legend: F inner width of this rank.
 """
 
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 
 
 class SwiGLU(nn.Module):
-    """`silu(gate) * up` of a projection that holds both side by side."""
+    """`silu(gate) * up`, given a projection with both halves side by side."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [..., F] from [..., 2 F]; the projection alone is kept for the backward pass."""
+        """Return [..., F] from [..., 2 F]. Only the input is saved for the backward pass."""
         out: Tensor = _SwiGLU.apply(x)  # type: ignore[no-untyped-call]
         return out
 

@@ -1,8 +1,8 @@
 """Attention over packed rows, without Transformer Engine.
 
-Shape legend: T tokens of the bin on this rank, K keys that they may see, H query heads of this rank, G key/value heads
-of this rank, D width of a head, L tokens of a segment, P those of them that queries may look back on.
-Megatron hidden states are sequence first: [T, 1, ...].
+Shape legend: T tokens of the bin on this rank, K keys that they can attend to, H query heads of this
+rank, G key/value heads of this rank, D width of a head, L queries of a segment, P keys of a segment.
+Megatron's hidden states are sequence first: [T, 1, ...].
 """
 
 from collections.abc import Callable
@@ -22,26 +22,27 @@ from torch import Tensor, nn
 from offline_align.data.batch import AttentionSlice, PackedBatch, SharedKeys
 from offline_align.model.attention_products import LONGEST_ROW, attend_by_products
 
-# megatron reshapes for "thd"; here the layout stays sequence first and only this module reads the boundaries.
+# With "thd", megatron would reshape the tensors. Here the layout stays sequence first, and only this
+# module reads the boundaries of the segments.
 PACKED_FORMAT = "sbhd"
 
 
 @dataclass
 class Segments(PackedSeqParams):  # type: ignore[misc]
-    """megatron's description of a bin, with its rotary angles and what each stretch of queries may see."""
+    """megatron's description of a packed bin, extended by rotary angles and key ranges."""
 
     slices: tuple[AttentionSlice, ...] = ()
-    """In the order of this rank's tokens."""
+    """Consecutive parts of this rank's queries with the keys that each attends to."""
     shared_keys: SharedKeys | None = None
-    """What rows see of earlier rows; None: nothing."""
+    """Keys of earlier rows (shared prompts) that rows attend to; None if there are none."""
     rotary: tuple[Tensor, Tensor] | None = None
     """Cosine and sine of each token: [T, 1, D / 2]."""
     read: Tensor | None = None
-    """Places whose hidden states the head reads; None: it reads the whole sequence."""
+    """Positions whose hidden states the head reads; None if it reads the whole sequence."""
 
     @classmethod
     def of(cls, batch: PackedBatch, rotary: tuple[Tensor, Tensor], read: Tensor | None) -> "Segments":
-        """Return the segments of `batch`, of which the head reads the places `read`."""
+        """Return the segments of `batch`; the head reads the positions `read`, or all if it is None."""
         whole = AttentionSlice(
             (0, batch.tokens.size(1)), batch.cu_seqlens, batch.cu_seqlens, batch.max_seqlen, batch.max_seqlen
         )
@@ -59,15 +60,15 @@ class Segments(PackedSeqParams):  # type: ignore[misc]
 
     @cached_property
     def lengths(self) -> list[tuple[list[int], list[int]]]:
-        """Return the queries and the keys of each segment, slice by slice: what the attention on the CPU works by."""
+        """Return the numbers of queries and of keys of each segment, slice by slice, for attention by rows."""
         return [(s.cu_seqlens_q.diff().tolist(), s.cu_seqlens_k.diff().tolist()) for s in self.slices]
 
 
 def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the precision of attention, rotary angles included, in a model of `dtype`.
+    """Return the dtype in which a model of `dtype` computes attention and rotary angles.
 
-    On the CPU it is fp32 for a bf16 model: there the gradient of torch's fused kernel takes two to three times as long
-    in bf16 (docs/benchmarks.md).
+    On the CPU, a bf16 model uses fp32: the backward pass of torch's fused kernel takes two to three
+    times as long in bf16 there (docs/benchmarks.md).
     """
     return torch.float32 if dtype is torch.bfloat16 and device.type == "cpu" else dtype
 
@@ -75,10 +76,16 @@ def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 class PackedAttention(nn.Module):
     """Causal attention inside each segment of a bin, without Transformer Engine.
 
-    CUDA uses torch's variable-length flash attention; the CPU one fused call for each row, as does CUDA in fp32 or with
-    heads of other widths than that kernel knows; and on the CPU batched products of each row that is neither long nor
-    has a window, while training and where answers share a prompt. Under context parallelism keys and values of the
-    whole bin are gathered, and each rank attends from its own queries.
+    There are three implementations:
+
+    - torch's variable-length flash attention, on CUDA;
+    - one fused call per row, on the CPU, and on CUDA in fp32 or if the flash kernel does not support
+      the head width;
+    - explicit batched products (`attention_products`), on the CPU for short rows without a sliding
+      window, when training and when answers share a prompt.
+
+    Under context parallelism, each rank gathers keys and values of the whole bin and computes attention
+    for its own queries.
     """
 
     def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
@@ -101,10 +108,10 @@ class PackedAttention(nn.Module):
         """Return [T, 1, H * D] from query [T, H, D] and key, value [T, G, D]."""
         assert isinstance(packed_seq_params, Segments), "every batch of this project is packed"
         if self.context_size > 1:
-            key, value = _whole_context(torch.stack((key, value), dim=1)).unbind(1)
+            key, value = _gather_context(torch.stack((key, value), dim=1)).unbind(1)
         if packed_seq_params.shared_keys is not None:
-            key, value = (_of_all_rows(t, packed_seq_params.shared_keys) for t in (key, value))
-        attend = self._attend_by_kernel if _kernel_takes(query) else self._attend_by_row
+            key, value = (_expand_shared_keys(t, packed_seq_params.shared_keys) for t in (key, value))
+        attend = self._attend_by_kernel if _kernel_supports(query) else self._attend_by_row
         return attend(query, key, value, packed_seq_params).flatten(1).unsqueeze(1)
 
     def _attend_by_kernel(self, query: Tensor, key: Tensor, value: Tensor, packed: Segments) -> Tensor:
@@ -118,10 +125,10 @@ class PackedAttention(nn.Module):
 
         first, last = part.key_range
         key, value = key[first:last], value[first:last]
-        # torch 2.11 has no such word, and gives each key head to a group of queries unasked.
+        # torch 2.11 has no parameter `enable_gqa` and always supports grouped queries.
         is_grouped = query.size(1) != key.size(1)
-        groups: dict[str, Any] = {"enable_gqa": True} if is_grouped and _knows_groups(varlen_attn) else {}
-        # Causal masks of this kernel align the last query with the last key, as slices of a row need it.
+        groups: dict[str, Any] = {"enable_gqa": True} if is_grouped and _accepts_enable_gqa(varlen_attn) else {}
+        # The causal mask of this kernel aligns the last query with the last key, as slices of a row need.
         out = varlen_attn(
             query,
             key,
@@ -153,14 +160,18 @@ class PackedAttention(nn.Module):
     def _attend_by_segment(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[list[int], list[int]]
     ) -> Tensor:
-        # Splitting makes views, and its gradient is one concatenation; slices would each fill a bin with zeros.
+        # The backward pass of `torch.split` is one concatenation. That of indexing would allocate a
+        # zero-filled tensor of the size of the bin for each segment.
         split = zip(
             *(torch.split(t, n) for t, n in zip((query, key, value), (*lengths, lengths[1]), strict=True)), strict=True
         )
         return torch.cat([self._attend_segment(*(t.transpose(0, 1)[None] for t in segment)) for segment in split])
 
     def _attend_segment(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return [L, H, D] from query [1, H, L, D], the last of a segment, and its key, value [1, G, P, D]."""
+        """Return [L, H, D] from query [1, H, L, D] and key, value [1, G, P, D].
+
+        The queries are the last L positions of the segment.
+        """
         length, seen = query.size(2), key.size(2)
         mask = None
         if length < seen or (self.window is not None and length > self.window):
@@ -178,26 +189,27 @@ class PackedAttention(nn.Module):
         return out[0].transpose(0, 1)
 
 
-def _kernel_takes(query: Tensor) -> bool:
-    """Whether torch's variable-length kernel works for such heads."""
+def _kernel_supports(query: Tensor) -> bool:
+    """Return whether torch's variable-length kernel supports device, dtype and head width of `query`."""
     return query.is_cuda and query.dtype is not torch.float32 and query.size(-1) % 8 == 0 and query.size(-1) <= 256
 
 
 @cache
-def _knows_groups(kernel: Callable[..., Any]) -> bool:
+def _accepts_enable_gqa(kernel: Callable[..., Any]) -> bool:
     return "enable_gqa" in signature(kernel).parameters
 
 
-def _of_all_rows(keys: Tensor, shared: SharedKeys) -> Tensor:
-    """Return the keys [K, ...] of all rows side by side, from those of the bin [T, ...]."""
-    out: Tensor = _OfAllRows.apply(keys, shared)  # type: ignore[no-untyped-call]
+def _expand_shared_keys(keys: Tensor, shared: SharedKeys) -> Tensor:
+    """Return the keys [K, ...] of all rows, with shared ones repeated, from those of the bin [T, ...]."""
+    out: Tensor = _ExpandSharedKeys.apply(keys, shared)  # type: ignore[no-untyped-call]
     return out
 
 
-class _OfAllRows(torch.autograd.Function):
-    """Gradients are gathered, and only those of shared keys added: to the same bits in every run on a CPU.
+class _ExpandSharedKeys(torch.autograd.Function):
+    """Repeats shared keys. The backward pass gathers gradients and adds up only those of shared keys.
 
-    A GPU adds those of three rows or more in any order, as its attention's backward pass does too.
+    On a CPU, the sums are the same to the bit in every run. A GPU adds the gradients of three or more
+    rows in any order, as the backward pass of its attention does too.
     """
 
     @staticmethod
@@ -212,8 +224,11 @@ class _OfAllRows(torch.autograd.Function):
         return own.index_add_(0, shared.again_index, grad.index_select(0, shared.again)), None
 
 
-def _whole_context(share: Tensor) -> Tensor:
-    """Return the whole bin [K, ...] in order from every rank's two slices [T, ...]; its gradient is added up."""
+def _gather_context(share: Tensor) -> Tensor:
+    """Gather the whole bin [K, ...] in order from the two slices [T, ...] of every rank.
+
+    The backward pass sums the gradients over the ranks.
+    """
     group = parallel_state.get_context_parallel_group()
     gathered = gather_from_sequence_parallel_region(share, group=group)
     # Rank r holds slice r and slice 2c - 1 - r.

@@ -1,12 +1,13 @@
-"""Attention over the rows of a bin on the CPU: batched products, without what a causal mask hides.
+"""Attention over the rows of a bin on the CPU as batched matrix products that skip most masked scores.
 
-torch's fused kernel keeps no probabilities, for the sake of long rows, and makes them again for the gradient; rows of
-some hundred tokens train a quarter faster with what is kept (docs/benchmarks.md). Without a gradient nothing is kept,
-and the kernel is as fast, but for answers that look back on a prompt: it wants their mask written out, and computes
-what that hides.
+torch's fused kernel does not save the attention probabilities, which would be large for long rows, and
+recomputes them in the backward pass. Rows of some hundred tokens train a quarter faster with saved
+probabilities (docs/benchmarks.md). Without gradients nothing is saved, and the fused kernel is as fast.
+Answers that attend to a shared prompt are the exception: there the fused kernel needs an explicit mask
+and also computes the masked scores.
 
-Shape legend: T queries of the bin, K keys, H query heads of this rank, G key/value heads, R = H / G, D width of a head,
-l queries of a block.
+Shape legend: T queries of the bin, K keys, H query heads of this rank, G key/value heads, R = H / G,
+D width of a head, l queries of a block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 LONGEST_ROW = 1024
-"""Rows up to here are attended by products: with heads of 32 the probabilities of a row, which grow with its square,
-weigh as much here as all else that a layer keeps; with heads of 128 a fifth."""
+"""Longest row, in tokens, that is computed by products.
 
-# Queries that are multiplied together: of longer rows, more and more products would be hidden by the mask.
+The saved probabilities grow with the square of the length. At this length and with heads of width 32,
+they take as much memory as everything else that a layer saves; with heads of width 128, a fifth.
+"""
+
+# Queries per block. Larger blocks would compute more scores that the mask hides.
 _BLOCK = 128
 
 
@@ -29,7 +33,8 @@ def attend_by_products(
 ) -> Tensor:
     """Return [T, H, D] from query [T, H, D] and key, value [K, G, D], causal in each row.
 
-    `lengths` are the queries and the keys of each row; its queries are the last of it.
+    `lengths` are the numbers of queries and of keys of each row. The queries of a row are its last
+    positions.
     """
     out: Tensor = _Attention.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
     return out
@@ -47,7 +52,7 @@ class _Attention(torch.autograd.Function):
         for rows, keys in _blocks(*lengths):
             q, k, v = _matrix(query[:, :, rows]), key[:, 0, keys], value[:, 0, keys]
             scores = torch.bmm(q, k.transpose(1, 2))
-            # Queries are the last of what they see: the mask hides a triangle at the end.
+            # The queries are the last positions of their keys, so the mask is a triangle at the end.
             count = rows.stop - rows.start
             scores.view(scores.size(0), -1, count, scores.size(2))[..., -count:] += _triangle()[:count, :count]
             probabilities = torch.softmax(scores, dim=-1, out=scores)
@@ -63,7 +68,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         grad = _by_group(grad, key.size(0))
         query_grad = torch.empty_like(query)
-        # Blocks of a row have keys in common.
+        # Blocks of one row share keys, so these gradients are sums.
         key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
         for (rows, keys), probabilities in zip(_blocks(*ctx.lengths), kept, strict=True):
             q, g = _matrix(query[:, :, rows]), _matrix(grad[:, :, rows])
@@ -73,13 +78,13 @@ class _Attention(torch.autograd.Function):
             scores_grad = torch.ops.aten._softmax_backward_data(along, probabilities, -1, along.dtype)
             query_grad[:, :, rows] = torch.bmm(scores_grad, k).view_as(query_grad[:, :, rows])
             key_grad[:, 0, keys] += torch.bmm(scores_grad.transpose(1, 2), q)
-        # The queries that were kept are scaled, and with them the gradients of keys.
+        # The saved queries are scaled already, so only their own gradient needs the factor.
         query_grad *= ctx.scale
         return _by_token(query_grad), _by_token(key_grad), _by_token(value_grad), None, None
 
 
 def _blocks(queries: Sequence[int], keys: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Yield the queries of each block and the keys that its last query sees, as places in the bin."""
+    """Yield, for each block, the positions of its queries and of the keys that its last query attends to."""
     first_query = first_key = 0
     for own, seen in zip(queries, keys, strict=True):
         for start in range(0, own, _BLOCK):
@@ -97,7 +102,7 @@ def _triangle() -> Tensor:
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """Return [G, R, T, D], a copy, from [T, H, D]: the rows of a head lie side by side."""
+    """Return a copy [G, R, T, D] of [T, H, D], in which the tokens of a head are contiguous."""
     return x.view(x.size(0), groups, -1, x.size(2)).permute(1, 2, 0, 3).contiguous()
 
 
@@ -107,5 +112,5 @@ def _by_token(x: Tensor) -> Tensor:
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """Return [G, R * l, D] from [G, R, l, D]: a view where R is 1."""
+    """Return [G, R * l, D] from [G, R, l, D], as a view if R is 1."""
     return x.squeeze(1) if x.size(1) == 1 else x.flatten(1, 2)

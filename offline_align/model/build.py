@@ -1,7 +1,7 @@
-"""From a model section to megatron-core's GPTModel: the only module that names its configuration.
+"""Build megatron-core's GPTModel from a model section. Only this module sets fields of TransformerConfig.
 
-`GPTModel` is marked deprecated in megatron-core 0.19 in favour of `HybridModel`; it is the interchange form of the
-ecosystem, and a change would stay inside this folder.
+megatron-core 0.19 deprecates `GPTModel` in favour of `HybridModel`. `GPTModel` is used because other
+tools exchange checkpoints in its form; a change would only affect this package.
 """
 
 import logging
@@ -21,9 +21,9 @@ from offline_align.errors import ConfigError
 from offline_align.model.activation import SwiGLU
 from offline_align.model.attention import PackedAttention
 from offline_align.model.backend import can_compile, choose_backend
-from offline_align.model.embedding import adopt
+from offline_align.model.embedding import convert_to_packed
 from offline_align.model.heads import Policy, RewardHead, RewardModel
-from offline_align.model.layers import stacked
+from offline_align.model.layers import layer_specs
 from offline_align.model.norm import RMSNorm
 from offline_align.model.rotary import PackedRotaryEmbedding, inverse_frequencies
 from offline_align.model.self_attention import PackedSelfAttention
@@ -40,13 +40,16 @@ def build_model(
     recompute: Recompute = Recompute.none,
     fp8: bool = False,
 ) -> Policy | RewardModel:
-    """Return a randomly initialised policy or reward model of this rank on `device`.
+    """Return this rank's part of a randomly initialised policy or reward model on `device`.
 
-    `kind` is "policy" or "reward_model"; `model.vocab_size` must be known. With `fp8` linear layers
-    multiply in fp8 (Transformer Engine). Initial weights depend on the seed alone,
-    not on the layout, where the device is the CPU. Raises ConfigError for fields that TransformerConfig refuses.
+    `kind` is "policy" or "reward_model". `model.vocab_size` must be set. With `fp8`, linear layers
+    multiply in fp8 (Transformer Engine). On the CPU, initial weights depend on the seed and not on the
+    parallel layout.
+
+    Raises ConfigError if TransformerConfig refuses a field, or if the device or installation does not
+    support the backend or fp8.
     """
-    # megatron warns of GPTModel's deprecation on every construction; the reason it is used stands above.
+    # megatron warns of GPTModel's deprecation at every construction; see the docstring of this module.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     assert model.vocab_size is not None
     backend = choose_backend(model.backend, device, bf16)
@@ -61,34 +64,35 @@ def build_model(
         max_sequence_length=model.max_position_embeddings,
         parallel_output=True,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        # Attention turns queries and keys itself, by angles that are made once a bin.
+        # `PackedSelfAttention` applies rotary embeddings itself, with angles computed once per bin.
         position_embedding_type="none",
     )
-    adopt(built.embedding.word_embeddings)
+    convert_to_packed(built.embedding.word_embeddings)
     built.rotary = PackedRotaryEmbedding(*inverse_frequencies(model))
     if isinstance(built, RewardModel):
         built.replace_output_layer(RewardHead(model.hidden_size, model.init_method_std, device))
     else:
-        # Targets are selected from the gathered sequence before the projection, which gathers no more.
+        # The head gathers the sequence and selects the targets before the output layer, so that layer
+        # must not gather again.
         built.output_layer.sequence_parallel = False
         built.num_tokens = model.vocab_size
     built.to(device)
     return built
 
 
-# What would change the forward pass of megatron's attention, whose place ours has taken.
-_NOT_FOLLOWED = frozenset({"attention_output_gate", "multi_latent_attention", "no_rope_freq", "rotary_interleaved"})
+# Fields that change the forward pass of megatron's attention, which `PackedSelfAttention` replaces.
+_UNSUPPORTED = frozenset({"attention_output_gate", "multi_latent_attention", "no_rope_freq", "rotary_interleaved"})
 
 
 def unknown_overrides(model: ModelSection) -> list[str]:
-    """Return a line for each of `model.overrides` that megatron's configuration or our attention does not know."""
+    """Return an error line for each of `model.overrides` that megatron or `PackedSelfAttention` does not support."""
     known = set(TransformerConfig.__dataclass_fields__)
     lines = []
     for name, value in model.overrides.items():
         if name not in known:
             lines.append(f"model.overrides.{name}={value}: TransformerConfig has no such field")
-        elif name in _NOT_FOLLOWED and value:
-            lines.append(f"model.overrides.{name}={value}: this attention cannot do that; leave the key out")
+        elif name in _UNSUPPORTED and value:
+            lines.append(f"model.overrides.{name}={value}: the attention does not support this; leave the key out")
     return lines
 
 
@@ -100,7 +104,7 @@ def transformer_config(
     recompute: Recompute,
     fp8: bool = False,
 ) -> TransformerConfig:
-    """Return megatron's configuration; raises ConfigError naming the override that it refuses."""
+    """Return megatron's configuration. Raises ConfigError if megatron refuses it, naming unknown overrides."""
     problems = unknown_overrides(model)
     if problems:
         raise ConfigError(problems)
@@ -139,16 +143,17 @@ def _fields(model: ModelSection, parallel: ParallelSection, device: torch.device
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "use_cpu_initialization": device.type == "cpu",
-        # Losses are sums, and so are their gradients until the step divides them by the global count.
+        # Losses and gradients are sums until `train/step.py` divides them by the global count.
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False,
-        # megatron's fused SwiGLU is compiled for CUDA; elsewhere ours takes the place of Transformer Engine's.
+        # megatron's fused SwiGLU needs CUDA and a compiler. Otherwise the activation is a module: this
+        # project's `SwiGLU`, or Transformer Engine's in its layers.
         "bias_activation_fusion": compiles,
         "use_te_activation_func": not compiles,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
-        # Of Transformer Engine: cuDNN's, and none rather than the one that pads rows.
+        # Limit Transformer Engine to cuDNN's attention, so that it never uses the one that pads rows.
         "attention_backend": AttnBackend.fused,
     }
 
@@ -162,16 +167,16 @@ def _recompute_fields(recompute: Recompute) -> dict[str, Any]:
 
 
 def _fp8_fields(fp8: bool) -> dict[str, Any]:
-    """Scales from the tensor at hand: no history that a checkpoint would have to carry."""
+    """Return the fields for fp8 with scales of the current tensor, which need no history in checkpoints."""
     return {"fp8": "hybrid", "fp8_recipe": "tensorwise"} if fp8 else {}
 
 
 def _block_spec(model: ModelSection, config: TransformerConfig, backend: Backend) -> TransformerBlockSubmodules:
-    """Return megatron's local layers with the attention and the norm of this project, or Transformer Engine's."""
+    """Return megatron's own layers with this project's attention and norm, or Transformer Engine's layers."""
     if backend is Backend.transformer_engine:
-        from offline_align.model.transformer_engine import engine_block_spec
+        from offline_align.model.transformer_engine import transformer_engine_block_spec
 
-        return engine_block_spec(model, config)
+        return transformer_engine_block_spec(model, config)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=model.qk_layernorm)
     attention = spec.submodules.self_attention
     qk_norm = RMSNorm if model.qk_layernorm else attention.submodules.q_layernorm
@@ -184,4 +189,4 @@ def _block_spec(model: ModelSection, config: TransformerConfig, backend: Backend
         self_attention=ModuleSpec(PackedSelfAttention, attention.params, inner),
         mlp=partial(mlp, submodules=replace(mlp.keywords["submodules"], activation_func=SwiGLU)),
     )
-    return TransformerBlockSubmodules(layer_specs=stacked(layer, config.num_layers), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=layer_specs(layer, config.num_layers), layer_norm=RMSNorm)

@@ -1,7 +1,7 @@
-"""What a checkpoint is, in a small JSON file beside its weights: no torch is needed to read it.
+"""The description of the model in a checkpoint: `model.json`, which can be read without torch.
 
-A stage that is given a checkpoint takes architecture, template and condition from here, so nobody retypes them and
-the text that a model sees is the same in training, labelling and generation.
+A stage that loads a checkpoint reads architecture, template and condition from this file. Users do not
+repeat them, and a model sees the same form of text in training, labelling and generation.
 """
 
 import json
@@ -38,7 +38,10 @@ class ModelDescription:
 
     @property
     def text_form(self) -> dict[str, str]:
-        """How text becomes tokens: what must agree where one model's work is another's training data."""
+        """What determines how text becomes tokens.
+
+        It must agree between two models if the output of one is training data of the other.
+        """
         dated = {"template_date": self.template_date} if self.template_date else {}
         return {"tokenizer_hash": self.tokenizer_hash, "template": self.template.value} | dated
 
@@ -50,14 +53,14 @@ class ModelDescription:
     def save(self, folder: Path) -> None:
         """Write `model.json` into `folder`."""
         values = asdict(self)
-        # Both say how a model is run here, not what it is.
+        # These two belong to the run and not to the model.
         values["model"].pop("backend")
         values["model"].pop("tokenizer")
         (folder / FILE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "ModelDescription":
-        """Read `model.json` of a checkpoint folder; raises StorageError where it is damaged."""
+        """Read `model.json` of a checkpoint folder. Raises StorageError if it is missing or damaged."""
         path = folder / FILE_NAME
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -66,7 +69,10 @@ class ModelDescription:
             raise StorageError(f"{path}: not a readable model description ({error})") from error
 
     def load_tokenizer(self, folder: Path) -> Tokenizer:
-        """Return the tokenizer of a checkpoint folder; StorageError where it is not the one it was trained with."""
+        """Return the tokenizer of a checkpoint folder.
+
+        Raises StorageError if it is not the tokenizer that the model was trained with.
+        """
         tokenizer = load_tokenizer(folder / "tokenizer")
         if tokenizer.content_hash != self.tokenizer_hash:
             raise StorageError(
@@ -99,7 +105,7 @@ def day_of(value: Any) -> str | None:
 
 
 def _check_types(values: dict[str, Any]) -> None:
-    """Raise ValueError for a field whose value has another type than the section gives it."""
+    """Raise ValueError if the value of a field does not have the type that ModelSection declares."""
     for name, hint in get_type_hints(ModelSection).items():
         allowed = tuple(
             get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else [hint])
@@ -111,19 +117,22 @@ def _check_types(values: dict[str, Any]) -> None:
 
 
 def is_huggingface(path: str | Path) -> bool:
-    """Whether `path` is a folder in Hugging Face form."""
+    """Return whether `path` is a folder in Hugging Face format."""
     return (Path(path) / "config.json").is_file() and not (Path(path) / FILE_NAME).is_file()
 
 
 def find_model(path: str | Path, key: str = "init.from") -> Path:
-    """Return the Hugging Face folder or the checkpoint folder that `path` names; ConfigError naming `key`."""
+    """Return the Hugging Face folder or checkpoint folder that `path` names.
+
+    Raises ConfigError, naming `key`, if there is none.
+    """
     return Path(path).resolve() if is_huggingface(path) else find_checkpoint(path, key)
 
 
 def find_checkpoint(path: str | Path, key: str = "init.from") -> Path:
-    """Return the checkpoint folder for a run folder (its `checkpoints/latest`) or a checkpoint folder.
+    """Return the checkpoint folder that `path` names; for a run folder, this is its `checkpoints/latest`.
 
-    Raises ConfigError, naming `key`, where `path` is neither.
+    Raises ConfigError, naming `key`, if `path` is neither a run folder nor a checkpoint folder.
     """
     given = Path(path)
     if not given.exists():
@@ -140,7 +149,7 @@ def find_checkpoint(path: str | Path, key: str = "init.from") -> Path:
 
 
 def refuse_adapter(folder: Path, key: str = "init.from") -> None:
-    """Raise ConfigError, naming `key`, for a folder with an adapter (LoRA and the like): it is no whole model."""
+    """Raise ConfigError, naming `key`, if a folder holds an adapter such as LoRA instead of a full model."""
     if (folder / ADAPTER).is_file():
         raise ConfigError(
             f"{key}: {folder} holds an adapter ({ADAPTER}), not a model of its own; merge it into its base model and "

@@ -1,7 +1,8 @@
-"""The embedding: rows of a matrix, whose gradients are added where they are kept.
+"""The embedding, whose backward pass adds to `main_grad` directly.
 
-Left to autograd, a backward pass fills a gradient as large as the vocabulary, nearly all of it zeros, and a hook adds
-it to the sum over micro-batches. Here the rows that the bin has are added to that sum, and no others are touched.
+With autograd alone, a backward pass fills a gradient of the size of the whole embedding matrix, almost
+all of it zeros, and a hook adds it to `main_grad`, the sum over micro-batches. Here the backward pass
+adds only the rows of the bin's tokens to that sum.
 
 Shape legend: T tokens of the bin, V rows of the vocabulary on this rank, C hidden width.
 """
@@ -21,10 +22,10 @@ from offline_align.model.weight_gradients import added
 
 
 class PackedEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
-    """megatron's embedding, parallel over the vocabulary, with a gradient of the rows that were looked up."""
+    """megatron's vocabulary parallel embedding with a gradient for only the rows that were looked up."""
 
     def forward(self, input_: Tensor) -> Tensor:
-        """Return [1, T, C] from [1, T], or under sequence parallelism this rank's slice of [T, 1, C]."""
+        """Return [1, T, C] from [1, T]; under sequence parallelism, this rank's slice of [T, 1, C]."""
         outside, ids = None, input_
         if self.tp_group.size() > 1:
             outside = (input_ < self.vocab_start_index) | (input_ >= self.vocab_end_index)
@@ -41,10 +42,14 @@ class PackedEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
         return reduced
 
 
-def adopt(embedding: VocabParallelEmbedding) -> None:
-    """Make a packed embedding of one that megatron has made itself, by no specification."""
+def convert_to_packed(embedding: VocabParallelEmbedding) -> None:
+    """Turn an embedding that megatron has built into a PackedEmbedding, in place.
+
+    megatron's layer specifications have no entry for the embedding.
+    """
     embedding.__class__ = PackedEmbedding
-    # Where it is the output layer too, megatron would add what autograd was given in the place of a gradient.
+    # If the weight is tied to the output layer, megatron would otherwise add the placeholder that
+    # autograd gets instead of a gradient.
     embedding.weight.zero_out_wgrad = False
 
 
@@ -68,5 +73,5 @@ class _Lookup(torch.autograd.Function):
 def _add_rows(total: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
     """Add `grad` [1, T, C] to the rows `ids` [1, T] of `total` [V, C], in the same order in every run."""
     rows, values = ids.flatten(), grad.flatten(0, 1).to(total.dtype)
-    # Of these two the first sorts on a GPU, where the second would add in any order; on the CPU it is the other way.
+    # `index_put_` adds in a fixed order on a GPU, and `index_add_` on the CPU; not the other way round.
     return total.index_put_((rows,), values, accumulate=True) if total.is_cuda else total.index_add_(0, rows, values)

@@ -1,6 +1,7 @@
-"""What stands on top of the transformer: token log-likelihoods of a policy, scores of a reward model.
+"""The heads of the transformer: token log-likelihoods of a policy, scores of a reward model.
 
-Both heads look only at the places that count: targets for the vocabulary head, last tokens for the reward head.
+Each head reads only the positions that it needs: the vocabulary head the targets, the reward head the
+last tokens.
 Shape legend: T tokens of the bin, N targets, S segments, C hidden width, V vocabulary rows of this rank.
 """
 
@@ -23,7 +24,7 @@ class Policy(GPTModel):  # type: ignore[misc]
     """A GPT that returns the negative log-likelihood of every target token."""
 
     num_tokens: int
-    """Entries of the tokenizer's vocabulary, without the rows that pad it."""
+    """Size of the tokenizer's vocabulary, without padding rows."""
 
     rotary: PackedRotaryEmbedding
 
@@ -42,7 +43,7 @@ class Policy(GPTModel):  # type: ignore[misc]
     def _target_nll(
         self, hidden_states: Tensor, output_weight: Tensor | None, context: PackedBatch, **_: Any
     ) -> Tensor:
-        # The prompt never meets the vocabulary.
+        # Only targets are multiplied by the output weight; prompt tokens are not.
         hidden = _hidden_at(context.target_index, hidden_states, self.config.sequence_parallel)
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         weight = self._output_weight() if output_weight is None else output_weight
@@ -50,15 +51,15 @@ class Policy(GPTModel):  # type: ignore[misc]
         return target_nll(hidden, weight, context.target_ids, group, self.num_tokens)
 
     def _output_weight(self) -> Tensor:
-        """Return the rows of the vocabulary [V, C], complete even where they are gathered late."""
-        # megatron waits for the weights of a module in a hook of its call, and begins the next gather there. Called for
-        # no place at all the layer computes nothing.
+        """Return the output weight [V, C], complete even with `overlap_param_gather`."""
+        # megatron waits for the gathered weights of a module, and starts the next gather, in a forward
+        # pre-hook of that module. A call with an empty input triggers the hook and computes nothing.
         weight: Tensor = self.output_layer.weight
         self.output_layer(weight.new_empty(0, weight.size(1)))
         return weight
 
     def logits(self, batch: PackedBatch) -> Tensor:
-        """Return this rank's logits of every token: [T, V], for comparison with other implementations."""
+        """Return this rank's logits [T, V] of every token, for comparisons with other implementations."""
 
         def project(hidden_states: Tensor, output_weight: Tensor | None, **_: Any) -> Tensor:
             hidden = _whole_sequence(hidden_states, self.config.sequence_parallel)
@@ -76,11 +77,11 @@ class Policy(GPTModel):  # type: ignore[misc]
 
 
 class RewardHead(nn.Module):
-    """A linear map from hidden states to one number, in fp32 whatever the model's precision."""
+    """A linear layer from hidden states to one number, in fp32 at every precision of the model."""
 
     def __init__(self, hidden_size: int, std: float, device: torch.device) -> None:
         super().__init__()
-        # Drawn on the CPU, where every tensor parallel rank has the same generator state.
+        # On the CPU, all tensor parallel ranks have the same generator state.
         weight = torch.empty(1, hidden_size, dtype=torch.float32).normal_(0.0, std)
         self.weight = nn.Parameter(weight.to(device))
 
@@ -90,12 +91,12 @@ class RewardHead(nn.Module):
 
 
 class RewardModel(GPTModel):  # type: ignore[misc]
-    """A GPT whose unembedding layer is replaced by a scalar head (paper, step 2)."""
+    """A GPT whose output layer is replaced by a scalar head (paper, step 2)."""
 
     rotary: PackedRotaryEmbedding
 
     def replace_output_layer(self, head: RewardHead) -> None:
-        """Put `head` where the vocabulary projection was."""
+        """Replace the vocabulary projection by `head`."""
         self.output_layer = None
         self.share_embeddings_and_output_weights = False
         self.reward_head = head
@@ -103,7 +104,7 @@ class RewardModel(GPTModel):  # type: ignore[misc]
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return megatron's description of the weights, without the rules for an output layer that is not there."""
+        """Return megatron's sharded state dict, without GPTModel's rules for the output layer, which is gone."""
         shards: dict[str, Any] = MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
         return shards
 
@@ -126,7 +127,7 @@ class RewardModel(GPTModel):  # type: ignore[misc]
 
 
 def _segments(model: "Policy | RewardModel", batch: PackedBatch, read: Tensor | None) -> Segments:
-    """Return the segments of `batch`, whose hidden states are read at the places `read` (None: everywhere)."""
+    """Return the segments of `batch`; the head reads the positions `read`, or all if it is None."""
     places = None if read is None else read_places(read, model.config.sequence_parallel)
     positions = batch.positions[0]
     angles = model.rotary(positions, attention_dtype(model.config.params_dtype, positions.device))
@@ -134,9 +135,10 @@ def _segments(model: "Policy | RewardModel", batch: PackedBatch, read: Tensor | 
 
 
 def _hidden_at(index: Tensor, hidden: Tensor, sequence_parallel: bool) -> Tensor:
-    """Return the hidden states at the places `index`: [N, C]; the last layer has left out the others already.
+    """Return the hidden states [N, C] at the positions `index`.
 
-    Where ranks hold slices of the sequence it has not, and they are gathered.
+    Without sequence parallelism, the last layer has computed only these positions. Under sequence
+    parallelism it has computed all, and they are gathered here.
     """
     if not sequence_parallel:
         return hidden[: index.numel(), 0]
@@ -144,7 +146,10 @@ def _hidden_at(index: Tensor, hidden: Tensor, sequence_parallel: bool) -> Tensor
 
 
 def _all_scores(scores: Tensor, is_here: Tensor) -> Tensor:
-    """Return the scores [S] of all segments on every context parallel rank; each rank knows those that end on it."""
+    """Return the scores [S] of all segments on every context parallel rank.
+
+    Each rank has computed the scores of the segments that end on it, as `is_here` [S] says.
+    """
     group = parallel_state.get_context_parallel_group()
     own = torch.where(is_here, scores, 0.0)
     gathered: Tensor = tensor_parallel.gather_from_sequence_parallel_region(own, group=group)
@@ -152,10 +157,10 @@ def _all_scores(scores: Tensor, is_here: Tensor) -> Tensor:
 
 
 def _whole_sequence(hidden: Tensor, sequence_parallel: bool) -> Tensor:
-    """Return hidden states [T, 1, C] of the whole bin, gathered where ranks hold slices of it.
+    """Return the hidden states [T, 1, C] of the whole bin, gathered under sequence parallelism.
 
-    The gradient is split back, not added up: the vocabulary head has added the ranks' parts by then, and the reward
-    head computes the whole of it on every rank.
+    The backward pass splits the gradient and does not sum it over ranks: the vocabulary head has
+    already summed the parts of the ranks, and the reward head computes the full gradient on every rank.
     """
     if not sequence_parallel:
         return hidden

@@ -1,8 +1,8 @@
-"""Triton kernels for what torch's operations would carry through memory many times; for CUDA, where Triton compiles.
+"""Triton kernels that fuse sequences of memory-bound operations; for CUDA, if Triton can compile.
 
-Each is an operation of torch's own, so that a tensor without values knows its shapes too.
-Shape legend: T tokens of the bin, G key/value heads of this rank, E query heads to each, H = G * E, D width of a head;
-n targets of a piece, V vocabulary rows of this rank.
+Each kernel is registered as a torch custom operator, so it also works on fake tensors.
+Shape legend: T tokens of the bin, G key/value heads of this rank, E query heads per key/value head,
+H = G * E, D width of a head; n targets of a chunk, V vocabulary rows of this rank.
 """
 
 import torch
@@ -15,10 +15,11 @@ _VOCABULARY_BLOCK = 4096
 
 @torch.library.custom_op("offline_align::split_heads", mutates_args=())
 def split_heads(mixed: Tensor, cosine: Tensor, sine: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query [T, H, D], key and value [T, G, D] of a projection [T, G * (E + 2) * D], the first two turned.
+    """Return query [T, H, D], key and value [T, G, D] of a projection [T, G * (E + 2) * D].
 
-    `cosine` and `sine` [T, D / 2] are those of each token; pairs are (d, d + D / 2). What is returned shares no memory
-    with the projection, which nobody needs any more.
+    Query and key are rotated by the angles of each token, whose `cosine` and `sine` are [T, D / 2]; the
+    rotated pairs are (d, d + D / 2). The results do not share memory with the projection, so it can be
+    freed.
     """
     width = 2 * cosine.size(-1)
     query, key, value = (mixed.new_empty(shape) for shape in _shapes(mixed, width, groups))
@@ -34,7 +35,7 @@ def _(mixed: Tensor, cosine: Tensor, sine: Tensor, groups: int) -> tuple[Tensor,
 
 @torch.library.custom_op("offline_align::join_heads", mutates_args=())
 def join_heads(query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Return the gradient of the projection [T, G * (E + 2) * D] from those of what `split_heads` made of it."""
+    """Return the gradient of the projection [T, G * (E + 2) * D] from those of the outputs of `split_heads`."""
     mixed = query.new_empty(_joined(query, key))
     _launch_heads(mixed, query.contiguous(), key.contiguous(), value.contiguous(), cosine, sine, joins=True)
     return mixed
@@ -49,7 +50,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor) -
 def log_sum(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
     """Return the log-sum-exp of each row of `logits` [n, V] and its logit at `local` [n]: [n] each, in fp32.
 
-    A place outside of 0 to V - 1, of a target that another rank has, gives 0.
+    An index outside 0 to V - 1 belongs to a target of another rank; its logit is 0.
     """
     count, vocabulary = logits.shape
     sums, target = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
@@ -66,7 +67,7 @@ def _(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("offline_align::residual_", mutates_args=("logits",))
 def residual_(logits: Tensor, log_sums: Tensor, local: Tensor) -> None:
-    """Put `exp(logits - log_sums)` less one at `local` into the place of `logits` [n, V]."""
+    """Overwrite `logits` [n, V] with `exp(logits - log_sums)`, minus 1 at the index `local` of each row."""
     count, vocabulary = logits.shape
     if count:
         grid = (count, triton.cdiv(vocabulary, _VOCABULARY_BLOCK))
@@ -126,7 +127,7 @@ def _heads_kernel(
     lanes: tl.constexpr,
     joins: tl.constexpr,
 ) -> None:
-    """One token: E queries, a key and a value of each group stand side by side in the projection."""
+    """Process one token. In the projection, each group has E queries, a key and a value side by side."""
     half: tl.constexpr = width // 2
     token = tl.program_id(0).to(tl.int64)
     slot, lane = tl.arange(0, slots)[:, None], tl.arange(0, lanes)[None, :]
@@ -139,7 +140,7 @@ def _heads_kernel(
     cos = tl.load(cosine + token * half + lane, mask=lane < half, other=0.0).to(tl.float32)
     sin = tl.load(sine + token * half + lane, mask=lane < half, other=0.0).to(tl.float32)
     if joins:
-        # No lane is of two of them, and others read zeros.
+        # The three masks are disjoint and masked lanes load 0, so each sum has one term.
         first = tl.load(query + at_query, mask=is_query, other=0.0).to(tl.float32)
         first += tl.load(key + at_key, mask=is_key, other=0.0).to(tl.float32)
         first += tl.load(value + at_key, mask=is_value, other=0.0).to(tl.float32)
@@ -150,9 +151,9 @@ def _heads_kernel(
     else:
         first = tl.load(mixed + at, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(mixed + at + half, mask=inside, other=0.0).to(tl.float32)
-    turns = place <= each
-    left = tl.where(turns, first * cos - second * sin, first)
-    right = tl.where(turns, second * cos + first * sin, second)
+    is_rotated = place <= each
+    left = tl.where(is_rotated, first * cos - second * sin, first)
+    right = tl.where(is_rotated, second * cos + first * sin, second)
     if joins:
         tl.store(mixed + at, left, mask=inside)
         tl.store(mixed + at + half, right, mask=inside)
@@ -169,10 +170,10 @@ def _heads_kernel(
 def _log_sum_kernel(
     logits: tl.tensor, local: tl.tensor, sums: tl.tensor, target: tl.tensor, vocabulary: tl.tensor, block: tl.constexpr
 ) -> None:
-    """One row, in one pass: each lane keeps the highest logit that it saw and its sum of exponentials above that."""
+    """Process one row in one pass: each lane has a running maximum and a sum of exponentials relative to it."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, block)
-    # Finite, for a rank may hold no row of a token, and would find minus infinity less itself.
+    # The initial maximum is finite: lanes without a logit would otherwise compute -inf - (-inf) = NaN.
     highest = tl.full([block], -1e30, tl.float32)
     total = tl.zeros([block], tl.float32)
     for first in range(0, vocabulary, block):
@@ -192,7 +193,7 @@ def _log_sum_kernel(
 def _residual_kernel(
     logits: tl.tensor, log_sums: tl.tensor, local: tl.tensor, vocabulary: tl.tensor, block: tl.constexpr
 ) -> None:
-    """A block of one row."""
+    """Process one block of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     at = logits + row * vocabulary + column

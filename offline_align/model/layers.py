@@ -1,6 +1,6 @@
-"""The layers of a model: the last one works only where it is read.
+"""The stack of layers, of which the last one computes only the positions that the head reads.
 
-Shape legend: T tokens of the bin, N places that the head reads, C hidden width.
+Shape legend: T tokens of the bin, N positions that the head reads, C hidden width.
 """
 
 from typing import Any
@@ -13,14 +13,16 @@ from torch import Tensor
 
 from offline_align.model.attention import Segments
 
-# Rows of a product in fp8 come in sixteens; and no kernel has to do without rows where a bin has nothing to read.
+# Matrix products in fp8 need a multiple of 16 rows. Padding also avoids kernels on empty inputs if the
+# head reads nothing of a bin.
 _MULTIPLE = 16
 
 
 def read_places(index: Tensor, sequence_parallel: bool) -> Tensor | None:
-    """Return where the last layer's MLP is computed so that the head finds `index` [N] first: [N or a few more].
+    """Return the positions that the last layer's MLP computes: `index` [N], padded to a multiple of 16.
 
-    None where the ranks hold slices of the sequence: a place that is read may be on any of them.
+    Returns None under sequence parallelism, for all positions: each rank holds a slice of the sequence,
+    and a position of `index` can be on any rank.
     """
     if sequence_parallel:
         return None
@@ -29,9 +31,9 @@ def read_places(index: Tensor, sequence_parallel: bool) -> Tensor | None:
 
 
 class LastLayer(TransformerLayer):  # type: ignore[misc]
-    """A layer whose MLP, two thirds of its parameters or more, sees only the places that the head reads.
+    """A layer whose MLP, two thirds or more of its parameters, computes only the positions that the head reads.
 
-    Others need no more than keys and values in the last layer, for no layer looks back on what comes after.
+    Other positions only contribute keys and values to the last layer, because no layer follows.
     """
 
     def _forward_mlp(
@@ -44,8 +46,8 @@ class LastLayer(TransformerLayer):  # type: ignore[misc]
         return super()._forward_mlp(hidden_states, *arguments, packed_seq_params=packed_seq_params, **named)
 
 
-def stacked(submodules: TransformerLayerSubmodules, count: int) -> list[ModuleSpec]:
-    """Return the specifications of `count` layers of the same parts."""
+def layer_specs(submodules: TransformerLayerSubmodules, count: int) -> list[ModuleSpec]:
+    """Return the specifications of `count` layers with the same submodules."""
     return [
         ModuleSpec(module=LastLayer if number == count - 1 else TransformerLayer, submodules=submodules)
         for number in range(count)

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm that works with sequence parallelism, unlike megatron's wrapper of torch's."""
+    """RMSNorm that supports sequence parallelism, unlike megatron's wrapper of torch's norm."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
         self.hidden_size = hidden_size
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Each rank sees a slice of the sequence, so megatron must add the ranks' gradients up.
+        # Each rank has a slice of the sequence, so megatron must sum the gradients over the ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         if not config.use_cpu_initialization:
             self.to(torch.cuda.current_device())
@@ -29,15 +29,16 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return what `F.rms_norm` does over the last dimension of `x`, on the CPU and with a quicker gradient."""
+    """Return `F.rms_norm` over the last dimension of `x`, with a faster backward pass on the CPU."""
     out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
 
 
 class _RMSNorm(torch.autograd.Function):
-    """On the CPU torch makes the norm of single operations, each a pass over memory, and so its gradient.
+    """RMSNorm with a backward pass of a third of the operations that torch uses on the CPU.
 
-    The same operations forward, to the bit, in fp32 for `x` in bf16; backward a third of them.
+    There torch composes the norm of single operations, each a pass over memory. The forward pass here
+    uses the same operations and gives the same bits, in fp32 if `x` is in bf16.
     """
 
     @staticmethod
@@ -53,12 +54,13 @@ class _RMSNorm(torch.autograd.Function):
         dtype, (x, full_weight, grad) = x.dtype, map(_wide, (x, weight, grad))
         product = (grad * x).flatten(0, -2)
         weight_grad = inverse.flatten() @ product
-        # Of each row: how much the gradient points along it, which the norm takes out.
+        # The norm does not depend on the length of a row, so this removes the part of the gradient
+        # along the row.
         along = (product @ full_weight).view_as(inverse).mul_(inverse**3).div_(x.size(-1))
         x_grad = torch.mul(grad, full_weight).mul_(inverse).addcmul_(x, along, value=-1)
         return x_grad.to(dtype), weight_grad.to(weight.dtype), None
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return `x` in fp32, or as it is where that would be less."""
+    """Return `x` in fp32, or unchanged if it has at least that precision."""
     return x.float() if x.element_size() < 4 else x

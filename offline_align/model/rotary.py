@@ -1,4 +1,4 @@
-"""Rotary position embedding for packed rows: one gather by position instead of a loop over segments."""
+"""Rotary position embedding for packed rows, computed from positions instead of a loop over segments."""
 
 from typing import Any
 
@@ -9,9 +9,10 @@ from offline_align.config.sections import ModelSection
 
 
 def inverse_frequencies(model: ModelSection) -> tuple[Tensor, float]:
-    """Return the rotary frequencies [head width / 2] in fp32 and the factor on cosine and sine.
+    """Return the rotary frequencies [head width / 2] in fp32, and the factor on cosine and sine.
 
-    Scaled forms (`linear`, `llama3`, `yarn`, ...) come from transformers, so that they are its own to the bit.
+    Scaled variants (`linear`, `llama3`, `yarn`, ...) are computed by transformers and equal its own to
+    the bit.
     """
     head_dim = model.head_width
     if not model.rope_scaling:
@@ -32,7 +33,7 @@ def inverse_frequencies(model: ModelSection) -> tuple[Tensor, float]:
 
 
 class PackedRotaryEmbedding(nn.Module):
-    """Cosine and sine of every token of a bin, from its position in its own segment; made once for all layers."""
+    """Computes cosine and sine of every token of a bin from its position in its segment, once for all layers."""
 
     inverse_frequencies: Tensor
 
@@ -42,32 +43,32 @@ class PackedRotaryEmbedding(nn.Module):
         self.factor = factor
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine [T, 1, D / 2] for positions [T]; computed in fp32, then rounded."""
+        """Return cosine and sine [T, 1, D / 2] for positions [T], computed in fp32 and rounded to `dtype`."""
         angles = torch.outer(positions.float(), self.inverse_frequencies.float())[:, None]
         return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Return queries or keys [T, H, D] with each pair (d, d + D / 2) turned by the angle of its token."""
-    turned: Tensor = _Rotate.apply(x, cosine, sine)  # type: ignore[no-untyped-call]
-    return turned
+    """Return queries or keys [T, H, D] with each pair (d, d + D / 2) rotated by the angle of its token."""
+    rotated: Tensor = _Rotate.apply(x, cosine, sine)  # type: ignore[no-untyped-call]
+    return rotated
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation; its gradient is the rotation back. Nothing but the angles is kept, nothing is concatenated."""
+    """Rotates pairs. Its backward pass is the inverse rotation, so only the angles are saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine, sine)
-        return _turned(x, cosine, sine, 1)
+        return _rotated(x, cosine, sine, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _turned(grad, cosine, sine, -1), None, None
+        return _rotated(grad, cosine, sine, -1), None, None
 
 
-def _turned(x: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor:
+def _rotated(x: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     left, right = out.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""Self-attention of a layer: from hidden states to heads that know their positions, and back.
+"""Self-attention of a layer: projection to rotated heads, attention, and output projection.
 
 Shape legend: T tokens of the bin, C hidden width, H query heads, G key/value heads of this rank, D width of a head.
 """
@@ -18,26 +18,30 @@ _Heads = tuple[Tensor, Tensor, Tensor]
 
 
 class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
-    """megatron's self-attention with what training and scoring of packed rows need of its forward pass.
+    """megatron's self-attention with a forward pass for packed rows, as training and scoring need it.
 
-    On CUDA the projection is split into heads and these are turned in one pass over memory, and so is the gradient;
-    with norms of queries and keys, and where ranks share a key head, megatron splits and one operation turns each.
+    On CUDA, one kernel splits the projection into heads and rotates them, and one kernel computes the
+    gradient. If queries and keys are normalised, or if ranks share a key head, megatron splits the
+    projection, and queries and keys are rotated separately.
     """
 
     def forward(
         self, hidden_states: Tensor, *_: Any, packed_seq_params: PackedSeqParams | None = None, **__: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return [T, 1, C] from [T, 1, C], or slices of both under sequence parallelism, and no bias."""
+        """Return [T, 1, C] from [T, 1, C], and the bias, which is None.
+
+        Under sequence parallelism, input and output are this rank's slices.
+        """
         assert isinstance(packed_seq_params, Segments), "every batch of this project is packed"
-        heads = self._turned_heads(hidden_states, packed_seq_params)
+        heads = self._rotated_heads(hidden_states, packed_seq_params)
         recomputes = self.checkpoint_core_attention and self.training
         attend = self._checkpointed_attention_forward if recomputes else self.core_attention
         found = attend(*heads, None, attn_mask_type=self.attn_mask_type, packed_seq_params=packed_seq_params)
         out, bias = self.linear_proj(found.to(hidden_states.dtype))
         return out, bias
 
-    def _turned_heads(self, hidden: Tensor, segments: Segments) -> _Heads:
-        """Return query [T, H, D], key and value [T, G, D] in the precision of attention, the first two turned."""
+    def _rotated_heads(self, hidden: Tensor, segments: Segments) -> _Heads:
+        """Return rotated query [T, H, D] and key [T, G, D], and value [T, G, D], in the dtype of attention."""
         assert segments.rotary is not None
         cosine, sine = segments.rotary
         groups = self.num_query_groups_per_partition
@@ -51,7 +55,7 @@ class PackedSelfAttention(SelfAttention):  # type: ignore[misc]
 
 
 class _SplitHeads(torch.autograd.Function):
-    """Keeps nothing but the angles: the gradient of a rotation is the rotation back."""
+    """Splits and rotates heads. Its backward pass is the inverse rotation, so only the angles are saved."""
 
     @staticmethod
     def forward(ctx: Any, mixed: Tensor, cosine: Tensor, sine: Tensor, groups: int) -> _Heads:

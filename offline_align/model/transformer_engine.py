@@ -1,6 +1,7 @@
-"""Layers of Transformer Engine: norms fused into projections, cuDNN or flash attention over packed rows.
+"""Layers of Transformer Engine: norms fused into projections, and cuDNN's attention over packed rows.
 
-Imported only where Transformer Engine is installed. The heads and the checkpoints are those of the torch backend.
+This module is imported only if Transformer Engine is installed. Heads and checkpoints are the same as
+with the torch backend.
 """
 
 import logging
@@ -17,22 +18,23 @@ from torch import Tensor
 
 from offline_align.config.sections import ModelSection
 from offline_align.model.attention import PackedAttention, Segments
-from offline_align.model.layers import stacked
+from offline_align.model.layers import layer_specs
 from offline_align.model.self_attention import PackedSelfAttention
 
 logger = logging.getLogger(__name__)
 
-# How Transformer Engine begins to say that no kernel takes what it was given.
+# Beginning of Transformer Engine's error if no kernel supports its input.
 _NO_KERNEL = "No dot product attention backend"
 _refusals: list[str] = []
-"""What it said; the answer is the same for every layer."""
+"""The error that Transformer Engine raised, once it has; it is the same for every layer."""
 
 
-class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
+class TransformerEngineAttention(TEDotProductAttention):  # type: ignore[misc]
     """Transformer Engine's attention inside each segment of a bin.
 
-    Rows that look back on the tokens of others are left to the attention of the torch backend; so are all, where cuDNN
-    refuses: Transformer Engine's own way without it would pad every row to the longest and keep all scores.
+    The torch backend's attention is used for bins with shared prompts, and for all bins if cuDNN does
+    not support the input. Transformer Engine's own fallback would pad every row to the longest one and
+    save all scores.
     Shape legend: T tokens of the bin, H query heads, G key/value heads of this rank, D width of a head.
     """
 
@@ -69,13 +71,13 @@ class EngineAttention(TEDotProductAttention):  # type: ignore[misc]
                 if _NO_KERNEL not in str(error):
                     raise
                 _refusals.append(str(error))
-                logger.warning("Transformer Engine has no attention for packed rows here: torch's is used. %s", error)
+                logger.warning("Transformer Engine has no attention for packed rows here; using torch's. %s", error)
         found: Tensor = self._torch_attention(query, key, value, None, packed_seq_params=packed_seq_params)
         return found
 
 
 def _packed(segments: Segments) -> PackedSeqParams:
-    """Return the segments in Transformer Engine's form: tokens first, no batch dimension."""
+    """Return the segments in Transformer Engine's format: tokens first, no batch dimension."""
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=segments.cu_seqlens_q,
@@ -85,20 +87,21 @@ def _packed(segments: Segments) -> PackedSeqParams:
     )
 
 
-def engine_block_spec(model: ModelSection, config: TransformerConfig) -> TransformerBlockSubmodules:
+def transformer_engine_block_spec(model: ModelSection, config: TransformerConfig) -> TransformerBlockSubmodules:
     """Return megatron's Transformer Engine layers with attention over the segments of a bin.
 
-    Under context parallelism the attention is that of the torch backend: Transformer Engine's would need every row
-    padded to a multiple of twice the group. So it is on GPUs before Hopper, where cuDNN does not know packed rows, and
-    Transformer Engine would pad them all to the longest.
+    The torch backend's attention is used in two cases. Under context parallelism, Transformer Engine's
+    needs every row padded to a multiple of twice the group's size. On GPUs before Hopper, cuDNN does not
+    support packed rows, and Transformer Engine would pad all rows to the longest one.
     """
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
     attention = spec.submodules.self_attention
-    knows_packed_rows = torch.cuda.get_device_capability() >= (9, 0)
-    core = EngineAttention if config.context_parallel_size == 1 and knows_packed_rows else PackedAttention
+    supports_packed_rows = torch.cuda.get_device_capability() >= (9, 0)
+    use_own = config.context_parallel_size == 1 and supports_packed_rows
+    core = TransformerEngineAttention if use_own else PackedAttention
     inner = replace(attention.submodules, core_attention=core)
     layer = replace(
         spec.submodules,
         self_attention=ModuleSpec(module=PackedSelfAttention, params=attention.params, submodules=inner),
     )
-    return TransformerBlockSubmodules(layer_specs=stacked(layer, config.num_layers), layer_norm=TENorm)
+    return TransformerBlockSubmodules(layer_specs=layer_specs(layer, config.num_layers), layer_norm=TENorm)

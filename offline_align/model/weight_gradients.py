@@ -1,9 +1,9 @@
-"""Gradients of weight matrices are added up where they are kept, by the product that makes them.
+"""Fused accumulation of weight gradients: the matrix product adds to `main_grad` directly.
 
-megatron keeps the gradient of a weight, summed over micro-batches, in `main_grad`. Left to autograd, a backward pass
-writes the gradient of its micro-batch, in the model's precision, and a hook reads it again to add it. Here the product
-adds to `main_grad` itself: nothing of a weight's size is written between, and nothing is rounded to bf16 where the sum
-is in fp32.
+megatron sums the gradients of a weight over micro-batches in `main_grad`. With autograd alone, each
+backward pass writes its gradient in the model's precision, and a hook reads it again to add it. Fused
+accumulation does not write this intermediate tensor of the weight's size, and does not round it to bf16
+if the sum is in fp32.
 """
 
 from functools import cache
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 
 def add_in_place(model: nn.Module) -> None:
-    """Let the projections of `model` add to the `main_grad` that their weights have got, of whichever backend.
+    """Make the projections of `model` add to the `main_grad` of their weights, with either backend.
 
-    megatron's local layers ask a compiled part of apex for the products; they get `add_product`.
+    megatron's own layers call a compiled extension of apex for this. It is replaced by `add_product`.
     """
     products: Any = layers
     products.fused_weight_gradient_mlp_cuda = SimpleNamespace(
@@ -37,7 +37,7 @@ def _for_megatron(inputs: Tensor, out_grad: Tensor, total: Tensor) -> None:
 
 
 def add_product(total: Tensor, out_grad: Tensor, inputs: Tensor) -> None:
-    """Add `out_grad.T @ inputs` to `total`: [M, C] from [N, M] and [N, C], which may be of a narrower type."""
+    """Add `out_grad.T @ inputs` to `total`: [M, C] from [N, M] and [N, C], which may have a narrower dtype."""
     if total.dtype is inputs.dtype:
         total.addmm_(out_grad.t(), inputs)
     elif total.dtype is torch.float32 and total.is_cuda and _sums_in_fp32(total.device):
@@ -48,7 +48,7 @@ def add_product(total: Tensor, out_grad: Tensor, inputs: Tensor) -> None:
 
 @cache
 def _sums_in_fp32(device: torch.device) -> bool:
-    """Whether products of bf16 can be added to fp32 on `device`: a kernel for it came to torch late."""
+    """Return whether `torch.addmm` can add bf16 products to fp32 on `device`; older versions of torch cannot."""
     total, factor = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=torch.bfloat16, device=device)
     try:
         torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
@@ -58,9 +58,9 @@ def _sums_in_fp32(device: torch.device) -> bool:
 
 
 def added(weight: Tensor) -> Tensor:
-    """Tell megatron that the gradient of `weight` has been added, and return what autograd takes in its place.
+    """Mark the gradient of `weight` as added for megatron, and return a placeholder for autograd.
 
-    Nobody reads its values.
+    The values of the placeholder are uninitialised and never read.
     """
     marked: Any = weight
     marked.grad_added_to_main_grad = True

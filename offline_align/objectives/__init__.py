@@ -1,7 +1,7 @@
 """The two objectives: weighted next-token prediction and pairwise ranking.
 
-Each returns sums and a count, never a mean: `train/step.py` alone divides, by the count of the global batch, so the
-result does not depend on micro-batches, packing or the number of data parallel ranks.
+Each returns sums and a count, never a mean. Only `train/step.py` divides, by the count of the global
+batch, so the result does not depend on micro-batches, packing or the number of data parallel ranks.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from offline_align.data.batch import PackedBatch
 
 @dataclass(frozen=True)
 class LossSum:
-    """What a micro-batch adds to a step."""
+    """The contribution of a micro-batch to a step."""
 
     total: Tensor
-    """Scalar fp32: sum of the weighted losses; its gradient is that of the step times `count` of the global batch."""
+    """Sum of the weighted losses, a scalar in fp32. Its gradient is not divided by the global count yet."""
     count: int
-    """What the sum is divided by, added up over the global batch: targets or pairs."""
+    """Number of targets or pairs. The loss is divided by its sum over the global batch."""
     metrics: dict[str, Tensor]
-    """Further scalar sums, detached; reported divided by the global count."""
+    """Further scalar sums, detached. They are divided by the global count for the report."""
 
 
 Objective = Callable[[Tensor, PackedBatch], LossSum]

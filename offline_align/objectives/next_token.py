@@ -9,8 +9,8 @@ from offline_align.objectives import LossSum
 def next_token(nll: Tensor, batch: PackedBatch) -> LossSum:
     """Return `sum_i w * (-log p(x_i | p, x_<i))` over the targets of `batch`; `nll` is [N] in fp32.
 
-    The count is that of target tokens: weights have mean 1 over the data set, so they do not change the scale of the
-    gradient. `nll` is reported unweighted beside the loss.
+    The count is the number of target tokens. Weights have mean 1 over the data set, so they do not change
+    the scale of the gradient. The metric `nll` is the unweighted sum.
     """
     return LossSum(
         total=(nll * batch.target_weights).sum(),

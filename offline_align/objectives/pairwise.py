@@ -11,14 +11,17 @@ from offline_align.objectives import LossSum, Objective
 def pairwise(use_margin: bool = True, center_rewards_coefficient: float = 0.0) -> Objective:
     """Return the objective `-log sigmoid(r(x, y_w) - r(x, y_l) - margin)`, summed over pairs.
 
-    With a positive coefficient, `(r_w + r_l)^2` times it is added, which keeps rewards near mean zero. Metrics:
-    `accuracy` (chosen above rejected), `ties` (equal scores), `swapped_accuracy` (rejected above chosen: the three
-    add up to 1), `reward_gap` and `reward_mean`.
+    A positive `center_rewards_coefficient` adds `(r_w + r_l)^2` times the coefficient, which keeps the
+    mean of the rewards near zero.
+
+    Metrics: `accuracy` (chosen above rejected), `ties` (equal scores) and `swapped_accuracy` (rejected
+    above chosen), which add up to 1; `reward_gap` and `reward_mean`.
     """
 
     def objective(scores: Tensor, batch: PackedBatch) -> LossSum:
         pairs = batch.margins.numel()
-        # Segments 2p and 2p + 1 are a pair; a padding segment may follow them.
+        # Segments 2p and 2p + 1 are the chosen and the rejected answer of pair p. A padding segment may
+        # follow the last pair.
         chosen, rejected = scores[: 2 * pairs].view(pairs, 2).unbind(1)
         gap = chosen - rejected
         loss = -F.logsigmoid(gap - batch.margins if use_margin else gap)

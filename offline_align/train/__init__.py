@@ -1,1 +1,1 @@
-"""The one trainer: loop, optimizer step, metrics and checkpoints. It does not know which stage it serves."""
+"""The trainer: loop, optimizer step, metrics and checkpoints. It is independent of the stage that uses it."""

@@ -8,11 +8,12 @@ from torch.optim.adamw import adamw
 
 
 class Adam(torch.optim.Optimizer):
-    """AdamW on torch's fused kernels that counts steps in the parameter group.
+    """AdamW on torch's fused kernels, with one step counter per parameter group.
 
-    megatron's distributed checkpoints store the moments of a parameter as tensors cut by the layout and the step
-    with its group. torch's own AdamW keeps a step tensor for every parameter, which cannot be cut; Transformer
-    Engine and apex keep it in the group, as this class does, so that one checkpoint fits all three.
+    megatron's distributed checkpoints store moments as tensors that are sharded by the layout, and
+    the step with its parameter group. torch's own AdamW has a step tensor per parameter, which cannot
+    be sharded. Transformer Engine and apex keep the step in the group, as this class does, so one
+    checkpoint fits all three.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class Adam(torch.optim.Optimizer):
             if "exp_avg" not in self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        # torch's kernel adds one itself; these counters live for this call only, and are filled on the device.
+        # torch's kernel wants a step tensor per parameter and increments it. These tensors are only
+        # used in this call; `torch.full` fills them on the device without a synchronisation.
         counters = torch.full((len(params),), group["step"] - 1.0, dtype=torch.float32, device=params[0].device)
         steps = list(counters.unbind())
         adamw(

@@ -1,9 +1,9 @@
-"""Checkpoints: megatron's sharded form inside a folder that appears whole or not at all.
+"""Checkpoints: megatron's sharded format, in a folder that appears in one atomic rename.
 
-`checkpoints/step_XXXXXXXX/` holds the shards, `model.json`, `tokenizer/`, `state.json` and, written last,
-`checkpoint.json` with the size and SHA-256 of every file (see `saving`). `latest` and `best` are links replaced in
-one operation. All hashes are checked on all ranks before a single tensor is used; where the newest checkpoint of a
-run is damaged, the one before it takes its place.
+`checkpoints/step_XXXXXXXX/` holds the shards, `model.json`, `tokenizer/`, `state.json` and
+`checkpoint.json`, which is written last and has the size and SHA-256 of every file (see `saving`).
+`latest` and `best` are symbolic links that are replaced atomically. The ranks verify all hashes
+before any tensor is used. If the newest checkpoint of a run is damaged, the previous one is used.
 """
 
 import hashlib
@@ -38,29 +38,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """Where a run stands; with the weights and the moments, all that a continuation needs."""
+    """Progress of a run. Weights, optimizer state and this are all that resuming needs."""
 
     step: int = 0
     """Optimizer steps done."""
     consumed_samples: int = 0
-    """Rows seen, counted on through the epochs."""
+    """Rows trained on, over all epochs."""
     skipped_steps: int = 0
     """Steps whose loss or gradient was not finite."""
     skipped_in_a_row: int = 0
-    """How many of them were the last ones."""
+    """How many of the last steps were skipped without one that was applied."""
     validation_due: bool = False
-    """Whether the validation after the last step is still to be done: a stop request came before its end."""
+    """Whether the validation after the last step is still to be done after a stop request."""
     best_step: int | None = None
-    """Step of the validation with the lowest finite loss so far; None without any."""
+    """Step with the lowest finite validation loss so far; None before the first one."""
     best_value: float | None = None
-    """Its loss."""
+    """Validation loss of `best_step`."""
     seconds: float = 0.0
     """Time spent in the loop, over all attempts."""
     settings: str = ""
-    """Key of the settings and data that the steps depend on."""
+    """Hash of the settings and data that the steps depend on."""
 
     def __post_init__(self) -> None:
-        """Forget a best validation that is not finite: nothing is below NaN, and earlier versions saved such a one."""
+        """Drop a best loss that is not finite.
+
+        No loss compares below NaN, and earlier versions could save one as the best.
+        """
         if self.best_value is not None and not math.isfinite(self.best_value):
             self.best_step = self.best_value = None
 
@@ -71,12 +74,12 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def temporary(folder: Path, purpose: str = "tmp") -> Path:
-    """Return an unused hidden name beside `folder`, which no run takes for a checkpoint."""
+    """Return an unused hidden path beside `folder`, which no run mistakes for a checkpoint."""
     return folder.with_name(f".{folder.name}.{purpose}-{uuid.uuid4().hex[:8]}")
 
 
 def link(folder: Path, name: str) -> None:
-    """Let `checkpoints/<name>` point to the checkpoint `folder`, in one operation."""
+    """Point the link `checkpoints/<name>` to the checkpoint `folder` atomically."""
     path = folder.parent / name
     attempt = temporary(path)
     attempt.symlink_to(folder.name)
@@ -85,7 +88,7 @@ def link(folder: Path, name: str) -> None:
 
 
 def newest(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint folder of a run, whole or not, or None."""
+    """Return the newest checkpoint folder of a run, intact or not, or None."""
     return max(_step_folders(run_dir), default=None)
 
 
@@ -95,11 +98,12 @@ def _step_folders(run_dir: Path) -> list[Path]:
 
 
 def newest_whole(run_dir: Path, ranks: Ranks) -> Path | None:
-    """Return the newest checkpoint of a run whose files all match their hashes; None for a run that has none yet.
+    """Return the newest intact checkpoint of a run, or None if the run has no checkpoint yet.
 
-    All ranks call it together and get the same. Damaged ones after it are set aside with a warning, and their steps
-    are done again. Raises StorageError where there are checkpoints and none is whole: training from the start again
-    would pass for a continuation.
+    A checkpoint is intact if all of its files match their hashes. All ranks must call this together,
+    and get the same result. Newer, damaged checkpoints are renamed with a warning, and their steps
+    are repeated. Raises StorageError if there are checkpoints and none is intact: otherwise a run
+    that starts over would look like one that resumes.
     """
     damaged: dict[Path, list[str]] = {}
     whole: Path | None = None
@@ -117,7 +121,7 @@ def newest_whole(run_dir: Path, ranks: Ranks) -> Path | None:
 
 
 def _check_nothing_lost(folder: Path, damaged: dict[Path, list[str]]) -> None:
-    """Raise StorageError where a run without a whole checkpoint has had one."""
+    """Raise StorageError if a run without an intact checkpoint has saved one before."""
     advice = f"restore one from a copy, or remove {folder} to train from the start"
     if damaged:
         told = "; ".join(f"{path.name}: {_shown(names)}" for path, names in damaged.items())
@@ -128,7 +132,10 @@ def _check_nothing_lost(folder: Path, damaged: dict[Path, list[str]]) -> None:
 
 
 def _set_aside(damaged: dict[Path, list[str]], whole: Path) -> None:
-    """Hide damaged checkpoints, which are kept until their steps have been saved again, behind the `whole` one."""
+    """Rename damaged checkpoints to hidden names and point `latest` to the intact one.
+
+    They are kept until their steps have been saved again.
+    """
     try:
         for folder, names in damaged.items():
             link(whole, "latest")
@@ -142,12 +149,13 @@ def _set_aside(damaged: dict[Path, list[str]], whole: Path) -> None:
         raise StorageError(f"{error.filename}: cannot be set aside: {error.strerror or error}") from error
 
 
-def settle(run_dir: Path, state: TrainState, keep: int) -> None:
-    """Let `latest` and `best` point where `state`, that of the newest whole checkpoint, says; delete what is old.
+def update_links_and_prune(run_dir: Path, state: TrainState, keep: int) -> None:
+    """Set the links `latest` and `best`, and delete old checkpoints.
 
-    What stays are the `keep` newest checkpoints and the best one. A kill at any point of this is made good by the
-    next call. Without a best step there is no link `best`. Raises OSError where a link cannot be made; what cannot be
-    deleted stays.
+    `state` is the state of the newest intact checkpoint. The `keep` newest checkpoints and the best
+    one are kept. Without a best step, the link `best` is removed. If the process is killed anywhere
+    in between, the next call completes the work. Raises OSError if a link cannot be set; a checkpoint
+    that cannot be deleted is left in place.
     """
     link(step_folder(run_dir, state.step), "latest")
     if state.best_step is None:
@@ -169,7 +177,7 @@ def _prune(run_dir: Path, state: TrainState, keep: int) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a checkpoint; renamed first, so that a half deleted one is never taken for one."""
+    """Delete a checkpoint. It is renamed first, so that a half-deleted one is never used."""
     gone = temporary(folder)
     try:
         folder.rename(gone)
@@ -187,33 +195,36 @@ def _remove(path: Path) -> None:
 
 
 def manifest_text(files: dict[str, dict[str, Any]]) -> str:
-    """Return the content of `checkpoint.json`: size and SHA-256 of every file, sealed by a hash of their own."""
+    """Return the content of `checkpoint.json`: size and SHA-256 of every file, and a hash of that table."""
     return json.dumps({"files": files, "sha256": text_sha256(canonical_json(files))}, indent=1) + "\n"
 
 
 def entry(path: Path) -> dict[str, Any]:
-    """Return what `checkpoint.json` says of a file. Raises OSError or StorageError."""
+    """Return the entry of a file in `checkpoint.json`. Raises OSError or StorageError."""
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def damage(folder: Path, ranks: Ranks) -> list[str]:
-    """Return the names of files of a checkpoint that are missing or not as they were written, on all ranks alike."""
-    expected = ranks.broadcast(_recorded(folder) if ranks.is_main else None)
+    """Return the names of the files of a checkpoint that are missing or changed, equal on all ranks.
+
+    Each rank hashes its share of the files.
+    """
+    expected = ranks.broadcast(_read_manifest(folder) if ranks.is_main else None)
     if expected is None:
         return [FILES_NAME]
     own = [n for n in sorted(expected)[ranks.rank :: ranks.world_size] if not _matches(folder / n, expected[n])]
     return sorted({n for part in ranks.gather(own) for n in part})
 
 
-def _recorded(folder: Path) -> dict[str, Any] | None:
-    """Return what `checkpoint.json` says of each file, or None where it is missing or damaged itself."""
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the entries of `checkpoint.json` by file name, or None if it is missing or damaged."""
     try:
         recorded = json.loads((folder / FILES_NAME).read_bytes())
         files: dict[str, Any] = recorded["files"]
-        # Earlier checkpoints have no seal.
-        seal = text_sha256(canonical_json(files))
-        named = recorded.keys() <= {"files", "sha256"}
-        whole = named and recorded.get("sha256", seal) == seal and STATE_NAME in files
+        digest_of_files = text_sha256(canonical_json(files))
+        keys_are_known = recorded.keys() <= {"files", "sha256"}
+        # Checkpoints of earlier versions have no hash of the table.
+        whole = keys_are_known and recorded.get("sha256", digest_of_files) == digest_of_files and STATE_NAME in files
         whole = whole and all(_is_inside(name) and isinstance(files[name], dict) for name in files)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
@@ -221,7 +232,7 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name of the manifest, which may be anybody's, can be that of a file in its folder."""
+    """Return whether a file name of the manifest, which is not trusted, stays inside its folder."""
     path = Path(name)
     return "\0" not in name and len(name) <= LONGEST_PATH and not path.is_absolute() and ".." not in path.parts
 
@@ -234,14 +245,14 @@ def _matches(path: Path, expected: dict[str, Any]) -> bool:
 
 
 def verify(folder: Path, ranks: Ranks) -> None:
-    """Check every file of a checkpoint against its hash; raises StorageError on all ranks alike."""
+    """Check every file of a checkpoint against its hash. Raises StorageError on all ranks."""
     names = damage(folder, ranks)
     if names:
-        raise refusal(f"{folder}: damaged or missing: {_shown(names)}; take an earlier checkpoint", ranks)
+        raise error_for_all_ranks(f"{folder}: damaged or missing: {_shown(names)}; take an earlier checkpoint", ranks)
 
 
-def refusal(message: str, ranks: Ranks) -> StorageError | FailedOnMainRank:
-    """Return the error that all ranks end with, and that one of them says."""
+def error_for_all_ranks(message: str, ranks: Ranks) -> StorageError | FailedOnMainRank:
+    """Return the error that each rank is to raise. Only rank 0 reports the message."""
     return StorageError(message) if ranks.is_main else FailedOnMainRank(StorageError.exit_code)
 
 
@@ -250,11 +261,11 @@ def _shown(names: list[str]) -> str:
 
 
 def digest(folder: Path) -> str:
-    """Return a hash of what a checkpoint is: weights, description and tokenizer, by the hashes of its files.
+    """Return a hash of the model in a checkpoint: its weights, description and tokenizer.
 
-    Raises StorageError where its manifest is damaged.
+    It is computed from the recorded hashes of the files. Raises StorageError if the manifest is damaged.
     """
-    files = _recorded(folder)
+    files = _read_manifest(folder)
     if files is None:
         raise StorageError(f"{folder / FILES_NAME}: is not as it was written: take an earlier checkpoint")
     content = {n: e["sha256"] for n, e in files.items() if n != STATE_NAME}
@@ -262,7 +273,7 @@ def digest(folder: Path) -> str:
 
 
 def read_state(folder: Path) -> TrainState:
-    """Return the state of a checkpoint. Raises StorageError where it is another program's, or a stranger's."""
+    """Return the state of a checkpoint. Raises StorageError if the file has another form."""
     try:
         return TrainState(**json.loads((folder / STATE_NAME).read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -270,15 +281,16 @@ def read_state(folder: Path) -> TrainState:
 
 
 def sharded_weights(model: Any) -> dict[str, Any]:
-    """Return megatron's description of the weights of a model, the same for every backend."""
-    # Transformer Engine adds the history of delayed fp8 scales, which our recipe does not keep.
+    """Return megatron's sharded state dict of the weights of a model, the same for every backend."""
+    # Transformer Engine's extra state is the history of delayed fp8 scaling, which is not used here.
     return {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}
 
 
 def load_weights(model: nn.Module, folder: Path, ranks: Ranks, fresh_prefixes: tuple[str, ...] = ()) -> None:
-    """Load weights saved at any layout into `model`; parameters under `fresh_prefixes` keep their initial values.
+    """Load weights into `model` from a checkpoint that was saved at any parallel layout.
 
-    Raises StorageError on all ranks where a file is damaged.
+    Parameters whose names begin with one of `fresh_prefixes` keep their initial values. Raises
+    StorageError on all ranks if a file is damaged.
     """
     verify(folder, ranks)
     wanted = {k: v for k, v in sharded_weights(model).items() if not k.startswith(fresh_prefixes or ("\0",))}
@@ -286,11 +298,15 @@ def load_weights(model: nn.Module, folder: Path, ranks: Ranks, fresh_prefixes: t
 
 
 def load(model: nn.Module, optimizer: MegatronOptimizer, folder: Path) -> TrainState:
-    """Load weights, moments and state of a checkpoint saved at any layout, which `newest_whole` has verified."""
+    """Load weights and optimizer state of a checkpoint, and return its training state.
+
+    The checkpoint may have been saved at any parallel layout. The caller has verified its files with
+    `newest_whole`.
+    """
     shards = sharded_weights(model)
     shards["optimizer"] = optimizer_state.to_load(optimizer, shards)
     loaded = safe_unpickling.load(shards, folder)
-    optimizer_state.take(optimizer, loaded.pop("optimizer"))
+    optimizer_state.load_state(optimizer, loaded.pop("optimizer"))
     _load_into(model, loaded)
     return read_state(folder)
 

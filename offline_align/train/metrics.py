@@ -1,4 +1,4 @@
-"""Metrics of a run: a JSON object a logged step, TensorBoard beside it, Weights & Biases on request. By one rank."""
+"""Metrics of a run: `metrics.jsonl`, TensorBoard and, on request, Weights & Biases; written by one rank."""
 
 import contextlib
 import hashlib
@@ -21,10 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and `tensorboard/` of a run folder; does nothing where `enabled` is False.
+    """Appends metrics to `metrics.jsonl` and `tensorboard/` of a run folder.
 
-    `first_step` is the first that will be written. Where the validation after the step before is done again too
-    (`validation_due`), its line is forgotten. `wandb_project` gets the same numbers.
+    Does nothing if `enabled` is False. `first_step` is the first step that will be written; lines of
+    this and later steps are dropped from an existing file. With `validation_due`, the validation after
+    the step before is repeated too, so its line is dropped as well. `wandb_project` names the
+    Weights & Biases project that gets the same numbers.
     """
 
     def __init__(
@@ -49,7 +51,8 @@ class MetricsWriter:
         if wandb_project is not None:
             import wandb
 
-            # The client reads the key from the environment, and it is written nowhere; a run that goes on keeps its id.
+            # The client reads its API key from the environment, so the key is not stored. The id
+            # depends on the folder, so a resumed run continues its record.
             run_id = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
             self._wandb = wandb.init(
                 project=wandb_project, name=run_dir.name, dir=str(run_dir), id=run_id, resume="allow"
@@ -64,12 +67,12 @@ class MetricsWriter:
 
     @contextlib.contextmanager
     def _without_board(self) -> Iterator[None]:
-        """Go on without TensorBoard where its file cannot be written: it shows what `metrics.jsonl` has."""
+        """Continue without TensorBoard if its file cannot be written; `metrics.jsonl` has the same numbers."""
         try:
             yield
         except OSError as error:
             self._board = None
-            logger.warning("tensorboard: cannot be written, and is left off: %s", error.strerror or error)
+            logger.warning("tensorboard: cannot be written and is turned off: %s", error.strerror or error)
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:
@@ -90,15 +93,16 @@ class MetricsWriter:
             with self._without_board():
                 self._board.close()
         self._thread.close()
-        # What a failed write has left in the buffer would fail again, over the error that is on its way.
+        # After a failed write, closing flushes the rest of the buffer and fails again. That error must
+        # not hide the one that is being raised.
         with contextlib.suppress(OSError) if error is not None else self._storage_errors():
             self._file.close()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Write the values of `step` (optimizer steps done). Raises StorageError."""
+        """Write the metrics of `step`, the number of optimizer steps done. Raises StorageError."""
         if self._file is None:
             return
-        # JSON has no NaN: null keeps the line readable by anything.
+        # JSON has no NaN, so a value that is not finite becomes null.
         row = {"step": step, **{k: _finite(v) for k, v in values.items()}}
         with self._storage_errors():
             self._file.write(json.dumps(row) + "\n")
@@ -111,7 +115,7 @@ class MetricsWriter:
                     self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Bring all lines to disk, so that no checkpoint is ahead of them. Raises StorageError."""
+        """Sync all lines to disk, so that no checkpoint is ahead of them. Raises StorageError."""
         if self._file is not None:
             with self._storage_errors():
                 os.fsync(self._file.fileno())
@@ -122,7 +126,7 @@ def _finite(value: Any) -> Any:
 
 
 def _drop_steps_from(path: Path, first_step: int, validation_due: bool) -> None:
-    """Forget lines of steps that are about to be done again: a run killed after its last checkpoint wrote them."""
+    """Drop the lines of steps that are repeated, which a run wrote after its last checkpoint."""
     if not path.is_file():
         return
     kept = [line for line in path.read_bytes().splitlines() if _stays(line, first_step, validation_due)]
@@ -134,4 +138,4 @@ def _stays(line: bytes, first_step: int, validation_due: bool) -> bool:
         row = json.loads(line)
         return bool(row["step"] < first_step - (validation_due and "valid_count" in row))
     except (ValueError, LookupError, TypeError):
-        return False  # a kill tore the last line
+        return False  # the last line is incomplete if the run was killed while writing it

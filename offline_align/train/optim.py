@@ -1,4 +1,4 @@
-"""megatron-core's optimizer and data parallel wrapper from our sections, and the learning rate of a step."""
+"""Build megatron-core's optimizer and data parallel wrapper, and compute learning rates."""
 
 import math
 from typing import Any
@@ -28,8 +28,8 @@ from offline_align.train.adam import Adam
 def learning_rate(step: int, optim: OptimSection, total_steps: int) -> float:
     """Return the learning rate of optimizer step `step`, counted from 0.
 
-    Linear warm-up ends at the peak with step `lr_warmup_steps - 1`; the decay then runs over the remaining steps, so
-    that neither the first nor the last step is wasted on a rate of zero.
+    The linear warm-up reaches the peak at step `lr_warmup_steps - 1`. The decay runs over the remaining
+    steps. Neither the first nor the last step has a rate of zero, which would waste it.
     """
     if step < optim.lr_warmup_steps:
         return optim.lr * (step + 1) / optim.lr_warmup_steps
@@ -44,7 +44,10 @@ def learning_rate(step: int, optim: OptimSection, total_steps: int) -> float:
 
 
 def wrap_model(model: nn.Module, parallel: ParallelSection, on_cuda: bool) -> DistributedDataParallel:
-    """Return `model` in megatron's data parallel wrapper; overlap needs CUDA streams and somebody to talk to."""
+    """Return `model` in megatron's data parallel wrapper.
+
+    Communication overlaps computation only on CUDA and with more than one data parallel rank.
+    """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=parallel.grad_reduce_in_fp32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -62,7 +65,7 @@ def _overlaps_param_gather(parallel: ParallelSection, on_cuda: bool) -> bool:
 
 
 def _has_replicas() -> bool:
-    """Whether anything is exchanged: a single rank only pays for the calls."""
+    """Return whether data parallel ranks exchange anything; for a single rank overlap is only overhead."""
     size: int = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     return size > 1
 
@@ -70,17 +73,20 @@ def _has_replicas() -> bool:
 def build_optimizer(
     model: DistributedDataParallel, optim: OptimSection, parallel: ParallelSection, bf16: bool, on_cuda: bool
 ) -> MegatronOptimizer:
-    """Return megatron's optimizer over `model`: AdamW with fp32 main weights, whose rates `set_rates` gives."""
-    _offer_own_adam(on_cuda)
-    _offer_own_norm()
+    """Return megatron's AdamW with fp32 main weights for `model`.
+
+    `set_rates` must set its learning rate and weight decay before each update.
+    """
+    _register_own_adam(on_cuda)
+    _register_own_norm()
     if optim.use_precision_aware_optimizer:
         from offline_align.train.transformer_engine_adam import TransformerEngineAdam
 
-        lean: Any = megatron_optimizer
-        lean.Adam = TransformerEngineAdam
+        core: Any = megatron_optimizer
+        core.Adam = TransformerEngineAdam
     config = OptimizerConfig(
         optimizer="adam",
-        lr=_MARK,
+        lr=_NOMINAL_RATE,
         min_lr=0.0,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.adam_beta1,
@@ -90,28 +96,32 @@ def build_optimizer(
         bf16=bf16,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=_overlaps_param_gather(parallel, on_cuda),
-        **(_lean_state(parallel) if optim.use_precision_aware_optimizer else {}),
+        **(_precision_aware_fields(parallel) if optim.use_precision_aware_optimizer else {}),
     )
     overrides = get_standard_config_overrides(config)
     if bf16:
-        overrides[_FP32_PARAMETERS] = {"max_lr": _MARK}
+        overrides[_FP32_PARAMETERS] = {"max_lr": _NOMINAL_RATE}
     return get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
 
 
 def set_rates(optimizer: MegatronOptimizer, learning_rate: float) -> None:
     """Set learning rate and weight decay of the next update in every parameter group.
 
-    Matrices have the whole decay; biases and other vectors, such as the weights of norms, have none: megatron's rule
-    (`get_standard_config_overrides`). Its groups carry that as a factor, `wd_mult`, which only its own scheduler reads.
-    It is set before every update, because a checkpoint also restores the decay that its groups had when it was saved.
+    Weight decay applies to matrices, and not to biases and other vectors such as the weights of norms.
+    This is megatron's rule (`get_standard_config_overrides`). Its parameter groups store it as a
+    factor, `wd_mult`, which only megatron's scheduler reads. The decay is set before every update
+    because loading a checkpoint restores the decay of the time when it was saved.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
 
 
-def _lean_state(parallel: ParallelSection) -> dict[str, Any]:
-    """Return megatron's fields for moments and gradients in bf16; main weights are stored as remainders of bf16."""
+def _precision_aware_fields(parallel: ParallelSection) -> dict[str, Any]:
+    """Return megatron's fields for moments and gradients in bf16.
+
+    Of the main weights, only the 16 bits that the bf16 weights lack are stored.
+    """
     return {
         "use_precision_aware_optimizer": True,
         "exp_avg_dtype": torch.bfloat16,
@@ -120,27 +130,29 @@ def _lean_state(parallel: ParallelSection) -> dict[str, Any]:
     }
 
 
-# Every step sets its own rate. megatron finds the groups of a checkpoint by the rate that they were made with, so that
-# one is the same for all runs: a run may be continued at another rate.
-_MARK = 1.0
-# megatron's distributed optimizer mixes up the states of a group that holds parameters of two dtypes, so the fp32
-# ones of a bf16 model get a group of their own; the rate that marks it is the one they have anyway.
+# Learning rate with which parameter groups are built. Every step sets its own rate. megatron matches
+# the groups of a checkpoint by the rate they were built with, so it is the same for all runs: a run
+# may then resume at another rate.
+_NOMINAL_RATE = 1.0
+# megatron's distributed optimizer mixes up the states of a group with parameters of two dtypes, so the
+# fp32 parameters of a bf16 model get a group of their own. An override creates it; its value, the
+# nominal rate, changes nothing.
 _FP32_PARAMETERS = ParamKey(
     predicate=ParamPredicate(name="fp32 in a bf16 model", fn=lambda parameter: parameter.dtype is torch.float32)
 )
 
 
 def _l2_norm(_: int, __: Tensor, tensors: list[list[Tensor]], ___: bool) -> tuple[Tensor, None]:
-    """Return the norm of all tensors together, [1] in fp32, without waiting for any of them.
+    """Return the norm of all tensors together, [1] in fp32, without synchronising with the device.
 
-    megatron's stand-in for apex's reads the norm of every parameter on the host.
+    megatron's fallback for apex's kernel reads the norm of every parameter on the host.
     """
     return torch.stack(torch._foreach_norm(tensors[0], 2.0, torch.float32)).norm().view(1), None
 
 
 def multiply_gradients(optimizer: MegatronOptimizer, factor: float) -> None:
-    """Multiply the gradients that are ready for `optimizer` by `factor`, in place."""
-    # Where moments are in bf16, gradients wait beside the weights under a name of their own.
+    """Multiply the prepared gradients of `optimizer` by `factor`, in place."""
+    # With moments in bf16, megatron stores the gradients in another attribute of the weights.
     name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
     found = (getattr(weight, name, None) for weight in optimizer.get_parameters())
     gradients = [gradient for gradient in found if gradient is not None]
@@ -148,23 +160,24 @@ def multiply_gradients(optimizer: MegatronOptimizer, factor: float) -> None:
         torch._foreach_mul_(gradients, factor)
 
 
-def _offer_own_norm() -> None:
-    """Let megatron take the norm of gradients by torch's operations over many tensors.
+def _register_own_norm() -> None:
+    """Make megatron compute gradient norms with `_l2_norm`.
 
-    Transformer Engine's and apex's take the type of the first gradient for that of all, and where gradients stay in
-    bf16 those of a scalar head are in fp32.
+    The kernels of Transformer Engine and apex assume that all gradients have the dtype of the first
+    one. If gradients stay in bf16, this is wrong for a scalar head, whose gradients are in fp32.
     """
     norms: Any = clip_grads
     norms.multi_tensor_applier = local_multi_tensor_applier
     norms.l2_norm_impl = _l2_norm
-    # With it megatron would return the norm as a tensor.
+    # If this were set, megatron would return the norm as a tensor.
     norms.multi_tensor_scale_tensor_impl = None
 
 
-def _offer_own_adam(on_cuda: bool) -> None:
-    """Let megatron use our Adam as if it were a fused one, where there is none for this device.
+def _register_own_adam(on_cuda: bool) -> None:
+    """Make megatron use `Adam` as a fused optimizer if this device has no other one.
 
-    Transformer Engine's and apex's, which megatron takes wherever they are installed, have kernels for CUDA only.
+    megatron uses the optimizers of Transformer Engine or apex if they are installed, but those have
+    kernels for CUDA only.
     """
     core: Any = megatron_optimizer
     sharded: Any = distrib_optimizer

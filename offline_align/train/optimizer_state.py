@@ -1,10 +1,13 @@
-"""The state of the optimizer in checkpoints: every rank writes and reads the part that it holds, and sends nothing.
+"""Optimizer state in checkpoints: every rank writes and reads its own part, without communication.
 
-The distributed optimizer gives each data parallel rank a range of the elements of a flattened parameter: main weight
-and two moments. megatron's own form that any layout can load (`fully_reshardable`) gathers the state of all on each of
-them, 12 bytes a parameter, so that a node of eight ranks holds it eight times while it saves. Here a range is cut where
-rows end, into boxes of the tensor, which torch's checkpoints are made of. The files hold the same tensors under the
-same names, with the distributed optimizer or without it, and megatron's form loads them.
+The distributed optimizer assigns each data parallel rank a range of the elements of a flattened
+parameter, and with it that part of the main weight and the two moments. megatron's own format for
+loading at any layout (`fully_reshardable`) gathers the whole state on every rank, 12 bytes per
+parameter, so a node of eight ranks holds it eight times during a save.
+
+Here a range is cut at the ends of rows into boxes (rectangular parts) of the unflattened tensor. Boxes
+are what torch's distributed checkpoints consist of. The files contain the same tensors under the same
+names, with or without the distributed optimizer, and megatron's `fully_reshardable` loads them.
 """
 
 import math
@@ -22,7 +25,7 @@ from megatron.core.optimizer.optimizer import FP32Optimizer
 from torch import Tensor, nn
 
 FORM = {"distrib_optim_sharding_type": "fully_reshardable"}
-_PARTS = "param_state"
+_PARAM_STATE = "param_state"
 _KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -30,48 +33,53 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def to_save(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> dict[str, Any]:
-    """Return megatron's description of the state that this rank holds, `weights` being that of the weights.
+    """Return the sharded state dict of the optimizer state that this rank holds, with data.
 
-    Its tensors are those in use, or copies on the CPU of what this rank alone holds on a GPU.
+    `weights` is the sharded state dict of the model. The tensors share memory with the optimizer,
+    except that state of a distributed optimizer on a GPU is copied to the CPU.
     """
-    held = _held(optimizer)
-    parts = _parts(held, weights)
-    for parameter, kinds in zip(held.ranges(), parts.values(), strict=True):
-        tensors = held.tensors(parameter)
+    state = _state_of(optimizer)
+    parts = _sharded_state(state, weights)
+    for parameter, kinds in zip(state.ranges(), parts.values(), strict=True):
+        tensors = state.tensors(parameter)
         for kind, boxes in kinds.items():
             pieces = torch.split(tensors[kind].detach().flatten(), [math.prod(box.local_shape) for box in boxes])
             for box, piece in zip(boxes, pieces, strict=True):
-                # One by one: boxes of one copy would be copied again for the file. Others may write what all have.
-                box.data = piece.view(box.local_shape).cpu() if held.alone else piece.view(box.local_shape)
+                # Each piece is copied by itself: views of one copy would be copied again for the file.
+                # Replicated state stays on the GPU, since another rank may be the one to write it.
+                box.data = piece.view(box.local_shape).cpu() if state.is_exclusive else piece.view(box.local_shape)
     form = {"param_state_sharding_type": FORM["distrib_optim_sharding_type"]}
-    return held.groups() | form | {_PARTS: parts}
+    return state.groups() | form | {_PARAM_STATE: parts}
 
 
 def to_load(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> dict[str, Any]:
-    """Return megatron's description of the state that this rank asks for, `weights` being that of the weights."""
-    return {_PARTS: _parts(_held(optimizer), weights)}
+    """Return the sharded state dict of the optimizer state that this rank needs, without data.
+
+    `weights` is the sharded state dict of the model.
+    """
+    return {_PARAM_STATE: _sharded_state(_state_of(optimizer), weights)}
 
 
 @torch.no_grad()
-def take(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Give the optimizer what was loaded for `to_load`."""
-    held = _held(optimizer)
-    parts = loaded.pop(_PARTS)
-    held.take_groups(loaded)
-    for parameter, kinds in zip(held.ranges(), parts.values(), strict=True):
-        held.take(parameter, {kind: torch.cat([piece.flatten() for piece in kinds[kind]]) for kind in kinds})
+def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Set the optimizer state from `loaded`, which was read for the description of `to_load`."""
+    state = _state_of(optimizer)
+    parts = loaded.pop(_PARAM_STATE)
+    state.set_groups(loaded)
+    for parameter, kinds in zip(state.ranges(), parts.values(), strict=True):
+        state.set_tensors(parameter, {kind: torch.cat([piece.flatten() for piece in kinds[kind]]) for kind in kinds})
 
 
 @dataclass(frozen=True)
-class _Divided:
-    """What this rank holds of an optimizer that is divided among data parallel ranks."""
+class _ShardedState:
+    """This rank's part of an optimizer that is sharded over data parallel ranks."""
 
     optimizer: DistributedOptimizer
-    alone: ClassVar[bool] = True
-    """Whether no other data parallel rank holds the same."""
+    is_exclusive: ClassVar[bool] = True
+    """Whether no other data parallel rank holds the same elements."""
 
     def ranges(self) -> dict[nn.Parameter, tuple[int, int]]:
-        """Return the parameters that this rank has elements of, with the first of them and the end."""
+        """Return, for each parameter of which this rank has elements, the range [start, stop) of them."""
         return {
             parameter: (ranges["param"].start, ranges["param"].end)
             for buckets_of_dtypes in self.optimizer.gbuf_ranges
@@ -81,30 +89,33 @@ class _Divided:
         }
 
     def tensors(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return main weight and moments, as far as they are here, in fp32; a lean optimizer makes them for this."""
+        """Return this rank's elements of the main weight and the moments, in fp32.
+
+        A precision-aware optimizer, which stores less, converts them for this call.
+        """
         found: dict[str, Tensor] = self.optimizer._get_main_param_and_optimizer_states(parameter)
         return found
 
-    def take(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
-        """Set what `tensors` gives."""
+    def set_tensors(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
+        """Set main weight and moments from what `tensors` returned."""
         self.optimizer._set_main_param_and_optimizer_states(parameter, tensors)
 
     def groups(self) -> dict[str, Any]:
-        """Return what is known of groups of parameters, such as the number of updates."""
+        """Return the settings and counters of the parameter groups, such as the number of updates."""
         found: dict[str, Any] = self.optimizer.state_dict()
         return found
 
-    def take_groups(self, found: dict[str, Any]) -> None:
-        """Set what `groups` gives."""
+    def set_groups(self, found: dict[str, Any]) -> None:
+        """Set the parameter groups from what `groups` returned."""
         self.optimizer.load_state_dict(found)
 
 
 @dataclass
-class _Whole:
-    """The same of an optimizer that every data parallel rank has whole."""
+class _ReplicatedState:
+    """The state of an optimizer that every data parallel rank holds in full; same methods as `_ShardedState`."""
 
     optimizer: Any
-    alone: ClassVar[bool] = False
+    is_exclusive: ClassVar[bool] = False
 
     def ranges(self) -> dict[nn.Parameter, tuple[int, int]]:
         return {parameter: (0, parameter.numel()) for parameter in self.main_weights}
@@ -113,7 +124,7 @@ class _Whole:
         main = self.main_weights[parameter]
         return {"param": main, **self.optimizer.optimizer.state[main]}
 
-    def take(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
+    def set_tensors(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
         for kind, own in self.tensors(parameter).items():
             own.copy_(tensors[kind].view_as(own))
 
@@ -121,7 +132,7 @@ class _Whole:
         groups = self.optimizer.param_groups
         return {"optimizer": {"param_groups": [{k: v for k, v in g.items() if k != "params"} for g in groups]}}
 
-    def take_groups(self, found: dict[str, Any]) -> None:
+    def set_groups(self, found: dict[str, Any]) -> None:
         own = self.optimizer.param_groups
         theirs = [group | {"params": None} for group in found["optimizer"]["param_groups"]]
         for group, other in zip(own, self.optimizer._filter_and_reorder_param_groups(own, theirs), strict=True):
@@ -129,7 +140,7 @@ class _Whole:
 
     @cached_property
     def main_weights(self) -> dict[nn.Parameter, Tensor]:
-        """Return the weight in fp32 of each parameter: of an fp32 one the parameter itself."""
+        """Return the fp32 main weight of each parameter; an fp32 parameter is its own main weight."""
         if isinstance(self.optimizer, FP32Optimizer):
             return {parameter: parameter for group in self.optimizer.param_groups for parameter in group["params"]}
         halves = chain.from_iterable(self.optimizer.float16_groups)
@@ -138,34 +149,53 @@ class _Whole:
         return dict(zip(halves, mains, strict=True)) | {parameter: parameter for parameter in wholes}
 
 
-def _held(optimizer: MegatronOptimizer) -> _Divided | _Whole:
+def _state_of(optimizer: MegatronOptimizer) -> _ShardedState | _ReplicatedState:
     (only,) = optimizer.chained_optimizers
     if not only.optimizer.state:
-        # Before the first update there are no moments, and where that one was skipped a run may be saved without.
+        # There are no moments before the first update. A run can be saved without one if its first
+        # steps were skipped.
         only.init_state_fn(only.optimizer, only.config)
-    return _Divided(only) if isinstance(only, DistributedOptimizer) else _Whole(only)
+    return _ShardedState(only) if isinstance(only, DistributedOptimizer) else _ReplicatedState(only)
 
 
-def _parts(held: _Divided | _Whole, weights: dict[str, Any]) -> dict[int, dict[str, list[ShardedTensor]]]:
-    """Return the boxes, without data, that make up each range in the order of its elements, by kind of tensor."""
-    described = {weight.data: weight for weight in nested_values(weights)}
-    return {
-        number: {
-            kind: [
-                # Weights count their copies by data parallel rank too.
-                replace(box, replica_id=(*box.replica_id[:2], 0)) if held.alone else box
-                for tensor, first in _pieces(described[parameter], f"optimizer.state.{kind}")
-                for box in _boxes(tensor, start - first, stop - first)
-            ]
-            for kind in _KINDS
-        }
-        for number, (parameter, (start, stop)) in enumerate(held.ranges().items())
-    }
+def _sharded_state(
+    state: _ShardedState | _ReplicatedState, weights: dict[str, Any]
+) -> dict[int, dict[str, list[ShardedTensor]]]:
+    """Return the boxes, without data, of every parameter's range: by number of the parameter, then by kind.
+
+    The boxes of a range are in the order of its elements.
+    """
+    weight_of = {weight.data: weight for weight in nested_values(weights)}
+    parts: dict[int, dict[str, list[ShardedTensor]]] = {}
+    for number, (parameter, (start, stop)) in enumerate(state.ranges().items()):
+        boxes = {kind: _boxes_of_range(weight_of[parameter], kind, start, stop) for kind in _KINDS}
+        if state.is_exclusive:
+            boxes = {kind: _without_replicas(found) for kind, found in boxes.items()}
+        parts[number] = boxes
+    return parts
 
 
-def _pieces(weight: ShardedTensor | ShardedTensorFactory, prefix: str) -> list[tuple[ShardedTensor, int]]:
-    """Return fp32 tensors like what a weight is divided into, such as gate and up, and where each begins in it."""
-    # Of no device: a view of it tells its place, and has no data.
+def _boxes_of_range(
+    weight: ShardedTensor | ShardedTensorFactory, kind: str, start: int, stop: int
+) -> list[ShardedTensor]:
+    """Return the boxes of elements `start` to `stop` of a flattened weight, for one kind of state."""
+    boxes = []
+    for tensor, first in _tensors_of_weight(weight, f"optimizer.state.{kind}"):
+        boxes += _boxes(tensor, start - first, stop - first)
+    return boxes
+
+
+def _without_replicas(boxes: list[ShardedTensor]) -> list[ShardedTensor]:
+    """Return the boxes as the only copies among data parallel ranks; those of the weight are replicas."""
+    return [replace(box, replica_id=(*box.replica_id[:2], 0)) for box in boxes]
+
+
+def _tensors_of_weight(weight: ShardedTensor | ShardedTensorFactory, prefix: str) -> list[tuple[ShardedTensor, int]]:
+    """Return fp32 descriptions of the tensors that a weight is saved as, and where each begins in it.
+
+    Most weights are saved as one tensor; a fused projection is saved as several, such as gate and up.
+    """
+    # On the meta device, a view has a storage offset but no data.
     whole = torch.empty(weight.data.shape, device="meta")
     named = {"key": f"{prefix}.{weight.key}", "data": whole}
     if isinstance(weight, ShardedTensorFactory):
@@ -176,7 +206,7 @@ def _pieces(weight: ShardedTensor | ShardedTensorFactory, prefix: str) -> list[t
 
 
 def _boxes(tensor: ShardedTensor, start: int, stop: int) -> list[ShardedTensor]:
-    """Return the boxes of those elements of a flattened tensor that lie from `start` to `stop`."""
+    """Return the boxes of elements `start` to `stop` of a flattened tensor, as far as it has them."""
     shape = (1,) * tensor.prepend_axis_num + tensor.local_shape
     found = []
     for offsets, sizes in cut(max(start, 0), min(stop, math.prod(shape)), shape):
@@ -187,9 +217,9 @@ def _boxes(tensor: ShardedTensor, start: int, stop: int) -> list[ShardedTensor]:
 
 
 def cut(start: int, stop: int, shape: tuple[int, ...]) -> list[Box]:
-    """Cut elements `start` to `stop` of a flattened tensor of `shape` into boxes, in their order.
+    """Cut elements `start` to `stop` of a flattened tensor of `shape` into boxes, in the elements' order.
 
-    In two dimensions these are the end of a row, whole rows, and the beginning of a row.
+    In two dimensions, the boxes are the end of a row, whole rows, and the beginning of a row.
     """
     if len(shape) == 1:
         return [((start,), (stop - start,))] if start < stop else []

@@ -1,4 +1,4 @@
-"""A look into a few steps: torch's profiler as a trace file, or a range for Nsight Systems."""
+"""Profiling of a few steps, with torch's profiler or Nsight Systems."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ import torch
 from offline_align.errors import StoppedEarly
 
 FOLDER = "profile"
-# Set by `nsys profile` in the processes that it watches.
+# `nsys profile` sets this variable in the processes that it profiles.
 _UNDER_NSYS = "NSYS_PROFILING_SESSION_ID"
 
 logger = logging.getLogger(__name__)
@@ -20,10 +20,12 @@ _abandoned: list[contextlib.ExitStack] = []
 
 
 class StepProfiler:
-    """Records the optimizer steps `first` to `last` (from 1) of one rank; records nothing where `steps` is empty.
+    """Profiles a range of optimizer steps of one rank.
 
-    Under `nsys profile --capture-range=cudaProfilerApi` it opens and closes the range and names every operator;
-    elsewhere torch's profiler writes `profile/rank_R_steps_A_B.json`, which Perfetto and TensorBoard read.
+    `steps` is the first and the last step, counted from 1; if it is empty, nothing is profiled. Under
+    `nsys profile --capture-range=cudaProfilerApi`, this opens and closes the capture range and emits an
+    NVTX range for every operator. Otherwise torch's profiler writes `profile/rank_R_steps_A_B.json`,
+    which Perfetto and TensorBoard read.
     """
 
     def __init__(self, steps: Sequence[int], run_dir: Path, rank: int) -> None:
@@ -38,17 +40,18 @@ class StepProfiler:
         if error is None or isinstance(error, StoppedEarly):
             self._open.close()
         else:
-            # On a GPU the end of a recording waits for all kernels, and those of a collective for ranks that have
-            # no part in it any more. Held, since it would be ended with the last reference.
+            # On a GPU, stopping the profiler waits for all kernels. After an error, a collective's
+            # kernel may wait forever for ranks that are gone. The reference is kept because dropping
+            # the last one would stop the profiler too.
             _abandoned.append(self._open.pop_all())
 
     def before(self, step: int) -> None:
-        """Start the recording where `step` (from 1) is the first that is asked for."""
+        """Start the profiler if `step`, counted from 1, is the first one to profile."""
         if self._first and step == self._first:
             self._open.enter_context(_nsys_range() if _UNDER_NSYS in os.environ else _torch_trace(self._trace))
 
     def after(self, step: int) -> None:
-        """End the recording, and write it, after the last step that is asked for."""
+        """Stop the profiler and write its trace if `step` is the last one to profile."""
         if step == self._last:
             self._open.close()
 
@@ -67,7 +70,7 @@ def _torch_trace(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _nsys_range() -> Iterator[None]:
-    # Untyped in torch.
+    # torch has no types for these.
     profiler: Any = torch.cuda.profiler
     autograd: Any = torch.autograd.profiler
     profiler.start()

@@ -1,9 +1,11 @@
-"""The only door to megatron's sharded checkpoints: tensors and plain data come through it, code does not.
+"""Load megatron's sharded checkpoints without executing code from them.
 
-megatron-core 0.19 and torch trust a checkpoint folder. They unpickle `.metadata`, and the objects among the shards
-with `weights_only=False`, so that whoever writes a folder could run code where it is loaded; hashes do not help, since
-they come with the folder. While this module reads, both places know the few classes that such files are made of and
-nothing else, and shards are looked for inside the folder only.
+megatron-core 0.19 and torch trust a checkpoint folder. They unpickle `.metadata`, and the objects among
+the shards with `weights_only=False`, so whoever writes a folder can run code in the process that loads
+it. Hashes do not help, because they come with the folder.
+
+All loading goes through this module. It restricts both places to the few classes that such files
+consist of, and it reads shards from inside the folder only.
 """
 
 import contextlib
@@ -25,7 +27,7 @@ from offline_align.errors import AlignError, StorageError
 
 METADATA = ".metadata"
 _RECORDS = "torch.distributed.checkpoint"
-# All that torch's writer puts into `.metadata`: records without behaviour, and the names of number types.
+# All that torch's writer puts into `.metadata`: plain record classes and the names of dtypes.
 _CLASSES = frozenset(
     {
         ("torch", "Size"),
@@ -51,37 +53,39 @@ _CLASSES = frozenset(
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Reads `.metadata`; any class or function beyond those of torch's records ends it with UnpicklingError."""
+    """Reads `.metadata`. Raises UnpicklingError for any class or function that is not one of torch's records."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a class of the list; the name is compared whole, so that none is reached through another."""
+        """Return an allowed class. The full name must match, so a dotted name cannot reach another object."""
         if (module, name) not in _CLASSES:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
         return super().find_class(module, name)
 
 
 def load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the tensors and objects that `wanted` describes, as megatron's loader does; raises StorageError."""
-    with _nothing_executes(folder):
-        # A rank asks for what it has a part of, so that the one to which megatron counts a tensor may not want it.
+    """Return the tensors and objects that the sharded state dict `wanted` describes. Raises StorageError."""
+    with _restricted_unpickling(folder):
+        # megatron's integrity check expects the main replica of every tensor to be requested. Here a
+        # rank requests only the parts that it needs, so the check does not apply.
         loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
     return loaded
 
 
 def tensors_metadata(folder: Path) -> dict[str, Any]:
-    """Return shape and number type of every saved tensor, without data; raises StorageError."""
-    with _nothing_executes(folder):
+    """Return shape and dtype of every saved tensor, without data. Raises StorageError."""
+    with _restricted_unpickling(folder):
         found: dict[str, Any] = dist_checkpointing.load_tensors_metadata(str(folder))
     return found
 
 
 @contextlib.contextmanager
-def _nothing_executes(folder: Path) -> Iterator[None]:
-    """Let torch read through the functions below, and say in one line what a file has that it should not."""
+def _restricted_unpickling(folder: Path) -> Iterator[None]:
+    """Make torch read through the functions below, and turn its errors into a StorageError of one line."""
     if (folder / "common.pt").exists():
-        # Older megatron pickled settings there; our checkpoints have none, and its reader heeds the environment.
+        # Older versions of megatron pickled settings into this file. Checkpoints of this project never
+        # have it, and an environment variable can make megatron unpickle it without restrictions.
         raise StorageError(
-            f"{folder / 'common.pt'}: is not part of a checkpoint of ours; take one that `verify` passes"
+            f"{folder / 'common.pt'}: is not part of a checkpoint of this project; take one that `verify` passes"
         )
     reader: Any = FileSystemReader
     planner: Any = DefaultLoadPlanner
@@ -89,7 +93,7 @@ def _nothing_executes(folder: Path) -> Iterator[None]:
     refusals: list[StorageError] = []
 
     def read_metadata(self: FileSystemReader, *_: Any, **__: Any) -> Metadata:
-        # torch 2.11 goes on without records that it could not read, and fails for the lack of them.
+        # torch 2.11 continues after an error here and fails later with an unrelated one.
         try:
             return _read_metadata(self)
         except StorageError as error:
@@ -100,7 +104,7 @@ def _nothing_executes(folder: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
-        # torch gathers what went wrong by rank; the first cause is what a user can act on.
+        # torch collects the errors of all ranks. The first cause is what a user can act on.
         cause = refusals[0] if refusals else next(iter(error.failures.values()))[0]
         if isinstance(cause, AlignError):
             raise cause from None
@@ -118,7 +122,7 @@ def _read_metadata(self: FileSystemReader) -> Metadata:
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a pickle can fail in any way
-        raise StorageError(f"{path}: refused: {error}; nothing of it was run") from error
+        raise StorageError(f"{path}: refused: {error}; no code of it was run") from error
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
     metadata.storage_meta.load_id = self.load_id
     found: Metadata = metadata
@@ -126,22 +130,22 @@ def _read_metadata(self: FileSystemReader) -> Metadata:
 
 
 def _check_names(metadata: Metadata, folder: Path) -> None:
-    """Raise ValueError for a shard that is not a file of this very folder."""
+    """Raise ValueError if a shard is not a regular file directly in this folder."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise ValueError("holds no record of a checkpoint")
+        raise ValueError("is not the metadata of a checkpoint")
     for name in {info.relative_path for info in metadata.storage_data.values()}:
         file = folder / name
         if Path(name).name != name or file.is_symlink() or not file.is_file():
-            raise ValueError(f"shard {name[:80]!r} is no file of the folder")
+            raise ValueError(f"shard {name[:80]!r} is not a file of the folder")
 
 
 def _load_bytes(self: DefaultLoadPlanner, item: Any, value: io.BytesIO) -> None:
-    """Take an object from the shards: tensors, numbers, texts and containers of them."""
+    """Load an object of the shards that consists of tensors, numbers, strings and containers of them."""
     try:
         loaded = torch.load(value, weights_only=True)
     except Exception as error:
         raise StorageError(
-            f"{item.dest_index.fqn}: refused: holds more than tensors and plain data; nothing of it was run"
+            f"{item.dest_index.fqn}: refused: holds more than tensors and plain data; no code of it was run"
         ) from error
     name = item.dest_index.fqn
     if self.flatten_state_dict:

@@ -1,8 +1,13 @@
-"""Saving: the one way that a checkpoint comes into being, at once or beside the training.
+"""Saving of checkpoints, either blocking or in a background thread.
 
-A save has three parts. All ranks plan it and take hold of their tensors; each writes, syncs and hashes its shards, in
-a thread if wanted; all agree that this went well, and rank 0 adds the small files and, last, `checkpoint.json`, syncs
-them and renames the folder. Until then nothing takes the folder for a checkpoint.
+A save has three phases:
+
+1. All ranks plan the save and collect their tensors.
+2. Each rank writes, syncs and hashes its shards, in a thread if asked to.
+3. The ranks agree that all writes succeeded. Then rank 0 adds the small files and, last,
+   `checkpoint.json`, syncs them, and renames the folder.
+
+The folder has a hidden name until that rename, so nothing mistakes an incomplete save for a checkpoint.
 """
 
 import contextlib
@@ -33,22 +38,22 @@ from offline_align.model.description import ModelDescription
 from offline_align.train import checkpoint, optimizer_state
 from offline_align.train.checkpoint import TrainState
 
-# fp32 main weights and two moments.
+# Bytes per parameter of the fp32 main weight and two moments.
 _OPTIMIZER_BYTES = 12
 
 
 @dataclass
-class _Save:
-    """A save under way, as this rank sees it."""
+class _PendingSave:
+    """This rank's part of a save that has begun and is not complete."""
 
     folder: Path
-    """Where it is written."""
+    """The hidden folder that is written."""
     state: TrainState
-    """The state at the request."""
+    """The training state when the save was requested."""
     request: Any
-    """Megatron's AsyncRequest: the results it waits for, and the functions that end a save."""
+    """Megatron's AsyncRequest: its result queue and the functions that finalise a save."""
     buckets: list[Any]
-    """Files of this rank, each with its tensors in memory of the CPU."""
+    """The files of this rank, each with its tensors in CPU memory."""
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Size and hash of the files that this rank has written."""
     error: StorageError | None = None
@@ -56,7 +61,10 @@ class _Save:
     started: float = field(default_factory=time.monotonic)
 
     def write(self) -> None:
-        """Write, sync and hash the shards of this rank; an error of the storage waits for all ranks to hear of it."""
+        """Write, sync and hash the shards of this rank.
+
+        A StorageError is kept in `error` until `Saver.finish` shares it with all ranks.
+        """
         try:
             with _storage_errors(self.folder):
                 written = {i: self._write(i, bucket) for i, bucket in enumerate(self.buckets)}
@@ -69,11 +77,14 @@ class _Save:
         self.buckets = []
 
     def _write(self, number: int, bucket: Any) -> Any:
-        """Write one file in megatron's form, synced; megatron's own loop over the files would lose the error."""
+        """Write and sync one file in megatron's format.
+
+        This replaces megatron's own loop over the files, which loses the error of a failed write.
+        """
         transforms = self.request.async_fn.args[0]
         _, written = FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, None, None, use_fsync=True)
         if isinstance(written, RuntimeError):
-            # How torch's archive writer takes a write that failed.
+            # torch's archive writer reports a failed write as a RuntimeError.
             raise StorageError(f"{bucket[0]}: cannot be written: {str(written).splitlines()[0]}") from written
         if isinstance(written, Exception):
             raise written
@@ -82,9 +93,10 @@ class _Save:
 
 @dataclass
 class Saver:
-    """Saves the checkpoints of a run, one at a time; all ranks call its methods together.
+    """Saves the checkpoints of a run, one at a time. All ranks must call its methods together.
 
-    Where a write fails, all ranks end with the exit code of StorageError, and what was there before is untouched.
+    If a write fails on any rank, all ranks end with the exit code of StorageError, and earlier
+    checkpoints are untouched.
     """
 
     run_dir: Path
@@ -94,20 +106,20 @@ class Saver:
     tokenizer: Tokenizer
     ranks: Ranks
     keep: int = 1
-    """Newest checkpoints that stay, beside the best one."""
+    """Number of newest checkpoints that are kept in addition to the best one."""
     in_background: bool = False
-    """Whether a thread writes the shards while the training goes on; takes the memory of a copy of them."""
+    """Whether a thread writes the shards while training continues. This needs CPU memory for a copy."""
     seconds: float = 0.0
-    """How long the last save has taken, from the request until it was there."""
-    _under_way: _Save | None = None
+    """Duration of the last save, from the request until the folder was renamed."""
+    _pending: _PendingSave | None = None
 
     def save(self, state: TrainState) -> None:
-        """Save weights, moments and `state` as they are now.
+        """Save the current weights, optimizer state and `state`.
 
-        In the background it returns once they are copied; a save that is still under way is finished before.
+        A save in the background returns once the tensors are copied. A pending save is finished first.
         """
         self.finish()
-        self._under_way = save = self._begin(replace(state))
+        self._pending = save = self._begin(replace(state))
         if self.in_background:
             save.thread = threading.Thread(target=save.write, name="save", daemon=True)
             save.thread.start()
@@ -116,21 +128,21 @@ class Saver:
             self.finish()
 
     def poll(self) -> None:
-        """Let a save in the background appear if all ranks have written their shards; do not wait for it."""
-        thread = self._under_way.thread if self._under_way is not None else None
+        """Complete a save in the background if all ranks have written their shards, without waiting."""
+        thread = self._pending.thread if self._pending is not None else None
         if thread is not None and not self.ranks.any_rank(thread.is_alive())():
             self.finish()
 
     @part("saves")
     def finish(self) -> None:
-        """Wait for the save under way, if there is one, and let it appear."""
-        save, self._under_way = self._under_way, None
+        """Wait for the pending save, if there is one, and complete it. Raises StorageError."""
+        save, self._pending = self._pending, None
         if save is None:
             return
         if save.thread is not None:
             save.thread.join()
         try:
-            self._agree(save.error)
+            self._raise_first_error(save.error)
             with _storage_errors(save.folder):
                 for collect in save.request.finalize_fns:
                     collect()
@@ -140,30 +152,35 @@ class Saver:
             if self.ranks.is_main:
                 shutil.rmtree(save.folder, ignore_errors=True)
             raise
-        self.settle(save.state)
+        self.update_links_and_prune(save.state)
         self.seconds = time.monotonic() - save.started
 
-    def settle(self, state: TrainState) -> None:
-        """Set the links, and delete what is old, for `state`, that of the newest checkpoint."""
-        self._on_main(self.run_dir / checkpoint.FOLDER, lambda: checkpoint.settle(self.run_dir, state, self.keep))
+    def update_links_and_prune(self, state: TrainState) -> None:
+        """Set the links and delete old checkpoints, given the `state` of the newest checkpoint."""
+        self._on_main(
+            self.run_dir / checkpoint.FOLDER,
+            lambda: checkpoint.update_links_and_prune(self.run_dir, state, self.keep),
+        )
 
-    def _begin(self, state: TrainState) -> _Save:
+    def _begin(self, state: TrainState) -> _PendingSave:
         folder = self.ranks.broadcast(checkpoint.temporary(checkpoint.step_folder(self.run_dir, state.step)))
         self._on_main(folder, lambda: folder.mkdir(parents=True))
         with _storage_errors(folder):
             request = self._plan(folder)
         buckets = request.async_fn_args[1] if request.async_fn_args else []
-        # What comes from a GPU is a copy by then.
+        # Training on the CPU updates the same memory, so a background save needs a copy. Tensors of
+        # a GPU are copied to the CPU anyway.
         copied = self.in_background and self.ranks.device.type == "cpu"
-        return _Save(folder, state, request, [_on_cpu(bucket, copied) for bucket in buckets])
+        return _PendingSave(folder, state, request, [_on_cpu(bucket, copied) for bucket in buckets])
 
     def _plan(self, folder: Path) -> Any:
-        # Its writers are threads of this process; only their result queue would start a manager process.
+        # By default, megatron starts a manager process for this queue. The writers here are threads of
+        # this process, so a plain queue is enough.
         filesystem_async._results_queue = queue.Queue()
         shards = checkpoint.sharded_weights(self.model)
         if self.optimizer is not None:
             shards["optimizer"] = optimizer_state.to_save(self.optimizer, shards)
-        # What data parallel ranks hold alike is divided among them.
+        # Data parallel ranks share the writing of tensors that all of them hold.
         everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
         strategy = FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy(), everyone)
         form = dict(optimizer_state.FORM)
@@ -171,8 +188,11 @@ class Saver:
             shards, str(folder), strategy, async_sharded_save=True, async_strategy="mcore", content_metadata=form
         )
 
-    def _commit(self, save: _Save, entries: dict[str, dict[str, Any]]) -> None:
-        """Complete the folder and give it its name; `entries` are those of the shards, which are on disk."""
+    def _commit(self, save: _PendingSave, entries: dict[str, dict[str, Any]]) -> None:
+        """Add the small files and the manifest, and rename the folder to its final name.
+
+        `entries` are the manifest entries of the shards, which are already on disk.
+        """
         folder, final = save.folder, checkpoint.step_folder(self.run_dir, save.state.step)
         self.description.save(folder)
         self.tokenizer.save(folder / "tokenizer")
@@ -186,13 +206,13 @@ class Saver:
         _rename(folder, final)
 
     def check_space(self, steps_left: int, interval: int | None, keeps_best: bool) -> None:
-        """Raise StorageError where the disk has no room for the checkpoints that the run will hold at once."""
+        """Raise StorageError if the disk has no room for the checkpoints that the run keeps at once."""
         self.ranks.from_main(lambda: self._check_space(steps_left, interval, keeps_best))
 
     def _check_space(self, steps_left: int, interval: int | None, keeps_best: bool) -> None:
         there = len(list((self.run_dir / checkpoint.FOLDER).glob("step_*")))
         to_come = -(-steps_left // interval) if interval else min(steps_left, 1)
-        # One more than is kept, while the newest is being written.
+        # While a checkpoint is written, one more exists than is kept.
         more = min(to_come, max(1, self.keep + 1 + keeps_best - there))
         size, free = self.bytes_estimate(), shutil.disk_usage(self.run_dir).free
         if more * size > free:
@@ -202,19 +222,19 @@ class Saver:
             )
 
     def bytes_estimate(self) -> int:
-        """Return about how many bytes a checkpoint takes: weights as they are, and fp32 copies and moments."""
+        """Estimate the bytes of a checkpoint: weights, and fp32 main weights and moments if there are any."""
         more = _OPTIMIZER_BYTES if self.optimizer is not None else 0
         own = sum(p.numel() * (p.element_size() + more) for p in self.model.parameters())
         return own * self.ranks.tp_size
 
-    def _agree(self, own: StorageError | None) -> None:
-        """End all ranks where one has met an error."""
+    def _raise_first_error(self, own: StorageError | None) -> None:
+        """Raise an error on all ranks if any rank has one."""
         found = [str(error) for error in self.ranks.gather(own) if error is not None]
         if found:
-            raise checkpoint.refusal(found[0], self.ranks)
+            raise checkpoint.error_for_all_ranks(found[0], self.ranks)
 
     def _on_main(self, folder: Path, work: Callable[[], None]) -> None:
-        """Let rank 0 work on the disk while the others wait; its error ends all."""
+        """Run `work` on rank 0 while the others wait. Its error ends all ranks."""
 
         def guarded() -> None:
             with _storage_errors(folder):
@@ -224,7 +244,7 @@ class Saver:
 
 
 def _on_cpu(bucket: Any, copied: bool) -> Any:
-    """Return the file of a rank with its tensors on the CPU; copies, where training goes on beside the save."""
+    """Return a file's name and content with all tensors on the CPU; `copied` forces a copy."""
     path, name, (objects, tensors) = bucket
     return path, name, (objects, [(item, tensor.detach().to("cpu", copy=copied)) for item, tensor in tensors])
 
@@ -240,7 +260,7 @@ def _rename(folder: Path, final: Path) -> None:
 
 @contextlib.contextmanager
 def _storage_errors(folder: Path) -> Iterator[None]:
-    """Turn errors of the operating system into StorageError, with the path."""
+    """Turn an OSError into a StorageError that names the path."""
     try:
         yield
     except OSError as error:

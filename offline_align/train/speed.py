@@ -1,4 +1,8 @@
-"""Honest meters: real tokens, true segment lengths, and the spread of step times beside their middle."""
+"""Throughput, utilisation and step times.
+
+Only real tokens count, attention costs follow the true segment lengths, and step times are reported
+with their spread.
+"""
 
 import resource
 import sys
@@ -15,9 +19,10 @@ from offline_align.estimate.sizes import ModelSizes
 
 
 class OwnTime:
-    """How long this rank itself works on a step: from its rows until it starts to wait for the others' gradients.
+    """Measures this rank's own part of a step: waiting for its rows and computing its gradients.
 
-    Ranks that share layers wait for each other all the time and show the same; what differs are their groups.
+    The measurement ends when the rank begins to reduce gradients with the others. Tensor parallel ranks
+    wait for each other in every layer, so they show equal times; only their groups can differ.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,16 +32,19 @@ class OwnTime:
         self._waited = 0.0
 
     def start(self, waited: float) -> None:
-        """Mark the start of a step, for whose rows this rank has `waited` seconds."""
+        """Mark the start of a step. `waited` is the time in seconds that this rank waited for its rows."""
         self._waited = waited
         self._mark(0)
 
     def stop(self) -> None:
-        """Mark the end of its own part."""
+        """Mark the end of this rank's own work."""
         self._mark(1)
 
     def seconds(self) -> float:
-        """Return the seconds of a step whose results have been read, so that nothing is waited for; 0 before that."""
+        """Return the seconds of the last step, or 0 before the first one.
+
+        The results of that step must have been read, so that its CUDA events are complete.
+        """
         if not self._times[1]:
             return 0.0
         if self._events:
@@ -50,7 +58,10 @@ class OwnTime:
 
 
 def stragglers(seconds: list[float], hosts: list[str]) -> dict[str, float | str]:
-    """Return how far the slowest rank is behind, and where it runs; empty where there is nothing to compare."""
+    """Return median and maximum of the ranks' seconds, and the slowest rank with its host.
+
+    Returns an empty dict for a single rank, and if a rank has not measured a step yet.
+    """
     if len(seconds) < 2 or min(seconds) <= 0:
         return {}
     median, slowest = float(np.median(seconds)), int(np.argmax(seconds))
@@ -64,11 +75,11 @@ def stragglers(seconds: list[float], hosts: list[str]) -> dict[str, float | str]
 
 @dataclass
 class SpeedMeter:
-    """Rates of the steps of this process."""
+    """Computes rates of single steps and of all steps of this process."""
 
     sizes: ModelSizes
     reads_everywhere: bool
-    """Whether the last layer is computed in full, as under sequence parallelism, or where it is read alone."""
+    """Whether the last layer computes all tokens, as under sequence parallelism, or only those the head reads."""
     device: torch.device
     world_size: int
     _seconds: list[float] = field(default_factory=list)
@@ -76,12 +87,13 @@ class SpeedMeter:
     _data_seconds: float = 0.0
 
     def step(self, data: StepData, targets: int, seconds: float, data_seconds: float) -> dict[str, float]:
-        """Count a step of `seconds`, of which `data_seconds` went by waiting for rows; return its rates.
+        """Record a step of `seconds`, of which `data_seconds` were spent waiting for rows; return its rates.
 
-        `tokens_per_second` counts tokens of rows, over all ranks, a shared prompt once and padding never. `mfu` is the
-        share of the devices' dense bf16 peak by what is computed, attention causal inside each segment;
-        `mfu_full_attention` is the convention of Megatron-LM's logs: attention not halved, every token through all
-        layers and the output layer.
+        - `tokens_per_second`: tokens of rows over all ranks. A shared prompt counts once, padding never.
+        - `mfu`: share of the devices' dense bf16 peak, counting what is computed; attention is causal
+          inside each segment.
+        - `mfu_full_attention`: the convention of Megatron-LM's logs. Attention is not halved, and every
+          token passes through all layers and the output layer.
         """
         self._seconds.append(seconds)
         self._tokens += data.num_tokens
@@ -102,7 +114,7 @@ class SpeedMeter:
         if peak is None:
             return {}
         tokens = data.num_tokens
-        # With a scalar head the last token of each answer of a pair is read.
+        # A scalar head reads the last token of each of the two answers of a pair.
         read = 2 * targets if self.sizes.scalar_head else targets
         causal = self.sizes.train_flops(
             tokens, data.squared_lengths, targets, tokens if self.reads_everywhere else read
@@ -112,7 +124,7 @@ class SpeedMeter:
         return {"mfu": causal / available, "mfu_full_attention": full / available}
 
     def summary(self) -> dict[str, float]:
-        """Return median and 95th percentile of the step times and what they come to; empty before the first step."""
+        """Return median and 95th percentile of step times, and rates over all steps; {} before the first step."""
         if not self._seconds:
             return {}
         total = sum(self._seconds)
@@ -127,7 +139,7 @@ class SpeedMeter:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory this process has held so far: allocated on a GPU, resident on the CPU."""
+    """Return the peak memory of this process in bytes: allocated on a GPU, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

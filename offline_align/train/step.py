@@ -1,4 +1,7 @@
-"""One optimizer step: the only file that calls megatron's schedule, and the only one that divides a loss."""
+"""One optimizer step, and the evaluation of a validation set.
+
+Only this module calls megatron's schedule, and only this module divides a loss.
+"""
 
 import functools
 import math
@@ -23,20 +26,20 @@ from offline_align.train.speed import OwnTime
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step did, equal on all ranks."""
+    """Result of an optimizer step, equal on all ranks."""
 
     metrics: dict[str, float]
     """`loss` and the objective's metrics, each divided by the count of the global batch."""
     count: int
-    """Targets or pairs of the global batch."""
+    """Number of targets or pairs in the global batch."""
     grad_norm: float
     """Global gradient norm before clipping."""
     applied: bool
-    """False where the loss or the norm was not finite: the weights are untouched."""
+    """Whether the weights were updated; they are not if the loss or the norm is not finite."""
     stop: bool
     """Whether any rank was asked to stop."""
     rank_seconds: list[float]
-    """Own time of each rank in the step before this one."""
+    """Seconds of each rank's own work in the previous step (see `OwnTime`)."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +52,23 @@ class GlobalSums:
     stop: bool
     """Whether any rank was asked to stop."""
     rank_seconds: list[float]
-    """What each rank gave as its own time."""
+    """The `own_seconds` of each rank."""
 
 
 def reduce_sums(
     sums: dict[str, Tensor], count: int, device: torch.device, stop: bool = False, own_seconds: float = 0.0
 ) -> GlobalSums:
-    """Add up sums and counts over the global batch, stop requests and times of all ranks, in one collective."""
+    """Reduce sums, counts, stop requests and times over all ranks in one collective."""
     names = sorted(sums)
     seconds = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
     seconds[dist.get_rank()].fill_(own_seconds)
-    # Filled on the device: a copy from the host would wait for everything before it.
+    # `torch.full` fills on the device; a copy from the host would synchronise with it.
     counted = [torch.full((), float(n), dtype=torch.float64, device=device) for n in (count, stop)]
     vector = torch.cat([torch.stack([*(sums[n].double().to(device) for n in names), *counted]), seconds])
     dist.all_reduce(vector)
     values = vector.tolist()
     *totals, total, stops = values[: len(names) + len(counted)]
-    # Tensor parallel ranks hold equal sums, so each value is counted as often as there are of them.
+    # Tensor parallel ranks hold equal sums, so each value is counted once per rank of that group.
     copies = parallel_state.get_tensor_model_parallel_world_size()
     divisor = max(total, 1.0)
     means = {n: t / divisor for n, t in zip(names, totals, strict=True)}
@@ -73,7 +76,7 @@ def reduce_sums(
 
 
 def _finish_gradients(own_time: OwnTime, model: list[Any], _: Tensor, **named: Any) -> None:
-    """Reduce the sums over all ranks; not told of the count of targets, megatron leaves them undivided."""
+    """Reduce the gradients over all ranks. Without a token count, megatron does not divide them."""
     own_time.stop()
     finalize_model_grads(model, None, **named)
 
@@ -98,7 +101,8 @@ class TrainStep:
 
     def _connect_schedule(self) -> None:
         config = self.model.config
-        # No method of ours: by way of gradient hooks, which Python cannot look into, the model would hold itself alive.
+        # A bound method would create a reference cycle through the model's gradient hooks. Python's
+        # garbage collector cannot see those, so the model would never be freed.
         config.finalize_model_grads_func = functools.partial(_finish_gradients, self._own_time)
         ddp = self.model.ddp_config
         if ddp.overlap_grad_reduce:
@@ -107,9 +111,10 @@ class TrainStep:
     def __call__(
         self, micro_batches: list[PackedBatch], learning_rate: float, stop: bool = False, waited: float = 0.0
     ) -> StepResult:
-        """Train on this rank's share of a global batch; every data parallel rank has as many micro-batches.
+        """Train on this rank's share of a global batch.
 
-        `waited` are the seconds that the rank has waited for its rows.
+        Every data parallel rank must pass the same number of micro-batches. `waited` is the time in
+        seconds that this rank has waited for its rows.
         """
         own_seconds = self._own_time.seconds()
         self._own_time.start(waited)
@@ -132,7 +137,7 @@ class TrainStep:
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
+        """The device of the weights."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
@@ -142,23 +147,25 @@ class TrainStep:
         def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
             result = self.objective(output, batch)
             count = torch.full((), result.count, dtype=torch.int, device=self.device)
-            # Three values tell megatron that the loss is a sum, not to be divided by the number of micro-batches.
+            # Returning three values tells megatron that the loss is a sum, so that it does not divide
+            # by the number of micro-batches.
             return result.total, count, _report(result)
 
         return model(batch), loss_func
 
     def _update(self, count: int, loss_is_finite: bool) -> tuple[float, bool]:
-        """Divide the gradient of the summed loss by `count`, clip and apply it; return its norm before clipping.
+        """Divide the gradient of the summed loss by `count`, clip it and update the weights.
 
-        Unless loss or norm are not finite, on all ranks alike.
+        Returns the norm before clipping and whether the weights were updated. They are not if the
+        loss or the norm is not finite; all ranks decide the same.
         """
         self.optimizer.prepare_grads()
-        # The norm is reduced over all ranks, so that all of them decide the same.
+        # The norm is reduced over all ranks, so all of them decide the same.
         norm = float(self.optimizer.get_grad_norm()) / max(count, 1)
         if not (loss_is_finite and math.isfinite(norm)):
             return norm, False
         clipped = min(1.0, self.clip_grad / (norm + 1e-6)) if self.clip_grad > 0 else 1.0
-        # Both in one pass over the gradients.
+        # One factor for division and clipping takes one pass over the gradients.
         multiply_gradients(self.optimizer, clipped / max(count, 1))
         self.optimizer.step_with_ready_grads()
         return norm, True
@@ -166,9 +173,10 @@ class TrainStep:
 
 @contextmanager
 def weights_in_place(model: DistributedDataParallel) -> Iterator[None]:
-    """Make the last update readable outside a training step, for validation and checkpoints.
+    """Complete the weights for use outside a training step, for validation and checkpoints.
 
-    Where weights are gathered while the next forward pass goes on, they are incomplete until then.
+    With `overlap_param_gather`, updated weights are gathered during the next forward pass and are
+    incomplete until then.
     """
     if not model.ddp_config.overlap_param_gather:
         yield
@@ -186,13 +194,16 @@ def evaluate(
     batches: Iterator[list[PackedBatch]],
     device: torch.device,
 ) -> tuple[dict[str, float], int]:
-    """Return the means of the objective's metrics over all `batches` and their count, the same on every rank."""
+    """Return the means of the objective's metrics over all `batches` and their count.
+
+    Both are the same on every rank.
+    """
     model.eval()
-    # Weights in fp8 are made anew: those at hand are from before the last update.
+    # The cached fp8 weights are from before the last update, so they must be cast again.
     model.set_is_first_microbatch()
     stored: list[dict[str, Any]] = []
-    # Not in inference mode: no later training step could write to the buffers that megatron and Transformer Engine make
-    # here and keep.
+    # `torch.inference_mode` does not work here: megatron and Transformer Engine keep buffers that are
+    # created during this forward pass, and a later training step could not write to them.
     with weights_in_place(model), torch.no_grad():
         for share in batches:
             for batch in share:
@@ -208,6 +219,6 @@ def _report(result: LossSum) -> dict[str, Any]:
 
 
 def _add_up(stored: list[dict[str, Any]]) -> tuple[dict[str, Tensor], int]:
-    """Return the sums of a rank's micro-batches and their count."""
+    """Return the sums over a rank's micro-batches and their count."""
     names = [n for n in stored[0] if n != "count"]
     return {n: torch.stack([s[n] for s in stored]).sum() for n in names}, sum(s["count"] for s in stored)

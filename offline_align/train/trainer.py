@@ -1,4 +1,7 @@
-"""The loop: steps, validation, checkpoints, early stops and continuation, the same for every objective."""
+"""The training loop: steps, validation, checkpoints, early stops and resuming.
+
+It is the same for every objective.
+"""
 
 import logging
 import math
@@ -36,23 +39,24 @@ from offline_align.train.speed import SpeedMeter, stragglers
 from offline_align.train.step import StepResult, TrainStep, evaluate, weights_in_place
 
 logger = logging.getLogger(__name__)
-# Rows packed together for validation: enough to fill the bins of many ranks, few enough to stop between.
+# Rows per data parallel rank that validation packs together. There are enough to fill the bins,
+# and few enough that a stop request between two such groups is answered soon.
 _VALIDATION_ROWS = 256
 _MAX_SKIPPED_IN_A_ROW = 3
 
 
 @dataclass
 class Trainer:
-    """Everything a training run is made of; `fit` runs it to its end or to a stop."""
+    """The parts of a training run; `fit` trains until the last step or until a stop request."""
 
     run_dir: Path
     trainer: TrainerSection
     optim: OptimSection
     ranks: Ranks
     module: nn.Module
-    """The model as built."""
+    """The unwrapped model."""
     model: DistributedDataParallel
-    """The same in megatron's data parallel wrapper."""
+    """The same model in megatron's data parallel wrapper."""
     optimizer: MegatronOptimizer
     objective: Objective
     data: Loader
@@ -61,12 +65,12 @@ class Trainer:
     tokenizer: Tokenizer
     speed: SpeedMeter
     settings: str
-    """Key of all that the steps depend on; a checkpoint of another key is refused."""
+    """Hash of everything that the steps depend on; a checkpoint with another hash is refused."""
     state: TrainState = field(default_factory=TrainState)
     saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
-        """Build the saver, over the same model and optimizer."""
+        """Build the saver for this model and optimizer."""
         self.saver = Saver(
             self.run_dir,
             self.module,
@@ -79,18 +83,21 @@ class Trainer:
         )
 
     def fit(self, stop: StopRequest) -> TrainState:
-        """Train until the last step and return the state; raises StoppedEarly, with a checkpoint saved, on request.
+        """Train until the last step and return the state.
 
-        Continues from the newest whole checkpoint of the run folder. Raises ConfigError where that belongs to other
-        settings, StorageError where none is whole or the disk has no room for those to come, and AlignError where
-        three steps in a row are not finite.
+        Training resumes from the newest intact checkpoint of the run folder.
+
+        Raises StoppedEarly, after saving a checkpoint, if a stop is requested; ConfigError if the
+        checkpoint belongs to other settings; StorageError if checkpoints exist and none is intact, or
+        if the disk is too small for the checkpoints to come; and AlignError if three steps in a row
+        are not finite.
         """
-        self._continue()
+        self._resume()
         train_step = TrainStep(self.model, self.optimizer, self.objective, self.optim.clip_grad)
         total = self.data.total_steps
         main = self.ranks.is_main
         self.saver.check_space(total - self.state.step, self.trainer.save_interval, self.validation is not None)
-        # A node of Slurm is known by its name there.
+        # Prefer Slurm's name of the node, which can differ from its host name.
         hosts = self.ranks.gather(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
         with (
             part("steps"),
@@ -102,7 +109,7 @@ class Trainer:
         ):
             if self.state.validation_due:
                 self._validate(writer, None)
-                self.saver.settle(self.state)
+                self.saver.update_links_and_prune(self.state)
             upcoming = self.data.steps(self.state.step, self._pinned)
             while self.state.step < total:
                 started = time.monotonic()
@@ -135,11 +142,11 @@ class Trainer:
 
     @property
     def _pinned(self) -> bool:
-        """Whether batches wait in pinned memory, from where copies to the device hold up nobody."""
+        """Whether batches are put into pinned memory, which allows asynchronous copies to the GPU."""
         return self.ranks.device.type == "cuda"
 
     def _stopped(self, stop: StopRequest) -> StoppedEarly:
-        """Return the end of a run that was asked to stop and has saved, once the save is whole."""
+        """Wait for the save to complete and return the error that ends a stopped run."""
         self.saver.finish()
         reason = stop.reason or "a request to another rank"
         return StoppedEarly(
@@ -147,7 +154,7 @@ class Trainer:
         )
 
     @part("load")
-    def _continue(self) -> None:
+    def _resume(self) -> None:
         newest = checkpoint.newest_whole(self.run_dir, self.ranks)
         if newest is None:
             return
@@ -158,12 +165,12 @@ class Trainer:
                 "repeat its command to continue it, or give another folder"
             )
         self.state = checkpoint.load(self.module, self.optimizer, newest)
-        # A kill may have come between a checkpoint and its links.
-        self.saver.settle(self.state)
+        # The previous attempt may have been killed between writing a checkpoint and setting its links.
+        self.saver.update_links_and_prune(self.state)
         logger.info("continuing after step %d of %d", self.state.step, self.data.total_steps)
 
     def _is_due(self, interval: int | None) -> bool:
-        """Whether something that happens every `interval` steps, and at the end, happens now."""
+        """Return whether something that happens every `interval` steps and at the end is due now."""
         at_end = self.state.step == self.data.total_steps
         return at_end or (interval is not None and self.state.step % interval == 0)
 
@@ -175,7 +182,7 @@ class Trainer:
         self.state.seconds += seconds
 
     def _report(self, result: StepResult, rate: float) -> dict[str, Any]:
-        """Return what a step did, for its line of `metrics.jsonl`."""
+        """Return the metrics of a step for its line of `metrics.jsonl`."""
         return {
             **result.metrics,
             "count": result.count,
@@ -206,9 +213,11 @@ class Trainer:
 
     @part("validation")
     def _validate(self, writer: MetricsWriter, stop: StopRequest | None) -> None:
-        """Measure the validation set; raises StoppedEarly on request, with a checkpoint that has it still to do.
+        """Evaluate the validation set, log its metrics and update the best step.
 
-        One that was put off so listens to nobody (`stop` is None), or short attempts would never get past it.
+        If a stop is requested meanwhile, saves a checkpoint that marks this validation as due and
+        raises StoppedEarly. With `stop` None, stop requests are ignored: a validation that was
+        postponed once must complete, or a series of short attempts would never get past it.
         """
         try:
             with closing(self._validation_batches(stop)) as batches:
@@ -222,7 +231,9 @@ class Trainer:
         logger.info("validation after step %d: %s", self.state.step, shown)
         self.state.validation_due = False
         if not math.isfinite(metrics["loss"]):
-            logger.warning("validation after step %d: the loss is not finite: never the best", self.state.step)
+            logger.warning(
+                "validation after step %d: the loss is not finite, so this step is never the best", self.state.step
+            )
         elif self.state.best_value is None or metrics["loss"] < self.state.best_value:
             self.state.best_value, self.state.best_step = metrics["loss"], self.state.step
 
@@ -231,7 +242,8 @@ class Trainer:
         with closing(self.validation.in_order(_VALIDATION_ROWS * self.ranks.dp_size, self._pinned)) as upcoming:
             for data in upcoming:
                 started = time.monotonic()
-                # The answer comes when the share before is done, so that this clock shows what a share takes.
+                # Reading the vote waits for the previous share of the rows, so `started` to the next
+                # vote is the time that one share takes.
                 if stop is not None and self.ranks.any_rank(stop.reason is not None)():
                     raise self._stopped(stop)
                 yield data.micro_batches
@@ -244,7 +256,7 @@ class Trainer:
         self.saver.finish()
         self.state.settings = self.settings
         if self.ranks.broadcast(checkpoint.step_folder(self.run_dir, self.state.step).is_dir()):
-            self.saver.settle(self.state)
+            self.saver.update_links_and_prune(self.state)
             return
         with weights_in_place(self.model):
             self.saver.save(self.state)

@@ -103,7 +103,7 @@ def _during_delete(strike: Callable[[], None]) -> None:
 
 
 _PATCHES: dict[str, Callable[[Callable[[], None]], None]] = {
-    "before write": _before(saving._Save, "write"),
+    "before write": _before(saving._PendingSave, "write"),
     "mid-shard": _mid_shard,
     "before manifest": _before(checkpoint, "manifest_text"),
     "before rename": _before(saving, "_rename"),
@@ -146,7 +146,8 @@ def not_finite(what: str, value: float, rank: int, first: int, steps: int) -> No
 
 def slow_shards(steps: int) -> None:
     """Let a save in the background write nothing before so many more steps are done, or somebody waits for it."""
-    original, finish, update, done = saving._Save.write, saving.Saver.finish, TrainStep._update, threading.Semaphore(0)
+    original, finish, update = saving._PendingSave.write, saving.Saver.finish, TrainStep._update
+    done = threading.Semaphore(0)
 
     def write(self: Any) -> None:
         for _ in range(steps):
@@ -164,7 +165,7 @@ def slow_shards(steps: int) -> None:
         done.release()
         return result
 
-    saving._Save.write = write  # type: ignore[method-assign]
+    saving._PendingSave.write = write  # type: ignore[method-assign]
     saving.Saver.finish = waited  # type: ignore[method-assign]
     TrainStep._update = updated  # type: ignore[method-assign, assignment]
 
@@ -235,14 +236,14 @@ def saved_again(run_dir: str, by_megatron: bool = False) -> None:
     """Save what has been loaded at once, into another run folder; in megatron's own form where asked for."""
     if by_megatron:
         use_megatrons_form()
-    original = trainer.Trainer._continue
+    original = trainer.Trainer._resume
 
     def loaded(self: trainer.Trainer) -> None:
         original(self)
         copy = dataclasses.replace(self.saver, run_dir=Path(run_dir), in_background=False)
         copy.save(self.state)
 
-    trainer.Trainer._continue = loaded  # type: ignore[method-assign]
+    trainer.Trainer._resume = loaded  # type: ignore[method-assign]
 
 
 def little_space(free_bytes: int) -> None:

@@ -1,7 +1,7 @@
-"""On a GPU: both backends against fp32 on the CPU, attention between slices, and training.
+"""On a GPU: both backends against fp32 on the CPU, attention of slices, and training.
 
-Each in a process of its own: other tests let megatron run on the CPU, which stays in their process for good.
-`benchmarks/gpu.sh` runs them first.
+Each test runs in its own process, because other tests patch megatron for the CPU, which lasts for the
+rest of their process. `benchmarks/gpu.sh` runs these tests first.
 """
 
 import subprocess
@@ -26,7 +26,7 @@ BACKENDS = ["torch", pytest.param("transformer_engine", marks=NO_ENGINE)]
 @pytest.mark.parametrize("kind", ["policy", "reward_model"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_and_gradients_are_those_of_fp32(backend: str, kind: str) -> None:
-    """Likelihoods of a policy, and scores of pairs that share their prompts."""
+    """Compare likelihoods of a policy, and scores of pairs that share their prompts."""
     from benchmarks.gpu_ours import against_fp32
     from benchmarks.gpu_table import LARGEST_ERROR, SMALLEST_COSINE
     from benchmarks.gpu_workload import row_lengths
@@ -39,7 +39,7 @@ def test_outputs_and_gradients_are_those_of_fp32(backend: str, kind: str) -> Non
 
 
 def largest_difference_of_slices() -> float:
-    """The queries after the first 40 of a row, alone and with the others."""
+    """Return the largest difference for the queries after the first 40 of a row, computed with and without them."""
     from torch.nn.attention.varlen import varlen_attn
 
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def test_training_on_the_gpu_learns(tmp_path: Path, backend: str, precision: str
     model = [*(w for w in TINY if w != "run.device=cpu"), "run.device=cuda", f"model.backend={backend}"]
     words = [f"data.train={write_jsonl(tmp_path / 'rows.jsonl', samples())}", f"trainer.precision={precision}"]
     command = [sys.executable, "-m", "offline_align", "sft", f"run.dir={tmp_path / 'run'}", *words, *model, *STEPS]
-    # What libraries of CUDA print is not always text.
+    # CUDA libraries do not always print valid UTF-8.
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     losses = metrics(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""On a GPU: the Triton kernels, and sums over looked-up rows, against torch's operations."""
+"""On a GPU: the Triton kernels and the embedding's gradient against torch's operations."""
 
 import pytest
 import torch
@@ -25,9 +25,9 @@ def test_likelihoods_and_their_gradients(precision: str, kept_bytes: int) -> Non
 
 
 def added_rows() -> tuple[float, bool]:
-    """Return how far the sum of gradients of an embedding is from the CPU's, and whether two runs give the same bits.
+    """Return the largest error of an embedding's gradient, and whether two runs give the same bits.
 
-    Half of the tokens are one word, as spaces may be.
+    The error is relative to the CPU. Half of the tokens are the same, as spaces can be in a text.
     """
     from offline_align.model.embedding import _add_rows
 

@@ -159,7 +159,7 @@ with imagined_rank(layout.parallel, layout.world, 7) as gpu:
         number: {kind: [torch.empty(box.local_shape) for box in boxes] for kind, boxes in kinds.items()}
         for number, kinds in wanted["param_state"].items()
     }
-    optimizer_state.take(step.optimizer, saved | {"param_state": loaded})
+    optimizer_state.load_state(step.optimizer, saved | {"param_state": loaded})
     print(sum(tensor.nbytes for tensor in tensors), gpu.peak_bytes - held)
 """
     on_host, on_gpu = map(int, on_imagined_gpu(imagined, code).split())

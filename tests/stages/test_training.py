@@ -336,7 +336,7 @@ def test_an_unknown_override_is_refused_before_anything_starts(tmp_path: Path, r
     assert run([*words, "model.overrides.fp9=true", "model.overrides.no_rope_freq=2", "optim.lr=0"]) == 78
     said = capsys.readouterr().err
     assert "model.overrides.fp9=True: TransformerConfig has no such field" in said
-    assert "model.overrides.no_rope_freq=2: this attention cannot do that" in said
+    assert "model.overrides.no_rope_freq=2: the attention does not support this" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""The memory estimate of activations against the tensors that autograd keeps."""
+"""The estimate of activation memory against the tensors that autograd saves."""
 
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ TOKENS = 256
 
 
 def kept_bytes(ranks: Ranks, model: ModelSection) -> int:
-    """Return the bytes that a forward pass over one row leaves for the backward pass, weights aside."""
+    """Return the bytes that a forward pass over one row saves for the backward pass, without weights."""
     from offline_align.model.build import build_model
 
     built = build_model("policy", model, ParallelSection(), ranks.device, False, Recompute.none)
@@ -69,7 +69,7 @@ def test_a_model_has_the_parameters_that_the_plan_counts(
 def test_a_layer_keeps_what_the_plan_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hidden: int, ffn: int, heads: int, groups: int, by_products: bool
 ) -> None:
-    """Plans are for GPUs, whose attention keeps no probabilities; the CPU's keeps those of short rows, and no more."""
+    """The estimate is for GPUs, whose attention saves no probabilities; on the CPU, short rows save theirs too."""
     if not by_products:
         monkeypatch.setattr("offline_align.model.attention.LONGEST_ROW", TOKENS - 1)
 
@@ -89,12 +89,13 @@ def test_a_layer_keeps_what_the_plan_says(
         return training_memory(sizes, ParallelSection(), ranks, TOKENS, False, "none").activations
 
     with session(ParallelSection(), RunSection(dir=str(tmp_path), device=Device.cpu)) as ranks:
-        # Two layers more, so that embedding and head cancel out.
+        # The difference of two layers cancels embedding and head.
         kept = kept_bytes(ranks, model(4)) - kept_bytes(ranks, model(2))
-    # torch's norm on the CPU keeps copies that the fused one on CUDA does not: 2 of 4 hidden.
+    # torch's norm on the CPU saves 2 copies of 4 bytes per hidden value, which the fused norm on CUDA
+    # does not.
     extra = 2 * 4 * TOKENS * 2 * hidden
     if by_products:
-        # Queries in blocks of 128, by the keys that a block may see.
+        # Queries in blocks of 128, times the keys that a block attends to.
         probabilities = 2 * 4 * heads * (128 * 128 + 128 * 256)
         assert probabilities < kept - extra <= probabilities + planned(4) - planned(2)
     else:

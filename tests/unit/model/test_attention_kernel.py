@@ -1,4 +1,4 @@
-"""What CUDA's attention is asked for; its definition stands for the kernel, in both forms that torch gave it."""
+"""The calls of CUDA's attention kernel, replaced by a reference with the signatures of two torch versions."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,10 @@ def of_torch_2_11(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
     scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:  # fmt: skip
-    """Each query sees the keys up to its own place, counted from the end, at most `window_size[0]` before it."""
+    """Attend from each query to the keys up to its own position, and at most `window_size[0]` before it.
+
+    Positions are aligned at the end: the last query has the position of the last key.
+    """
     key, value = (t.repeat_interleave(query.size(1) // t.size(1), dim=1) for t in (key, value))
     assert window_size[1] == 0 and scale is not None
     assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
@@ -45,7 +48,7 @@ def of_torch_2_12(
 def test_the_kernel_gives_what_segments_give(
     monkeypatch: pytest.MonkeyPatch, kernel: Any, key_heads: int, window: int | None
 ) -> None:
-    """Whole rows, and the later part of one that looks back on the keys before it."""
+    """Compare for whole rows, and for queries of the later part of a row, which attend to all its keys."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     config: Any = SimpleNamespace(
         softmax_scale=WIDTH**-0.5, window_size=(window - 1, 0) if window else None, context_parallel_size=1

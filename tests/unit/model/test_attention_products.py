@@ -1,4 +1,4 @@
-"""Attention by products against torch's own, outputs and gradients, at every place where a block can begin or end."""
+"""Outputs and gradients of attention by products against torch's, around the ends of blocks."""
 
 import weakref
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[list[int
     [
         ([1], [1]),
         ([3, 4, 5, 8, 9, 17], [3, 4, 5, 8, 9, 17]),
-        # Queries that look back on keys before them, and a row that has none here.
+        # Rows with more keys than queries, and a row without queries.
         ([5, 0, 4, 1], [12, 3, 4, 9]),
     ],
 )
@@ -73,6 +73,6 @@ def test_probabilities_are_kept_for_a_gradient_alone(
     monkeypatch.setattr("torch.softmax", watched)
     inputs = torch.randn(3, 16, HEADS, WIDTH, requires_grad=trains)
     out = attend(*inputs.unbind(0), ([16], [16]), 0.3)
-    # A block's own are there until the next has its own.
+    # The probabilities of a block are freed once those of the next block exist.
     assert alive == ([0, 1, 2, 3] if trains else [0, 1, 1, 1])
     assert out.requires_grad is trains

@@ -1,4 +1,4 @@
-"""The choice between the layers of megatron-core and those of Transformer Engine, as far as neither has to run."""
+"""The choice between megatron-core's layers and Transformer Engine's, without running either."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_auto_takes_what_is_installed(
     monkeypatch: pytest.MonkeyPatch, asked: Backend, device: torch.device, installed: bool, chosen: Backend
 ) -> None:
     monkeypatch.setattr(backend, "engine_is_installed", lambda: installed)
-    monkeypatch.setattr(backend, "_say", lambda _: None)
+    monkeypatch.setattr(backend, "_log_choice", lambda _: None)
     assert choose_backend(asked, device) is chosen
 
 
@@ -55,7 +55,7 @@ def test_the_compiled_part_is_found_wherever_it_is_put(
 
 def test_transformer_engine_is_not_taken_unasked_for_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "engine_is_installed", lambda: True)
-    monkeypatch.setattr(backend, "_say", lambda _: None)
+    monkeypatch.setattr(backend, "_log_choice", lambda _: None)
     assert choose_backend(Backend.auto, CUDA, bf16=False) is Backend.torch
     assert choose_backend(Backend.transformer_engine, CUDA, bf16=False) is Backend.transformer_engine
 
@@ -101,7 +101,7 @@ def test_what_cannot_be_used_is_refused(
 
 
 def test_the_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    backend._say.cache_clear()
+    backend._log_choice.cache_clear()
     for _ in range(3):
         choose_backend(Backend.auto, CPU)
     assert [r.message.split()[:2] for r in caplog.records] == [["model.backend:", "torch"]]
@@ -130,13 +130,13 @@ def test_fp8_is_for_linear_layers_of_the_engine() -> None:
     assert padding_multiple(2, 2, True, fp8=True) % 16 == 0
 
 
-def test_lean_state_follows_the_gradients() -> None:
+def test_precision_aware_fields_follow_the_gradients() -> None:
     from megatron.core.optimizer import OptimizerConfig
 
-    from offline_align.train.optim import _lean_state
+    from offline_align.train.optim import _precision_aware_fields
 
     assert not OptimSection().use_precision_aware_optimizer
-    fields = _lean_state(ParallelSection(grad_reduce_in_fp32=False))
+    fields = _precision_aware_fields(ParallelSection(grad_reduce_in_fp32=False))
     assert fields["main_grads_dtype"] is torch.bfloat16
-    assert _lean_state(ParallelSection())["main_grads_dtype"] is torch.float32
+    assert _precision_aware_fields(ParallelSection())["main_grads_dtype"] is torch.float32
     assert set(fields) <= set(OptimizerConfig.__dataclass_fields__)

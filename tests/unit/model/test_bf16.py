@@ -1,4 +1,4 @@
-"""A model in bf16 on the CPU beside the same weights in fp32: near in outputs and gradients, attention in fp32."""
+"""A bf16 model on the CPU is close to the same model in fp32, and computes attention in fp32."""
 
 from collections.abc import Iterator
 from operator import attrgetter
@@ -17,7 +17,8 @@ MODEL = ModelSection(
     num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, vocab_size=90
 )
 LENGTHS = [3, 17, 9, 40]
-# bf16 keeps 8 bits: each rounding is off by 2**-9 of a number at most, and some dozen of them follow each other.
+# bf16 has 8 significant bits, so each rounding has a relative error of at most 2**-9, and a forward
+# pass has some dozen roundings in sequence.
 ALLOWED = 2.0**-5
 
 

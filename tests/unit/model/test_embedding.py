@@ -1,4 +1,4 @@
-"""Looked-up rows and their gradients against torch's embedding."""
+"""The embedding and its gradients against torch's."""
 
 from collections.abc import Iterator
 
@@ -36,7 +36,7 @@ def test_rows_and_gradients(ranks: Ranks, kind: str, bf16: bool) -> None:
 
 
 def test_sums_are_kept_in_their_own_precision(ranks: Ranks) -> None:
-    """Micro-batch after micro-batch is added to a sum in fp32, of which bf16 would lose what is small beside it."""
+    """Gradients of micro-batches are summed in fp32; a sum in bf16 would lose the small ones."""
     from offline_align.model.build import build_model
 
     embedding = build_model("policy", MODEL, ParallelSection(), ranks.device, bf16=True).embedding.word_embeddings

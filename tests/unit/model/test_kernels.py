@@ -1,4 +1,4 @@
-"""Triton kernels give what torch's operations give; here Triton interprets them, on a GPU they run (tests/gpu)."""
+"""Triton kernels against torch's operations, in Triton's interpreter; `tests/gpu` runs them on a GPU."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ DTYPES = {"fp32": (torch.float32, 1e-6), "bf16": (torch.bfloat16, 1e-2)}
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the processes that are started; Triton asks when a kernel is defined."""
+    """Set the interpreter for child processes; Triton reads the variable when a kernel is defined."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 def heads(device: str, precision: str, groups: int, each: int, width: int) -> list[float]:
-    """How far from torch's results are query, key, value and the gradient of the projection, relative to their size."""
+    """Return relative errors against torch of query, key, value and the gradient of the projection."""
     from offline_align.model.rotary import rotate
     from offline_align.model.self_attention import _SplitHeads
 
@@ -41,7 +41,7 @@ def heads(device: str, precision: str, groups: int, each: int, width: int) -> li
 
 
 def vocabulary(device: str, precision: str, kept_bytes: int, num_tokens: int) -> list[float]:
-    """The same of likelihoods and of the gradients of hidden states and weights, for rows that pad the vocabulary."""
+    """Return relative errors of likelihoods and of their gradients, with a padded vocabulary."""
     from offline_align.model import vocabulary as module
 
     store = dist.HashStore()  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ def vocabulary(device: str, precision: str, kept_bytes: int, num_tokens: int) ->
 
 
 def rows_of_other_ranks() -> list[list[float]]:
-    """Sums and targets of logits of which some targets are elsewhere, and of rows that stand for no token."""
+    """Return sums and targets of logits for targets of other ranks, and for rows that are all padding."""
     from offline_align.model import kernels
 
     logits = torch.stack((torch.arange(50.0), torch.arange(50.0), torch.full((50,), torch.finfo(torch.float32).min)))
@@ -71,7 +71,7 @@ def rows_of_other_ranks() -> list[list[float]]:
 
 
 def whole_model(kind: str) -> float:
-    """How far outputs and gradients of a small model with kernels are from those without."""
+    """Return how far outputs and gradients of a small model with kernels are from those without."""
     from benchmarks.gpu_ours import outputs
     from offline_align.config.sections import Device
     from offline_align.model import backend, self_attention
@@ -87,7 +87,7 @@ def whole_model(kind: str) -> float:
 
 
 def sizes_of_machine_code() -> list[int]:
-    """Bytes of each kernel, as compiled for an H100, which needs none."""
+    """Return the bytes of each kernel compiled for an H100; compiling needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -130,7 +130,7 @@ def test_likelihoods_and_their_gradients(precision: str, kept_bytes: int) -> Non
 def test_targets_of_other_ranks_count_nothing() -> None:
     (*sums, nothing), targets = apart(rows_of_other_ranks)
     assert sums == pytest.approx([float(torch.arange(50.0).logsumexp(0))] * 2)
-    # Of no token at all: the other ranks' sums are all there is.
+    # A rank without real tokens contributes nothing to the sums of the other ranks.
     assert nothing == -float("inf")
     assert targets[:2] == [0.0, 0.0]
 
@@ -141,7 +141,7 @@ def test_a_model_with_kernels_is_the_model_without(kind: str) -> None:
 
 
 def test_kernels_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The interpreter takes what the compiler refuses."""
+    """The interpreter accepts code that the compiler refuses, so the kernels are compiled too."""
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert len(sizes := apart(sizes_of_machine_code)) == 4

@@ -1,4 +1,4 @@
-"""The last layer's MLP sees the places that are read, and the result is that of the whole sequence."""
+"""The last layer's MLP computes only the positions that are read, with the results of the whole sequence."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +20,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 def rows_of_each_mlp(model: Any) -> list[int]:
-    """Return a list that each later forward pass adds to: the rows that each layer's MLP is given."""
+    """Return a list to which later forward passes append the number of rows in the input of each MLP."""
     seen: list[int] = []
     for layer in model.decoder.layers:
         layer.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].size(0)))

@@ -1,4 +1,4 @@
-"""The norm on the CPU against torch's own, and its gradient against finite differences."""
+"""The norm on the CPU against torch's, and its gradient against finite differences."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Packed rows see nothing of each other: logits, scores and gradients are those of each row alone."""
+"""Packed rows do not attend to each other: logits, scores and gradients equal those of each row by itself."""
 
 from collections.abc import Iterator
 
@@ -89,7 +89,7 @@ def test_a_long_target_list_in_pieces_is_the_same(
 
 
 def test_bins_with_long_rows_train_alike(ranks: Ranks, source: SampleSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention of a bin is made of products only where all of its rows are short; the results are the same."""
+    """A bin uses attention by products only if all of its rows are short; the results are the same."""
     from offline_align.model.build import build_model
 
     model = build_model("reward_model", MODEL, ParallelSection(), ranks.device, bf16=False)

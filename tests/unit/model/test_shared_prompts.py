@@ -1,4 +1,4 @@
-"""A prompt that is computed once: scores, likelihoods and gradients are those of rows that each bring their own."""
+"""With a shared prompt, scores, likelihoods and gradients equal those of rows with their own prompts."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +18,8 @@ from offline_align.distributed.setup import Ranks, session
 MODEL = ModelSection(
     num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2, vocab_size=90
 )
-# Prompt, chosen and rejected; the second has too little in common, and the last answers begin alike.
+# Lengths of prompt, chosen and rejected answer. The second prompt is too short to share, and the last
+# two answers have a common beginning.
 PAIRS = [(40, 9, 3), (5, 20, 4), (16, 1, 30), (70, 12, 12)]
 ALIKE = 6
 
@@ -90,7 +91,7 @@ def test_likelihoods_of_answers_to_one_prompt(ranks: Ranks) -> None:
 
 
 def test_scores_without_gradients_spare_the_mask(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers that look back on a prompt are scored by products; rows of their own by torch's kernel, as before."""
+    """Without gradients, answers to a shared prompt use products, and other rows torch's kernel."""
     from offline_align.model.attention_products import attend_by_products
     from offline_align.model.build import build_model
 

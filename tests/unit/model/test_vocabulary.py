@@ -1,4 +1,4 @@
-"""The output layer with its cross-entropy against torch's two operations."""
+"""The fused output layer and cross-entropy against torch's two operations."""
 
 from collections.abc import Iterator
 

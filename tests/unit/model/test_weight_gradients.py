@@ -1,4 +1,4 @@
-"""Gradients that projections add to `main_grad` themselves are those of autograd."""
+"""Gradients that projections add to `main_grad` directly equal those of autograd."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,7 +33,7 @@ def ranks() -> Iterator[Ranks]:
 def test_a_policy(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, model: ModelSection, recompute: Recompute) -> None:
     from offline_align.model import vocabulary
 
-    # Several pieces of logits, whose residuals are made again.
+    # Several chunks of logits, whose residuals are recomputed.
     monkeypatch.setattr(vocabulary, "LOGITS_PIECE_BYTES", {"cpu": 4 * 8 * 128})
     monkeypatch.setattr(vocabulary, "LOGITS_KEPT_BYTES", 0)
     batches = [SampleSource(pairs().chosen).collate(rows, 1) for rows in (range(2), range(2, 4))]
@@ -52,7 +52,7 @@ def test_a_reward_model(ranks: Ranks) -> None:
 def assert_main_gradients(
     ranks: Ranks, kind: str, section: ModelSection, batches: list[Any], recompute: Recompute
 ) -> set[str]:
-    """Compare sums over micro-batches with autograd's; return the weights that megatron's hook has left alone."""
+    """Compare sums over micro-batches with autograd's; return the weights that megatron's hook did not add."""
     from offline_align.model.build import build_model
     from offline_align.train.optim import wrap_model
 

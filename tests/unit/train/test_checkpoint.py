@@ -1,4 +1,4 @@
-"""The verification of checkpoints, on a small one: whatever changes in it is seen, and the links follow the state."""
+"""Verification of checkpoints: every change is detected, and links and old checkpoints follow the state."""
 
 import json
 from pathlib import Path
@@ -15,12 +15,12 @@ ALONE = Ranks(0, 1, 0, 1, 0, 1, 0, 1, torch.device("cpu"))
 
 
 def make(run_dir: Path, step: int) -> Path:
-    """Write files as a checkpoint has them, none larger than some hundred bytes."""
+    """Write a folder with the files of a checkpoint, each a few hundred bytes at most."""
     folder = checkpoint.step_folder(run_dir, step)
     (folder / "tokenizer").mkdir(parents=True)
     contents = {
         "__0_0.distcp": bytes(range(64)),
-        # A bit away from the name above: a flip in the manifest could make two entries one.
+        # This name differs from the one above in one bit, so a flip in the manifest can merge two entries.
         "__1_0.distcp": bytes(reversed(range(64))),
         ".metadata": b"\x80\x04record",
         "metadata.json": b'{"sharded_backend": "torch_dist"}',
@@ -55,7 +55,7 @@ def test_every_length_of_the_manifest_but_its_own_is_damage(tmp_path: Path) -> N
     folder = make(tmp_path, 1)
     path = folder / checkpoint.FILES_NAME
     content = path.read_bytes()
-    for length in range(len(content) - 1):  # the newline at its end says nothing
+    for length in range(len(content) - 1):  # the final newline does not matter
         path.write_bytes(content[:length])
         assert checkpoint.damage(folder, ALONE) == [checkpoint.FILES_NAME]
     for other in (b"[]", b"null", b'{"files": 1}', b'{"files": {}}', b'{"files": {"state.json": 3}}', b"[" * 100_000):
@@ -96,7 +96,7 @@ def test_damaged_ones_are_set_aside_until_they_are_made_again(tmp_path: Path) ->
 
     assert hidden() == [".step_00000004.damaged", ".step_00000006.damaged"]
     make(tmp_path, 4)
-    checkpoint.settle(tmp_path, TrainState(step=4), keep=2)
+    checkpoint.update_links_and_prune(tmp_path, TrainState(step=4), keep=2)
     assert hidden() == [".step_00000006.damaged"]
 
 
@@ -106,7 +106,7 @@ def test_old_ones_go_and_leftovers_too(tmp_path: Path) -> None:
     folder = tmp_path / checkpoint.FOLDER
     (folder / ".step_00000005.tmp-0").mkdir()
     (folder / ".latest.tmp-0").symlink_to("step_00000001")
-    checkpoint.settle(tmp_path, TrainState(step=4, best_step=1), keep=2)
+    checkpoint.update_links_and_prune(tmp_path, TrainState(step=4, best_step=1), keep=2)
     left = {path.name for path in folder.iterdir()}
     assert left == {"step_00000001", "step_00000003", "step_00000004", "latest", "best"}
     assert (folder / "best").resolve().name == "step_00000001"
@@ -120,7 +120,7 @@ def test_a_best_loss_that_is_not_finite_is_none(tmp_path: Path, value: str) -> N
     state = checkpoint.read_state(folder)
     assert (state.best_step, state.best_value) == (None, None)
     checkpoint.link(folder, "best")
-    checkpoint.settle(tmp_path, state, keep=1)
+    checkpoint.update_links_and_prune(tmp_path, state, keep=1)
     assert not (tmp_path / checkpoint.FOLDER / "best").is_symlink()
 
 

@@ -1,4 +1,4 @@
-"""Gradients are divided by the count and scaled to the largest norm, wherever the optimizer keeps them."""
+"""Gradients are divided by the count and clipped, in either attribute in which megatron stores them."""
 
 from types import SimpleNamespace
 from typing import Any

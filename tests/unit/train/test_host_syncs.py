@@ -1,4 +1,4 @@
-"""How often a value of a tensor is asked for in training, validation and labelling: a GPU is waited for each time."""
+"""The number of reads of tensor values in training, validation and labelling; each synchronises with a GPU."""
 
 import threading
 from collections import Counter
@@ -31,12 +31,12 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count calls that wait for a tensor's value."""
+    """Count the calls that read a tensor's value on the host."""
     counts: Counter[str] = Counter()
 
     def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            # Bounds of segments: the attention on the CPU goes by them, that on CUDA leaves them on the device.
+            # Boundaries of segments are int32. Only the attention on the CPU reads them on the host.
             counts[name] += tensor.dtype is not torch.int32
             return method(tensor, *args, **kwargs)
 
@@ -70,7 +70,7 @@ def test_a_step_waits_twice(ranks: Ranks, waits: Counter[str], micro_batches: in
     step(data.micro_batches, 1e-3)
     waits.clear()
     result = step(data.micro_batches, 1e-3)
-    # One for the gradient's norm, which decides on clipping, and one for the sums that are logged.
+    # One read is for the gradient norm, for clipping, and one for the sums that are logged.
     assert result.applied
     assert sum(waits.values()) <= 2, waits
 
@@ -90,7 +90,7 @@ def test_scores_are_asked_for_once_a_bin_when_the_next_is_launched(
     waits.clear()
     scored = list(score_bins(model, source(), bins, ranks, **stops))
     assert [[row for row, _ in scores] for scores in scored] == bins
-    # The scores of a bin, and the vote after it.
+    # One read for the scores of a bin, and one for the stop vote after it.
     each = 2 if voting else 1
     assert at_launch == [0, *(each * n for n in range(len(bins) - 1))]
     assert sum(waits.values()) <= each * len(bins), waits
@@ -124,7 +124,7 @@ def test_a_validation_asks_once_a_share_and_leaves_nothing_behind(
     assert found == [["17", "3"], ["16", "9"]]
     assert sum(waits.values()) == len(found), waits
     stop.expect(2000)
-    # Kept, the error keeps what its traceback passes through.
+    # The variable keeps the error, and its traceback the frames, so nothing is cleaned up by chance.
     with pytest.raises(StoppedEarly) as stopped:
         next(shares)
     assert str(stopped.value) == "trainer.max_time"

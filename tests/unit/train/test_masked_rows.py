@@ -1,4 +1,4 @@
-"""Rows without a target, in a step and as a whole step: the run without them."""
+"""Rows without targets do not change a step, and a step of only such rows is finite."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ MASKED = 2
 
 
 def source() -> SampleSource:
-    """Return four rows: one of them has no target, and the last has a single one."""
+    """Return four rows, of which one has no target and the last has one target."""
     ids = np.random.Generator(np.random.PCG64(1)).integers(0, 90, sum(LENGTHS)).astype(np.int32)
     offsets = np.cumsum([0, *LENGTHS]).astype(np.int64)
     starts = np.array([3, 5, LENGTHS[MASKED], LENGTHS[3] - 1], np.int32)
@@ -43,6 +43,6 @@ def test_a_masked_row_changes_nothing_and_a_masked_step_is_finite(bf16: bool) ->
             empty = step([source().collate([MASKED], 1)], 1e-2)
             found.append([(r.metrics["loss"], r.count, r.grad_norm, r.applied) for r in results])
             assert (empty.metrics["loss"], empty.count, empty.grad_norm, empty.applied) == (0.0, 0, 0.0, True)
-    # 6 and 11 targets, none, and one.
+    # The rows have 6, 11, 0 and 1 targets.
     assert [count for _, count, _, _ in found[0]] == [18, 18]
     assert found[0] == found[1]

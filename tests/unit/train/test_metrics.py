@@ -1,4 +1,4 @@
-"""metrics.jsonl stays readable through kills and NaN."""
+"""`metrics.jsonl` stays readable after kills and with NaN."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Learning rates and our AdamW."""
+"""Learning rates, AdamW and the gradient norm."""
 
 import pytest
 import torch

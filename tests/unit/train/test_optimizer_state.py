@@ -1,4 +1,4 @@
-"""Ranges of the elements of a parameter, cut into boxes."""
+"""Cutting ranges of elements into boxes."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ def test_boxes_hold_the_elements_in_their_order(shape: tuple[int, ...]) -> None:
             assert box.shape == sizes
             found += box.flatten().tolist()
         assert found == list(range(start, stop))
-        # As few as can be: two for each axis but the last, and one of whole rows.
+        # The fewest possible: two for each axis except the last, and one of whole rows.
         assert len(boxes) <= 2 * len(shape) - 1
 
 

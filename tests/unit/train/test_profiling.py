@@ -1,4 +1,4 @@
-"""Which errors end a recording: on a GPU its end waits for collectives, and so for ranks that may never come."""
+"""Which errors stop the profiler: on a GPU, stopping waits for collectives that may never complete."""
 
 import contextlib
 from collections.abc import Iterator

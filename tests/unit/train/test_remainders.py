@@ -1,4 +1,4 @@
-"""A weight in fp32 is one in bf16 and what that lacks."""
+"""Splitting fp32 weights into bf16 weights and remainders."""
 
 import torch
 
@@ -20,7 +20,7 @@ def test_the_weight_in_bf16_is_the_nearest() -> None:
 
 
 def test_of_two_as_near_it_is_the_larger() -> None:
-    """Torch would take the even one; the kernel adds one wherever the first bit of the remainder is set."""
+    """torch rounds to even; the kernel rounds up if the first bit of the remainder is set."""
     between = torch.tensor([1 + 2**-8, -1 - 2**-8])
     rounded, remainder = part(between)
     assert rounded.tolist() == [1 + 2**-7, -1 - 2**-7]

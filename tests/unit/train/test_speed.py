@@ -1,4 +1,4 @@
-"""Meters against hand-worked numbers."""
+"""Rates and times against numbers worked out by hand."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ SIZES = model_sizes(
     ),
     10,
 )
-# Rows of 3 and 5 tokens, 2 of padding.
+# Rows of 3 and 5 tokens, and 2 tokens of padding.
 DATA = StepData([], num_rows=2, num_tokens=8, num_padding=2, squared_lengths=34)
 
 
@@ -41,7 +41,7 @@ def test_both_conventions_of_utilisation(monkeypatch: pytest.MonkeyPatch) -> Non
     available = 0.5 * 989e12 * 4
     assert values["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 4, 4) / available)
     assert values["mfu_full_attention"] == pytest.approx(SIZES.train_flops(8, 68, 8, 8) / available)
-    # One pair: the last tokens of both answers are read.
+    # For one pair, the head reads the last tokens of both answers.
     pair = meter(True, "cuda").step(DATA, 1, 0.5, 0.0)
     assert pair["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 0, 2) / available)
     whole = meter(True, "cuda", reads_everywhere=True).step(DATA, 1, 0.5, 0.0)
