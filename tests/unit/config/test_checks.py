@@ -44,7 +44,7 @@ def test_defaults_have_no_problem() -> None:
         (
             ["optim.use_precision_aware_optimizer=true", "parallel.use_distributed_optimizer=false"],
             1,
-            "parallel.use_distributed_optimizer=False: optim.use_precision_aware_optimizer=True is for",
+            "parallel.use_distributed_optimizer=False: optim.use_precision_aware_optimizer=True needs",
         ),
     ],
 )

@@ -63,6 +63,14 @@ def test_own_groups_are_found(tmp_path: Path) -> None:
     assert composed("sft", "--config-dir", str(tmp_path), "model=mine").model.hidden_size == 8
 
 
+def test_a_group_without_a_choice_in_the_package_takes_own_choices(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "short.yaml").write_text("max_length: 77\n")
+    assert composed("ca", "--config-dir", str(tmp_path), "data=short").data.max_length == 77
+    (problem,) = compose("verify", ["run.dir=x", "--config-dir", str(tmp_path), "data=short"]).problems
+    assert "has no group data" in problem
+
+
 def test_all_mistakes_are_reported_together() -> None:
     words = [
         "optim.lr=fast",
@@ -208,5 +216,5 @@ def test_every_key_is_documented(stage: str) -> None:
 
 
 def test_groups_of_a_stage_are_listed() -> None:
-    assert set(stage_groups("fa")) == {"model", "parallel", "trainer", "optim", "data", "launcher"}
+    assert set(stage_groups("fa")) == {"model", "parallel", "trainer", "optim", "launcher"}
     assert "tp4" in stage_groups("fa")["parallel"]

@@ -86,7 +86,7 @@ RANGES = [
     ("parallel.tensor_model_parallel_size=0", "1 or more"),
 ]
 CLASHES = [
-    ("parallel.sequence_parallel=true", "of which there is 1"),
+    ("parallel.sequence_parallel=true", "but there is 1"),
     ("parallel.tensor_model_parallel_size=2", "1 ranks cannot be divided"),
     ("parallel.context_parallel_size=2", "1 ranks cannot be divided into groups of 2"),
     ("trainer.global_batch_size=7 trainer.micro_batch_size=2", "use a multiple of 2"),
