@@ -1,7 +1,7 @@
-"""Transformer Engine's layers without a GPU: its own Python code, with torch in the place of its compiled kernels.
+"""Run Transformer Engine's layers without a GPU: its own Python code with torch instead of its kernels.
 
-What megatron and this project do with the layers is tested so (names, shapes, gradients, collectives, checkpoints);
-the kernels themselves need a GPU (`tests/gpu`). `make test` unpacks the sources.
+This tests how megatron and this project use the layers (names, shapes, gradients, collectives,
+checkpoints). The kernels themselves need a GPU (`tests/gpu`). `make test` unpacks the sources.
 """
 
 import enum
@@ -28,7 +28,7 @@ _ON_CPU = {"torch.cuda.is_available()": "True", ".is_cuda": ".is_cpu", 'device="
 
 
 class _Reader(SourceFileLoader):
-    """Reads a source with other words in the place of some."""
+    """Imports a source after replacing some of its text."""
 
     read_as: ClassVar[dict[str, str]] = {}
 
@@ -51,7 +51,7 @@ class _Finder:
 
 
 class _Number(enum.IntEnum):
-    """Of the kernels' types, as Transformer Engine numbers them."""
+    """Data types of the kernels, with Transformer Engine's numbers."""
 
     kByte = 0
     kInt32 = 1
@@ -70,7 +70,7 @@ class _AttentionKernels(enum.IntEnum):
 
 
 class _Enumeration(type):
-    """Of names that nothing here asks for: all have the same value."""
+    """An enumeration whose names are not used here. All have the same value."""
 
     def __getattr__(cls, name: str) -> int:
         if name.startswith("__"):
@@ -104,7 +104,7 @@ def generic_gemm(
     bias: Tensor | None, _: Any, gelu: bool, __: Any, grad: bool, ___: Tensor, ____: int, accumulate: bool, *_____: Any,
     **______: Any,
 ) -> tuple[Tensor, Tensor | None, None, None]:  # fmt: skip
-    """The product in column-major order, as cuBLAS has it: in rows it is that of `b` and `a`."""
+    """Return the product in cuBLAS's column-major order, which is `b` times `a` in row-major order."""
     assert quantizer is None and not gelu
     left, right = (t.reshape(-1, t.size(-1)) for t in (b, a))
     product = (left.t() if b_turned else left) @ (right.t() if a_turned else right)
@@ -134,7 +134,7 @@ def convert_bshd_to_thd(rows: Tensor, boundaries: Tensor, total: int) -> Tensor:
 
 
 def multi_tensor_l2norm(_: int, __: Tensor, lists: list[list[Tensor]], ___: bool = False) -> tuple[Tensor, None]:
-    # The kernel takes the type of the first for that of all.
+    # The kernel assumes that all tensors have the type of the first.
     assert len({t.dtype for t in lists[0]}) == 1
     return torch.stack([t.float().norm() for t in lists[0]]).norm().view(1), None
 
@@ -151,7 +151,7 @@ def multi_tensor_adam(_: int, __: Tensor, lists: list[list[Tensor]], *rule: Any)
 
 
 def multi_tensor_adam_param_remainder(_: int, __: Tensor, lists: list[list[Tensor]], *rule: Any) -> None:
-    """Weights in fp32 are those in bf16, rounded to the nearest, and the distance to them as a signed half."""
+    """Store each fp32 weight as the nearest bf16 weight and a signed 16-bit remainder."""
     for grad, weight, mean, square, remainder in zip(*lists, strict=True):
         bits = (weight.view(torch.int16).int() << 16) + remainder.int()
         exact = _updated(bits.view(torch.float32), grad.float(), mean, square, *rule).view(torch.int32)
@@ -173,7 +173,7 @@ def _updated(
 
 
 def _kernels() -> ModuleType:
-    """Return what stands for the compiled extension; a kernel that it has no arithmetic for fails when it is called."""
+    """Return a stand-in for the compiled extension. A kernel without a stand-in fails when called."""
     module: Any = ModuleType(_KERNELS)
     module.__spec__ = ModuleSpec(_KERNELS, None)
     module.DType, module.NVTE_Fused_Attn_Backend = _Number, _AttentionKernels
@@ -183,7 +183,7 @@ def _kernels() -> ModuleType:
     adam = (multi_tensor_l2norm, multi_tensor_scale, multi_tensor_adam, multi_tensor_adam_param_remainder)
     for function in (*own, *adam):
         setattr(module, function.__name__, function)
-    # Some modules import all that there is, so that names must be there before they are asked for.
+    # Some modules use `import *`, so all names must exist beforehand.
     files = (SOURCES / "transformer_engine" / "pytorch").rglob("*.py")
     for name in {n for file in files for n in re.findall(r"\btex\.(\w+)", file.read_text(encoding="utf-8"))}:
         if name not in vars(module):
@@ -205,9 +205,9 @@ def _stand_in(name: str) -> Any:
 
 
 def install() -> None:
-    """Let `import transformer_engine` find the sources, for the rest of this process.
+    """Make `import transformer_engine` find the sources in this process.
 
-    Models are built from its layers after `build_from_its_layers`; until then it is merely installed.
+    It is only installed by this. Models use its layers after `build_from_its_layers`.
     """
     cuda: Any = torch.cuda
     cuda.get_device_properties = lambda *_: SimpleNamespace(major=9, minor=0, multi_processor_count=132)
@@ -217,7 +217,7 @@ def install() -> None:
 
 
 def install_on_imagined_gpu() -> None:
-    """Let models of this process be built from its layers, with the attention of a GPU, which then has only shapes."""
+    """Build models of this process from its layers, with a GPU's attention that computes only shapes."""
     _import(_WITHOUT_KERNELS)
     kernels: Any = sys.modules[_KERNELS]
     kernels.get_fused_attn_backend = lambda _: (_AttentionKernels.NVTE_F16_arbitrary_seqlen, "")
@@ -228,7 +228,7 @@ def install_on_imagined_gpu() -> None:
     def choose_for_shapes(asked: Any) -> Any:
         asked.qkv_type = Tensor
         chosen = choose(asked)
-        # Whether it is the flash attention package, cuDNN, or products over padded rows.
+        # Whether to use the flash-attention package, cuDNN, or matrix products over padded rows.
         assert (asked.attn_mask_type, asked.qkv_layout, chosen[2]) == ("padding_causal", "thd_thd_thd", True)
         return chosen
 
@@ -241,7 +241,7 @@ def install_on_imagined_gpu() -> None:
 
 
 def _attention_forward(*arguments: Any) -> list[Tensor]:
-    """Return the output, a number for each query and head, and the state of a generator."""
+    """Return the output, one number per query and head, and the state of a generator."""
     boundaries, query = arguments[14:16], arguments[16]
     assert all(b.is_cuda and b.dtype is torch.int32 for b in boundaries)
     numbers = query.new_empty((*query.shape[:2], 1), dtype=torch.float32)
@@ -254,21 +254,21 @@ def _attention_backward(*arguments: Any) -> list[Tensor | None]:
 
 def _import(read_as: dict[str, str]) -> None:
     _Reader.read_as = read_as
-    # Importing the library must not look for its compiled parts, nor for onnxscript.
+    # The import must not look for the compiled parts or for onnxscript.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"
     sys.modules["transformer_engine.pytorch.onnx_extensions"] = MagicMock()
     sys.modules[_KERNELS] = _kernels()
     sys.meta_path.insert(0, _Finder)
-    # Behind all others: the project's own packages win.
+    # Append to the path, so that the packages of the project take precedence.
     sys.path.append(str(SOURCES))
     importlib.import_module("transformer_engine.pytorch")
 
 
 def build_from_its_layers(attention: str = "unfused") -> None:
-    """Let commands on the CPU use Transformer Engine as those on CUDA do, its optimizer too.
+    """Make commands on the CPU use Transformer Engine as on CUDA, including its optimizer.
 
-    Its attention is the one made of products, unless it is asked for `fused`, which the CPU has not.
+    Its attention uses matrix products, unless `fused` attention is requested, which the CPU lacks.
     """
     from megatron.core.transformer.enums import AttnBackend
 

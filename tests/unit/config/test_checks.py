@@ -1,4 +1,4 @@
-"""Rules between settings: each broken one is a line that names key, value and fix."""
+"""Checks of settings: each problem is one line with key, value and fix."""
 
 import pytest
 
