@@ -127,8 +127,8 @@ def sources() -> list[Path]:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(REPOSITORY)))
 def test_nothing_executes_loaded_data(path: Path) -> None:
-    room = path.relative_to(REPOSITORY).parts[0]
-    found = [what.partition(": ")[2] for what in dangers(path.read_text("utf-8"), room)]
+    root = path.relative_to(REPOSITORY).parts[0]
+    found = [what.partition(": ")[2] for what in dangers(path.read_text("utf-8"), root)]
     assert set(found) == (ITS_EXCEPTIONS if path == READING else set())
 
 
