@@ -17,7 +17,7 @@ _SLURM_TIME = re.compile(r"(\d+-)?\d{1,3}:\d{2}:\d{2}|(\d+[dhm])+")
 
 
 def problems(config: Run, model: s.ModelSection | None, world: int) -> list[str]:
-    """Return the problems of `config` for `world` ranks; `model` is the architecture, None if unknown."""
+    """Return the problems of `config` for `world` ranks; `model` is None if it is not known."""
     found: list[str] = []
     for part in vars(config).values():
         for kind, check in _SECTION_CHECKS.items():
@@ -40,7 +40,7 @@ def problems(config: Run, model: s.ModelSection | None, world: int) -> list[str]
 
 
 def _transformer_engine(config: Run) -> list[str]:
-    """Return the settings that need Transformer Engine, if it is missing here and this is no dry run."""
+    """Return the settings that need Transformer Engine but cannot have it; none in a dry run."""
     model, optim = section(config, s.ModelSection), section(config, s.OptimSection)
     trainer = section(config, s.ComputeSection)
     asked = {

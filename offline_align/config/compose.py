@@ -72,14 +72,14 @@ class _Value:
 
 
 def configs_dir() -> Path:
-    """Return the folder of YAML groups, which is inside the package in a wheel and beside it in a checkout."""
+    """Return the folder of YAML groups: inside the package in a wheel, next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     packaged = package / "configs"
     return packaged if packaged.is_dir() else package.parent / "configs"
 
 
 def compose(stage: str, schema: type[Run], words: list[str], needs_run_dir: bool = True) -> Composed:
-    """Return the configuration of `stage` for command-line `words` such as `model=demo optim.lr=1e-5`.
+    """Return the configuration of `stage` for command-line words such as `optim.lr=1e-5`.
 
     `--config-dir DIR` adds the user's own groups (`model=mine` is `DIR/model/mine.yaml`).
     `--config FILE` reads values from a YAML file, for example the `config.yaml` of an earlier run.
@@ -123,7 +123,7 @@ def _lacks_run_dir(config: DictConfig, needed: bool) -> bool:
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """Return a configuration as plain values under the keys that a user types, for `config.yaml`."""
+    """Return a configuration as plain values by the keys that a user types, for `config.yaml`."""
     return {f.name.rstrip("_"): _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
@@ -283,7 +283,7 @@ def require(composed: Composed, more: list[str]) -> Run:
 
 
 def world_size(nproc_per_node: int, nodes: int) -> int:
-    """Return the number of ranks: of the running launcher if there is one, else of the launcher section.
+    """Return the number of ranks of the running launcher, else that of the launcher section.
 
     Raises ConfigError if the rank variables in the environment contradict each other.
     """

@@ -47,7 +47,7 @@ def schema_keys(schema: type[Run]) -> list[Key]:
 
 
 def stage_groups(stage: str) -> dict[str, list[str]]:
-    """Return the groups of `stage` and their choices in the package, without groups that have none."""
+    """Return the groups of `stage` for which the package has choices, with these choices."""
     text = (configs_dir() / "stage" / f"{stage}.yaml").read_text(encoding="utf-8")
     inherited = re.findall(r"^  - (\w+)$", text, re.MULTILINE)
     found = dict[str, list[str]]()
@@ -112,7 +112,7 @@ def _default(field: "dataclasses.Field[Any]") -> str:
 
 
 def reference_page(schemas: Mapping[str, type[Run]]) -> str:
-    """Return the configuration reference in Markdown, with every key of every stage once, by section."""
+    """Return the configuration reference in Markdown: the keys of all stages, by section."""
     stages_of: dict[Key, list[str]] = {}
     for stage, schema in schemas.items():
         for key in schema_keys(schema):

@@ -13,17 +13,17 @@ class Run:
 
     run: s.RunSection = field(default_factory=s.RunSection)
     dry_run: bool = False
-    """Check the settings, print what the run would do and exit with 0. Uses no GPU, starts no process
-    group and writes nothing."""
+    """Check the settings, print what the run would do and exit with 0. Uses no GPU, starts no
+    process group and writes nothing."""
     debug: bool = False
     """Print the full traceback of an error instead of one line."""
 
     def named_files(self) -> dict[str, Any]:
-        """Return the values of the keys that name data files. A key that is not set has the value None."""
+        """Return the values of the keys that name data files. None stands for a key that is not set."""
         return {}
 
     def named_models(self) -> dict[str, str | None]:
-        """Return the values of the keys that name models. A key that is not set has the value None."""
+        """Return the values of the keys that name models. None stands for a key that is not set."""
         return {}
 
     def named_runs(self) -> list[str]:

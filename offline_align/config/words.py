@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 
 
 def split_flags(words: list[str], problems: list[str]) -> tuple[list[str], Path | None, Path | None]:
-    """Return the words without `--config-dir DIR` and `--config FILE` (also with `=`), and both paths."""
+    """Return the words without `--config-dir DIR` and `--config FILE` (also with `=`), and the paths."""
     rest: list[str] = []
     found: dict[str, Path] = {}
     queue = list(words)

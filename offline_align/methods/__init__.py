@@ -26,7 +26,7 @@ class TrainingRow:
 
 @dataclass(frozen=True, slots=True)
 class Finalized:
-    """What a method computes from the final training rows, after rows that are too long are dropped."""
+    """What a method computes from the final training rows, without those that are too long."""
 
     facts: dict[str, Any] = field(default_factory=dict)
     """Entries for the manifest."""
@@ -44,7 +44,7 @@ class MethodRows:
 
 
 type RowFunction[Settings] = Callable[[Sequence[LabelledSample], Settings, Renderer], MethodRows]
-"""Takes labelled rows, the settings of the method and the policy's renderer; returns training rows."""
+"""Takes labelled rows, the method's settings and the policy's renderer; returns training rows."""
 
 
 def checked(rows: Iterable[LabelledSample]) -> list[LabelledSample]:

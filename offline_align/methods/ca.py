@@ -25,7 +25,7 @@ class ContextRenderer(Protocol):
 def training_rows(
     labelled: Sequence[LabelledSample], settings: ConditionalMethodSection, renderer: Renderer
 ) -> MethodRows:
-    """Return every row conditioned on its own reward. Raises as `condition` and `check_stable` do."""
+    """Return every row conditioned on its reward. Raises as `condition` and `check_stable` do."""
     rewards = [row.reward for row in labelled]
     check_stable(renderer, [*rewards, settings.target_reward], settings.reward_format, settings.reward_limit)
 
@@ -53,7 +53,7 @@ def condition(rows: Iterable[LabelledSample], reward_format: str, reward_limit: 
 
 
 def check_stable(renderer: ContextRenderer, rewards: Iterable[float], reward_format: str, reward_limit: float) -> None:
-    """Check that the tokenizer encodes the conditions of `rewards` distinctly and with equal length.
+    """Check that the condition texts of `rewards` have different tokens, but equally many.
 
     Raises ConfigError if two condition texts have the same token ids, if texts with the same sign
     differ in their number of tokens, or if a text changes the token ids of the prompt before it.

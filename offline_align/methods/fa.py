@@ -38,7 +38,7 @@ def keep(rows: Iterable[LabelledSample], threshold: float, best_of: int | None =
 
 
 def above(rows: Iterable[LabelledSample], threshold: float, best_of: int | None = None) -> list[LabelledSample]:
-    """Return the rows that `keep` keeps, possibly none. Raises ConfigError if the threshold is NaN."""
+    """Return the rows that `keep` keeps, possibly none; raises ConfigError if `threshold` is NaN."""
     if math.isnan(threshold):
         raise ConfigError(f"method.threshold={threshold}: must be a number")
     kept = [row for row in rows if row.reward > threshold]

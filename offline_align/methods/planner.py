@@ -18,7 +18,7 @@ BETAS = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Temperatures to show in addition to the chosen one (paper: 5)."""
 
 TOP_SHARE = 0.01
-"""Fraction of the rows, those with the largest weights, whose share of the total weight is reported."""
+"""Fraction of the rows, by largest weight, whose share of the total weight is `top_mass`."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class FilteringPlan:
     size: int
     """Tokens (or characters) of the kept rows."""
     repeated: int
-    """Part of `size` that is in prompts of earlier rows. `data.group_by_prompt` does not compute it again."""
+    """Part of `size` that is in prompts of earlier rows. `data.group_by_prompt` does not compute it
+    again."""
     cost: float
 
 
@@ -140,7 +141,7 @@ def plan(rows: Iterable[LabelledSample], sizes: Sizes, settings: Settings) -> Pl
 
 
 def repeated(rows: Iterable[LabelledSample], prompt_sizes: Mapping[str, int]) -> int:
-    """Return the total size of the prompts that an earlier row has as well; `prompt_sizes` is by row id."""
+    """Return the total size of prompts that an earlier row has too; `prompt_sizes` is by row id."""
     seen: set[tuple[Message, ...]] = set()
     total = 0
     for row in rows:

@@ -35,7 +35,8 @@ class LabelSection:
     """Reward labelling."""
 
     flush_rows: int = 256
-    """Rows that a rank scores between two writes to its journal. A crash loses at most this many."""
+    """Rows that a rank scores between two writes to its journal. A crash loses at most this
+    many."""
     histogram_bins: int = 60
     """Number of bins in the reward histogram (Figure 3)."""
     certificate_fraction: float = 0.005
@@ -79,8 +80,8 @@ class JudgeSection:
     """Who scores the answers in `evaluate`."""
 
     kind: JudgeKind = JudgeKind.reward_model
-    """Who scores the answers. Choose it with the group, for example
-    `judge=openai judge.model=NAME judge.base_url=http://localhost:8000/v1`."""
+    """Who scores the answers. Choose it with the group, for example `judge=openai judge.model=NAME
+    judge.base_url=http://localhost:8000/v1`."""
     model: str | None = None
     """Run folder of the reward model, or the name of the served model."""
     base_url: str | None = None
@@ -115,8 +116,8 @@ class EvaluateSection:
     confidence: float = 0.95
     """Level of the confidence intervals."""
     baseline: str | None = None
-    """Name of the method that win rates compare with. If unset, `sft` if it is among the methods, else
-    the first one."""
+    """Name of the method that win rates compare with. If unset, `sft` if it is among the methods,
+    else the first one."""
     group_by: str = "benchmark"
     """Column that splits the tables by benchmark (in the paper vicuna and mt_bench). Ignored if the
     rows lack it."""

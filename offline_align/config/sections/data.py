@@ -6,7 +6,7 @@ from typing import Any
 
 
 class OnBadRow(StrEnum):
-    """`fail` stops at the first bad row. `skip` writes bad rows to `quarantine.jsonl` and continues."""
+    """`fail` stops at the first bad row; `skip` writes bad rows to `quarantine.jsonl`."""
 
     fail = "fail"
     skip = "skip"
@@ -23,7 +23,7 @@ class TooLong(StrEnum):
 
 
 class Template(StrEnum):
-    """How a dialogue becomes text: `User:...Assistant: ...` (paper) or the tokenizer's chat template."""
+    """Format of a dialogue: `User:...Assistant: ...` (paper) or the tokenizer's chat template."""
 
     paper = "paper"
     chat = "chat"
@@ -34,8 +34,8 @@ class RowDataSection:
     """Settings of every stage that reads rows."""
 
     on_bad_row: OnBadRow = OnBadRow.fail
-    """`fail` exits with 65 and names file:line. `skip` writes bad rows to `quarantine.jsonl`, counts
-    them and continues."""
+    """`fail` exits with 65 and names file:line. `skip` writes bad rows to `quarantine.jsonl`,
+    counts them and continues."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class RawDataSection(RowDataSection):
     """Raw data sets."""
 
     input: Any = None
-    """Path or list of paths. Also accepts `hf:<name>[/<folder>][#<split>]` for a Hugging Face data set,
-    and `demo` for the demo corpus."""
+    """Path or list of paths. Also accepts `hf:<name>[/<folder>][#<split>]` for a Hugging Face data
+    set, and `demo` for the demo corpus."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class DataSection(RowDataSection):
     """What to do with rows over `max_length`: truncate the prompt from the left, or drop the row. A
     row whose response alone exceeds it is always dropped. Both are counted."""
     template: Template | None = None
-    """How a dialogue becomes text: `User:...Assistant: ...` (`paper`) or the tokenizer's chat template
-    (`chat`). If unset, the template of the model in `init.from`, else `paper`."""
+    """How a dialogue becomes text: `User:...Assistant: ...` (`paper`) or the tokenizer's chat
+    template (`chat`). If unset, the template of the model in `init.from`, else `paper`."""
     cache_dir: str | None = None
-    """Folder for the cache of tokenised data, whose entries are keyed by content. If unset, `cache/` in
-    `run.dir`."""
+    """Folder for the cache of tokenised data, whose entries are keyed by content. If unset,
+    `cache/` in `run.dir`."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class TrainDataSection(DataSection):
     valid: Any = None
     """Path or list of paths of validation rows. If unset, there is no validation."""
     group_by_prompt: bool = False
-    """Put all rows of a prompt into the same step, so that `trainer.share_prompts` computes the prompt
-    once. If false, rows are shuffled independently."""
+    """Put all rows of a prompt into the same step, so that `trainer.share_prompts` computes the
+    prompt once. If false, rows are shuffled independently."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class PrepareSection:
     """Sources, deduplication and splits."""
 
     format: str | None = None
-    """Format of all inputs: hh, oasst1, dolly, flan, self_instruct, sft or preference. If unset, it is
-    detected from the columns."""
+    """Format of all inputs: hh, oasst1, dolly, flan, self_instruct, sft or preference. If unset, it
+    is detected from the columns."""
     valid_fraction: float = 0.05
     """Fraction of the prompts that goes to the validation files. No prompt is in both splits."""
     max_rows: int | None = None

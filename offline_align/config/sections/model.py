@@ -58,13 +58,13 @@ class ModelSection:
     vocab_size: int | None = None
     """Vocabulary size. If unset, it is read from the tokenizer."""
     make_vocab_size_divisible_by: int = 128
-    """The number of embedding rows is padded to a multiple of this. The padded number must be divisible
-    by the tensor parallel size."""
+    """The number of embedding rows is padded to a multiple of this. The padded number must be
+    divisible by the tensor parallel size."""
     rotary_base: float = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: dict[str, Any] = field(default_factory=dict)
-    """RoPE scaling, written as the `rope_scaling` mapping of Hugging Face (`rope_type` llama3, linear or
-    yarn). If empty, no scaling."""
+    """RoPE scaling, written as the `rope_scaling` mapping of Hugging Face (`rope_type` llama3,
+    linear or yarn). If empty, no scaling."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of every RMSNorm."""
     init_method_std: float = 0.02
@@ -81,8 +81,8 @@ class ModelSection:
     """SentencePiece `.model`, `tokenizer.json` or Hugging Face folder. If unset, the tokenizer of
     `init.from`."""
     backend: Backend = Backend.auto
-    """Layer implementation. `auto` selects Transformer Engine if it is installed and the run uses CUDA,
-    else torch."""
+    """Layer implementation. `auto` selects Transformer Engine if it is installed and the run uses
+    CUDA, else torch."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """More fields of megatron-core's TransformerConfig. Unknown names are rejected."""
 
@@ -116,8 +116,8 @@ class ConvertSection:
     max_shard_size: str = "5GB"
     """Maximum size of one safetensors file in a Hugging Face folder."""
     evaluation: str | None = None
-    """Run folder of an `evaluate` run whose table goes into the model card. It must compare answers of
-    this policy."""
+    """Run folder of an `evaluate` run whose table goes into the model card. It must compare answers
+    of this policy."""
     check: bool = False
     """Load the written model with transformers and compare its logits or scores with those of the
     source, in fp32. Both models must fit into memory."""

@@ -47,14 +47,14 @@ class ComputeSection(LimitSection):
     """Settings of every stage that runs a model."""
 
     precision: Precision = Precision.auto
-    """Precision of the forward and backward pass. `auto` is bf16 on CUDA (paper) and fp32 on the CPU.
-    `fp8` is for training only and needs Transformer Engine."""
+    """Precision of the forward and backward pass. `auto` is bf16 on CUDA (paper) and fp32 on the
+    CPU. `fp8` is for training only and needs Transformer Engine."""
     micro_batch_size: int = 1
-    """Full-length rows per forward pass. Rows are packed into bins of up to
-    `micro_batch_size * data.max_length` tokens."""
+    """Full-length rows per forward pass. Rows are packed into bins of up to `micro_batch_size *
+    data.max_length` tokens."""
     share_prompts: bool = True
-    """Compute a prompt once for all its answers in a step or in a scoring pass, for example for both
-    answers of a pair."""
+    """Compute a prompt once for all its answers in a step or in a scoring pass, for example for
+    both answers of a pair."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TrainerSection(ComputeSection):
     global_batch_size: int = 128
     """Rows per optimizer step, summed over all ranks (paper: 128)."""
     max_epochs: int = 1
-    """Passes over the data. Ignored if `max_steps` is set (paper: 1 for the reward model)."""
+    """Passes over the data (paper: 1 for the reward model). Ignored if `max_steps` is set."""
     max_steps: int | None = None
     """Number of optimizer steps. If unset, `max_epochs` decides."""
     log_interval: int = 1
@@ -72,21 +72,22 @@ class TrainerSection(ComputeSection):
     eval_interval: int | None = None
     """Steps between two validations. If unset, validate only at the end."""
     save_interval: int | None = 500
-    """Steps between two checkpoints. If null, save only at the end."""
+    """Steps between two checkpoints. If `null`, save only at the end."""
     keep_checkpoints: int = 2
-    """Number of newest checkpoints to keep, in addition to the one with the lowest validation loss."""
+    """Number of newest checkpoints to keep, in addition to the one with the lowest validation
+    loss."""
     async_save: bool = False
-    """Write checkpoints in a background thread while training continues. Each rank needs CPU memory for
-    a copy of its shards."""
+    """Write checkpoints in a background thread while training continues. Each rank needs CPU memory
+    for a copy of its shards."""
     recompute: Recompute = Recompute.none
-    """Activations to recompute in the backward pass: `none`, `selective` (attention) or `full` (whole
-    layers)."""
+    """Activations to recompute in the backward pass: `none`, `selective` (attention) or `full`
+    (whole layers)."""
     wandb_project: str | None = None
-    """Weights & Biases project to log the metrics to as well. The API key is read from WANDB_API_KEY. If
-    unset, nothing is sent."""
+    """Weights & Biases project to log the metrics to as well. The API key is read from
+    WANDB_API_KEY. If unset, nothing is sent."""
     profile_steps: list[int] = field(default_factory=list)
-    """First and last optimizer step to profile, as `[5,7]`. Writes a trace to `profile/`, or marks the
-    range if `nsys` profiles the run."""
+    """First and last optimizer step to profile, as `[5,7]`. Writes a trace to `profile/`, or marks
+    the range if `nsys` profiles the run."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class OptimSection:
     lr_decay_steps: int | None = None
     """Steps until the learning rate reaches `min_lr`. If unset, the length of the run."""
     weight_decay: float = 0.1
-    """Decoupled weight decay. It applies to matrices only, not to norms, biases or other vectors."""
+    """Decoupled weight decay. It applies to matrices only, not to norms, biases or other
+    vectors."""
     adam_beta1: float = 0.9
     """Decay rate of the first moment."""
     adam_beta2: float = 0.98
@@ -114,8 +116,8 @@ class OptimSection:
     clip_grad: float = 1.0
     """Maximum global gradient norm. 0 disables clipping."""
     use_precision_aware_optimizer: bool = False
-    """Store the moments in bf16, and of each main weight only the 16 bits that its bf16 weight lacks.
-    This halves the optimizer memory and needs Transformer Engine."""
+    """Store the moments in bf16, and of each main weight only the 16 bits that its bf16 weight
+    lacks. This halves the optimizer memory and needs Transformer Engine."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,8 @@ class RewardMethodSection(MethodSection):
     use_margin: bool = True
     """Subtract the `margin` column from the score difference of a pair, if the pair has one."""
     center_rewards_coefficient: float = 0.0
-    """Weight of the penalty `(r_chosen + r_rejected)^2`, which centers the rewards at zero. 0 disables
-    it (paper)."""
+    """Weight of the penalty `(r_chosen + r_rejected)^2`, which centers the rewards at zero. 0
+    disables it (paper)."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,8 @@ class FilteringMethodSection(MethodSection):
     threshold: float = 0.0
     """Keep the rows whose normalised reward is strictly above this (paper: 0)."""
     best_of: int | None = None
-    """Of these rows, keep only this many with the highest rewards per prompt (best-of-n). If unset, keep
-    all (paper)."""
+    """Of these rows, keep only this many with the highest rewards per prompt (best-of-n). If unset,
+    keep all (paper)."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +161,10 @@ class ConditionalMethodSection(MethodSection):
     """Conditional Alignment (Eq. 6)."""
 
     target_reward: float = 5.0
-    """Normalised reward that `generate` asks for by default (paper: 5.0). It is stored with the policy."""
+    """Normalised reward that `generate` asks for by default (paper: 5.0). It is stored with the
+    policy."""
     reward_format: str = "<rm_score>{reward:.1f}"
     """Format of the condition text, which stands between the prompt and the response."""
     reward_limit: float = 9.9
-    """Rewards are clipped to plus or minus this value in the condition text, so that its length stays
-    the same."""
+    """Rewards are clipped to plus or minus this value in the condition text, so that its length
+    stays the same."""
