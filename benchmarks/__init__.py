@@ -1,1 +1,1 @@
-"""Measurements, side by side in one run, against peers and against the limit of the machine."""
+"""Benchmarks against peers and against the limit of the machine, measured side by side in one run."""

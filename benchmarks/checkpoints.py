@@ -1,9 +1,10 @@
-"""Saving and loading a training state, ours beside megatron's own form for any layout: seconds and memory of a rank.
+"""Compare saving and loading of a training state with megatron's own fully resharding format.
 
     python -m benchmarks.checkpoints [--ranks 4] [--layers 6] [--rounds 3]
 
-Ranks of a data parallel group share a model on the CPU, one thread each, and the state of the distributed optimizer.
-Both forms write the same tensors with the same writer. Each save and each load has processes of its own, in turns.
+Measures the seconds and the memory of a rank. The ranks form one data parallel group on the CPU, with
+one thread each and the distributed optimizer. Both formats write the same tensors with the same
+writer. Each save and each load runs in its own processes, in turns.
 """
 
 import argparse
@@ -25,7 +26,7 @@ _CONTENDERS = {"ours": "ours", "megatron": "megatron's `fully_reshardable`"}
 
 
 def main() -> None:
-    """Run both in turns and print one table; a rank of them, where a launcher has started it."""
+    """Run both contenders in turns and print one table, or run one rank if a launcher started this."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("ranks", 4), ("layers", 6), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -107,7 +108,7 @@ def _rank(layers: int, contender: str, action: str, folder: str) -> None:
         for parameter in wrapped.parameters():
             parameter.main_grad.normal_()
         optimizer.step()
-        # What a run keeps beside its tensors is not what is measured.
+        # Only tensors are measured, not the other records of a run.
         no_description: Any = SimpleNamespace(save=lambda _: None)
         no_tokenizer: Any = SimpleNamespace(save=lambda path: path.mkdir())
         run_dir = Path(folder)
@@ -130,7 +131,7 @@ def _rank(layers: int, contender: str, action: str, folder: str) -> None:
 
 
 def use_megatrons_form() -> None:
-    """Let megatron describe, gather and take the state of the optimizer in this process, as it does for any layout."""
+    """Make megatron use its fully resharding format for the optimizer state in this process."""
     from offline_align.train import optimizer_state
 
     form = dict(optimizer_state.FORM)
@@ -143,7 +144,7 @@ def use_megatrons_form() -> None:
 
 
 def _watched(action: Callable[[], Any]) -> tuple[float, float]:
-    """Return how many seconds an action took, and how many bytes more than before this process held at the most."""
+    """Return the seconds that an action took and by how many bytes it raised this process's peak memory."""
     before, most, over = _anonymous_bytes(), [0], threading.Event()
 
     def watch() -> None:
@@ -161,7 +162,7 @@ def _watched(action: Callable[[], Any]) -> tuple[float, float]:
 
 
 def _anonymous_bytes() -> int:
-    """Return the memory of this process that is no file's."""
+    """Return the memory of this process that is not backed by files, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))) * 1024
 

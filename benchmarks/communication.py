@@ -1,6 +1,9 @@
-"""Bytes that a rank sends in one optimizer step, counted: `torchrun --nproc-per-node=2 -m benchmarks.communication tp`.
+"""Count the bytes that a rank sends in one optimizer step.
 
-Counted as rings send them: (n - 1) / n of a buffer to reduce-scatter or gather it, twice that to all-reduce it.
+    torchrun --nproc-per-node=2 -m benchmarks.communication tp
+
+The count assumes ring algorithms: a rank sends (n - 1) / n of a buffer to reduce-scatter or gather
+it, and twice that to all-reduce it.
 """
 
 import json
@@ -12,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 LAYERS, HIDDEN, FFN, HEADS, VOCABULARY = 3, 64, 128, 4, 256
-# Collective: position of the whole buffer among its arguments, and how often a ring sends it.
+# For each collective: the position of the whole buffer among its arguments, and how often a ring sends it.
 COLLECTIVES = {"all_reduce": (0, 2), "reduce_scatter_tensor": (1, 1), "all_gather_into_tensor": (0, 1)}
 sent: dict[str, float] = defaultdict(float)
 
@@ -29,8 +32,8 @@ def _count(name: str, place: int, times: int) -> None:
 
 
 def main() -> None:
-    """Train a small model for two steps at the layout named (tp or dp); rank 0 prints the bytes of the second."""
-    # Before megatron-core takes the functions over by name.
+    """Train a small model for two steps with the given layout (tp or dp) and print the second step's bytes."""
+    # Replace the functions before megatron-core imports them by name.
     for name, (place, times) in COLLECTIVES.items():
         _count(name, place, times)
     import numpy as np

@@ -1,4 +1,4 @@
-"""Training and labelling on the CPU beside the peers: `python -m benchmarks.cpu --data FOLDER --shape 8m`."""
+"""Compare training and labelling on the CPU with peers: `python -m benchmarks.cpu --data FOLDER --shape 8m`."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ SFT = [
     Contender("transformers + DDP, one row, two ranks", "peers", "transformers_ddp", arguments=("sft", "1", "2")),
     Contender("bare matrix products", "matrices", "training", arguments=("sft",), limit=True),
 ]
-# The loss of SFT on both answers to each prompt, as the methods have them.
+# The SFT loss on both answers to each prompt, the kind of rows that the methods train on.
 TOGETHER = [
     Contender(
         "offline-align sft, answers together",
@@ -93,7 +93,7 @@ LABEL = [
     *_scoring("sft"),
     Contender("transformers pipeline, batches of 16", "peers", "pipeline_scoring", arguments=("16",), slow=True),
 ]
-# The same rows with a reward each: `ca` sees some tokens more in every prompt, so that rates are of all tokens.
+# The same rows with rewards. `ca` adds some tokens to every prompt, so the rates count all tokens.
 METHODS = [
     Contender("sft", "ours", "method", arguments=("sft",), ours=True),
     Contender("fa", "ours", "method", arguments=("fa", "method.threshold=-100")),
@@ -106,24 +106,24 @@ TASKS = {
     "together": (TOGETHER, "targets_per_second", "target tokens/s"),
     "reward": (REWARD, "pairs_per_second", "pairs/s"),
     "label": (LABEL, "tokens_per_second", "tokens/s"),
-    # Two answers to each prompt, which ours computes once.
+    # Two answers to each prompt. offline-align computes the prompt once.
     "answers": (_scoring("answers"), "tokens_per_second", "tokens/s"),
 }
 
 
 def main() -> None:
-    """Measure and write `RESULTS/<task>_<shape>_<precision>.json` and a Markdown table beside it."""
+    """Measure, and write `RESULTS/<task>_<shape>_<precision>.json` and the same as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with *_train.jsonl (SFT and preference rows)")
     parser.add_argument("--shape", choices=sorted(workload.SHAPES), default="8m")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="+", default=["fp32"], help="in turns")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="+", default=["fp32"], help="run in turns")
     parser.add_argument("--task", choices=TASKS, nargs="+", default=list(TASKS))
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--slow", action="store_true", help="also peers in settings that are far from their best")
+    parser.add_argument("--slow", action="store_true", help="also run peers with settings far from their best")
     parser.add_argument(
-        "--only", nargs="+", default=[""], help="beside ours, contenders whose names contain one of these"
+        "--only", nargs="+", default=[""], help="only contenders whose names contain one of these, and ours"
     )
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def _reward_models(folder: Path) -> None:
-    """Train a reward model for a step and write it in both forms."""
+    """Train a reward model for one step and write it as a run folder and as a Hugging Face folder."""
     from offline_align.__main__ import run
 
     own = [f"run.dir={folder / 'reward'}", f"init.from={folder / 'model'}", f"data.train={folder / 'pairs.jsonl'}"]
@@ -151,7 +151,7 @@ def _reward_models(folder: Path) -> None:
 
 
 def measure(task: str, options: argparse.Namespace, folders: dict[str, Path], scratch: Path) -> None:
-    """Run all contenders of a task in every precision, print the tables and write them with all results."""
+    """Run all contenders of a task in every precision, then print and write the tables and all results."""
     everyone, rate, unit = TASKS[task]
     chosen = [c for c in everyone if c is everyone[0] or any(word in c.name for word in options.only)]
     contenders = [c for c in chosen if options.slow or not c.slow]
@@ -173,7 +173,7 @@ def measure(task: str, options: argparse.Namespace, folders: dict[str, Path], sc
         content = json.dumps(record | {"rounds_of": results}, indent=1)
         (options.results / f"{name}.json").write_text(content + "\n", encoding="utf-8")
     if len(found) > 1:
-        # The best setting of a peer includes its precision.
+        # Compare with the best setting of a peer over all precisions.
         together = [replace(c, name=f"{c.name}, {p}") for p in found for c in contenders if not c.limit]
         merged = {f"{name}, {p}": results for p in found for name, results in found[p].items()}
         print("\n".join(harness.verdicts(together, harness.ratios(together, merged, rate))), flush=True)

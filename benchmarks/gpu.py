@@ -1,7 +1,8 @@
-"""One GPU: correctness against fp32, SFT, reward model and labelling beside the peers, in one table.
+"""Benchmark one GPU: check against fp32, then compare SFT, reward model and labelling with peers.
 
-Called by `benchmarks/gpu.sh`, which sets everything up. A result is a line of `gpu.jsonl` as soon as it is there, and
-the table and the picture are made from all lines, so that several calls with the same folder add up.
+`benchmarks/gpu.sh` sets everything up and calls this module. Each result is appended to `gpu.jsonl` at
+once. The table and the figure are made from all its lines, so several calls with the same folder add
+up.
 """
 
 import argparse
@@ -25,7 +26,7 @@ ROWS = ("mixed",) if SMOKE else ("full", "mixed")
 
 
 def contenders(backends: list[str]) -> list[tuple[str, str, Contender]]:
-    """Return (task, kind of rows or of model, contender) in the order in which they run."""
+    """Return (task, kind of rows or model, contender) in the order of the runs."""
     found = [(CHECK, kind, _own("correctness", backend, kind)) for backend in backends for kind in OUTPUTS]
     for rows in ROWS:
         for prompts, title in (("once", ""), ("apart", ", a prompt an answer")):
@@ -48,10 +49,10 @@ def _own(function: str, backend: str, *arguments: str, title: str = "") -> Conte
 
 
 def main() -> None:
-    """Measure what is asked for and not there yet; print and write the table of all; exit 1 where a check failed."""
+    """Measure the requested results that are missing and print the table of all. Exits with 1 if a check failed."""
     options = _options()
     options.results.mkdir(parents=True, exist_ok=True)
-    # A machine's time limit ends this process; the contender at work must not keep the GPU.
+    # If a time limit ends this process, the running contender must release the GPU.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     machine = _machine()
     for task, rows, contender in contenders(_backends()):
@@ -69,9 +70,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--task", choices=TASKS, nargs="+", default=list(TASKS))
-    parser.add_argument("--only", nargs="+", default=[""], help="contenders whose names contain one of these")
-    parser.add_argument("--again", action="store_true", help="also contenders whose results are there already")
-    parser.add_argument("--timeout-seconds", type=float, default=300, help="of each contender")
+    parser.add_argument("--only", nargs="+", default=[""], help="only contenders whose names contain one of these")
+    parser.add_argument("--again", action="store_true", help="also run contenders that have results already")
+    parser.add_argument("--timeout-seconds", type=float, default=300, help="limit for each contender")
     return parser.parse_args()
 
 
@@ -81,7 +82,7 @@ def _backends() -> list[str]:
 
 
 def _take(contender: Contender, facts: Line, options: argparse.Namespace) -> None:
-    """Run a contender and add its line, unless it is there already or its backend failed its check here."""
+    """Run a contender and append its line, unless the line exists or its backend failed the check here."""
     lines = gpu_table.read(options.results / "gpu.jsonl")
     here = [line for line in lines if line["machine"] == facts["machine"]]
     title = f"{facts['task']}  {facts['rows']}  {contender.name}"
@@ -99,8 +100,8 @@ def _take(contender: Contender, facts: Line, options: argparse.Namespace) -> Non
 
 
 def _result(contender: Contender, log: Path, timeout_seconds: float) -> dict[str, Any]:
-    """Return `values`, or the `failure` that this contender ended with."""
-    # What the published 56 % run of this shape sets too.
+    """Return the `values` of a contender, or the `failure` that ended it."""
+    # The published run of this shape with 56 % MFU sets this as well.
     settings = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
     settings |= {"SMOKE": os.environ.get("SMOKE", "")}
     with tempfile.TemporaryDirectory() as scratch:
@@ -121,7 +122,7 @@ def _machine() -> str:
     versions = f"torch {facts['torch']}, transformers {facts['transformers']}"
     if DEVICE.type == "cpu":
         return f"{facts['processor']}; {versions}; smoke test: the figures mean nothing"
-    # Not through torch, which would keep a context on the GPU beside the contenders.
+    # Do not ask torch, which would keep a CUDA context on the GPU while the contenders run.
     command = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     first = done.stdout.partition("\n")[0]

@@ -1,4 +1,4 @@
-"""The results of one GPU as a picture: tokens a second of every contender, with its share of the peak."""
+"""Draw the results of one GPU: tokens per second and MFU of every contender."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ _OURS, _PEERS = "#1f6f8b", "#b9b9b9"
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Draw a panel for each task and kind of rows; nothing where no contender has been measured yet."""
+    """Draw one panel per task and kind of rows. Draws nothing if no contender has been measured yet."""
     panels: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         if line["task"] != CHECK and "values" in line:
@@ -31,7 +31,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         constrained_layout=True,
     )
     for axis, ((task, rows), found) in zip(axes[:, 0], panels.items(), strict=True):
-        # The fastest on top; bars are drawn from below.
+        # Bars are drawn from the bottom, so the fastest comes last.
         found = sorted(found, key=lambda line: float(line["values"]["tokens_per_second"]))
         rates = [line["values"]["tokens_per_second"] for line in found]
         colours = [_OURS if line["backend"] else _PEERS for line in found]
@@ -41,7 +41,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         axis.set_title(f"{TASKS[task]}, {rows} rows", fontsize=9, loc="left")
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    # Room for what stands beside the longest bar.
+    # Leave space for the label of the longest bar.
     axes[-1, 0].set_xlim(0, 1.25 * axes[-1, 0].get_xlim()[1])
     axes[-1, 0].xaxis.set_major_formatter("{x:,.0f}")
     axes[-1, 0].set_xlabel("tokens a second", fontsize=8)

@@ -1,4 +1,4 @@
-"""This project's contenders on a GPU: its model, loader, step and scoring, without files and tokenizers."""
+"""The offline-align contenders on a GPU: model, loader, step and scoring, without files and tokenizers."""
 
 from dataclasses import replace
 from typing import Any
@@ -36,7 +36,7 @@ PARALLEL = ParallelSection(grad_reduce_in_fp32=False)
 
 
 def model_section(layers: int, backend: str) -> ModelSection:
-    """Return the 8 B shape with so many layers."""
+    """Return the 8 B shape with the given number of layers."""
     return ModelSection(
         num_layers=layers,
         hidden_size=WIDTHS["hidden_size"],
@@ -51,7 +51,7 @@ def model_section(layers: int, backend: str) -> ModelSection:
 
 
 def random_rows(lengths: list[int], seed: int = 0) -> TokenizedRows:
-    """Return rows of random tokens, the second half of each a target."""
+    """Return rows of random tokens. The second half of each row is the target."""
     ids = np.random.Generator(np.random.PCG64(seed)).integers(0, WIDTHS["vocab_size"], sum(lengths)).astype(np.int32)
     offsets = np.cumsum([0, *lengths]).astype(np.int64)
     starts = np.maximum(np.array(lengths, dtype=np.int32) // 2, 1)
@@ -61,7 +61,7 @@ def random_rows(lengths: list[int], seed: int = 0) -> TokenizedRows:
 
 
 def random_pairs(lengths: list[int]) -> TokenizedPairs:
-    """Return pairs of random tokens whose answers, half of each row, follow the same prompt."""
+    """Return pairs of random tokens. The prompt is the first half of each row and shared by both answers."""
     chosen, other = random_rows(lengths, 1), random_rows(lengths, 2)
     place = np.arange(sum(lengths)) - np.repeat(chosen.offsets[:-1], lengths)
     ids = np.where(place < np.repeat(chosen.target_start, lengths), chosen.ids, other.ids)
@@ -70,7 +70,7 @@ def random_pairs(lengths: list[int]) -> TokenizedPairs:
 
 
 def sft(_: str, __: str, backend: str, rows: str, precision: str = "bf16") -> None:
-    """Optimizer steps of SFT on the 8 B shape with a quarter of its layers, its products in bf16 or fp8."""
+    """Measure SFT steps of the 8 B shape with a quarter of its layers, in bf16 or fp8."""
     lengths = row_lengths(rows == "full", BINS_PER_STEP * MAX_LENGTH)
     source = SampleSource(random_rows(lengths))
     targets = sum(n - max(n // 2, 1) for n in lengths)
@@ -78,7 +78,7 @@ def sft(_: str, __: str, backend: str, rows: str, precision: str = "bf16") -> No
 
 
 def answers(_: str, __: str, backend: str, rows: str, prompts: str = "once") -> None:
-    """The same on two answers to each prompt, which are in the same step, with each prompt once or with each answer."""
+    """Measure SFT steps on two answers to each prompt, with the prompt computed once or per answer."""
     lengths = _lengths_of_pairs(rows)
     pairs = random_pairs(lengths)
     source = SampleSource(_both_sides(pairs), prompts == "once", MOST_KEYS_IN_TRAINING)
@@ -99,13 +99,13 @@ def _both_sides(pairs: TokenizedPairs) -> TokenizedRows:
 
 
 def reward(_: str, __: str, backend: str, rows: str, prompts: str = "once") -> None:
-    """Optimizer steps of a reward model on packed pairs, with each prompt once or with each answer."""
+    """Measure reward-model steps on packed pairs, with the prompt computed once or per answer."""
     lengths = _lengths_of_pairs(rows)
     _train("reward_model", PairSource(random_pairs(lengths), prompts == "once"), backend, [*lengths, *lengths], 0)
 
 
 def _lengths_of_pairs(rows: str) -> list[int]:
-    # Two answers of a pair share a bin, so that full rows are half as long.
+    # Both answers of a pair share a bin, so full rows are half as long.
     halved = MAX_LENGTH // 2 if rows == "full" else MAX_LENGTH
     return [min(n, halved) for n in row_lengths(rows == "full", BINS_PER_STEP * MAX_LENGTH // 2)]
 
@@ -135,7 +135,7 @@ def _train(kind: str, source: RowSource, backend: str, lengths: list[int], targe
 
 
 def label(_: str, __: str, backend: str, rows: str) -> None:
-    """Score rows with the whole 8 B shape on one GPU, in bins of four full rows."""
+    """Measure scoring with all layers of the 8 B shape on one GPU, in bins of four full rows."""
     lengths = row_lengths(rows == "full", 2 * BINS_PER_STEP * MAX_LENGTH)
     source = SampleSource(random_rows(lengths))
     with session(PARALLEL, RunSection(dir="unused", device=Device(DEVICE.type))) as ranks:
@@ -152,9 +152,9 @@ def label(_: str, __: str, backend: str, rows: str) -> None:
 
 
 def correctness(_: str, __: str, backend: str, kind: str) -> None:
-    """Compare outputs and gradients on the device in bf16 with fp32 on the CPU, same weights.
+    """Compare outputs and gradients in bf16 on the device with fp32 on the CPU, for the same weights.
 
-    Outputs are likelihoods of a policy, or scores of a reward model whose answers share their prompts.
+    The outputs are the likelihoods of a policy, or the scores of a reward model with shared prompts.
     """
     lengths = row_lengths(False, 2 * MAX_LENGTH, seed=3)
     error, cosine = against_fp32(backend, kind, lengths, Device(DEVICE.type), bf16=True)
@@ -162,7 +162,7 @@ def correctness(_: str, __: str, backend: str, kind: str) -> None:
 
 
 def against_fp32(backend: str, kind: str, lengths: list[int], device: Device, bf16: bool) -> tuple[float, float]:
-    """Return the mean difference of outputs, relative to their mean, and the cosine between the gradients."""
+    """Return the mean difference of the outputs relative to their mean, and the cosine of the gradients."""
     exact, exact_gradient = apart(outputs, kind, lengths, Device.cpu, False, "torch")
     found, gradient = outputs(kind, lengths, device, bf16, backend)
     cosine = gradient @ exact_gradient / np.linalg.norm(gradient) / np.linalg.norm(exact_gradient)
@@ -170,9 +170,9 @@ def against_fp32(backend: str, kind: str, lengths: list[int], device: Device, bf
 
 
 def outputs(kind: str, lengths: list[int], device: Device, bf16: bool, backend: str) -> tuple[Any, Any]:
-    """Return the outputs of a small model with fixed weights for such rows, and the gradient of their sum, in fp32.
+    """Return the outputs of a small model with fixed weights, and the gradient of their sum, in fp32.
 
-    The gradient is the one that training would apply, of two micro-batches that are alike.
+    The gradient is the one that a training step with two equal micro-batches applies.
     """
     import torch
 
@@ -207,14 +207,14 @@ def outputs(kind: str, lengths: list[int], device: Device, bf16: bool, backend: 
 
 
 def _canonical(model: Any) -> dict[str, Any]:
-    """Return parameters by one name, wherever a backend keeps its norms."""
+    """Return the parameters by names that do not depend on the backend."""
     from offline_align.model.backend import torch_name
 
     return {torch_name(name): p for name, p in model.named_parameters()}
 
 
 def _fill(model: Any) -> None:
-    """Give every parameter values that depend on its name and shape alone."""
+    """Set every parameter to values that depend only on its name and shape."""
     import zlib
 
     import torch

@@ -33,14 +33,14 @@ def _config(layers: int, **further: Any) -> Any:
         rope_theta=500000.0,
         tie_word_embeddings=False,
         pad_token_id=0,
-        # Nothing is generated, and keys and values kept for it would count as memory.
+        # Nothing is generated, so a key/value cache would only add to the measured memory.
         use_cache=False,
         **further,
     )
 
 
 def _built(kind: Any, layers: int, **further: Any) -> Any:
-    """Return a model with random weights in DTYPE from the start: one cast later leaves its size in fp32 behind."""
+    """Return a model with random weights created in DTYPE; a later cast would leave the fp32 peak behind."""
     torch.set_default_dtype(DTYPE)
     with DEVICE:
         model = kind(_config(layers, **further))
@@ -56,7 +56,7 @@ def _padded(lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def _batches(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Return rows sorted by length in batches of at most `tokens` computed tokens: the best that padding allows."""
+    """Return batches of at most `tokens` tokens with padding, sorted by length to minimise the padding."""
     batches: list[list[int]] = [[]]
     for length in sorted(lengths):
         if batches[-1] and length * (len(batches[-1]) + 1) > tokens:
@@ -66,7 +66,7 @@ def _batches(lengths: list[int], tokens: int) -> list[list[int]]:
 
 
 def sft(_: str, __: str, rows: str) -> None:
-    """Train LlamaForCausalLM: bf16 weights with fused AdamW on them, rows sorted by length."""
+    """Train LlamaForCausalLM with bf16 weights and fused AdamW, on rows sorted by length."""
     from transformers import LlamaForCausalLM
 
     lengths = row_lengths(rows == "full", BINS_PER_STEP * MAX_LENGTH)
@@ -89,7 +89,7 @@ def sft(_: str, __: str, rows: str) -> None:
 
 
 def reward(_: str, __: str, rows: str) -> None:
-    """Train LlamaForSequenceClassification on pairs, chosen and rejected in one padded batch."""
+    """Train LlamaForSequenceClassification on pairs, with chosen and rejected in one padded batch."""
     from transformers import LlamaForSequenceClassification
 
     halved = MAX_LENGTH // 2 if rows == "full" else MAX_LENGTH
@@ -110,7 +110,7 @@ def reward(_: str, __: str, rows: str) -> None:
 
 
 def label(_: str, __: str, rows: str) -> None:
-    """Score with LlamaForSequenceClassification, rows sorted by length."""
+    """Score rows sorted by length with LlamaForSequenceClassification."""
     from transformers import LlamaForSequenceClassification
 
     lengths = row_lengths(rows == "full", 2 * BINS_PER_STEP * MAX_LENGTH)
@@ -147,6 +147,6 @@ def vllm_label(_: str, scratch: str, rows: str) -> None:
     prompts = [TokensPrompt(prompt_token_ids=row) for row in ids]
     timing = timed(lambda: engine.classify(prompts, use_tqdm=False))
     found = result(timing, sum(lengths), cost(lengths), 0, FULL_LAYERS, training=False)
-    # The engine runs in a process of its own, whose memory this one does not see.
+    # The engine runs in its own process, whose memory this process cannot read.
     del found["gpu_memory_bytes"]
     report(**found)

@@ -1,4 +1,4 @@
-"""The results of one GPU as text: a table, what the checks say, and the projected hours of the paper's Table 3."""
+"""The results of one GPU as text: a table, the checks, and the projected hours of the paper's Table 3."""
 
 import json
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.projection import table_3_lines
 
 Line = dict[str, Any]
-"""What a line of `gpu.jsonl` holds: machine, task, rows, contender, backend of ours, and `values` or `failure`."""
+"""A line of `gpu.jsonl`: machine, task, rows, contender, our backend, and `values` or `failure`."""
 
 CHECK = "check"
 TASKS = {
@@ -20,30 +20,30 @@ TASKS = {
     "fp8": "SFT in fp8, 8 layers (MFU of bf16)",
 }
 OUTPUTS = {"policy": "likelihoods", "reward_model": "scores with shared prompts"}
-# bf16 has 8 bits of mantissa. Likelihoods of two layers differ by about 0.001 (torch backend on the CPU); a score of a
-# small random reward model is the sum of terms that nearly cancel, which leaves 0.011 of it.
+# bf16 has 8 bits of mantissa. Likelihoods of two layers differ by about 0.001 (torch backend on the
+# CPU). The terms of a score of a small random reward model nearly cancel, which gives 0.011.
 LARGEST_ERROR, SMALLEST_COSINE = {"policy": 0.01, "reward_model": 0.03}, 0.99
 
 
 def read(file: Path) -> list[Line]:
-    """Return the latest result of every contender on every machine, in the order of the table."""
+    """Return the newest result of every contender on every machine, in the order of the table."""
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     found = {key(line): line for line in map(json.loads, text.splitlines())}
     return sorted(found.values(), key=lambda line: (list(TASKS).index(line["task"]), line["rows"]))
 
 
 def key(line: Line) -> tuple[str, ...]:
-    """Return what makes a line replace an earlier one."""
+    """Return the key of a line. A line replaces earlier ones with the same key."""
     return line["machine"], line["task"], line["rows"], line["contender"]
 
 
 def failed_backends(lines: Iterable[Line]) -> set[str]:
-    """Return the backends of ours that differ from fp32 or did not even compute."""
+    """Return our backends that differ from fp32 or whose check failed to run."""
     return {line["backend"] for line in lines if line["task"] == CHECK and not _passed(line)}
 
 
 def text(lines: list[Line]) -> str:
-    """Return a section for every machine: figures of different ones are not compared."""
+    """Return one section per machine, since figures of different machines are not comparable."""
     machines = dict.fromkeys(line["machine"] for line in lines)
     return "\n\n".join(_section(m, [line for line in lines if line["machine"] == m]) for m in machines)
 
@@ -85,7 +85,7 @@ def _passed(line: Line) -> bool:
 
 
 def _checks(lines: list[Line]) -> list[str]:
-    """Return what each check found, and which contenders stand without one or were left out for it."""
+    """Return the result of each check, and which backends failed or have no check."""
     found = [_verdict(line) for line in lines if line["task"] == CHECK]
     failed = failed_backends(lines)
     found += [f"{backend}: FAILED its check, so that its contenders are left out" for backend in sorted(failed)]
@@ -104,7 +104,7 @@ def _verdict(line: Line) -> str:
 
 
 def _measured(lines: list[Line]) -> tuple[float, float] | None:
-    """Return the best shares of the peak of our training and of our labelling on mixed rows, or None without them."""
+    """Return our best MFU in training and in labelling on mixed rows, or None if one is missing."""
     own = [line for line in lines if line["backend"] and line["rows"] == "mixed" and "values" in line]
     best = {t: max((v["values"].get("mfu", 0.0) for v in own if v["task"] == t), default=0.0) for t in ("sft", "label")}
     return (best["sft"], best["label"]) if all(best.values()) else None

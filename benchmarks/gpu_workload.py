@@ -1,6 +1,6 @@
-"""What the GPU benchmark computes: the 8 B shape, rows of random tokens in realistic lengths, and how long it takes.
+"""The workload of the GPU benchmark: the 8 B shape, rows of random tokens in realistic lengths, and timing.
 
-With SMOKE=1 everything is tiny and runs on the CPU: the numbers mean nothing then, the code is the same.
+With SMOKE=1 everything is tiny and runs on the CPU. The same code runs, but the numbers mean nothing.
 """
 
 import os
@@ -20,7 +20,7 @@ MAX_LENGTH = 64 if SMOKE else 4096
 BINS_PER_STEP = 2 if SMOKE else 8
 WARM_UP_STEPS, TIMED_STEPS = (1, 2) if SMOKE else (4, 16)
 FULL_LAYERS, TRAINED_LAYERS = (2, 1) if SMOKE else (32, 8)
-# Llama 3 8B, in the names of transformers.
+# Llama 3 8B, with the names of transformers.
 WIDTHS = {
     "hidden_size": 32 if SMOKE else 4096,
     "intermediate_size": 96 if SMOKE else 14336,
@@ -32,23 +32,26 @@ WIDTHS = {
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the timed steps."""
+    """Seconds of each timed step."""
 
     seconds: list[float]
 
     @property
     def median(self) -> float:
-        """Median step."""
+        """Return the seconds of the median step."""
         return float(np.median(self.seconds))
 
     @property
     def p95_over_median(self) -> float:
-        """95th percentile over the median."""
+        """Return the ratio of the 95th percentile to the median."""
         return float(np.percentile(self.seconds, 95)) / self.median
 
 
 def row_lengths(full: bool, tokens: int, seed: int = 0) -> list[int]:
-    """Return row lengths of about `tokens` together: full rows, or a mixture with a mean of an eighth."""
+    """Return row lengths with a sum of about `tokens`.
+
+    Rows are full, or a mixture whose mean length is an eighth of a full row.
+    """
     if full:
         return [MAX_LENGTH] * (tokens // MAX_LENGTH)
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -60,9 +63,10 @@ def row_lengths(full: bool, tokens: int, seed: int = 0) -> list[int]:
 
 
 def timed(step: Callable[[], Any]) -> Timing:
-    """Return the times of a step, after a warm-up, as the device sees them; the peak of memory is of the timed steps.
+    """Return the device times of a step after a warm-up, and the peak memory of the timed steps.
 
-    The host may run ahead of the device, as it does in training: steps that wait for their result do so themselves.
+    The host may run ahead of the device, as in training. A step that must wait for its result does so
+    itself.
     """
     for _ in range(WARM_UP_STEPS):
         step()
@@ -83,22 +87,22 @@ def timed(step: Callable[[], Any]) -> Timing:
 
 
 def memory_bytes() -> float:
-    """Return the most memory allocated on the GPU since the peak was reset; 0 on the CPU."""
+    """Return the peak of allocated GPU memory since its last reset, or 0 on the CPU."""
     return float(torch.cuda.max_memory_allocated()) if DEVICE.type == "cuda" else 0.0
 
 
 def cost(lengths: list[int]) -> tuple[int, int]:
-    """Return tokens and sum of squared lengths of rows that share nothing."""
+    """Return the number of tokens and the sum of squared lengths, for rows without shared prompts."""
     return sum(lengths), sum(n * n for n in lengths)
 
 
 def result(
     timing: Timing, tokens: int, computed: tuple[int, int], targets: int, layers: int, training: bool
 ) -> dict[str, float]:
-    """Return rates: `tokens` of rows a second, and the share of the bf16 peak that was used.
+    """Return the rates of a run: `tokens` per second, and MFU with respect to the bf16 peak.
 
-    `computed` are the tokens that went through the model and the sum of squared lengths of their rows; attention is
-    causal, and the last layer's MLP sees targets alone.
+    `computed` holds the number of tokens that the model processed and the sum of the squared lengths of
+    their rows. The count assumes causal attention, and the last layer's MLP on targets only.
     """
     from offline_align.estimate.hardware import peak_flops
     from offline_align.estimate.sizes import ModelSizes

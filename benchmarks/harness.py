@@ -1,4 +1,4 @@
-"""Contenders in processes of their own, in turns, and their medians and ratios."""
+"""Run contenders in turns, each in its own process, and report their medians and ratios."""
 
 import json
 import os
@@ -20,16 +20,16 @@ from typing import Any
 MARK = "RESULT "
 
 Found = dict[str, list[dict[str, float]]]
-"""What each contender reported, round by round."""
+"""The results that each contender reported, by round."""
 
 
 class ContenderFailed(SystemExit):
-    """A contender reported nothing: says how it ended, and ends a command that does not go on with the others."""
+    """A contender ended without a result. Exits with a message that says how, unless it is caught."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the work: a function of a module, called in a fresh process."""
+    """One way to do the work: a function that is called in a fresh process."""
 
     name: str
     module: str
@@ -37,18 +37,18 @@ class Contender:
     ours: bool = False
     arguments: tuple[str, ...] = ()
     slow: bool = False
-    """Far from the best setting: measured on request."""
+    """Whether its settings are far from the best, so that it runs only on request."""
     limit: bool = False
-    """Not a way to do the work, but the least time that it can take."""
+    """Whether it measures a lower bound of the time instead of doing the work."""
 
 
 def report(**values: float) -> None:
-    """Print the result of a contender for the harness, with the peak memory of this process if none is given."""
+    """Print the result of a contender for the harness. Adds the peak memory of this process if missing."""
     print(MARK + json.dumps({"peak_memory_bytes": peak_memory_bytes()} | values), flush=True)
 
 
 def median_seconds(work: Callable[[], Any], times: int = 3) -> float:
-    """Call `work` once to warm up and `times` more; return the median of their seconds."""
+    """Call `work` once to warm up and `times` more; return the median of the seconds of the latter."""
     seconds = []
     for _ in range(times + 1):
         started = time.perf_counter()
@@ -58,7 +58,7 @@ def median_seconds(work: Callable[[], Any], times: int = 3) -> float:
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory of this program; `getrusage` would count what its parent held before it began."""
+    """Return the peak memory of this process. `getrusage` would include the parent's memory before exec."""
     status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
@@ -71,10 +71,10 @@ def run(
     environment: dict[str, str] | None = None,
     timeout_seconds: float | None = None,
 ) -> dict[str, float]:
-    """Run a contender once and return what it reported; its output goes to `log`.
+    """Run a contender once and return its result. Its output goes to `log`.
 
-    `environment` is added to this process's; without it GPUs are hidden. Raises ContenderFailed where it
-    reported nothing, in `timeout_seconds` if given.
+    `environment` is added to the environment of this process; without it, GPUs are hidden. Raises
+    ContenderFailed if the contender reports no result, or none within `timeout_seconds`.
     """
     code = f"import benchmarks.{contender.module} as m; m.{contender.function}(*{[str(workload), str(scratch)]!r}"
     code += "".join(f", {a!r}" for a in contender.arguments) + ")"
@@ -92,8 +92,8 @@ def run(
 
 
 def _run(command: list[str], variables: dict[str, str], timeout_seconds: float | None) -> tuple[str, str, str]:
-    """Return output, error output and how a command ended; after the timeout it is killed."""
-    # Its children, such as vLLM's engine, must end with it: they hold its pipes and the GPU.
+    """Return the output, the error output and the end of a command. Kills it after the timeout."""
+    # Its children, such as vLLM's engine, must end with it, since they hold its pipes and the GPU.
     with subprocess.Popen(
         command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -111,20 +111,20 @@ def _run(command: list[str], variables: dict[str, str], timeout_seconds: float |
 
 
 def _last_error(errors: str) -> str:
-    """Return the last line that names an exception, else the last one: warnings may follow at the end of a process."""
+    """Return the last line that names an exception, since warnings may follow it, else the last line."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
     return (named or lines or [""])[-1]
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of a module in a fresh process: what lets megatron run on the CPU stays in a process for good."""
+    """Call a function in a fresh process, since the patches for megatron on the CPU cannot be undone."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
 
 def one_round(contenders: list[Contender], workload: Path, scratch: Path, title: str) -> dict[str, dict[str, float]]:
-    """Run every contender once and return what each reported."""
+    """Run every contender once and return the result of each."""
     found = {}
     for contender in contenders:
         folder = Path(tempfile.mkdtemp(prefix=f"{contender.function}_", dir=scratch))
@@ -135,7 +135,7 @@ def one_round(contenders: list[Contender], workload: Path, scratch: Path, title:
 
 
 def rounds(contenders: list[Contender], count: int, workload: Path, scratch: Path) -> Found:
-    """Run all contenders `count` times, in turns, so that a slow minute hits all of them."""
+    """Run all contenders in turns for `count` rounds, so that a slow minute affects all of them."""
     done = [one_round(contenders, workload, scratch, f"round {n + 1}/{count}") for n in range(count)]
     return {c.name: [found[c.name] for found in done] for c in contenders}
 
@@ -148,9 +148,9 @@ def medians(found: Found) -> dict[str, dict[str, float]]:
 
 
 def ratios(contenders: list[Contender], found: Found, rate: str) -> dict[str, float]:
-    """Return how many times as fast as each contender the faster of ours is: the median over the rounds.
+    """Return the speedup of our faster contender over each contender, as the median over the rounds.
 
-    Inside a round contenders run minutes apart, so that a machine that is slower for an hour changes no ratio.
+    The contenders of one round run minutes apart, so slow hours of the machine do not affect the ratio.
     """
     middle = medians(found)
     own = max((c.name for c in contenders if c.ours), key=lambda name: middle[name][rate])
@@ -161,7 +161,7 @@ def ratios(contenders: list[Contender], found: Found, rate: str) -> dict[str, fl
 
 
 def table(contenders: list[Contender], found: Found, rate: str, unit: str) -> str:
-    """Return a Markdown table: median rates, ratio of the faster of ours to each peer, padding and memory."""
+    """Return a Markdown table with median rates, our speedup over each peer, padding and memory."""
     middle, ratio = medians(found), ratios(contenders, found, rate)
     lines = [f"| contender | {unit} | ours is | padding of computed tokens | peak memory |", "|---|---|---|---|---|"]
     for contender in contenders:
@@ -174,7 +174,7 @@ def table(contenders: list[Contender], found: Found, rate: str, unit: str) -> st
 
 
 def verdicts(contenders: list[Contender], ratio: dict[str, float]) -> list[str]:
-    """Return lines: how many times as fast as the fastest peer the faster of ours is, and how near the limit."""
+    """Return lines that compare our faster contender with the fastest peer and with the limit."""
     peers = [c.name for c in contenders if not (c.ours or c.limit)]
     closest = min(peers, key=ratio.__getitem__, default=None)
     lines = [] if closest is None else [f"Against the fastest peer ({closest}): {ratio[closest]:.2f}x."]
@@ -182,7 +182,7 @@ def verdicts(contenders: list[Contender], ratio: dict[str, float]) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures depend on: processor, cores, versions."""
+    """Return the facts that the figures depend on: processor, cores and versions."""
     import torch
     import transformers
 

@@ -1,8 +1,8 @@
 /* A CUDA runtime and driver with one H100 that computes nothing, for torch on a machine without a GPU.
 
-   torch's shape-only tensors (FakeTensorMode) run no kernels; what remains for CUDA to answer is which devices there are, and
-   that streams and events are done. Whatever is not answered here fails in the real runtime, which finds no driver.
-   imagined_gpu.py compiles this, with one line for each function of the driver that torch looks up, and preloads it. */
+   torch's shape-only tensors (FakeTensorMode) run no kernels. CUDA only has to report which devices exist and
+   that streams and events are done. Any other call goes to the real runtime and fails, since it finds no driver.
+   imagined_gpu.py adds one line for each driver function that torch looks up, compiles this and preloads it. */
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
@@ -52,7 +52,7 @@ int cudaEventSynchronize(void *event) DONE
 int cudaEventElapsedTime(float *milliseconds, void *from, void *to) GIVES(milliseconds, 1)
 int cudaEventDestroy(void *event) DONE
 
-/* Memory of the host stands for the few real tensors that random generators keep on the device. */
+/* Host memory holds the few real tensors that random generators keep on the device. */
 int cudaMalloc(void **found, size_t bytes) GIVES(found, calloc(1, bytes))
 int cudaFree(void *memory) { free(memory); return 0; }
 int cudaHostAlloc(void **found, size_t bytes, unsigned flags) GIVES(found, calloc(1, bytes))

@@ -1,10 +1,12 @@
-"""A GPU that is not there: torch believes in an H100, whose tensors have shapes, types and a place but no values.
+"""An imagined GPU: torch sees an H100 whose tensors have shapes, types and a device but no values.
 
-The same code runs as on a real one, its collectives and streams included, for any layout of ranks and models of any
-size, in seconds. What it shows: that no tensor is on the wrong device or of the wrong type, how much memory is held at
-once, and how often the host waits for a value. What it cannot show: values, time, and whatever is inside a kernel.
+The same code runs as on a real GPU, including collectives and streams, for any layout of ranks and
+any model size, in seconds. This shows tensors on the wrong device or of the wrong type, the memory
+that is allocated at a time, and how often the host waits for a value. It cannot show values, times or
+anything inside a kernel.
 
-`environment` gives what a process must be started with; in that process `imagined_rank` is one rank of many.
+`environment` returns the variables that a process must be started with. In that process,
+`imagined_rank` simulates one of many ranks.
 """
 
 import contextlib
@@ -27,29 +29,31 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 SOURCE = Path(__file__).with_suffix(".c")
-# The one that works in place torch does not count, and of attention over packed rows it says what one long row costs.
+# torch's counter does not know the in-place `addmm_`. Attention is left out, because for packed rows
+# the counter reports the cost of one long row.
 _PRODUCTS = {product: flop_registry[product] for product in (torch.ops.aten.mm, torch.ops.aten.addmm)}
 _PRODUCTS[torch.ops.aten.addmm_] = _PRODUCTS[torch.ops.aten.addmm]
-# The first is the second in inference mode.
+# In inference mode, `item` replaces `_local_scalar_dense`.
 _READS = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
-# What torch's allocator on CUDA rounds sizes up to.
+# torch's CUDA allocator rounds sizes up to a multiple of this.
 _BLOCK_BYTES = 512
 
 
 class Unavailable(Exception):
-    """This machine cannot imagine a GPU: no C compiler, or a torch without CUDA."""
+    """This machine cannot imagine a GPU, because it has no C compiler or a torch without CUDA."""
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return the variables of a process that is to see an imagined GPU, whose library is put into `folder`.
+    """Return the environment variables that make a process see an imagined GPU.
 
-    Raises Unavailable, and CalledProcessError where the library cannot be compiled, which is no lack of the machine.
+    Compiles its library into `folder`. Raises Unavailable if the machine lacks a requirement, and
+    CalledProcessError if the compilation fails.
     """
     library = folder / "imagined_gpu.so"
     if torch.version.cuda is None:
         raise Unavailable("this torch is built without CUDA")
     headers = [f"-I{path}" for path in _headers()]
-    # One that says it is the driver is taken for it, by whoever asks for that name.
+    # With the soname of the driver, the loader uses this library for every request for the driver.
     command = ["cc", "-shared", "-fPIC", "-w", *headers, "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o", str(library)]
     try:
         subprocess.run(command, input=_source(), text=True, check=True)
@@ -58,21 +62,21 @@ def environment(folder: Path) -> dict[str, str]:
     return {
         "LD_PRELOAD": str(library),
         "CUDA_VISIBLE_DEVICES": "0",
-        # Compilers would run kernels; the functions that megatron compiles run as they are written.
+        # Compiled functions would launch kernels, so megatron's functions run without compilation.
         "TORCHDYNAMO_DISABLE": "1",
-        # Memory that grows in place is the driver's.
+        # Expandable segments need the real driver.
         "PYTORCH_ALLOC_CONF": "expandable_segments:False",
     }
 
 
 def _headers() -> list[Path]:
-    """Return the folders of CUDA's headers that torch and Triton bring, first those of torch's own version."""
+    """Return the folders of the CUDA headers in torch and Triton, those of torch's version first."""
     packages = Path(torch.__file__).parents[1]
     return [*packages.glob("nvidia/*/include"), packages / "triton" / "backends" / "nvidia" / "include"]
 
 
 def _source() -> str:
-    """Return the C source, with a function that does nothing for each one of the driver that torch looks up."""
+    """Return the C source, with an empty function for each driver function that torch looks up."""
     text = SOURCE.read_text(encoding="utf-8")
     binary = (Path(torch.__file__).parent / "lib" / "libc10_cuda.so").read_bytes()
     names = sorted({name.decode() for name in re.findall(rb"\0(cu[A-Z]\w+)(?=\0)", binary)})
@@ -80,20 +84,20 @@ def _source() -> str:
 
 
 class ImaginedGpu(TorchDispatchMode):
-    """Counts the memory that is held, the work of products, and the times that the host asks for a value."""
+    """Counts allocated memory, the work of matrix products, and how often the host waits for a value."""
 
     def __init__(self) -> None:
         super().__init__()
         self.held_bytes = 0
         self.peak_bytes = 0
         self.product_flops = 0
-        """Floating-point operations of matrix products, without those inside of kernels for attention."""
+        """Floating-point operations of matrix products, except those inside attention kernels."""
         self.waits: Counter[str] = Counter()
-        """How often each line of code asked for a value that is on the GPU."""
+        """How often each line of code read a value from the GPU."""
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, function: Any, _: Any, arguments: Any = (), named: Any = None) -> Any:
-        """Run one operation; a value that nobody knows is 1."""
+        """Run one operation. A value that is read but unknown is 1."""
         if function in _READS:
             return self._value(*arguments)
         result = function(*arguments, **(named or {}))
@@ -107,7 +111,7 @@ class ImaginedGpu(TorchDispatchMode):
         return result
 
     def forget(self) -> None:
-        """Begin to count anew, the peak from what is held now."""
+        """Reset the counts, and the peak to the memory that is allocated now."""
         self.peak_bytes = self.held_bytes
         self.product_flops = 0
         self.waits.clear()
@@ -115,7 +119,7 @@ class ImaginedGpu(TorchDispatchMode):
     def _value(self, tensor: Tensor) -> float | bool:
         self._wait(tensor)
         try:
-            # Of a tensor that was made of numbers on the host.
+            # The value is known if the tensor was made from numbers on the host.
             known: float | bool = torch.ops.aten._local_scalar_dense.default(tensor)
         except DataDependentOutputException:
             return {torch.bool: True}.get(tensor.dtype, 1.0 if tensor.is_floating_point() else 1)
@@ -143,7 +147,10 @@ class ImaginedGpu(TorchDispatchMode):
 
 @contextlib.contextmanager
 def imagined_rank(parallel: Any, world_size: int, rank: int = 0) -> Iterator[ImaginedGpu]:
-    """Be rank `rank` of an imagined world; tensors made inside have no values. Collectives reach nobody."""
+    """Simulate rank `rank` of `world_size` ranks. Tensors created inside have no values.
+
+    Collectives communicate with nobody.
+    """
     from megatron.core import parallel_state, tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -162,7 +169,7 @@ def imagined_rank(parallel: Any, world_size: int, rank: int = 0) -> Iterator[Ima
             for owner, name, value in _replacements():
                 replaced.callback(setattr, owner, name, getattr(owner, name))
                 setattr(owner, name, value)
-            # Rows come from the host with their values; from there on nobody has any.
+            # Rows come from the host with values; all tensors computed from them have none.
             with FakeTensorMode(allow_non_fake_inputs=True), gpu:
                 yield gpu
     finally:
@@ -171,7 +178,7 @@ def imagined_rank(parallel: Any, world_size: int, rank: int = 0) -> Iterator[Ima
 
 
 def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
-    """Return what cannot be done without values: owner, name, and what is done in its place."""
+    """Return the functions that need values, as owner, name and replacement."""
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.tensor_parallel import random
 
@@ -185,14 +192,14 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
 
 
 def _moved(module: nn.Module, *to: Any, **named: Any) -> nn.Module:
-    """torch would swap the tensors, which those without values refuse."""
+    """Move a module without swapping tensors, as torch does, since fake tensors do not support it."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             new = None if parameter is None else parameter.detach().to(*to, **named)
             if parameter is None or new is None or (new.device, new.dtype) == (parameter.device, parameter.dtype):
                 continue
             part._parameters[name] = moved = nn.Parameter(new, parameter.requires_grad)
-            # What megatron has written onto it; not what makes it a tensor of its old place.
+            # Copy the attributes that megatron set, but not those that describe the old tensor.
             vars(moved).update({k: v for k, v in vars(parameter).items() if k not in vars(moved)})
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else buffer.to(*to, **named)
@@ -209,7 +216,7 @@ def _coalesced(*_: Any, **__: Any) -> Iterator[Any]:
 
 
 class _Arrived:
-    """Of a collective."""
+    """Handle of a finished collective."""
 
     def wait(self) -> None:
         """Do nothing."""

@@ -1,8 +1,9 @@
-"""The limit: nothing but the matrix products that the result needs, on the same bins, with memory for results at hand.
+"""The limit: only the matrix products that the result needs, on the same bins, into preallocated memory.
 
-A prompt that both answers of a pair have is multiplied once, and the last layer's MLP sees what is read of it.
-Shape legend: T tokens of a bin, N targets, C hidden width, F inner width, V vocabulary, L tokens of a row, H heads,
-D width of a head.
+A prompt shared by both answers of a pair is computed once, and the last layer's MLP runs only on the
+positions that the head reads.
+Shape legend: T tokens of a bin, N targets, C hidden width, F inner width, V vocabulary, L tokens of a
+row, H heads, D width of a head.
 """
 
 import json
@@ -20,11 +21,15 @@ from offline_align.data.pack import pack
 
 Product = tuple[Tensor, Tensor, Tensor]
 Row = tuple[int, int]
-"""Tokens of a row that are computed, and those that they see with them."""
+"""Number of tokens of a row that are computed, and number of tokens that they attend to."""
 
 
 def training(workload: str, scratch: str, name: str) -> None:
-    """Products of the second epoch of SFT: each linear layer three times, the output layer for targets only."""
+    """Measure the products of the second epoch of SFT.
+
+    Each linear layer has three products (forward, and two in the backward pass). The output layer
+    runs on targets only.
+    """
     rows = load(Path(workload) / f"{name}_tokens.json")
     targets = [len(r["ids"]) - r["target_start"] for r in rows]
     groups = _sides(workload) if name == "answers" else [[(len(r["ids"]), len(r["ids"]))] for r in rows]
@@ -36,7 +41,7 @@ def training(workload: str, scratch: str, name: str) -> None:
 
 
 def pairs(workload: str, scratch: str) -> None:
-    """The same for a reward model, which has no output layer."""
+    """Measure the products of the second epoch of a reward model, which has no output layer."""
     sides = _sides(workload)
     bins = list(_bins_of_steps([sum(own for own, _ in pair) for pair in sides]))
     rows = [[row for i in b for row in sides[i]] for b in bins]
@@ -44,7 +49,7 @@ def pairs(workload: str, scratch: str) -> None:
 
 
 def scoring(workload: str, scratch: str, rows: str) -> None:
-    """Products of one forward pass over all rows."""
+    """Measure the products of one forward pass over all rows."""
     lengths = [len(r["ids"]) for r in load(Path(workload) / f"{rows}_tokens.json")]
     groups = _sides(workload) if rows == "answers" else [[(n, n)] for n in lengths]
     packed = pack([sum(own for own, _ in group) for group in groups], MAX_LENGTH)
@@ -53,7 +58,7 @@ def scoring(workload: str, scratch: str, rows: str) -> None:
 
 
 def _sides(workload: str) -> list[list[Row]]:
-    """Return the two rows of each pair, the second without what it has in common with the first."""
+    """Return the two rows of each pair, the second without its common prefix with the first."""
     sides: list[list[Row]] = []
     for pair in load(Path(workload) / "pairs_tokens.json"):
         chosen, rejected = pair["chosen"], pair["rejected"]
@@ -86,15 +91,15 @@ def _measure(
 
 
 def multiply(products: list[Product], layers: int) -> None:
-    """Carry out the products of a bin, for each layer."""
+    """Compute the products of a bin once per layer."""
     for left, right, out in products * layers:
         torch.matmul(left, right, out=out)
 
 
 def products(config: dict[str, int], rows: list[Row], read: int, vocabulary: bool, backward: bool) -> list[Product]:
-    """Return the products of one layer on a bin of `rows`, of which the head reads `read` places.
+    """Return the products of one layer on a bin of `rows`, of which the head reads `read` positions.
 
-    What is there once, the output layer and what the last layer leaves out, is spread over all layers.
+    The output layer, and the positions that the last layer skips, are spread evenly over all layers.
     """
     hidden, ffn, heads = (config[n] for n in ("hidden_size", "intermediate_size", "num_attention_heads"))
     tokens, layers = sum(own for own, _ in rows), config["num_hidden_layers"]

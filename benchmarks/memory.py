@@ -1,9 +1,10 @@
-"""Memory of a training step of 8 B parameters: what plans say, beside what the step holds on an imagined GPU.
+"""Compare the memory estimate of dry runs with a training step of 8 B parameters on an imagined GPU.
 
     python -m benchmarks.memory [--results FOLDER]
 
-The step is the real one, at its real size, with megatron's data parallel wrapper and distributed optimizer; only the
-values of tensors are missing (`benchmarks/imagined_gpu.py`). It takes some minutes on a machine without a GPU.
+The step runs the real code at full size, with megatron's data parallel wrapper and distributed
+optimizer. Only the values of the tensors are missing (`benchmarks/imagined_gpu.py`). It takes some
+minutes on a machine without a GPU.
 """
 
 import argparse
@@ -34,7 +35,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Layout:
-    """How the step is run."""
+    """Layout and settings of a step."""
 
     world: int = 8
     tensor: int = 1
@@ -47,11 +48,11 @@ class Layout:
     kind: str = "policy"
     share_prompts: bool = False
     tokens: int = 4096
-    """Of a micro-batch."""
+    """Tokens of a micro-batch."""
 
     @property
     def parallel(self) -> ParallelSection:
-        """The layout as the configuration has it."""
+        """Return the layout as a section of the configuration."""
         return ParallelSection(
             tensor_model_parallel_size=self.tensor,
             context_parallel_size=self.context,
@@ -61,7 +62,7 @@ class Layout:
         )
 
     def __str__(self) -> str:
-        """Return what differs from the defaults, in words."""
+        """Return the settings that differ from the defaults, in words."""
         words = [f"TP {self.tensor}" + ("" if self.context == 1 else f", CP {self.context}")]
         words += ["sequence parallel"] if self.sequence_parallel else []
         words += ["fp32 gradients"] if self.grad_reduce_in_fp32 else []
@@ -89,19 +90,19 @@ LAYOUTS = [
 
 @dataclass(frozen=True)
 class Traced:
-    """What a step held and asked for."""
+    """Memory and work of a step."""
 
     planned_bytes: float
     peak_bytes: int
-    """Of the second step, when moments are there."""
+    """Peak memory of the second step, in which the moments exist."""
     held_bytes: int
-    """Between steps."""
+    """Memory between steps."""
     product_flops: int
-    """Operations of matrix products in the second step."""
+    """Floating-point operations of the matrix products in the second step."""
     waits: dict[str, int]
-    """How often the host waited in the second step, by line."""
+    """How often the host waited for the device in the second step, by line of code."""
     left_to_autograd: list[str]
-    """Weight matrices whose gradient is not added up by the product that makes it."""
+    """Weight matrices whose gradient is not accumulated by the matrix product that computes it."""
     seconds: float
 
 
@@ -113,7 +114,7 @@ def llama3_8b() -> ModelSection:
 
 
 def trace(model: ModelSection, layout: Layout, count: int = 2, rank: int = 0) -> Traced:
-    """Return what the second step of rank `rank` holds on an imagined GPU, with `count` full micro-batches."""
+    """Run two steps of rank `rank` on an imagined GPU, with `count` full micro-batches; trace the second."""
     started = time.monotonic()
     batches = micro_batches(layout, count, rank)
     with imagined_rank(layout.parallel, layout.world, rank) as gpu:
@@ -130,7 +131,7 @@ def trace(model: ModelSection, layout: Layout, count: int = 2, rank: int = 0) ->
 
 
 def micro_batches(layout: Layout, count: int, rank: int) -> list[PackedBatch]:
-    """Return those of a rank; tensor parallel ranks are neighbours, then come context parallel ones."""
+    """Return the micro-batches of a rank, whose number counts tensor parallel ranks first, then context."""
     cp_rank, dp_rank = rank // layout.tensor % layout.context, rank // layout.tensor // layout.context
     dp_size = layout.world // layout.tensor // layout.context
     source = _source(layout, count * dp_size)
@@ -143,7 +144,7 @@ def micro_batches(layout: Layout, count: int, rank: int) -> list[PackedBatch]:
 
 
 def train_step(model: ModelSection, layout: Layout) -> Any:
-    """Return the step of a randomly initialised model; inside of `imagined_rank`."""
+    """Return the step of a randomly initialised model. Call it inside `imagined_rank`."""
     import torch
 
     from offline_align.model.build import build_model
@@ -160,7 +161,7 @@ def train_step(model: ModelSection, layout: Layout) -> Any:
 
 
 def _source(layout: Layout, bins: int) -> RowSource:
-    """Return rows that fill so many bins; in each, rows of several lengths, or pairs."""
+    """Return rows, or pairs, of several lengths that fill the given number of bins."""
     parts = [layout.tokens // 2, layout.tokens // 4, layout.tokens // 4]
     if layout.kind == "policy":
         return SampleSource(rows_of(parts * bins), layout.share_prompts)
@@ -171,7 +172,7 @@ def _source(layout: Layout, bins: int) -> RowSource:
 
 
 def rows_of(lengths: list[int]) -> TokenizedRows:
-    """Return rows of such lengths, targets but for their first token."""
+    """Return rows of the given lengths, in which all tokens but the first are targets."""
     ids = np.arange(sum(lengths), dtype=np.int32) % 64
     offsets, count = np.cumsum([0, *lengths]).astype(np.int64), len(lengths)
     starts, weights = np.ones(count, np.int32), np.ones(count, np.float32)
@@ -196,7 +197,7 @@ def table(found: dict[Layout, Traced]) -> str:
 
 
 def main() -> None:
-    """Trace every layout in this process, which is started again where it sees no imagined GPU."""
+    """Trace every layout in this process, after restarting it if it does not see an imagined GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()

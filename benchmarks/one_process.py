@@ -1,8 +1,8 @@
-"""Training steps and scoring beside a plain loop over transformers, in one process: for machines that others use.
+"""Compare training steps and scoring with a plain transformers loop in one process, on a shared machine.
 
-`python -m benchmarks.one_process` measures processor time of one thread, contenders in turns, so that other programs
-take turns and not time. Rows are random tokens in the lengths of `--lengths` (a JSON list), the model has 8 M
-parameters.
+`python -m benchmarks.one_process` measures the processor time of one thread and runs the contenders in
+turns, so that other programs distort the result little. Rows are random tokens with the lengths in
+`--lengths` (a JSON list). The model has 8 M parameters.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CONFIG = {
 
 
 def random_rows(lengths: list[int]) -> TokenizedRows:
-    """Return rows of random tokens, the second half of each a target."""
+    """Return rows of random tokens. The second half of each row is the target."""
     ids = np.random.default_rng(SEED).integers(1, CONFIG["vocab_size"], sum(lengths)).astype(np.int32)
     offsets = np.cumsum([0, *lengths]).astype(np.int64)
     starts = np.maximum(np.array(lengths) // 2, 1).astype(np.int32)
@@ -45,14 +45,14 @@ def random_rows(lengths: list[int]) -> TokenizedRows:
 
 
 def processor_seconds(work: Callable[[], Any]) -> float:
-    """Return the seconds that the processor spent on `work`."""
+    """Return the processor time of `work` in seconds."""
     started = time.process_time()
     work()
     return time.process_time() - started
 
 
 def contenders(rows: TokenizedRows, ranks: Any) -> dict[str, Callable[[int], float]]:
-    """Return for each contender a function from the number of a step to its seconds."""
+    """Return, for each contender, a function that runs a step by its number and returns the seconds."""
     from torch.nn.parallel import DistributedDataParallel
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -117,12 +117,12 @@ def contenders(rows: TokenizedRows, ranks: Any) -> dict[str, Callable[[int], flo
 
 
 def main() -> None:
-    """Print microseconds a token, the median of all rounds after the first, round by round."""
+    """Print, after every round, the microseconds per token as the median of all rounds but the first."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=Path, required=True, help="JSON list of row lengths in tokens")
     parser.add_argument("--rounds", type=int, default=4)
     options = parser.parse_args()
-    # One thread: waiting threads would count as work.
+    # Use one thread, since the processor time of waiting threads would be counted.
     os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())
     rows = random_rows([min(n, MAX_LENGTH) for n in json.loads(options.lengths.read_text(encoding="utf-8"))])
     lengths = np.diff(rows.offsets)

@@ -1,4 +1,4 @@
-"""This project's contenders: the real commands, and the pieces of the real commands."""
+"""The offline-align contenders: the real commands and parts of them."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ _TRAIN = [
 
 
 def _second_epoch(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the metrics of the second half of the steps: the first warms up."""
+    """Return the metrics of the second half of the steps. The first half is the warm-up."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "step_seconds" in line]
     return steps[len(steps) // 2 :]
@@ -41,7 +41,7 @@ def _train(stage: str, workload: str, scratch: str, rows: str, *words: str) -> l
 
 
 def _rates(steps: list[dict[str, Any]], unit: str) -> dict[str, float]:
-    """Return rates and the memory of all ranks, of which this process is the only one or only starts them."""
+    """Return the rates and the total memory of all ranks, including this process if it is the only rank."""
     seconds = sum(s["step_seconds"] for s in steps)
     tokens = sum(s["tokens_per_second"] * s["step_seconds"] for s in steps)
     computed = sum(s["tokens_per_second"] * s["step_seconds"] / (1 - s["padding_fraction"]) for s in steps)
@@ -56,7 +56,7 @@ def _rates(steps: list[dict[str, Any]], unit: str) -> dict[str, float]:
 
 
 def sft(workload: str, scratch: str, rows: str, *words: str) -> None:
-    """Train on packed rows; bins of up to MAX_LENGTH tokens."""
+    """Train on packed rows, in bins of up to MAX_LENGTH tokens."""
     report(**_rates(_train("sft", workload, scratch, f"{rows}.jsonl", *words), "targets_per_second"))
 
 
@@ -66,12 +66,12 @@ def reward(workload: str, scratch: str, *words: str) -> None:
 
 
 def method(workload: str, scratch: str, stage: str, *words: str) -> None:
-    """Train on the same rows with a reward each, by the stage of a method."""
+    """Train on the same rows with rewards, using the stage of a method."""
     report(**_rates(_train(stage, workload, scratch, "labelled.jsonl", *words), "targets_per_second"))
 
 
 def label(workload: str, scratch: str, rows: str) -> None:
-    """Score every row with a reward model: packing and forward passes; answers to one prompt share it."""
+    """Score every row with a reward model: packing and forward passes with shared prompts."""
     from offline_align.config.sections import DataSection, Device, OnBadRow, ParallelSection, RunSection
     from offline_align.convert.source import open_model
     from offline_align.data.records import BadRows, Sample, read_rows

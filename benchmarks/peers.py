@@ -1,4 +1,4 @@
-"""The peers on the same rows: TRL's trainers in several settings, plain transformers with DDP, batched scoring."""
+"""The peers on the same rows: TRL's trainers in several settings, transformers with DDP, batched scoring."""
 
 import json
 import time
@@ -15,7 +15,7 @@ _IGNORED = -100
 
 
 class Clock:
-    """Seconds of the second epoch, and the tokens that were computed in it."""
+    """Measures the seconds of the second epoch and counts the tokens computed in it."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
@@ -24,7 +24,7 @@ class Clock:
         self.real = 0
 
     def callback(self) -> Any:
-        """Return a callback of transformers' Trainer that notes when epochs begin and end."""
+        """Return a callback for transformers' Trainer that records the start and end of epochs."""
         from transformers import TrainerCallback
 
         clock = self
@@ -40,7 +40,7 @@ class Clock:
         return Epochs()
 
     def watch(self, collator: Any) -> Any:
-        """Return the collator, counting the tokens of its batches and those that are padding."""
+        """Return the collator, wrapped to count all tokens and the padding of its batches."""
 
         def collate(examples: Any) -> Any:
             batch = collator(examples)
@@ -52,7 +52,7 @@ class Clock:
         return collate
 
     def result(self, unit: str, count: int) -> dict[str, float]:
-        """Return the rates of the second epoch, which holds `count` units."""
+        """Return the rates of the second epoch, which has `count` units."""
         seconds = self.end - self.starts[-1]
         return {unit: count / seconds, "padding": 1 - self.real / self.computed, "seconds": seconds}
 
@@ -65,7 +65,7 @@ def _arguments(workload: str, scratch: str, micro: str, strategy: str) -> dict[s
         "num_train_epochs": 2,
         "max_length": MAX_LENGTH,
         "learning_rate": 1e-4,
-        # fp32 weights under torch's autocast.
+        # This keeps fp32 weights and uses torch's autocast.
         "bf16": in_bf16(workload),
         "use_cpu": True,
         "report_to": [],
@@ -87,7 +87,7 @@ def _tokenizer(workload: str) -> Any:
 def trl_sft(
     workload: str, scratch: str, name: str, micro: str, strategy: str, packing: str, checkpointing: str
 ) -> None:
-    """SFTTrainer on tokenised rows with a completion mask."""
+    """Train with TRL's SFTTrainer on tokenised rows with a completion mask."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -116,7 +116,7 @@ def trl_sft(
 
 
 def trl_reward(workload: str, scratch: str, micro: str, checkpointing: str) -> None:
-    """RewardTrainer on tokenised pairs."""
+    """Train with TRL's RewardTrainer on tokenised pairs."""
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification
     from trl import RewardConfig, RewardTrainer
@@ -150,7 +150,7 @@ def _padded(rows: list[list[int]], padding: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def transformers_ddp(workload: str, scratch: str, name: str, micro: str, ranks: str = "1") -> None:
-    """A plain loop: torch's DDP around a transformers model, rows sorted by length inside each global batch."""
+    """Train a transformers model with DDP in a plain loop, with each global batch sorted by length."""
     import torch.multiprocessing as mp
 
     if ranks == "1":
@@ -187,7 +187,7 @@ def _ddp_rank(rank: int, workload: str, scratch: str, name: str, micro: str, ran
 
 
 def _step(model: Any, optimizer: Any, rows: list[Any], micro: int, clock: Clock, bf16: bool) -> None:
-    """One optimizer step; gradients are reduced with the last micro-batch. DDP averages over ranks."""
+    """Run one optimizer step. DDP averages the gradients over ranks with the last micro-batch."""
     rows = sorted(rows, key=lambda r: len(r["ids"]))
     targets = sum(len(r["ids"]) - r["target_start"] for r in rows)
     for first in range(0, len(rows), micro):
@@ -212,7 +212,7 @@ def _step(model: Any, optimizer: Any, rows: list[Any], micro: int, clock: Clock,
 
 
 def _texts(workload: str) -> list[str]:
-    """Return the rows in the paper's template, end of sequence last."""
+    """Return the rows as texts in the paper's template, with the end-of-sequence token."""
     rows = (json.loads(line) for line in (Path(workload) / "sft.jsonl").read_text(encoding="utf-8").splitlines())
     names = {"user": "User:", "system": "System:", "assistant": "Assistant: "}
 
@@ -231,7 +231,7 @@ def _reward_model(workload: str) -> Any:
 
 
 def batched_scoring(workload: str, scratch: str, rows: str, batch: str, order: str) -> None:
-    """Batched scoring with transformers: rows in their order, or sorted by length over the whole set."""
+    """Score with transformers in batches, with the rows in their order or all sorted by length."""
     model = _reward_model(workload)
     ids = [r["ids"] for r in load(Path(workload) / f"{rows}_tokens.json")]
 
@@ -255,7 +255,7 @@ def batched_scoring(workload: str, scratch: str, rows: str, batch: str, order: s
 
 
 def pipeline_scoring(workload: str, scratch: str, batch: str) -> None:
-    """transformers' text-classification pipeline."""
+    """Score with the text-classification pipeline of transformers."""
     from transformers import AutoTokenizer, pipeline
 
     texts = _texts(workload)

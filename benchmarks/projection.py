@@ -1,18 +1,18 @@
-"""Hours of the paper's Table 3 (8 B, 100,000 samples) at a share of the peak that was measured or is assumed."""
+"""Project the hours of the paper's Table 3 (8 B, 100,000 samples) from a measured or assumed MFU."""
 
 from offline_align.estimate.hardware import NODES
 from offline_align.estimate.sizes import ModelSizes
 
-# Table 3 of the paper, hours on A100.
+# A100 hours from Table 3 of the paper.
 PUBLISHED_A100_HOURS = {"FA": 27.5, "RWR": 64.0, "CA": 65.0}
 SAMPLES = 100_000
-# Of the normalised rewards of a symmetric distribution, half are above the threshold 0.
+# If the distribution of the rewards is symmetric, half of the normalised rewards are above the threshold 0.
 FA_KEEPS = 0.5
 LLAMA_8B = ModelSizes(4096, 128, 4096, 1024, 14336, 32, 128256, tied=False)
 
 
 def hours(gpu: str, mean_tokens: int, train_share: float, label_share: float) -> dict[str, float]:
-    """Return GPU hours of labelling all samples and one epoch of each method, at shares of the bf16 peak."""
+    """Return the GPU hours of labelling all samples and of one epoch of each method, for given MFUs."""
     tokens, squared = SAMPLES * mean_tokens, SAMPLES * mean_tokens**2
     peak = NODES[gpu].peak_flops * 3600
     train = LLAMA_8B.train_flops(tokens, squared, tokens, tokens) / (train_share * peak)
@@ -21,7 +21,7 @@ def hours(gpu: str, mean_tokens: int, train_share: float, label_share: float) ->
 
 
 def table_3_lines(measured: tuple[float, float] | None) -> list[str]:
-    """Return a Markdown table of projected H100 hours beside the published ones; nothing without a measurement."""
+    """Return a Markdown table of published and projected hours, or nothing without a measurement."""
     if measured is None:
         return ["Hours of the paper's Table 3: no projection without a GPU's peak."]
     train, label = measured

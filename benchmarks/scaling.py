@@ -1,6 +1,7 @@
-"""Step times by arithmetic from 8 to 1024 GPUs, with published runs beside them: `python -m benchmarks.scaling`.
+"""Estimate step times from 8 to 1024 GPUs and compare with published runs: `python -m benchmarks.scaling`.
 
-Nothing is measured here. The model is `offline_align/distributed/step_time.py`, which `dry_run=true` prints too.
+Nothing is measured here. The estimate is that of `offline_align/estimate/step_time.py`, which
+`dry_run=true` prints too.
 """
 
 import argparse
@@ -15,12 +16,13 @@ from offline_align.estimate.step_time import COMPUTE_SHARE, Work, step_time
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 TENSOR = (1, 2, 4, 8)
 ROWS_PER_GPU, LENGTH = 4, 4096
-# Llama 3 8B, SFT, packed to 4096, TP 1, bf16 (NVIDIA, dgxc-benchmarking): 1.32 and 1.33 s a step of 4 rows a GPU.
+# Llama 3 8B, SFT, packed to 4096, TP 1, bf16 (NVIDIA, dgxc-benchmarking): 1.32 and 1.33 s per step of 4
+# rows per GPU.
 PUBLISHED = {"h100_80gb": {8: 4 * 4096 / 1.32, 32: 4 * 4096 / 1.33}, "a100_80gb": {}}
 
 
 def rate(gpu: str, gpus: int, tensor: int) -> float:
-    """Return tokens a second on each GPU, full rows, gradients in bf16, weak scaling."""
+    """Return the tokens per second and GPU, for weak scaling with full rows and gradients in bf16."""
     rows = ROWS_PER_GPU * gpus
     work = Work(rows * LENGTH, rows * LENGTH**2, rows * LENGTH, LENGTH)
     parallel = ParallelSection(
@@ -31,7 +33,7 @@ def rate(gpu: str, gpus: int, tensor: int) -> float:
 
 
 def draw(path: Path) -> None:
-    """Draw the rates of both kinds of node, one line a tensor parallel size."""
+    """Draw the rates of both kinds of node, with one line per tensor parallel size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,7 +58,7 @@ def draw(path: Path) -> None:
 
 
 def table() -> list[str]:
-    """Return a Markdown table of tokens a second on each GPU."""
+    """Return a Markdown table of the tokens per second and GPU."""
     lines = ["| node | TP | " + " | ".join(map(str, GPUS)) + " |", "|---" * (len(GPUS) + 2) + "|"]
     for gpu in ("a100_80gb", "h100_80gb"):
         for tensor in TENSOR:
@@ -66,7 +68,7 @@ def table() -> list[str]:
 
 
 def projected() -> list[str]:
-    """Return the projected hours of the paper's Table 3 at the share of the peak that the model assumes."""
+    """Return the projected hours of the paper's Table 3 at the MFU that the estimate assumes."""
     found = {(g, n): hours(g, n, COMPUTE_SHARE, COMPUTE_SHARE) for g in ("a100_80gb", "h100_80gb") for n in (500, 1000)}
     titles = [f"{NODES[g].gpu.split()[0]} hours at {n} tokens a row" for g, n in found]
     lines = ["| method | paper, A100 hours | " + " | ".join(titles) + " |", "|---" * (2 + len(found)) + "|"]

@@ -1,8 +1,11 @@
-"""Rows to token ids on all cores: `python -m benchmarks.tokenisation --data FOLDER --tokenizer HUGGING_FACE_FOLDER`.
+"""Measure tokenisation on all cores.
 
-Tokens of the SFT rows a second of wall time, reading aside. The peer does what TRL's trainers do to prompt-completion
-rows: the prompt and the whole dialogue of each row, by `datasets.map`. The limit encodes the same texts as ours in one
-call of the tokenizers library, and makes nothing of them.
+    python -m benchmarks.tokenisation --data FOLDER --tokenizer HUGGING_FACE_FOLDER
+
+The rate is tokens of the SFT rows per second of wall time, without reading the files. Like TRL's
+trainers for prompt-completion rows, the peer encodes the prompt and the whole dialogue of each row
+with `datasets.map`. The limit encodes our texts in one call of the tokenizers library and discards the
+result.
 """
 
 import argparse
@@ -34,7 +37,7 @@ def _rows(workload: str) -> list[Any]:
 
 
 def _texts(rows: list[Any]) -> list[tuple[str, str]]:
-    """Return the prompt and the answer of each row, in the paper's template."""
+    """Return the prompt and the response of each row in the paper's template."""
     prompts = ["".join(f"{m.role.title()}:{m.content}" for m in row.sample.prompt) + "Assistant: " for row in rows]
     return [(prompt, row.sample.response) for prompt, row in zip(prompts, rows, strict=True)]
 
@@ -46,13 +49,13 @@ def _report(count: Callable[[], int]) -> None:
 
 
 def ours(workload: str, scratch: str) -> None:
-    """What every training stage does before its first step."""
+    """Tokenise as every training stage does before its first step."""
     from offline_align.config.sections import DataSection, Template
     from offline_align.data.template import Renderer
     from offline_align.data.tokenize import tokenize_samples
     from offline_align.data.tokenizer import load_tokenizer
 
-    # Before the clock starts, as for the peer and the limit.
+    # Import before the clock starts, as for the peer and the limit.
     importlib.import_module("pyarrow")
     rows = _rows(workload)
     renderer = Renderer(load_tokenizer(Path(workload) / "tokenizer"), Template.paper)
@@ -61,7 +64,7 @@ def ours(workload: str, scratch: str) -> None:
 
 
 def mapped(workload: str, scratch: str, batch: str, processes: str) -> None:
-    """Prompt and whole dialogue through transformers' tokenizer, into an Arrow file."""
+    """Encode prompt and whole dialogue with transformers' tokenizer into an Arrow file."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -82,7 +85,7 @@ def mapped(workload: str, scratch: str, batch: str, processes: str) -> None:
 
 
 def alone(workload: str, scratch: str) -> None:
-    """The encoder on prompts and answers, with its own threads."""
+    """Encode prompts and responses with the tokenizers library alone, with its own threads."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(f"{workload}/tokenizer/tokenizer.json")

@@ -27,11 +27,10 @@ SHAPES = {"8m": Shape(256, 688, 6, 8), "30m": Shape(512, 1376, 7, 8)}
 
 
 def prepare(folder: Path, data: Path, shape: Shape, rows: int, seed: int) -> None:
-    """Write rows (`sft.jsonl`, `pairs.jsonl`), `model/` and the tokens that peers are given (`*_tokens.json`).
+    """Write rows (`sft.jsonl`, `pairs.jsonl`), `model/` and the tokens for the peers (`*_tokens.json`).
 
-    `answers.jsonl` holds the two answers of each pair as rows of their own, one after the other.
-
-    `data` holds SFT and preference JSONL files. The rows are a random sample of those that fit, in their mixed lengths.
+    `answers.jsonl` holds the two answers of each pair as separate rows, one after the other. `data`
+    is a folder of SFT and preference JSONL files, from which the rows are a random sample.
     """
     from offline_align.__main__ import run
 
@@ -50,9 +49,9 @@ def prepare(folder: Path, data: Path, shape: Shape, rows: int, seed: int) -> Non
 
 
 def copy_for(precision: str, folder: Path) -> Path:
-    """Return a copy of a prepared folder whose contenders multiply in `precision`, `fp32` or `bf16`.
+    """Return a copy of a prepared folder whose contenders compute in `precision`, `fp32` or `bf16`.
 
-    Weights, their gradients' sums and updates are fp32 in both.
+    Weights, gradient accumulation and updates are fp32 in both.
     """
     copy = folder.with_name(f"{folder.name}_{precision}")
     shutil.copytree(folder, copy)
@@ -61,7 +60,7 @@ def copy_for(precision: str, folder: Path) -> Path:
 
 
 def in_bf16(folder: str) -> bool:
-    """Whether the contenders of a folder multiply in bf16."""
+    """Return whether the contenders of a folder compute in bf16."""
     return bool(load(Path(folder) / _PRECISION) == "bf16")
 
 
@@ -80,7 +79,7 @@ def _write_model(folder: Path, tokenizer: Path, shape: Shape) -> None:
         tie_word_embeddings=False,
         bos_token_id=loaded.bos_id,
         eos_token_id=loaded.eos_id,
-        # Not end of sequence: transformers reads a reward at the last token that is not padding.
+        # Not the end-of-sequence token: transformers reads the reward at the last token that is not padding.
         pad_token_id=0,
         **asdict(shape),
     )
@@ -115,7 +114,7 @@ def _add_rewards(source: Path, target: Path, seed: int) -> None:
 
 
 def _write_tokens(folder: Path) -> None:
-    """Tokenise as the training stages do, so that all contenders see equal tokens and equal targets."""
+    """Tokenise as the training stages do, so that all contenders get the same tokens and targets."""
     from offline_align.config.sections import DataSection, OnBadRow, Template
     from offline_align.data.records import BadRows, PreferencePair, Sample, TrainingRow, read_rows
     from offline_align.data.template import Renderer

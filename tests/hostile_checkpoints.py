@@ -1,4 +1,4 @@
-"""Checkpoint folders that a stranger has prepared: code among the records and shards, all hashes made right."""
+"""Hostile checkpoint folders: code among the records and shards, with matching hashes."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from offline_align import lineage
 
 
 class Call:
-    """Unpickling it calls a function."""
+    """An object whose unpickling calls a function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -36,12 +36,12 @@ def touch(marker: Path) -> bytes:
 
 
 def by_getattr(marker: Path) -> bytes:
-    """A method, which a pickle fetches by `getattr`."""
+    """A method, which unpickling fetches with `getattr`."""
     return pickle.dumps(Call(Path(marker).touch))
 
 
 def through_a_module(marker: Path) -> bytes:
-    """A dotted name: `os.system` as an attribute of an attribute of a module that is allowed."""
+    """A dotted name: `os.system`, reached through attributes of an allowed module."""
     return (
         b"\x80\x04"
         + _text("torch")
@@ -53,14 +53,14 @@ def through_a_module(marker: Path) -> bytes:
 
 
 def inside_a_record(marker: Path) -> bytes:
-    """An honest record whose field is the call."""
+    """A valid record with the call in one field."""
     from torch.distributed.checkpoint.metadata import Metadata
 
     return pickle.dumps(Metadata({}, planner_data=Call(Path.touch, marker), storage_data={}))
 
 
 def by_torch_load(marker: Path) -> bytes:
-    """`torch.load` of a second file, without restrictions."""
+    """An unrestricted `torch.load` of a second file."""
     import torch
 
     second = marker.with_name("second.pt")
@@ -90,7 +90,7 @@ def put_record(folder: Path, content: bytes) -> None:
 
 
 def put_object(folder: Path, key: str, value: Any) -> None:
-    """Let an object among the shards be `value`."""
+    """Replace an object among the shards with `value`."""
     import torch
 
     buffer = io.BytesIO()
@@ -107,7 +107,7 @@ def put_object(folder: Path, key: str, value: Any) -> None:
 
 
 def move_shard(folder: Path, name: str) -> None:
-    """Let all tensors lie in the file `name`."""
+    """Make all tensors refer to the file `name`."""
     _edit(folder, "", lambda info: dataclasses.replace(info, relative_path=name))
 
 
@@ -120,7 +120,7 @@ def _edit(folder: Path, key: str, change: Callable[[Any], Any]) -> None:
 
 
 def reseal(folder: Path) -> None:
-    """Make the hashes of a checkpoint those of its files, as anybody can."""
+    """Update the recorded hashes of a checkpoint to its files, as anybody can."""
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != "checkpoint.json")
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": lineage.file_sha256(folder / name)} for name in names

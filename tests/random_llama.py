@@ -1,4 +1,4 @@
-"""A random policy in Hugging Face form, small enough for tests."""
+"""A small random policy in Hugging Face format."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from offline_align.data.tokenizer import Tokenizer
 
 
 def save_random_llama(folder: Path, tokenizer: Tokenizer, spread: float = 0.4, **settings: Any) -> Path:
-    """Write a Llama of two layers for this tokenizer; `spread` makes its answers differ from prompt to prompt."""
+    """Write a two-layer Llama for this tokenizer. `spread` makes its answers depend on the prompt."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""Configurations and finished runs in one line each."""
+"""Helpers to make configurations and finished runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ def compose(stage: str, words: Sequence[str]) -> Composed:
 
 
 def job(stage: str, words: Sequence[str]) -> Job[Any]:
-    """Return the job of a stage for command-line words that are all right."""
+    """Return the job of a stage for valid command-line words."""
     composed = compose(stage, words)
     assert composed.problems == []
     config: Run = composed.config
@@ -26,7 +26,7 @@ def job(stage: str, words: Sequence[str]) -> Job[Any]:
 
 
 def content_key(stage: str, config: dict[str, Any], inputs: Sequence[Path], parents: Sequence[Path]) -> str:
-    """Return the key of what a stage would make of files and models."""
+    """Return the content key of a stage's result for the given files and models."""
     return run_settings(stage, config, read_sources(inputs, parents)).key
 
 
@@ -39,5 +39,5 @@ def write_manifest(
     outputs: Sequence[Path],
     extra: dict[str, Any],
 ) -> Path:
-    """Declare a run of these files and models finished."""
+    """Mark a run with these files and models as finished."""
     return lineage.write_manifest(run_dir, stage, key, read_sources(inputs, parents), outputs, extra)

@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""Helpers shared by several tests."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def real_data_dir() -> Path:
-    """Return the folder of real rows, or skip the test where it is absent."""
+    """Return the folder of real rows, or skip the test if it does not exist."""
     default = REPOSITORY.parent / "shared" / "data"
     folder = Path(os.environ.get("OFFLINE_ALIGN_DATA", default))
     if not folder.is_dir():
@@ -21,9 +21,9 @@ def real_data_dir() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens at, lowest first, and that stay so until they are used.
+    """Return free ports, in increasing order, that stay free until they are used.
 
-    They are none of those that the kernel gives to connections, nor of those that another worker of pytest may take.
+    They are outside the kernel's ephemeral range and the ranges of other pytest workers.
     """
     given = Path("/proc/sys/net/ipv4/ip_local_port_range")
     first_given = int(given.read_text().split()[0]) if given.exists() else 32_768

@@ -1,4 +1,4 @@
-"""Tiny runs of the real commands, in this process, for tests."""
+"""Helpers to run the real commands with tiny models in this process."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from offline_align.__main__ import run
 
-# Small enough that a step takes milliseconds, and divisible by two ranks.
+# A step takes milliseconds, and the sizes are divisible by two ranks.
 TINY = [
     "model=demo",
     "model.num_layers=2",
@@ -28,7 +28,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def samples(count: int = 14) -> list[dict[str, Any]]:
-    """Rows of different lengths, all with text of their own."""
+    """Return rows of different lengths, each with its own text."""
     return [
         {
             "id": f"s{i}",
@@ -73,11 +73,11 @@ def train(stage: str, folder: Path, data: Path, *words: str, model: list[str] | 
 
 
 def continued(source: Path) -> list[str]:
-    """Words for a run that starts from the weights of another."""
+    """Return the words for a run that starts from the weights of another run."""
     return [f"init.from={source}", "data.max_length=128", "run.device=cpu", "debug=true"]
 
 
 def metrics(folder: Path, name: str = "loss") -> list[float]:
-    """Return a column of metrics.jsonl, lines without it left out."""
+    """Return a column of metrics.jsonl, without the lines that lack it."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [row[name] for row in map(json.loads, lines) if name in row]

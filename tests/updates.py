@@ -1,4 +1,4 @@
-"""AdamW in float64, beside the updates of a training run: what they must make of every parameter."""
+"""Record the updates of a training run, and compute the expected parameters with AdamW in float64."""
 
 import functools
 import os
@@ -12,12 +12,12 @@ from torch import Tensor
 from offline_align.config.sections import OptimSection
 
 Weights = dict[str, Tensor]
-# So large an epsilon that gradients move nothing: what is left of an update is the weight decay, 0.001 a step.
+# With so large an epsilon, gradients change nothing, and only the weight decay remains: 0.001 per step.
 DECAY_ALONE = ["optim.lr=1e-2", "optim.lr_decay_style=constant", "optim.adam_eps=1e3"]
 
 
 def recording(update: Callable[..., Any], path: Path) -> Callable[..., Any]:
-    """Return `TrainStep._update` that also writes weights and gradients of this rank to `path`, in float64."""
+    """Return `TrainStep._update`, wrapped to write this rank's weights and gradients to `path` in float64."""
     done: list[dict[str, Any]] = []
 
     @functools.wraps(update)
@@ -35,12 +35,12 @@ def recording(update: Callable[..., Any], path: Path) -> Callable[..., Any]:
 
 
 def _weights(parameters: dict[str, Any]) -> Weights:
-    # Copied, also where they are in float64 already.
+    # `copy=True`, since tensors that are float64 already would not be copied otherwise.
     return {name: parameter.detach().to(torch.float64, copy=True) for name, parameter in parameters.items()}
 
 
 def record(folder: str) -> None:
-    """Let each rank of this process write its updates to `folder`."""
+    """Make each rank started by this process write its updates to `folder`."""
     from offline_align.train.step import TrainStep
 
     path = Path(folder) / f"updates_{os.environ.get('RANK', '0')}"
@@ -48,13 +48,13 @@ def record(folder: str) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return what `recording` wrote, an entry for each update."""
+    """Return the records written by `recording`, one per update."""
     found: list[dict[str, Any]] = torch.load(path, weights_only=True)
     return found
 
 
 def expected(done: list[dict[str, Any]], optim: OptimSection) -> Weights:
-    """Return the weights after all updates from the first: decoupled weight decay, of matrices alone."""
+    """Return the weights after all updates, with decoupled weight decay on matrices only."""
     weights: Weights = dict(done[0]["before"])
     first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -79,7 +79,7 @@ def largest_error(found: Weights, wanted: Weights) -> float:
 
 
 def decayed_weights(done: list[dict[str, Any]], decay: float = 0.1) -> Weights:
-    """Return the weights after all updates if gradients move nothing (`DECAY_ALONE`)."""
+    """Return the weights after all updates if gradients change nothing (`DECAY_ALONE`)."""
     return {
         name: weight * (1 - done[0]["rate"] * decay) ** len(done) if weight.dim() > 1 else weight
         for name, weight in done[0]["before"].items()

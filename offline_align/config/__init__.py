@@ -1,1 +1,1 @@
-"""What a user can set: dataclass sections, one root per command, and their composition by Hydra."""
+"""The configuration: dataclass sections, one root dataclass per command, composed by Hydra."""

@@ -1,6 +1,7 @@
-"""Rules between settings, all checked before a device or a process group is touched.
+"""Checks of single settings and of combinations, all before a device or a process group is touched.
 
-Each function returns problems as lines that name key, value and fix; an empty list means that all is well.
+Each function returns a list of problems, one line each, with key, value and fix. An empty list means
+that there is no problem.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ _SLURM_TIME = re.compile(r"(\d+-)?\d{1,3}:\d{2}:\d{2}|(\d+[dhm])+")
 
 
 def problems(config: Run, model: s.ModelSection | None, world: int) -> list[str]:
-    """Return what is wrong with `config` for `world` ranks; `model` is the architecture that will run, if known."""
+    """Return the problems of `config` for `world` ranks; `model` is None if it is not known."""
     found: list[str] = []
     for part in vars(config).values():
         for kind, check in _SECTION_CHECKS.items():
@@ -27,7 +28,7 @@ def problems(config: Run, model: s.ModelSection | None, world: int) -> list[str]
     if parallel is not None:
         found += _layout(parallel, world)
         found += _batch(section(config, s.TrainerSection), parallel, world)
-    found += _engine(config) + _lean_state(config)
+    found += _transformer_engine(config) + _precision_aware(config)
     if model is not None:
         found += _model(model) or (_model_layout(model, parallel) if parallel else [])
         data = section(config, s.DataSection)
@@ -39,8 +40,8 @@ def problems(config: Run, model: s.ModelSection | None, world: int) -> list[str]
     return found
 
 
-def _engine(config: Run) -> list[str]:
-    """Return what is asked of Transformer Engine although it cannot be had; a plan may be for another machine."""
+def _transformer_engine(config: Run) -> list[str]:
+    """Return the settings that need Transformer Engine but cannot have it; none in a dry run."""
     model, optim = section(config, s.ModelSection), section(config, s.OptimSection)
     trainer = section(config, s.ComputeSection)
     asked = {
@@ -56,16 +57,16 @@ def _engine(config: Run) -> list[str]:
     if importlib.util.find_spec("transformer_engine") is None:
         return [f"{words}: Transformer Engine is not installed; install it, or leave this unset" for words in wanted]
     if asked["trainer.precision=fp8"] and not isinstance(trainer, s.TrainerSection):
-        return ["trainer.precision=fp8: is for training; use bf16"]
+        return ["trainer.precision=fp8: supports only training; use bf16"]
     return []
 
 
-def _lean_state(config: Run) -> list[str]:
+def _precision_aware(config: Run) -> list[str]:
     optim, parallel = section(config, s.OptimSection), section(config, s.ParallelSection)
     if not (optim and parallel and optim.use_precision_aware_optimizer) or parallel.use_distributed_optimizer:
         return []
     return [
-        "parallel.use_distributed_optimizer=False: optim.use_precision_aware_optimizer=True is for the distributed "
+        "parallel.use_distributed_optimizer=False: optim.use_precision_aware_optimizer=True needs the distributed "
         "optimizer; leave one of them unset"
     ]
 
@@ -92,8 +93,9 @@ def _run(run: s.RunSection) -> list[str]:
 
 
 def _data(data: s.DataSection) -> list[str]:
-    short = [f"data.max_length={data.max_length}: a row needs at least 2 tokens"] if data.max_length < 2 else []
-    return short + template_date(data.template_date)
+    short = data.max_length < 2
+    found = [f"data.max_length={data.max_length}: a row needs at least 2 tokens; use 2 or more"] if short else []
+    return found + template_date(data.template_date)
 
 
 def template_date(given: str | None) -> list[str]:
@@ -103,7 +105,7 @@ def template_date(given: str | None) -> list[str]:
             return []
     except ValueError:
         pass
-    return [f"data.template_date={given}: is no day; write one as 2026-01-31"]
+    return [f"data.template_date={given}: is not a day; write one as 2026-01-31"]
 
 
 def _limit(trainer: s.LimitSection) -> list[str]:
@@ -124,7 +126,7 @@ def _compute(trainer: s.ComputeSection) -> list[str]:
 def _trainer(trainer: s.TrainerSection) -> list[str]:
     steps = trainer.profile_steps
     ordered = len(steps) == 2 and 1 <= steps[0] <= steps[1]
-    found = [] if ordered or not steps else [f"trainer.profile_steps={steps}: must be first and last step, as [5,7]"]
+    found = [] if ordered or not steps else [f"trainer.profile_steps={steps}: give the first and last step, as [5,7]"]
     return found + _positive(
         trainer,
         "trainer",
@@ -201,7 +203,10 @@ def _judge(judge: s.JudgeSection) -> list[str]:
     if not (math.isfinite(judge.timeout_seconds) and judge.timeout_seconds > 0):
         found.append(f"judge.timeout_seconds={judge.timeout_seconds}: must be above 0")
     if judge.calibration is not None and judge.kind is s.JudgeKind.human:
-        found.append("judge.calibration: holds people's verdicts already; choose another judge, or leave it unset")
+        found.append(
+            f"judge.calibration={judge.calibration}: compares a judge with people, but with judge=human people "
+            "are the judge; choose another judge, or leave it unset"
+        )
     return found
 
 
@@ -229,12 +234,12 @@ def _launcher(launcher: s.LauncherSection) -> list[str]:
     if launcher.dependency is not None and not re.fullmatch(r"\d+(:\d+)*", launcher.dependency):
         found.append(f"launcher.dependency={launcher.dependency}: write job ids as 12:13")
     found += [
-        f"launcher.sbatch.{name}: no name of an option; write launcher.sbatch.qos=high"
+        f"launcher.sbatch.{name}: not the name of an option of sbatch; write for example launcher.sbatch.qos=high"
         for name in launcher.sbatch
         if not re.fullmatch(r"[a-z][a-z0-9-]*", str(name))
     ]
     found += [
-        f"launcher.environment.{name}: no name of an environment variable"
+        f"launcher.environment.{name}: not a valid name of an environment variable; use letters, digits and _"
         for name in launcher.environment
         if not re.fullmatch(r"[A-Za-z_]\w*", str(name))
     ]
@@ -242,7 +247,7 @@ def _launcher(launcher: s.LauncherSection) -> list[str]:
 
 
 def _one_line_each(launcher: s.LauncherSection) -> list[str]:
-    """Return the values that would not stay on their line of the batch script."""
+    """Return the values that would break a line of the batch script."""
     return [
         f"launcher.{name}: must not contain line breaks or other control characters"
         for name, value in vars(launcher).items()
@@ -254,7 +259,7 @@ def _one_line_each(launcher: s.LauncherSection) -> list[str]:
 def _tokenizer(tokenizer: s.TokenizerSection) -> list[str]:
     low = tokenizer.vocab_size < 300
     return (
-        [f"tokenizer.vocab_size={tokenizer.vocab_size}: byte fallback alone takes 260; use 300 or more"] if low else []
+        [f"tokenizer.vocab_size={tokenizer.vocab_size}: byte fallback alone needs 260; use 300 or more"] if low else []
     )
 
 
@@ -291,11 +296,11 @@ def _layout(parallel: s.ParallelSection, world: int) -> list[str]:
         keys += f" and parallel.context_parallel_size={context}" if context > 1 else ""
         found.append(
             f"{keys}: {world} ranks cannot be divided into groups of "
-            f"{tensor * context}; start a multiple of it with launcher.nproc_per_node or torchrun"
+            f"{tensor * context}; start a multiple of {tensor * context} ranks with launcher.nproc_per_node or torchrun"
         )
     if parallel.sequence_parallel and tensor == 1:
         found.append(
-            "parallel.sequence_parallel=True: splits the sequence between tensor parallel ranks, of which there is 1; "
+            "parallel.sequence_parallel=True: needs several tensor parallel ranks, but there is 1; "
             "set it to false or raise parallel.tensor_model_parallel_size"
         )
     return found
@@ -318,7 +323,7 @@ def _model(model: s.ModelSection) -> list[str]:
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
     unset = [n for n in names if not isinstance(getattr(model, n), int)]
     if unset:
-        return [f"model.{n} is not set: choose model=<group> or give it" for n in unset]
+        return [f"model.{n} is not set: choose model=<group> or set it" for n in unset]
     found = _positive(
         model, "model", *names, "num_query_groups", "kv_channels", "max_position_embeddings", "vocab_size"
     )
@@ -334,7 +339,7 @@ def _model(model: s.ModelSection) -> list[str]:
 
 
 def _model_layout(model: s.ModelSection, parallel: s.ParallelSection) -> list[str]:
-    """Return what tensor parallelism cannot divide."""
+    """Return the sizes of the model that the tensor parallel size does not divide."""
     tensor = parallel.tensor_model_parallel_size
     widths = {
         "model.num_attention_heads": model.num_attention_heads,
@@ -344,7 +349,7 @@ def _model_layout(model: s.ModelSection, parallel: s.ParallelSection) -> list[st
     if model.vocab_size is not None:
         widths["model.make_vocab_size_divisible_by"] = model.padded_vocab_size
     return [
-        f"parallel.tensor_model_parallel_size={tensor}: does not divide {name}={width}; use a divisor of it"
+        f"parallel.tensor_model_parallel_size={tensor}: does not divide {name}={width}; use a divisor of {width}"
         for name, width in widths.items()
         if tensor > 0 and width % tensor
     ]

@@ -1,8 +1,8 @@
-"""From command-line words to one frozen configuration, with every mistake reported at once.
+"""Compose the command line into one frozen configuration and report all mistakes at once.
 
-Hydra composes the YAML groups under `configs/` and parses the overrides; nothing else of it is used: it makes
-no folders and sets up no logging. Each value is then checked against the dataclass schema on its own, so that
-one wrong key does not hide the next one.
+Hydra composes the YAML groups under `configs/` and parses the overrides. It creates no folders and
+sets up no logging. Each value is then checked against the dataclass schema by itself, so that one
+wrong key does not hide the next one.
 """
 
 import dataclasses
@@ -26,10 +26,11 @@ from offline_align.config.words import parse, split_flags, with_home
 from offline_align.distributed.launched import launched
 from offline_align.errors import ConfigError
 
-# `from` is a keyword of Python, so the field behind the key `init.from` has a trailing underscore.
+# `from` is a Python keyword, so the field for the key `init.from` has a trailing underscore.
 _ALIASES = {"init.from": "init.from_"}
 _OPEN_MAPPINGS = ("model.overrides.", "model.rope_scaling.", "launcher.environment.", "launcher.sbatch.")
-# Keys that name files or folders: `~` is the user's home in all of them, wherever a shell has left it as it is.
+# Keys that name files or folders. `~` is expanded in all of them, since a shell expands it only at
+# the start of a word.
 _PATHS = {
     "run.dir",
     "init.from",
@@ -52,13 +53,13 @@ MISSING = "???"
 
 @dataclass
 class Composed:
-    """A configuration, the dotted keys that the user set, and what is wrong with it so far."""
+    """A configuration, the dotted keys that the user set, and the problems found so far."""
 
     config: Run
     explicit: frozenset[str]
     problems: list[str] = field(default_factory=list)
     refused: frozenset[str] = frozenset()
-    """Keys that were given, but not in a form that can be used."""
+    """Keys that were given with a value that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,19 @@ class _Value:
 
 
 def configs_dir() -> Path:
-    """Return the folder of YAML groups: inside the package in a wheel, beside it in a checkout."""
+    """Return the folder of YAML groups: inside the package in a wheel, next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
-    carried = package / "configs"
-    return carried if carried.is_dir() else package.parent / "configs"
+    packaged = package / "configs"
+    return packaged if packaged.is_dir() else package.parent / "configs"
 
 
 def compose(stage: str, schema: type[Run], words: list[str], needs_run_dir: bool = True) -> Composed:
-    """Return the configuration of `stage` for command-line `words` such as `model=demo optim.lr=1e-5`.
+    """Return the configuration of `stage` for command-line words such as `optim.lr=1e-5`.
 
-    `--config-dir DIR` adds the user's own groups (`DIR/model/mine.yaml` is `model=mine`); `--config FILE` takes
-    values from a YAML file, for example the `config.yaml` of an earlier run. Words win over the file, the file
-    over the groups. Problems are collected, not raised.
+    `--config-dir DIR` adds the user's own groups (`model=mine` is `DIR/model/mine.yaml`).
+    `--config FILE` reads values from a YAML file, for example the `config.yaml` of an earlier run.
+    The command line overrides the file, and the file overrides the groups. Problems are collected,
+    not raised.
     """
     problems: list[str] = []
     words, folder, file = split_flags(words, problems)
@@ -110,14 +112,18 @@ def compose(stage: str, schema: type[Run], words: list[str], needs_run_dir: bool
 
 
 def _lacks_run_dir(config: DictConfig, needed: bool) -> bool:
-    """Whether the folder is still to be given; an empty one, as of an unset variable, would be the current folder."""
+    """Return whether `run.dir` is missing.
+
+    An empty value, for example from an unset shell variable, would mean the current folder and
+    counts as missing.
+    """
     if OmegaConf.is_missing(config.run, "dir"):
         return needed
     return not config.run.dir.strip()
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """Return a configuration as plain values under the keys that a user types (for `config.yaml`)."""
+    """Return a configuration as plain values by the keys that a user types, for `config.yaml`."""
     return {f.name.rstrip("_"): _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
@@ -149,7 +155,7 @@ def _group_choice(override: Override, searched: list[Path], problems: list[str])
 def _compose_groups(stage: str, chosen: list[str], folder: Path | None, problems: list[str]) -> dict[str, Any]:
     search = [f"hydra.searchpath=[file://{folder}]"] if folder else []
     with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        # A group that this stage does not have is an unknown key like any other.
+        # Try the groups one by one, to report each group that this stage does not have.
         usable = []
         for word in chosen:
             try:
@@ -173,7 +179,7 @@ def _compose_groups(stage: str, chosen: list[str], folder: Path | None, problems
 def _file_values(file: Path, problems: list[str]) -> list[_Value]:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(file))
-    except Exception as error:  # any parser error is the user's file
+    except Exception as error:  # any error of the parser is a mistake in the user's file
         problems.append(f"--config={file}: not readable as YAML: {str(error).splitlines()[0]}")
         return []
     if not isinstance(tree, dict):
@@ -192,7 +198,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _thaw(node: DictConfig) -> None:
-    """Let values be assigned to the schema of frozen dataclasses while composing."""
+    """Make the schema of frozen dataclasses writable while it is composed."""
     node._set_flag("readonly", False)
     for name in node:
         child = node._get_node(name)
@@ -201,7 +207,7 @@ def _thaw(node: DictConfig) -> None:
 
 
 def _assign(config: DictConfig, item: _Value, problems: list[str]) -> bool:
-    """Put one value into the schema; report a problem and return False where it does not fit."""
+    """Put one value into the schema. Add a problem and return False if it does not fit."""
     where = "" if item.origin == "command line" else f" (in {item.origin})"
     shown = f"{item.key}={'null' if item.value is None else item.value}"
     key = _ALIASES.get(item.key, item.key)
@@ -252,7 +258,7 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def _build[T](cls: type[T], node: DictConfig) -> T:
-    """Turn the checked tree into frozen dataclasses; what is still missing stays `???`."""
+    """Turn the checked tree into frozen dataclasses. A missing value stays `???`."""
     values: dict[str, Any] = {}
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         child = node._get_node(f.name)
@@ -267,8 +273,8 @@ def _build[T](cls: type[T], node: DictConfig) -> T:
 
 
 def require(composed: Composed, more: list[str]) -> Run:
-    """Return the configuration, or raise one ConfigError that holds every problem found."""
-    # A key that was given in an unusable form is not one that was forgotten.
+    """Return the configuration. Raises one ConfigError with all problems if there are any."""
+    # Do not report a key as unset if it was given with an unusable value.
     more = [problem for problem in more if problem.partition(" is not set")[0] not in composed.refused]
     problems = composed.problems + more
     if problems:
@@ -277,9 +283,9 @@ def require(composed: Composed, more: list[str]) -> Run:
 
 
 def world_size(nproc_per_node: int, nodes: int) -> int:
-    """Return the number of ranks: those that a launcher has started, else those that the launcher section asks for.
+    """Return the number of ranks of the running launcher, else that of the launcher section.
 
-    Raises ConfigError if the rank variables of the environment contradict each other.
+    Raises ConfigError if the rank variables in the environment contradict each other.
     """
     place = launched()
     return nproc_per_node * nodes if place is None else place.world_size

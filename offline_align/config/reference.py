@@ -1,6 +1,7 @@
-"""The schema as text: `--help` of a stage, and the configuration reference of the documentation.
+"""The schema as text: the `--help` of a stage and the configuration reference in the documentation.
 
-Both come from the docstrings and defaults of the dataclasses, so they cannot say anything else than the code.
+Both are generated from the docstrings and defaults of the dataclasses, so they always agree with the
+code.
 """
 
 import ast
@@ -20,7 +21,7 @@ from offline_align.config.runs import Run, TrainRun
 
 @dataclass(frozen=True)
 class Key:
-    """One setting as a user meets it."""
+    """One setting as the user sees it."""
 
     name: str
     kind: str
@@ -36,17 +37,17 @@ def stage_help(stage: str, schema: type[Run], summary: str) -> str:
     for key in schema_keys(schema):
         lines.append(f"  {key.name} ({key.default})\n      {key.text}")
     return "\n".join(
-        [*lines, "", "--config FILE takes values from a YAML file, --config-dir DIR adds groups of your own."]
+        [*lines, "", "--config FILE reads values from a YAML file. --config-dir DIR adds your own groups."]
     )
 
 
 def schema_keys(schema: type[Run]) -> list[Key]:
-    """Return the keys of a command in their order."""
+    """Return the keys of a command in the order of the schema."""
     return list(_keys(schema, ""))
 
 
 def stage_groups(stage: str) -> dict[str, list[str]]:
-    """Return the groups of `stage` and the choices that come with the package."""
+    """Return the groups of `stage` for which the package has choices, with these choices."""
     text = (configs_dir() / "stage" / f"{stage}.yaml").read_text(encoding="utf-8")
     inherited = re.findall(r"^  - (\w+)$", text, re.MULTILINE)
     found = dict[str, list[str]]()
@@ -54,7 +55,8 @@ def stage_groups(stage: str) -> dict[str, list[str]]:
         if parent != "_self_":
             found |= stage_groups(parent)
     for group in re.findall(r"^  - /(\w+):", text, re.MULTILINE):
-        found[group] = sorted(p.stem for p in (configs_dir() / group).glob("*.yaml"))
+        if choices := sorted(p.stem for p in (configs_dir() / group).glob("*.yaml")):
+            found[group] = choices
     return found
 
 
@@ -71,7 +73,7 @@ def _keys(cls: type, prefix: str) -> Iterator[Key]:
 
 @cache
 def _field_texts(cls: type) -> dict[str, str]:
-    """Return the docstring below each field of a dataclass and its bases."""
+    """Return the docstring below each field of a dataclass and of its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -86,7 +88,7 @@ def _field_texts(cls: type) -> dict[str, str]:
 
 
 def _kind(annotation: Any) -> str:
-    """Return the type of a field in words; that it may be unset stands in its default."""
+    """Return the type of a field in words, without None: the default says that it may be unset."""
     if annotation is Any:
         return "path or list"
     options = [a for a in get_args(annotation) if a is not NoneType]
@@ -110,7 +112,7 @@ def _default(field: "dataclasses.Field[Any]") -> str:
 
 
 def reference_page(schemas: Mapping[str, type[Run]]) -> str:
-    """Return the configuration reference in Markdown: every key of every stage, once, by section."""
+    """Return the configuration reference in Markdown: the keys of all stages, by section."""
     stages_of: dict[Key, list[str]] = {}
     for stage, schema in schemas.items():
         for key in schema_keys(schema):
@@ -118,8 +120,7 @@ def reference_page(schemas: Mapping[str, type[Run]]) -> str:
     lines = [
         "# Configuration reference",
         "",
-        "Made from the schema by `make reference`; a test keeps it true. `offline-align <stage> --help` shows the keys "
-        "of one stage.",
+        "Generated from the schema by `make reference`. `offline-align <stage> --help` shows the keys of one stage.",
         "",
     ]
     for section in dict.fromkeys(_section(key) for key in stages_of):

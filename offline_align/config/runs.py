@@ -1,4 +1,4 @@
-"""One root dataclass for every command: the sections it has, in the order a user meets them."""
+"""One root dataclass per command, with its sections in the order in which `--help` lists them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,35 +9,36 @@ from offline_align.config import sections as s
 
 @dataclass(frozen=True)
 class Run:
-    """What every command has."""
+    """Settings of every command."""
 
     run: s.RunSection = field(default_factory=s.RunSection)
     dry_run: bool = False
-    """Print the resolved plan and exit 0: no GPU, no process group, nothing written."""
+    """Check the settings, print what the run would do and exit with 0. Uses no GPU, starts no
+    process group and writes nothing."""
     debug: bool = False
-    """Show tracebacks instead of one line for each error."""
+    """Print the full traceback of an error instead of one line."""
 
     def named_files(self) -> dict[str, Any]:
-        """Return the values of the keys that name data files; None for a key that is not set."""
+        """Return the values of the keys that name data files. None stands for a key that is not set."""
         return {}
 
     def named_models(self) -> dict[str, str | None]:
-        """Return the values of the keys that name models; None for a key that is not set."""
+        """Return the values of the keys that name models. None stands for a key that is not set."""
         return {}
 
     def named_runs(self) -> list[str]:
-        """Return the run folders, or folders of runs, that the command shows."""
+        """Return the run folders, or folders of run folders, that the command reports on."""
         return []
 
 
 def section[S](config: Run, kind: type[S]) -> S | None:
-    """Return the section of `kind` that a command has, or None if it has none."""
+    """Return the section of `config` that is of type `kind`, or None if there is none."""
     return next((part for part in vars(config).values() if isinstance(part, kind)), None)
 
 
 @dataclass(frozen=True)
 class PrepareRun(Run):
-    """`prepare`: raw data sets to rows."""
+    """`prepare`: convert raw data sets to rows."""
 
     data: s.RawDataSection = field(default_factory=s.RawDataSection)
     prepare: s.PrepareSection = field(default_factory=s.PrepareSection)
@@ -46,13 +47,13 @@ class PrepareRun(Run):
     launcher: s.LauncherSection = field(default_factory=s.LauncherSection)
 
     def named_files(self) -> dict[str, Any]:
-        """Return `data.input`, which may also name the demo corpus and data sets of the hub."""
+        """Return `data.input`, which may also name the demo corpus or data sets on the Hub."""
         return {"data.input": self.data.input}
 
 
 @dataclass(frozen=True)
 class ModelRun(Run):
-    """What every command that runs a model has."""
+    """Settings of every command that runs a model."""
 
     init: s.InitSection = field(default_factory=s.InitSection)
     model: s.ModelSection = field(default_factory=s.ModelSection)
@@ -73,7 +74,7 @@ class TrainRun(ModelRun):
     optim: s.OptimSection = field(default_factory=s.OptimSection)
 
     def named_files(self) -> dict[str, Any]:
-        """Return the rows for training and for validation."""
+        """Return `data.train` and `data.valid`."""
         return {"data.train": self.data.train, "data.valid": self.data.valid}
 
 
@@ -107,7 +108,7 @@ class ConditionalRun(TrainRun):
 
 @dataclass(frozen=True)
 class LabelRun(ModelRun):
-    """`label`: a reward model scores a data set."""
+    """`label`: score a data set with a reward model."""
 
     data: s.InputDataSection = field(default_factory=s.InputDataSection)
     trainer: s.ComputeSection = field(default_factory=s.ComputeSection)
@@ -120,7 +121,7 @@ class LabelRun(ModelRun):
 
 @dataclass(frozen=True)
 class GenerateRun(ModelRun):
-    """`generate`: a policy answers prompts."""
+    """`generate`: answer prompts with a policy."""
 
     data: s.InputDataSection = field(default_factory=s.InputDataSection)
     trainer: s.ComputeSection = field(default_factory=s.ComputeSection)
@@ -134,7 +135,7 @@ class GenerateRun(ModelRun):
 
 @dataclass(frozen=True)
 class EvaluateRun(Run):
-    """`evaluate`: several generation files and a judge."""
+    """`evaluate`: compare several generation files with a judge."""
 
     data: s.InputDataSection = field(default_factory=s.InputDataSection)
     parallel: s.ParallelSection = field(default_factory=s.ParallelSection)
@@ -145,15 +146,15 @@ class EvaluateRun(Run):
 
     @property
     def judges(self) -> bool:
-        """Whether there is anything to judge: answers, or pairs that people have judged."""
+        """Return whether there is anything to judge: answers, or pairs judged by people."""
         return self.data.input is not None or self.judge.calibration is not None
 
     def named_files(self) -> dict[str, Any]:
-        """Return the answers and the pairs that people have judged."""
+        """Return `data.input` and `judge.calibration`."""
         return {"data.input": self.data.input, "judge.calibration": self.judge.calibration}
 
     def named_models(self) -> dict[str, str | None]:
-        """Return the reward models that judge."""
+        """Return the reward models that act as judges."""
         if not self.judges:
             return {}
         judge = self.judge
@@ -161,32 +162,32 @@ class EvaluateRun(Run):
         return {"judge.model": first, "judge.second_model": judge.second_model}
 
     def named_runs(self) -> list[str]:
-        """Return what `evaluate.runs` names."""
+        """Return `evaluate.runs` as a list."""
         given = self.evaluate.runs
         return [str(name) for name in (given if isinstance(given, list | tuple) else [given]) if name is not None]
 
 
 @dataclass(frozen=True)
 class ConvertRun(ModelRun):
-    """`convert`: Hugging Face form to ours and back."""
+    """`convert`: Hugging Face checkpoints to megatron checkpoints and back."""
 
     convert: s.ConvertSection = field(default_factory=s.ConvertSection)
     trainer: s.LimitSection = field(default_factory=s.LimitSection)
 
     def named_files(self) -> dict[str, Any]:
-        """Return the report whose table goes into the model card."""
+        """Return the evaluation report whose table goes into the model card."""
         folder = self.convert.evaluation
         return {"convert.evaluation": None if folder is None else str(Path(folder) / "report.json")}
 
 
 @dataclass(frozen=True)
 class PlanMethodSection(s.FilteringMethodSection, s.RewardWeightedMethodSection, s.ConditionalMethodSection):
-    """The settings of all three methods."""
+    """Settings of all three methods."""
 
 
 @dataclass(frozen=True)
 class PlanRun(Run):
-    """`plan`: what each method would make of a labelled file."""
+    """`plan`: show what each method would do with a labelled file."""
 
     model: s.ModelSection = field(default_factory=s.ModelSection)
     data: s.InputDataSection = field(default_factory=s.InputDataSection)
@@ -199,4 +200,4 @@ class PlanRun(Run):
 
 @dataclass(frozen=True)
 class VerifyRun(Run):
-    """`verify`: whether a run folder is whole and where it came from."""
+    """`verify`: check that a run folder is intact, and show where it came from."""

@@ -1,4 +1,4 @@
-"""The words of a command line, as they are typed: flags, overrides in Hydra's grammar, and paths in a user's home."""
+"""Parse the words of a command line: flags, overrides in Hydra's grammar, and paths with `~`."""
 
 import contextlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 
 
 def split_flags(words: list[str], problems: list[str]) -> tuple[list[str], Path | None, Path | None]:
-    """Take `--config-dir DIR` and `--config FILE` (also with `=`) out of the words."""
+    """Return the words without `--config-dir DIR` and `--config FILE` (also with `=`), and the paths."""
     rest: list[str] = []
     found: dict[str, Path] = {}
     queue = list(words)
@@ -30,7 +30,7 @@ def split_flags(words: list[str], problems: list[str]) -> tuple[list[str], Path 
 
 
 def parse(words: list[str], problems: list[str]) -> tuple[list[Override], set[str]]:
-    """Return what the words say, and the keys of those that cannot be read."""
+    """Return the overrides, and the keys of the words that cannot be parsed."""
     parser = OverridesParser.create()
     overrides: list[Override] = []
     unreadable: set[str] = set()
@@ -49,10 +49,11 @@ def parse(words: list[str], problems: list[str]) -> tuple[list[Override], set[st
 
 
 def _parse_word(parser: OverridesParser, word: str) -> Override | None:
-    """Return an override, or None; what Hydra's grammar refuses is tried again as a quoted text.
+    """Return the override, or None if the word cannot be parsed.
 
-    That gives paths such as `~/a=b`. A list or a quoted text is meant to be read by the grammar, and a comma may be
-    one of a list: they stay as they are.
+    If Hydra's grammar rejects the value, the value is quoted and parsed again, which accepts paths
+    such as `~/a=b`. Lists, mappings, quoted values and values with a comma are not retried, since
+    they are meant for the grammar.
     """
     key, equals, value = word.partition("=")
     value = value.strip()
@@ -65,10 +66,10 @@ def _parse_word(parser: OverridesParser, word: str) -> Override | None:
 
 
 def with_home(value: Any) -> Any:
-    """Return a path, or each of a list, with `~` replaced."""
+    """Return a path, or a list of paths, with `~` expanded."""
     if isinstance(value, list):
         return [with_home(item) for item in value]
     if isinstance(value, str) and value.startswith("~"):
-        with contextlib.suppress(RuntimeError):  # no user of this name: it is one of a file
+        with contextlib.suppress(RuntimeError):  # there is no such user, so `~name` is a file name
             return str(Path(value).expanduser())
     return value

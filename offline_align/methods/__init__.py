@@ -1,8 +1,8 @@
-"""The three methods of the paper as pure functions: labelled rows -> training rows.
+"""The three methods of the paper as pure functions from labelled rows to training rows.
 
-SFT, FA, RWR and CA minimise one loss, `sum_i w * (-log p(x_i | prompt, x_<i))` over response tokens
-(Eq. 1, 4, 5, 6). They differ in which rows are there (`fa`), what a row weighs (`rwr`) and what
-stands before its response (`ca`). Nothing here knows of tensors.
+SFT, FA, RWR and CA minimise the same loss, `sum_i w * (-log p(x_i | prompt, x_<i))` over the
+response tokens (Eq. 1, 4, 5, 6). FA selects rows, RWR weights them, and CA puts a text before each
+response. This package does not use tensors.
 """
 
 import math
@@ -17,29 +17,29 @@ from offline_align.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Finalized:
-    """What a method says of the rows that are trained on, once those that do not fit are left out."""
+    """What a method computes from the final training rows, without those that are too long."""
 
     facts: dict[str, Any] = field(default_factory=dict)
-    """For the manifest."""
+    """Entries for the manifest."""
     weights: Sequence[float] | None = None
-    """The weight of each of these rows; None: the one that it has."""
+    """The weight of each of these rows, or None to keep the weights of the rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class MethodRows:
-    """What a method makes of a set of rows."""
+    """The training rows of a method."""
 
     rows: list[TrainingRow]
     finalize: Callable[[Sequence[int]], Finalized] = lambda places: Finalized()
-    """Called with the places in `rows` of those that are trained on."""
+    """Called with the indices into `rows` of the rows that fit and are trained on."""
 
 
 type RowFunction[Settings] = Callable[[Sequence[LabelledSample], Settings, Renderer], MethodRows]
-"""Labelled rows, the settings of the method and the renderer of the policy; returns what is trained on."""
+"""Takes labelled rows, the method's settings and the policy's renderer; returns training rows."""
 
 
 def checked(rows: Iterable[LabelledSample]) -> list[LabelledSample]:
-    """Return the rows; DataError where there is none, or where a reward is not a finite number."""
+    """Return the rows as a list. Raises DataError if there are none or a reward is not finite."""
     rows = list(rows)
     if not rows:
         raise DataError("the labelled files hold no usable row; run `label` on data that has some")

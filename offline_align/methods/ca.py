@@ -1,7 +1,7 @@
-"""Conditional Alignment (Eq. 6): learn every row given its reward, written right before the response.
+"""Conditional Alignment (Eq. 6): train on every row, with its reward as text before the response.
 
-At generation the same text asks for a reward of choice. It works only if the model meets the same
-tokens then, so the text is checked against the tokenizer before anything is trained.
+At generation, the same text with another number asks for that reward. This works only if the
+number has the same tokens as in training, so the text is checked against the tokenizer first.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,16 +16,16 @@ from offline_align.methods import Finalized, MethodRows, checked
 
 
 class ContextRenderer(Protocol):
-    """What `check_stable` needs of a renderer."""
+    """The part of a renderer that `check_stable` needs."""
 
     def context(self, prompt: Sequence[Message], condition: str = "") -> list[int]:
-        """Return the ids of all that stands before the response."""
+        """Return the token ids of everything before the response."""
 
 
 def training_rows(
     labelled: Sequence[LabelledSample], settings: ConditionalMethodSection, renderer: Renderer
 ) -> MethodRows:
-    """Return every row under its own reward; raises as `condition` and `check_stable`."""
+    """Return every row conditioned on its reward. Raises as `condition` and `check_stable` do."""
     rewards = [row.reward for row in labelled]
     check_stable(renderer, [*rewards, settings.target_reward], settings.reward_format, settings.reward_limit)
 
@@ -37,14 +37,14 @@ def training_rows(
 
 
 def stored_condition(settings: ConditionalMethodSection) -> Condition:
-    """Return the condition that the policy stores, for `generate` to ask with."""
+    """Return the condition that is stored with the policy and that `generate` uses."""
     return Condition(settings.reward_format, settings.reward_limit, settings.target_reward)
 
 
 def condition(rows: Iterable[LabelledSample], reward_format: str, reward_limit: float) -> list[TrainingRow]:
     """Return all rows, each with its reward as the text before the response (Eq. 6).
 
-    Raises ConfigError for a format or limit that cannot work, DataError for unusable rewards.
+    Raises ConfigError for an invalid format or limit, and DataError for unusable rewards.
     """
     check_format(reward_format, reward_limit)
     return [
@@ -53,9 +53,10 @@ def condition(rows: Iterable[LabelledSample], reward_format: str, reward_limit: 
 
 
 def check_stable(renderer: ContextRenderer, rewards: Iterable[float], reward_format: str, reward_limit: float) -> None:
-    """Raise ConfigError unless every condition text has its own ids, as many as the others of its sign.
+    """Check that the condition texts of `rewards` have different tokens, but equally many.
 
-    `rewards` are those that occur, and the target. A condition must also leave the ids before it alone.
+    Raises ConfigError if two condition texts have the same token ids, if texts with the same sign
+    differ in their number of tokens, or if a text changes the token ids of the prompt before it.
     """
     check_format(reward_format, reward_limit)
     prompt = [Message("user", "a")]

@@ -1,4 +1,4 @@
-"""Filtering Alignment (Eq. 4): learn from the rows whose reward is above a threshold, as in SFT."""
+"""Filtering Alignment (Eq. 4): SFT on the rows whose reward is above a threshold."""
 
 import math
 from collections import defaultdict
@@ -14,17 +14,17 @@ from offline_align.methods import Finalized, MethodRows, checked
 def training_rows(
     labelled: Sequence[LabelledSample], settings: FilteringMethodSection, renderer: Renderer
 ) -> MethodRows:
-    """Return the kept rows; raises as `keep`."""
+    """Return the rows above the threshold. Raises as `keep` does."""
     kept = keep(labelled, settings.threshold, settings.best_of)
     facts = {"labelled": len(labelled), "kept": len(kept)}
     return MethodRows(kept, lambda places: Finalized(facts))
 
 
 def keep(rows: Iterable[LabelledSample], threshold: float, best_of: int | None = None) -> list[TrainingRow]:
-    """Return the rows with `reward > threshold` (strictly, Eq. 4), in their order; the others cost nothing.
+    """Return the rows with `reward > threshold` (strictly, Eq. 4), in their order.
 
-    `best_of` keeps that many of them for each prompt, the best. Raises ConfigError where the threshold is not a
-    number or keeps no row, DataError for unusable rewards.
+    `best_of` keeps only this many of them per prompt, those with the highest rewards. Raises
+    ConfigError if the threshold is not a number or keeps no row, and DataError for unusable rewards.
     """
     labelled = checked(rows)
     kept = [TrainingRow(row) for row in above(labelled, threshold, best_of)]
@@ -38,17 +38,17 @@ def keep(rows: Iterable[LabelledSample], threshold: float, best_of: int | None =
 
 
 def above(rows: Iterable[LabelledSample], threshold: float, best_of: int | None = None) -> list[LabelledSample]:
-    """Return the rows that Eq. 4 has a loss for; ConfigError where the threshold is not a number."""
+    """Return the rows that `keep` keeps, possibly none; raises ConfigError if `threshold` is NaN."""
     if math.isnan(threshold):
-        raise ConfigError(f"method.threshold={threshold}: needs a number")
+        raise ConfigError(f"method.threshold={threshold}: must be a number")
     kept = [row for row in rows if row.reward > threshold]
     return kept if best_of is None else _best(kept, best_of)
 
 
 def _best(rows: Sequence[LabelledSample], best_of: int) -> list[LabelledSample]:
-    """Return the best rows of each prompt, in their order; of equal rewards the first."""
-    places = defaultdict(list)
-    for place, row in enumerate(rows):
-        places[row.prompt].append(place)
-    ranked = (sorted(some, key=lambda place: -rows[place].reward) for some in places.values())
-    return [rows[place] for place in sorted(place for some in ranked for place in some[:best_of])]
+    """Return the `best_of` best rows of each prompt, in their order. Ties go to the earlier row."""
+    by_prompt = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_prompt[row.prompt].append(index)
+    ranked = (sorted(indices, key=lambda index: -rows[index].reward) for indices in by_prompt.values())
+    return [rows[index] for index in sorted(index for indices in ranked for index in indices[:best_of])]

@@ -1,6 +1,7 @@
-"""What FA, RWR and CA would make of a labelled file, and what each would cost: arithmetic only.
+"""Compute what FA, RWR and CA would do with a labelled file and what each would cost.
 
-Costs are shares of the tokens of plain SFT over the same rows, which is what an epoch's time follows.
+A cost is a number of tokens, relative to plain SFT over the same rows. The time of an epoch is
+about proportional to it.
 """
 
 import math
@@ -14,87 +15,88 @@ from offline_align.data.records import LabelledSample, Message
 from offline_align.methods import ca, checked, fa, rwr
 
 BETAS = (0.5, 1.0, 2.0, 5.0, 10.0)
-"""Temperatures that are shown beside the one asked for (paper: 5)."""
+"""Temperatures to show in addition to the chosen one (paper: 5)."""
 
 TOP_SHARE = 0.01
-"""Share of the heaviest rows whose part of the weight is reported."""
+"""Fraction of the rows, by largest weight, whose share of the total weight is `top_mass`."""
 
 
 @dataclass(frozen=True)
 class FilteringPlan:
-    """What FA keeps."""
+    """Rows that FA keeps."""
 
     threshold: float
     rows: int
     rows_share: float
     size: int
-    """Tokens (or characters) of the rows that are kept."""
+    """Tokens (or characters) of the kept rows."""
     repeated: int
-    """Of those, in prompts that an earlier row has too: not computed with `data.group_by_prompt`."""
+    """Part of `size` that is in prompts of earlier rows. `data.group_by_prompt` does not compute it
+    again."""
     cost: float
 
 
 @dataclass(frozen=True)
 class WeightedPlan:
-    """How RWR weighs; weights have mean 1."""
+    """Weights of RWR, which have mean 1."""
 
     beta: float
     min_weight: float
     max_weight: float
     effective_sample_size: float
     effective_share: float
-    """Effective sample size as a share of the rows."""
+    """Effective sample size as a fraction of the rows."""
     top_mass: float
-    """Part of the weight that is on the heaviest 1 % of the rows (1 row at least)."""
+    """Share of the total weight that the 1 % of rows (at least 1) with the largest weights have."""
     cost: float
 
 
 @dataclass(frozen=True)
 class ConditionalPlan:
-    """What CA writes."""
+    """Condition texts of CA, and where the target lies among the rewards."""
 
     min_reward: float
     max_reward: float
     clipped_rows: int
-    """Rows beyond `method.reward_limit`."""
+    """Number of rows whose reward is beyond plus or minus `method.reward_limit`."""
     conditions: dict[str, int]
-    """Rows of every condition text, by increasing reward."""
+    """Number of rows per condition text, in order of increasing reward."""
     target_condition: str
-    """The text that generation would ask with."""
+    """Condition text that generation would use."""
     target_percentile: float
-    """Percent of the rows with a reward up to the target."""
+    """Percentage of the rows whose reward is at most the target."""
     target_in_range: bool
-    """Whether a row has a reward as high and one as low as the target."""
+    """Whether the target lies between the lowest and the highest reward."""
     target_rows: int
-    """Rows with exactly the target's condition."""
+    """Number of rows with exactly the target's condition text."""
     extra_size: int
-    """Tokens (or characters) that all conditions add together."""
+    """Tokens (or characters) that all condition texts add."""
     cost: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All three methods over one labelled file."""
+    """What the three methods would do with one labelled file."""
 
     rows: int
     unit: str
     """`tokens` or `characters`."""
     size: int
-    """Of all rows, prompts and responses: what an epoch of SFT reads."""
+    """Size of all rows (prompts and responses), which an epoch of SFT processes."""
     response_size: int
-    """Of all responses: what the loss is on."""
+    """Size of all responses, on which the loss is computed."""
     repeated: int
-    """Of prompts that an earlier row has too: not computed with `data.group_by_prompt`."""
+    """Size of prompts of earlier rows. `data.group_by_prompt` does not compute them again."""
     filtering: FilteringPlan
     weighted: WeightedPlan
     conditional: ConditionalPlan
     betas: tuple[WeightedPlan, ...]
-    """RWR at other temperatures, and at the one asked for."""
+    """RWR at several temperatures, among them the chosen one."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of all methods, by the names of their keys."""
+    """Settings of all methods, named as their keys."""
 
     threshold: float
     beta: float
@@ -106,20 +108,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How long rows are, in one unit."""
+    """Sizes of the rows, all in `unit`."""
 
     unit: str
     rows: Sequence[int]
-    """Prompt and response of each row."""
+    """Size of prompt and response of each row."""
     responses: Sequence[int]
+    """Size of the response of each row."""
     condition: Callable[[str], int]
-    """Size of a condition text."""
+    """Returns the size of a condition text."""
 
 
 def plan(rows: Iterable[LabelledSample], sizes: Sizes, settings: Settings) -> Plan:
     """Return what each method would do with the rows.
 
-    Raises ConfigError for settings that no method could run with, DataError for unusable rewards.
+    Raises ConfigError for settings that no method accepts, and DataError for unusable rewards.
     """
     labelled = checked(rows)
     rewards = [row.reward for row in labelled]
@@ -138,12 +141,12 @@ def plan(rows: Iterable[LabelledSample], sizes: Sizes, settings: Settings) -> Pl
 
 
 def repeated(rows: Iterable[LabelledSample], prompt_sizes: Mapping[str, int]) -> int:
-    """Return how much of the rows is prompts that an earlier one of them has too; sizes are by id."""
-    met: set[tuple[Message, ...]] = set()
+    """Return the total size of prompts that an earlier row has too; `prompt_sizes` is by row id."""
+    seen: set[tuple[Message, ...]] = set()
     total = 0
     for row in rows:
-        total += prompt_sizes[row.id] if row.prompt in met else 0
-        met.add(row.prompt)
+        total += prompt_sizes[row.id] if row.prompt in seen else 0
+        seen.add(row.prompt)
     return total
 
 
@@ -155,7 +158,7 @@ def _prompt_sizes(rows: Sequence[LabelledSample], sizes: Sizes) -> dict[str, int
 def filtering(
     rows: Sequence[LabelledSample], sizes: Sizes, threshold: float, best_of: int | None = None
 ) -> FilteringPlan:
-    """Return what FA keeps (Eq. 4), which may be nothing."""
+    """Return the rows that FA keeps (Eq. 4), possibly none, as sizes and shares."""
     by_id = {row.id: size for row, size in zip(rows, sizes.rows, strict=True)}
     kept = fa.above(rows, threshold, best_of)
     size, again = sum(by_id[row.id] for row in kept), repeated(kept, _prompt_sizes(rows, sizes))
@@ -163,7 +166,7 @@ def filtering(
 
 
 def weighted(rewards: Sequence[float], beta: float) -> WeightedPlan:
-    """Return how RWR weighs (Eq. 5) at one temperature."""
+    """Return the weights of RWR (Eq. 5) at one temperature, summarised."""
     weights = sorted(rwr.scaled_weights(rewards, beta), reverse=True)
     effective = rwr.effective_sample_size(weights)
     heaviest = weights[: max(1, math.floor(TOP_SHARE * len(weights)))]
@@ -179,7 +182,7 @@ def weighted(rewards: Sequence[float], beta: float) -> WeightedPlan:
 
 
 def conditional(rows: Sequence[LabelledSample], sizes: Sizes, settings: Settings) -> ConditionalPlan:
-    """Return what CA writes (Eq. 6) and where the target lies among it."""
+    """Return the condition texts of CA (Eq. 6) and where the target lies among the rewards."""
     by_reward = sorted(rows, key=lambda row: row.reward)
     made = ca.condition(by_reward, settings.reward_format, settings.reward_limit)
     conditions = Counter(row.condition for row in made)

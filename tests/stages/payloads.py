@@ -1,6 +1,6 @@
-"""What strangers send: each would create a file if anything of it ran.
+"""Hostile files. Each would create a file if any of its code ran.
 
-A payload spoils the copies in a folder, and returns a command that meets them.
+A payload tampers with the copies in a folder and returns a command that reads them.
 """
 
 import json
@@ -17,11 +17,11 @@ from tests.small_tokenizers import CHATML, write_hugging_face, write_sentencepie
 from tests.training import TINY, samples, write_jsonl
 
 Refusal = tuple[list[str], set[int]]
-"""Words of a command, and the exit codes that refuse it; 0 among them where the payload is to be ignored."""
+"""Words of a command and the accepted exit codes, which include 0 if the payload may be ignored."""
 
 
 class Payload:
-    """Unpickling it creates a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -71,7 +71,7 @@ def checkpoint_of(place: Path, name: str = "policy") -> Path:
 
 
 def resealed_common_pickle(place: Path, marker: Path) -> Refusal:
-    """A stranger can make the hashes right: it is the loader that must refuse, whatever the environment says."""
+    """A checkpoint with matching hashes, which the loader itself must refuse in any environment."""
     import torch
 
     torch.save({"x": Payload(marker)}, checkpoint_of(place) / "common.pt")
@@ -227,7 +227,7 @@ def sentencepiece_nonsense(place: Path, marker: Path) -> Refusal:
 
 
 def tokenizer_that_panics(place: Path, marker: Path) -> Refusal:
-    """Parsed with a template longer than its text, the library panics, which is no Exception in Python."""
+    """A tokenizer on which the library panics, which is not an Exception in Python."""
     folder = write_hugging_face(place / "tok")
     folder = folder if folder.is_dir() else folder.parent
     content = json.loads((folder / "tokenizer.json").read_text())

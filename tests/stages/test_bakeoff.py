@@ -1,4 +1,4 @@
-"""`scripts/bakeoff.sh` with two methods and two seeds, on a tiny model: one page with intervals over seeds."""
+"""`scripts/bakeoff.sh` with two methods and two seeds on a tiny model: a report with intervals over seeds."""
 
 import json
 import os
@@ -44,10 +44,10 @@ def test_methods_are_compared_over_seeds_at_equal_tokens(tmp_path: Path) -> None
     assert report["seeds"]["methods"]["ca(1.0)"]["seeds"] == [1, 2]
     assert report["drift"]["groups"].keys() >= {"labelled SFT rows", "sft seed 1"}
     assert report["cost"]["methods"]["sft seed 1"]["stages_without_time"] == []
-    # The second reward model is the judge itself here: it must see the very same gains.
+    # Here the second reward model is the judge itself, so it must find the same gains.
     for found in report["optimisation"]["methods"].values():
         assert found["second_gain"] == found["gain"]
-    # A condition makes rows longer, so that equal tokens are fewer steps.
+    # A condition makes rows longer, so the same number of tokens takes fewer steps.
     steps = {
         method: json.loads((tmp_path / "bakeoff" / method / "seed_1" / "manifest.json").read_text())["extra"]["steps"]
         for method in ("sft", "ca")

@@ -1,4 +1,4 @@
-"""The benchmarks run: tiny shapes, figures that mean nothing, every part of the script for one GPU."""
+"""The benchmarks run with tiny shapes, including every part of the script for one GPU."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_the_script_for_one_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
     assert len(found) == len(lines)
     for kind, outputs in (("policy", "likelihoods"), ("reward_model", "scores with shared prompts")):
         assert f"correctness against fp32, offline-align, torch, {outputs}: passed" in text
-        # In bf16 here too: fp32 agrees to 1e-6.
+        # The differences show that bf16 is used here too, since fp32 would agree to 1e-6.
         assert found["check", kind, "offline-align, torch"]["relative_error"] > 1e-4
     for task, title in (("sft", "SFT, 8 layers"), ("reward", "reward model, 8 layers"), ("label", "labelling, 8 B")):
         apart = ["offline-align, torch, a prompt an answer"] if task == "reward" else []
@@ -49,7 +49,7 @@ def test_the_script_for_one_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
             assert f"| {title} | mixed | {name} |" in text
 
 
-# In the place of Python: what a contender does goes by what is in its call.
+# A stand-in for Python. Its behaviour depends on the contender that is called.
 INTERPRETER = r"""#!/usr/bin/env bash
 rates='"tokens_per_second": 7, "p95_over_median": 1, "gradient_cosine": 1'
 case "$2" in
@@ -62,7 +62,7 @@ esac
 
 
 def test_a_contender_that_fails_or_hangs_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend whose check failed is left out, and all others are measured."""
+    """Contenders of a backend whose check failed are skipped, and all others are measured."""
     from benchmarks import gpu
 
     (tmp_path / "python").write_text(INTERPRETER)
@@ -93,7 +93,7 @@ def test_table_names_ratio_limit_and_fastest_peer() -> None:
         Contender("b", "m", "f"),
         Contender("bare matrix products", "m", "f", limit=True),
     ]
-    # The machine was half as fast in the second round, which changes no ratio.
+    # The machine was half as fast in the second round, which does not change the ratios.
     rates = {
         "own": [40.0, 20.0, 44.0],
         "own, slower": [30.0, 15.0, 33.0],
@@ -114,7 +114,7 @@ def test_table_names_ratio_limit_and_fastest_peer() -> None:
 def test_contenders_score_the_same_rows_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two answers to each prompt: ours computes it once, peers twice, and the sums of the scores agree."""
+    """With two answers per prompt, we compute the prompt once and peers twice; the score sums agree."""
     from benchmarks import cpu
     from offline_align.__main__ import run
 
@@ -131,13 +131,13 @@ def test_contenders_score_the_same_rows_alike(
         assert len(peers) == 3
         assert peers == pytest.approx([ours] * 3, abs=allowed)
         assert "| transformers, one row at a time |" in (results / f"answers_8m_{precision}.md").read_text()
-    # Over both precisions.
+    # The verdicts that compare all precisions.
     assert re.search(r"fastest peer \(transformers, .*, (fp32|bf16)\)", capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.slow
 def test_tokenisation_contenders_make_the_same_number_of_tokens(tmp_path: Path) -> None:
-    """All but end of sequence, which ours adds, and what the peer merges where it joins prompt and answer."""
+    """Except for our end-of-sequence tokens, and tokens that the peer merges across prompt and response."""
     write_hugging_face(tmp_path / "tokenizer")
     rows = [{"id": str(i), "prompt": f"Hello {i}", "response": "Fine, thank you!"} for i in range(40)]
     write_jsonl(tmp_path / "sft_train.jsonl", rows)
@@ -161,7 +161,7 @@ def test_rows_with_rewards_are_rows_that_the_methods_read(tmp_path: Path) -> Non
 
 
 def test_table_3_by_hand() -> None:
-    # 8.03 B parameters: 6 * 7.5e9 FLOP a token and attention, of 312e12 * 0.5.
+    # 8.03 B parameters: 6 * 7.5e9 FLOP per token and attention, at 312e12 * 0.5 FLOP/s.
     found = hours("a100_80gb", 500, 0.5, 0.5)
     flops = 100_000 * 500 * 6 * 7.505e9
     assert found["RWR"] == pytest.approx(flops * (1 + 0.31) / (156e12 * 3600), rel=0.02)

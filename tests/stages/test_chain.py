@@ -1,4 +1,4 @@
-"""The whole chain on a few rows: each command consumes what the one before it left."""
+"""The whole pipeline on a few rows: each command reads the output of earlier ones."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def commands(runs: Path) -> list[list[str]]:
-    """Return the command lines of scripts/pipeline.sh in small."""
+    """Return the commands of scripts/pipeline.sh at a small scale."""
     prepare, label = runs / "prepare", runs / "label"
     policy = [f"init.from={runs / 'sft'}", *SHORT, *CPU]
     labelled = f"data.train={label / 'labelled.jsonl'}"
@@ -47,7 +47,7 @@ def commands(runs: Path) -> list[list[str]]:
     ]
 
 
-def test_every_command_consumes_the_one_before(runs: Path) -> None:
+def test_every_command_reads_the_output_of_earlier_ones(runs: Path) -> None:
     for words in commands(runs):
         assert run(words) == 0, words
     report = json.loads((runs / "evaluate" / "report.json").read_text())
@@ -97,7 +97,7 @@ def test_the_card_tells_settings_reward_model_and_evaluation(runs: Path, capsys:
     assert "| raw rewards | " in card
     assert "Judged by reward model on 6 prompts" in card
     assert run(["verify", f"run.dir={runs / 'aligned'}"]) == 0
-    # Another policy is not in that table, and a folder without a comparison has none.
+    # The table does not list another policy, and a folder without a comparison has no table.
     capsys.readouterr()
     other = ["convert", f"init.from={runs / 'reward'}", f"run.dir={runs / 'other'}", *CPU]
     assert run([*other, f"convert.evaluation={runs / 'evaluate'}"]) == 78
@@ -124,6 +124,6 @@ def test_samples_of_a_policy_are_labelled_and_the_best_kept(runs: Path) -> None:
 
 
 def test_a_plan_needs_no_model(runs: Path, capsys: Any) -> None:
-    # Further than any of these rewards, as the paper's 5.0 often is.
+    # The target is beyond all of these rewards, as is often the case for the paper's 5.0.
     assert run(["plan", f"data.input={runs / 'label' / 'labelled.jsonl'}", "method.target_reward=9.5"]) == 0
     assert "outside the rewards of the data" in " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,4 @@
-"""`convert` from the outside: both directions, both kinds of model, and refusals."""
+"""The `convert` command: both directions, both kinds of model, and errors."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
 
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
-    """Save a random model of a class of transformers with a tokenizer."""
+    """Save a random model of a transformers class with a tokenizer."""
 
     def save(class_name: str, dtype: torch.dtype = torch.float32) -> Path:
         import transformers
@@ -62,7 +62,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
         ("Qwen2ForSequenceClassification", torch.float32),
     ],
 )
-def test_there_and_back_are_the_same_bits(
+def test_a_round_trip_keeps_every_bit(
     save: Callable[..., Path], tmp_path: Path, class_name: str, dtype: torch.dtype
 ) -> None:
     theirs, ours, back = save(class_name, dtype), tmp_path / "ours", tmp_path / "back"
@@ -77,7 +77,7 @@ def test_there_and_back_are_the_same_bits(
     before, after = tensors(theirs), tensors(back)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
-        # The reward head is kept in fp32 whatever the rest is.
+        # The reward head is always kept in fp32.
         same_dtype = tensor.to(after[name].dtype) if name == "score.weight" else tensor
         assert torch.equal(same_dtype, after[name]), name
     for folder in (ours, back):
@@ -91,7 +91,7 @@ def test_there_and_back_are_the_same_bits(
 def test_the_check_scores_padded_batches(
     save: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Weights are right, and still a batch is read at another place: where padding is what a row ends with."""
+    """With a wrong padding token, batches are read at another position although the weights are right."""
     ours, back = tmp_path / "ours", tmp_path / "back"
     assert convert(save("Qwen2ForSequenceClassification"), ours, "megatron") == 0
     assert convert(ours, back, "huggingface", "convert.check=true") == 0
@@ -144,7 +144,7 @@ def test_a_damaged_folder_is_refused(save: Callable[..., Path], tmp_path: Path) 
     assert convert(theirs, tmp_path / "out", "megatron") == 74
 
 
-def test_a_reward_model_of_others_labels_as_its_conversion_does(save: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_foreign_reward_model_labels_like_its_conversion(save: Callable[..., Path], tmp_path: Path) -> None:
     theirs, ours = save("Qwen2ForSequenceClassification"), tmp_path / "ours"
     assert convert(theirs, ours, "megatron") == 0
     rows = write_jsonl(tmp_path / "rows.jsonl", samples(6))

@@ -1,4 +1,4 @@
-"""What `dry_run=true` says of sizes and memory, before anything is written."""
+"""The sizes and the memory that `dry_run=true` prints, without writing anything."""
 
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,11 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: Any) -> None:
         ([], 3.97, True),
         (["trainer.precision=fp32"], 7.94, False),
         (["run.device=cpu"], 7.94, False),
-        # Advice is for GPUs.
+        # The advice on layouts is only for GPUs.
         (["run.device=cpu", "trainer.precision=bf16"], 3.97, False),
     ],
 )
-def test_a_plan_of_training_counts_weights_in_the_precision_of_the_run(
+def test_a_dry_run_of_training_counts_weights_in_the_precision_of_the_run(
     words: list[str], weights: float, advises: bool, tmp_path: Path, capsys: Any
 ) -> None:
     common = [f"run.dir={tmp_path / 'run'}", "model=gpt_8b", "parallel=tp4", "launcher.nproc_per_node=8"]
@@ -63,7 +63,7 @@ def test_a_plan_of_training_counts_weights_in_the_precision_of_the_run(
     ("device", "precision", "size"),
     [(Device.auto, Precision.auto, 2), (Device.cpu, Precision.auto, 4), (Device.cpu, Precision.bf16, 2)],
 )
-def test_a_plan_of_labelling_counts_weights_in_the_precision_of_the_run(
+def test_a_dry_run_of_labelling_counts_weights_in_the_precision_of_the_run(
     device: Device, precision: Precision, size: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ModelSection(

@@ -1,4 +1,4 @@
-"""Rewards and answers at the edge of what can be: a defined result, or a line that says what to do."""
+"""Edge cases of rewards, answers and model folders: a defined result, or an error with a fix."""
 
 import json
 import math
@@ -29,14 +29,14 @@ def learn(folder: Path, stage: str, name: str, rewards: list[float], *words: str
 
 @pytest.mark.parametrize("rewards", [[0.0] * 4, [1e30, -1e30, 0.0, 1.0], [3.0], [-1e300, 1e300]])
 @pytest.mark.parametrize("stage", ["rwr", "ca"])
-def test_any_finite_rewards_can_be_learnt_from(folder: Path, stage: str, rewards: list[float]) -> None:
+def test_training_accepts_any_finite_rewards(folder: Path, stage: str, rewards: list[float]) -> None:
     name = f"{stage}{len(rewards)}{max(rewards):g}"
     assert learn(folder, stage, name, rewards) == 0
     assert all(map(math.isfinite, metrics(folder / name)))
 
 
 def test_weights_at_a_temperature_near_zero(folder: Path) -> None:
-    """All weight is on the best row; steps without it learn nothing and harm nothing."""
+    """The best row has all the weight, and steps without it change nothing."""
     assert learn(folder, "rwr", "cold", [3.0, 1.0, 2.0, 0.0], "method.beta=1e-9", "trainer.global_batch_size=1") == 0
     losses = metrics(folder / "cold")
     assert all(map(math.isfinite, losses))
@@ -55,7 +55,7 @@ def test_a_condition_that_is_longer_than_others_is_named(folder: Path, capsys: p
 
 
 @pytest.mark.parametrize("reward", ["NaN", "1e999", "null", '"3"', "true"])
-def test_a_reward_that_is_none_names_file_and_line(
+def test_an_invalid_reward_is_reported_with_file_and_line(
     folder: Path, reward: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = folder / "bad.jsonl"
@@ -68,7 +68,7 @@ def test_a_reward_that_is_none_names_file_and_line(
 
 
 def test_answers_of_one_token_and_rows_without_room(folder: Path) -> None:
-    """One token and the end is learnt from; a row whose answer takes all the room is left out and counted."""
+    """A one-token answer is trained on. A row whose answer fills the limit is dropped and counted."""
     rows = [{"id": "one", "prompt": "Say", "response": "a"}, {"id": "long", "prompt": "Say", "response": "word " * 500}]
     path = write_jsonl(folder / "short.jsonl", rows)
     words = ["trainer.max_steps=2", "trainer.global_batch_size=1", "data.too_long=drop"]
@@ -81,7 +81,7 @@ def test_answers_of_one_token_and_rows_without_room(folder: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["rwr", "ca"])
 def test_a_row_that_is_left_out_changes_nothing(folder: Path, stage: str) -> None:
-    """It has the highest reward, next to which the weights of all others would be zero."""
+    """The dropped row has the highest reward. With it, the weights of all other rows would be zero."""
     rows = labelled([0.5, -1.0, 0.0, 1.0])
     long = rows[0] | {"id": "long", "response": "word " * 500, "reward": 9.0}
     words = ["trainer.max_steps=2", "optim.lr=1e-3", *(["method.beta=0.01"] if stage == "rwr" else [])]
@@ -187,10 +187,10 @@ def test_a_row_that_the_chat_template_refuses_is_named_by_its_line(
         ("evaluate", "LlamaForSequenceClassification", "judge.second_model"),
     ],
 )
-def test_every_stage_refuses_a_folder_that_is_no_whole_model(
+def test_every_stage_refuses_an_incomplete_model_folder(
     tmp_path: Path, stage: str, architecture: str, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A tokenizer longer than the embedding, and an adapter: one line and 78, before anything is computed."""
+    """A tokenizer larger than the embedding, or an adapter: one line and exit 78, before any computation."""
     size = load_tokenizer(write_hugging_face(tmp_path / "model")).vocab_size
     config = {
         "architectures": [architecture],
@@ -220,7 +220,7 @@ def test_every_stage_refuses_a_folder_that_is_no_whole_model(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_given_beside_a_folder_must_fit_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tokenizer_given_for_a_folder_must_fit_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = load_tokenizer(write_hugging_face(tmp_path / "policy"))
     save_random_llama(tmp_path / "policy", tokenizer)
     larger = write_sentencepiece(tmp_path / "larger")

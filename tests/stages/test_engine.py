@@ -1,4 +1,4 @@
-"""Transformer Engine's layers and optimizer give what the torch backend gives, and read its checkpoints."""
+"""Transformer Engine's layers and optimizer agree with the torch backend and read its checkpoints."""
 
 import os
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
-    """A run of the torch backend with one thread, as commands in forks have it."""
+    """A run of the torch backend with one thread, as in forked commands."""
     from offline_align.distributed import setup
 
     with pytest.MonkeyPatch.context() as patch:
@@ -41,8 +41,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Commands where Transformer Engine is installed."""
-    # megatron tells it its choices by variables, those of this process too.
+    """Run commands in forks in which Transformer Engine is installed."""
+    # megatron passes its choices to Transformer Engine in environment variables, also in this process.
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("NVTE_")]:
             patch.delenv(name)
@@ -56,7 +56,7 @@ BUILT_FROM_IT: Any = {"sabotage": ("built_from_engine", [])}
 def on_engine(
     forks: Forks, folder: Path, data: Path, *words: str, stage: str = "sft", ranks: int = 1, code: int = 0, **how: Any
 ) -> Path:
-    """Train where Transformer Engine is installed, with its layers unless `how` says otherwise."""
+    """Train with Transformer Engine installed, and with its layers unless `how` says otherwise."""
     command = [stage, f"run.dir={folder}", f"data.train={data}", *STEPS, *(words or TINY)]
     ended = forks.run(command, world=ranks, **(how or BUILT_FROM_IT))
     assert ended.codes == [code] * ranks, ended.said
@@ -71,16 +71,16 @@ def on_engine(
     ],
     ids=["query-key norms, a window, full recomputation", "biases, selective recomputation"],
 )
-def test_a_step_is_that_of_the_torch_backend(forks: Forks, tmp_path: Path, rows: Path, words: list[str]) -> None:
+def test_a_step_equals_that_of_the_torch_backend(forks: Forks, tmp_path: Path, rows: Path, words: list[str]) -> None:
     expected = metrics(train("sft", tmp_path / "torch", rows, *words))
     found = metrics(on_engine(forks, tmp_path / "engine", rows, *TINY, *words))
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_where_no_kernel_takes_packed_rows_torchs_attention_does(
+def test_torchs_attention_is_used_if_no_kernel_supports_packed_rows(
     forks: Forks, tmp_path: Path, rows: Path, trained: Path
 ) -> None:
-    """As where cuDNN cannot be loaded; said once, not by each layer."""
+    """For example if cuDNN cannot be loaded. This is logged once, not by each layer."""
     command = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY, *STEPS]
     ended = forks.run(command, sabotage=("built_from_engine", [False, "fused"]))
     assert (ended.codes, ended.said.count("no attention for packed rows here")) == ([0], 1)
@@ -98,7 +98,7 @@ def test_layouts_give_the_same_losses(
     assert metrics(found, "grad_norm") == pytest.approx(metrics(trained, "grad_norm"), rel=1e-4)
 
 
-def test_each_backend_goes_on_from_checkpoints_of_the_other(
+def test_each_backend_continues_from_checkpoints_of_the_other(
     forks: Forks, tmp_path: Path, rows: Path, trained: Path
 ) -> None:
     engine = on_engine(forks, tmp_path / "engine", rows)
@@ -118,15 +118,15 @@ def test_reward_models_share_prompts(forks: Forks, tmp_path: Path, trained: Path
 
 
 def test_its_presence_changes_nothing_on_the_cpu(forks: Forks, tmp_path: Path, rows: Path, trained: Path) -> None:
-    """Its optimizer and its norms are for CUDA alone, and megatron takes them wherever it finds them.
+    """Its optimizer and norms support only CUDA, but megatron uses them whenever they are installed.
 
-    Both runs have one thread: other numbers of threads add up in another order, and the last bits differ.
+    Both runs have one thread, since another number of threads would change the order of summation.
     """
     assert metrics(on_engine(forks, tmp_path / "run", rows, sabotage=None)) == metrics(trained)
 
 
 def test_conversion_does_not_depend_on_the_engine(forks: Forks, tmp_path: Path, trained: Path) -> None:
-    """Weights that are written, and the comparison with transformers that follows."""
+    """Neither the written weights nor the comparison with transformers depend on it."""
     command = ["convert", f"init.from={trained}", "convert.to=huggingface", "run.device=cpu"]
     assert run([*command, f"run.dir={tmp_path / 'torch'}"]) == 0
     ended = forks.run([*command, f"run.dir={tmp_path / 'engine'}"], **BUILT_FROM_IT)
@@ -138,10 +138,10 @@ def test_conversion_does_not_depend_on_the_engine(forks: Forks, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("stage", "more"), [("sft", []), ("reward", []), ("reward", ["parallel.grad_reduce_in_fp32=false"])]
 )
-def test_a_run_with_half_an_optimizer_goes_on_to_the_bit(
+def test_a_precision_aware_optimizer_continues_bit_for_bit(
     forks: Forks, tmp_path: Path, rows: Path, stage: str, more: list[str]
 ) -> None:
-    """Weights in bf16 and their remainders, and beside them the fp32 head of a reward model."""
+    """With bf16 weights and their remainders, and the fp32 head of a reward model."""
     data = rows if stage == "sft" else write_jsonl(tmp_path / "pairs.jsonl", pairs())
     words = [*TINY, "trainer.precision=bf16", "optim.use_precision_aware_optimizer=true", *more]
     straight = on_engine(forks, tmp_path / "straight", data, *words, stage=stage)
@@ -152,7 +152,7 @@ def test_a_run_with_half_an_optimizer_goes_on_to_the_bit(
 
 
 @pytest.mark.parametrize("optimizer", ["distributed", "plain"])
-def test_all_parameters_are_those_of_adamw(forks: Forks, tmp_path: Path, rows: Path, optimizer: str) -> None:
+def test_all_parameters_follow_adamw(forks: Forks, tmp_path: Path, rows: Path, optimizer: str) -> None:
     words = [*TINY, "model.qk_layernorm=true", "model.add_qkv_bias=true", "trainer.max_steps=10"]
     words += ["parallel.use_distributed_optimizer=false"] * (optimizer == "plain")
     on_engine(forks, tmp_path / "run", rows, *words, sabotage=("updates_recorded", [str(tmp_path), True]))
@@ -161,18 +161,18 @@ def test_all_parameters_are_those_of_adamw(forks: Forks, tmp_path: Path, rows: P
     assert largest_error(done[-1]["after"], expected(done, OptimSection(lr=1e-2))) < 2e-6
 
 
-def test_only_matrices_decay_with_half_an_optimizer(forks: Forks, tmp_path: Path) -> None:
+def test_only_matrices_decay_with_a_precision_aware_optimizer(forks: Forks, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "pairs.jsonl", pairs())
     words = [*TINY, *DECAY_ALONE, "trainer.precision=bf16", "optim.use_precision_aware_optimizer=true"]
     recorded: Any = {"sabotage": ("updates_recorded", [str(tmp_path), True])}
     on_engine(forks, tmp_path / "run", data, *words, "optim.lr=0.1", stage="reward", **recorded)
     done = read(tmp_path / "updates_0")
     assert len(done) == 5
-    # Half of the distance between numbers of bf16 just below 1; five updates would take off 0.05.
+    # The tolerance is half the spacing of bf16 just below 1. Decay in five updates would be 0.05.
     assert largest_error(done[-1]["after"], decayed_weights(done)) < 2**-9
 
 
-def test_half_an_optimizer_is_saved_before_its_first_update(forks: Forks, tmp_path: Path, rows: Path) -> None:
+def test_a_precision_aware_optimizer_is_saved_before_its_first_update(forks: Forks, tmp_path: Path, rows: Path) -> None:
     words = [*TINY, "trainer.precision=bf16", "optim.use_precision_aware_optimizer=true"]
     skipping: Any = {"sabotage": ("built_from_engine", [True])}
     straight = on_engine(forks, tmp_path / "straight", rows, *words, **skipping)

@@ -1,4 +1,4 @@
-"""Locale, umask, home, network, temporary folder and cores of the machine: the same result, and nothing outside."""
+"""The result does not depend on locale, umask, home, network, temporary folder, cores or clock."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from offline_align.__main__ import run
 from tests.training import STEPS, TINY, continued, pairs, samples, train, write_jsonl
 
-# A sitecustomize that refuses every connection; sockets of this machine are needed by process groups.
+# A sitecustomize that refuses connections to other machines. Process groups need local sockets.
 NO_NETWORK = """
 import socket
 connect = socket.socket.connect
@@ -64,7 +64,7 @@ def in_environment(folder: Path, words: list[str], **environment: str) -> "subpr
 @pytest.mark.slow
 @pytest.mark.parametrize("home", [True, False])
 def test_a_hostile_environment_changes_nothing(folder: Path, home: bool) -> None:
-    """LC_ALL=C, umask 077, no network, no temporary folder, one core; HOME unset, or empty and watched."""
+    """LC_ALL=C, umask 077, no network, no temporary folder, one core; HOME is unset, or must stay empty."""
     name = f"hostile {home}"
     done = in_environment(folder, label(folder, name), **({"HOME": str(folder / "home")} if home else {}))
     assert done.returncode == 0, done.stderr
@@ -86,8 +86,8 @@ def test_a_clock_that_runs_backwards_changes_nothing(folder: Path, monkeypatch: 
     assert (folder / "backwards" / "labelled.jsonl").read_bytes() == (folder / "usual" / "labelled.jsonl").read_bytes()
 
 
-def test_training_loads_nothing_that_it_does_not_use(tmp_path: Path) -> None:
-    """Each rank of each stage would pay: `datasets`, pandas and torch's compiler take more than a second and 85 MiB."""
+def test_training_does_not_import_unused_libraries(tmp_path: Path) -> None:
+    """`datasets`, pandas and torch's compiler would cost each rank more than a second and 85 MiB."""
     rows = write_jsonl(tmp_path / "rows.jsonl", samples())
     words = ["sft", f"run.dir={tmp_path / 'out'}", f"data.train={rows}", *TINY, *STEPS, "trainer.max_steps=1"]
     code = "import sys; from offline_align.__main__ import run; assert run(sys.argv[1:]) == 0; print(*sys.modules)"

@@ -1,4 +1,4 @@
-"""`evaluate` from the outside: files, numbers, repetition, refusals, and a judge that is not done yet."""
+"""The `evaluate` command: files, numbers, repeated runs, errors, and judges that are not done yet."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ def answers(style: Any, seed: int) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    """Return the answers of a mixed, a careful and a careless method, each in its own finished run."""
+    """Return the answers of a mixed, a careful and a careless method, each in a finished run of its own."""
     styles = [("sft", demo.answer, None), ("ca_high", demo.careful, 5.0), ("ca_low", demo.careless, -2.0)]
     paths = []
     for name, style, target in styles:
@@ -94,7 +94,7 @@ def test_a_report_is_repeatable_to_the_byte(start: Start, files: list[Path], tmp
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_people_rate_blindly_and_the_true_quality_stands_beside(
+def test_people_rate_blindly_and_the_true_quality_is_reported_too(
     start: Start, files: list[Path], tmp_path: Path
 ) -> None:
     from offline_align.evaluate.comparison import load_comparison
@@ -125,7 +125,7 @@ def test_other_prompts_have_no_true_quality(start: Start, tmp_path: Path) -> Non
 
 
 def edit(path: Path, content: str) -> None:
-    """Write other content, so that the file is nobody's work but the user's."""
+    """Write other content, so that the file no longer belongs to its run."""
     path.write_text(content)
     (path.parent / "manifest.json").unlink()
 
@@ -187,7 +187,7 @@ def judged_pairs(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_judge_is_checked_against_people_without_any_answers(
+def test_a_judge_is_compared_with_people_without_any_answers(
     start: Start, judged_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start([], "judge=ground_truth", f"judge.calibration={judged_pairs}") == 0
@@ -200,7 +200,7 @@ def test_a_judge_is_checked_against_people_without_any_answers(
     assert [Path(record.path).name for record in manifest.inputs] == ["pairs.jsonl"]
 
 
-def test_comparison_and_check_stand_in_one_report(
+def test_comparison_and_calibration_are_in_one_report(
     start: Start, files: list[Path], judged_pairs: Path, tmp_path: Path
 ) -> None:
     assert start(files, "judge=ground_truth", f"judge.calibration={judged_pairs}") == 0
@@ -212,7 +212,7 @@ def test_comparison_and_check_stand_in_one_report(
         start(files, "judge=ground_truth", f"judge.calibration={judged_pairs}")
 
 
-def test_people_are_not_checked_against_people(tmp_path: Path, judged_pairs: Path) -> None:
+def test_people_are_not_compared_with_people(tmp_path: Path, judged_pairs: Path) -> None:
     from offline_align.config import checks
 
     words = [f"run.dir={tmp_path / 'r'}", "judge=human", f"judge.calibration={judged_pairs}"]
@@ -240,7 +240,7 @@ def test_runs_alone_need_neither_answers_nor_a_judge(
     assert verify(tmp_path / "report").status is Status.whole
 
 
-def test_a_page_of_runs_is_made_again_only_where_one_has_changed(
+def test_a_report_on_runs_is_made_again_only_if_a_run_has_changed(
     start: Start, files: list[Path], tmp_path: Path
 ) -> None:
     words = f"evaluate.runs=[{tmp_path / 'sft'},{tmp_path / 'ca_low'}]"
@@ -252,7 +252,7 @@ def test_a_page_of_runs_is_made_again_only_where_one_has_changed(
         start([], f"evaluate.runs={tmp_path / 'sft'}")
 
 
-def test_answers_to_other_prompts_are_left_out_of_the_browser(start: Start, files: list[Path], tmp_path: Path) -> None:
+def test_the_browser_of_answers_omits_other_prompts(start: Start, files: list[Path], tmp_path: Path) -> None:
     other = tmp_path / "other" / "generations.jsonl"
     other.parent.mkdir()
     other.write_text('{"id": "x", "prompt": "Why?", "response": "So."}\n')
@@ -265,7 +265,7 @@ def test_answers_to_other_prompts_are_left_out_of_the_browser(start: Start, file
     assert "4 runs" in page
 
 
-def test_a_name_that_stands_for_no_run_is_refused(start: Start, tmp_path: Path) -> None:
+def test_a_folder_without_runs_is_refused(start: Start, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     from offline_align.__main__ import run as command
 
@@ -296,7 +296,7 @@ def test_tensorboard_has_the_numbers_and_the_figures(
     assert "report/text_summary" in tags["tensors"]
 
 
-def test_a_judge_that_refuses_one_prompt_reports_over_the_others(
+def test_a_prompt_that_the_judge_refuses_is_left_out_of_the_report(
     start: Start, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("openai")

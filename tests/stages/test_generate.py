@@ -1,4 +1,4 @@
-"""`generate` from the outside: answers, ranks, interruptions and refusals."""
+"""The `generate` command: answers, ranks, interruptions and errors."""
 
 import json
 import os
@@ -29,7 +29,7 @@ NEW_TOKENS = 10
 
 @pytest.fixture(scope="module")
 def save(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Save a random policy in Hugging Face form, as our exporter describes it."""
+    """Save a random policy in Hugging Face format, with the metadata of our exporter."""
 
     def save(method: str, condition: dict[str, Any] | None) -> Path:
         folder = tmp_path_factory.mktemp(method)
@@ -88,7 +88,7 @@ def greedy_by_hand(policy: Path, prompt: str, condition: str = "") -> str:
     with torch.no_grad():
         for _ in range(NEW_TOKENS):
             (first, second), (token, _) = (found.tolist() for found in model(torch.tensor([ids])).logits[0, -1].topk(2))
-            # Threads, ranks and batches move logits by some 1e-6: they cannot turn such a choice round.
+            # Threads, ranks and batches change logits by about 1e-6, which cannot change such a choice.
             assert first - second > 1e-4
             ids.append(token)
             if ids[-1] == tokenizer.eos_id:
@@ -115,12 +115,12 @@ def test_answers_are_greedy_and_the_same_on_any_number_of_ranks(
     assert manifest.extra["method"] == "sft"
     assert manifest.extra["target_reward"] is None
     assert lineage.verify(tmp_path / "one").problems() == []
-    # torchrun's launcher starts processes of their own.
+    # The launcher starts new processes.
     generate(policy, prompts, tmp_path / "two", "launcher.nproc_per_node=2")
     assert read(tmp_path / "two") == rows
 
 
-def test_a_checkpoint_of_ours_is_exported_once_and_answers_alike(
+def test_a_megatron_checkpoint_is_exported_once_and_answers_alike(
     conditional: Path, prompts: Path, tmp_path: Path
 ) -> None:
     ours = tmp_path / "ours"
@@ -157,7 +157,7 @@ def test_several_samples_are_numbered(policy: Path, prompts: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_run_goes_on_where_it_was(
+def test_an_interrupted_run_continues_where_it_stopped(
     policy: Path, prompts: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     lines = prompts.read_text().splitlines()
@@ -246,7 +246,7 @@ def test_every_prompt_is_answered_for_each_target(conditional: Path, prompts: Pa
         ("[1.0,high]", "a list of them"),
     ],
 )
-def test_targets_that_cannot_be_told_apart_are_refused(
+def test_targets_with_the_same_condition_text_are_refused(
     conditional: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, complaint: str
 ) -> None:
     assert run(words(conditional, prompts, tmp_path / "r", f"method.target_reward={given}")) == 78

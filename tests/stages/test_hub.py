@@ -1,4 +1,4 @@
-"""Data sets of the hub as the input of stages; a local folder stands for one."""
+"""Data sets on the Hub as the input of stages. A local folder takes the place of the Hub."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ from tests.training import STEPS, TINY, metrics, samples, train, write_jsonl
 
 
 def published(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """Write the rows in a published form and return the name of the data set."""
+    """Write the rows as a published data set and return its name."""
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", rows)
     return f"hf:{folder}"
@@ -25,7 +25,7 @@ def as_dolly() -> list[dict[str, Any]]:
     return [{"instruction": s["prompt"], "context": "", "response": s["response"]} for s in samples()]
 
 
-def test_training_on_a_data_set_is_training_on_its_rows(tmp_path: Path) -> None:
+def test_training_on_a_data_set_equals_training_on_its_rows(tmp_path: Path) -> None:
     name = published(tmp_path / "set", as_dolly())
     expected = train("sft", tmp_path / "plain", write_jsonl(tmp_path / "rows.jsonl", samples()))
     command = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={name}", *TINY, *STEPS]
@@ -34,12 +34,12 @@ def test_training_on_a_data_set_is_training_on_its_rows(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     [file] = (tmp_path / "run" / "cache" / "hub").iterdir()
     assert file.name in json.dumps(manifest["inputs"])
-    # A second run reads the file, whatever has become of the data set.
+    # A second run reads the file, even if the data set no longer exists.
     (tmp_path / "set" / "train.jsonl").unlink()
     assert run(command) == 0
 
 
-def test_a_set_that_cannot_be_read_is_named_by_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_data_set_is_reported_with_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train=hf:{tmp_path}", *TINY]
     assert run(command) == 78
     assert f"data.train=hf:{tmp_path}: cannot be loaded" in capsys.readouterr().err
@@ -84,6 +84,6 @@ def test_other_ranks_wait_for_the_first(tmp_path: Path, monkeypatch: pytest.Monk
     assert second.config.data.train == first.config.data.train != name
 
 
-def test_a_plan_needs_a_place_for_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_needs_a_run_folder_for_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "data.input=hf:owner/set"]) == 78
     assert "data.input=hf:owner/set: give run.dir or data.cache_dir" in capsys.readouterr().err

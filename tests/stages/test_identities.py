@@ -1,4 +1,4 @@
-"""What the methods have in common, shown by the real commands on real models."""
+"""Identities between the methods, tested with the real commands."""
 
 import json
 import math
@@ -18,13 +18,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(folder: Path) -> Path:
-    """A policy that all runs start from."""
+    """The policy from which all runs start."""
     return train("sft", folder / "base", write_jsonl(folder / "base.jsonl", samples()))
 
 
 @pytest.fixture(scope="module")
 def plain(folder: Path, base: Path) -> list[float]:
-    """Losses of SFT from that policy."""
+    """The losses of SFT from that policy."""
     data = write_jsonl(folder / "plain.jsonl", samples())
     return metrics(train("sft", folder / "plain", data, model=continued(base)))
 
@@ -56,7 +56,7 @@ def test_fa_is_sft_on_the_rows_above_the_threshold(folder: Path, base: Path) -> 
 def test_ca_with_an_empty_prefix_is_sft(folder: Path, base: Path, plain: list[float], monkeypatch: Any) -> None:
     from offline_align.methods import ca
 
-    # No format writes nothing, so the text of the condition is taken away where it is made.
+    # Every format writes some text, so the function that makes the text is replaced.
     monkeypatch.setattr(ca, "condition_text", lambda *_: "")
     monkeypatch.setattr(ca, "check_stable", lambda *_: None)
     data = write_jsonl(folder / "conditions.jsonl", labelled([0.5] * 14))
@@ -73,7 +73,7 @@ def test_ca_with_a_prefix_is_not_sft(folder: Path, base: Path, plain: list[float
 def test_micro_batches_do_not_change_the_loss(folder: Path, base: Path, plain: list[float], micro: int) -> None:
     data = folder / "plain.jsonl"
     words = [f"trainer.micro_batch_size={micro}", "data.max_length=40"]
-    # 40 tokens a row: from one row a bin to all rows of a step in one.
+    # A row has 40 tokens, so a bin holds from one row to all rows of a step.
     losses = metrics(train("sft", folder / f"micro{micro}", data, *words, model=continued(base)))
     assert losses == pytest.approx(plain, abs=2e-5)
 
@@ -139,7 +139,7 @@ BY_HAND = ["trainer.global_batch_size=2", "trainer.max_steps=1"]
 
 @pytest.mark.parametrize("rewards", [(1.5, -0.5)])
 def test_two_rows_by_hand(folder: Path, base: Path, rewards: tuple[float, float]) -> None:
-    """Equations 1, 4, 5 and 6 in float64 against the first loss of each command."""
+    """The first loss of each command equals Equations 1, 4, 5 and 6 in float64."""
     first, second = row_nll(base, TWO)
     tokens = len(first) + len(second)
     data = write_jsonl(
@@ -162,7 +162,7 @@ def test_two_rows_by_hand(folder: Path, base: Path, rewards: tuple[float, float]
 
 
 def test_a_pair_by_hand(folder: Path, base: Path) -> None:
-    """Equation 2: a fresh reward head, its scores read by `label`, against the first loss of `reward`."""
+    """The first loss of `reward` equals Equation 2 on the scores of its initial reward head by `label`."""
     from offline_align.__main__ import run
 
     data = write_jsonl(folder / "pairs.jsonl", pairs(4))

@@ -1,4 +1,4 @@
-"""The code of a GPU on one that is not there: devices, types, waits and memory, but no values."""
+"""The CUDA code on an imagined GPU: devices, types, waits and memory, but no values."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.training import STEPS, TINY, metrics, samples, write_jsonl
 
 pytestmark = pytest.mark.slow
 
-# Several buckets, though they are of 40 million elements: gathers and reductions overlap as in a large model.
+# Large enough for several buckets of 40 million elements, so that communication overlaps as in a large model.
 SEVERAL_BUCKETS = ModelSection(
     num_layers=2,
     hidden_size=2048,
@@ -45,7 +45,7 @@ print("FOUND", json.dumps([asdict(trace(SEVERAL_BUCKETS, layout, rank=layout.wor
 """
 
 
-# megatron looks for Transformer Engine when it is imported.
+# megatron looks for Transformer Engine at import time, so install it first.
 ENGINE = """
 from tests.engine_on_cpu import install_on_imagined_gpu
 install_on_imagined_gpu()
@@ -72,7 +72,7 @@ def on_imagined_gpu(variables: dict[str, str], code: str) -> str:
 
 @pytest.mark.parametrize("engine", [False, pytest.param(True, marks=NEEDS_ENGINE)])
 def test_steps_run_in_every_layout_and_wait_twice(imagined: dict[str, str], engine: bool) -> None:
-    """The last rank of each: no tensor on the wrong device, and no value that is asked for once a micro-batch."""
+    """The last rank of each layout has all tensors on the right device and never waits per micro-batch."""
     out = on_imagined_gpu(imagined, (ENGINE if engine else "") + TRACE)
     found = json.loads(next(line for line in out.splitlines() if line.startswith("FOUND")).removeprefix("FOUND"))
     assert len(found) == len(LAYOUTS)
@@ -82,8 +82,8 @@ def test_steps_run_in_every_layout_and_wait_twice(imagined: dict[str, str], engi
         assert traced["left_to_autograd"] == (["reward_head.weight"] if layout.kind == "reward_model" else [])
 
 
-def test_labelling_asks_for_nothing_but_copies(imagined: dict[str, str]) -> None:
-    """Bins in pinned memory, prompts that rows share, scores that are copied while the next bin is computed."""
+def test_labelling_waits_only_for_copies(imagined: dict[str, str]) -> None:
+    """With bins in pinned memory, shared prompts, and scores copied while the next bin is computed."""
     code = """
 import torch
 from benchmarks.imagined_gpu import imagined_rank
@@ -107,11 +107,11 @@ with imagined_rank(layout.parallel, layout.world) as gpu:
     scored = sum(len(scores) for scores in score_bins(model, source, bins, ranks))
     print(len(bins), source.num_tokens() - once, scored, sum(gpu.waits.values()))
 """
-    # All but the first row of each bin have their prompt of 20 tokens from it.
+    # All rows of a bin share the prompt of 20 tokens, which the first row holds.
     assert on_imagined_gpu(imagined, code).split() == ["12", str((56 - 12) * 20), "56", "0"]
 
 
-def test_labelling_with_8b_holds_what_plans_say(imagined: dict[str, str]) -> None:
+def test_labelling_with_8b_uses_the_memory_of_the_dry_run(imagined: dict[str, str]) -> None:
     code = """
 import torch
 from benchmarks.imagined_gpu import imagined_rank
@@ -138,7 +138,7 @@ for tensor in (1, 4):
 
 
 def test_a_save_of_8b_copies_a_share_of_the_state_to_the_host(imagined: dict[str, str]) -> None:
-    """And a load takes as much, neither with anything more on the GPU."""
+    """A load needs as much on the host. Neither needs additional memory on the GPU."""
     code = """
 import torch
 from benchmarks.imagined_gpu import imagined_rank
@@ -153,7 +153,7 @@ with imagined_rank(layout.parallel, layout.world, 7) as gpu:
     weights = checkpoint.sharded_weights(step.model.module)
     saved, wanted = (make(step.optimizer, weights) for make in (optimizer_state.to_save, optimizer_state.to_load))
     tensors = [box.data for kinds in saved["param_state"].values() for boxes in kinds.values() for box in boxes]
-    # Views of a larger copy would be copied again for the file.
+    # Views into a larger copy would be copied again when the file is written.
     assert all(t.device.type == "cpu" and t.untyped_storage().nbytes() == t.nbytes for t in tensors)
     loaded = {
         number: {kind: [torch.empty(box.local_shape) for box in boxes] for kind, boxes in kinds.items()}
@@ -163,7 +163,7 @@ with imagined_rank(layout.parallel, layout.world, 7) as gpu:
     print(sum(tensor.nbytes for tensor in tensors), gpu.peak_bytes - held)
 """
     on_host, on_gpu = map(int, on_imagined_gpu(imagined, code).split())
-    # Main weights and two moments in fp32; ranks differ by what fills up a bucket.
+    # Main weights and two moments in fp32. Ranks differ by the padding of the buckets.
     assert on_host == pytest.approx(8_030_261_248 * 12 / 8, rel=1e-3)
     assert on_gpu == 0
 
@@ -187,8 +187,8 @@ with imagined_rank(ParallelSection(), 1) as gpu:
 
 
 @pytest.mark.parametrize("engine", [False, pytest.param(True, marks=NEEDS_ENGINE)])
-def test_a_step_of_8b_holds_and_computes_what_plans_and_meters_say(imagined: dict[str, str], engine: bool) -> None:
-    """Memory, and the work that `mfu` is made of, but for that of attention."""
+def test_memory_and_work_of_an_8b_step_match_the_estimates(imagined: dict[str, str], engine: bool) -> None:
+    """The memory of the dry run, and the work behind `mfu` except that of attention."""
     code = """
 from dataclasses import replace
 from benchmarks.memory import Layout, llama3_8b, trace
@@ -201,24 +201,26 @@ for layout in (
     Layout(tensor=4, sequence_parallel=True, kind="reward_model"),
 ):
     traced = trace(model, layout, count=1)
-    # A bin of three rows, or three pairs: all tokens but the first of each row are targets, or six are read.
+    # A bin of three rows, in which all tokens but the first of each row are targets, or of three pairs with
+    # six scores.
     scalar = layout.kind == "reward_model"
     targets = 6 if scalar else layout.tokens - 3
     read = layout.tokens if layout.sequence_parallel else targets
     flops = model_sizes(model, 128256, scalar_head=scalar).train_flops(layout.tokens, 0, targets, read)
-    # Full recomputation does the forward pass of the layers again.
+    # Full recomputation repeats the forward pass of the layers.
     flops += (flops - 6 * 128256 * 4096 * targets) / 3 if layout.recompute == "full" else 0
     print(traced.peak_bytes / traced.planned_bytes, traced.product_flops * layout.tensor * layout.context / flops)
 """
-    # Copies of the engine's optimizer would show among few layers; `benchmarks/memory.py` has all of them for both.
+    # With few layers, copies made by the stand-in optimizer would show; `benchmarks/memory.py` runs all
+    # layers with both backends.
     out = on_imagined_gpu(imagined, (ENGINE if engine else "") + code.replace("LAYERS", "32" if engine else "12"))
     memory, work = zip(*(map(float, line.split()) for line in out.splitlines()), strict=True)
-    # What stands for the fused optimizer of Transformer Engine makes copies, which it does not.
+    # The stand-in for Transformer Engine's fused optimizer makes copies, which the real one does not.
     assert all(0.98 < ratio < (1.06 if engine else 1.02) for ratio in memory), memory
     assert work == pytest.approx([1] * 4, rel=2e-3)
 
 
-def test_the_cpu_can_be_asked_for_where_there_is_a_gpu(imagined: dict[str, str], tmp_path: Path) -> None:
+def test_the_cpu_can_be_chosen_on_a_machine_with_a_gpu(imagined: dict[str, str], tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", samples())
     words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY, *STEPS]
     assert "run.device=cpu" in words

@@ -1,4 +1,4 @@
-"""Labelling: every row once, through interruptions, the same to the byte."""
+"""The `label` command: every row is scored once, with the same bytes after interruptions."""
 
 import itertools
 import json
@@ -52,7 +52,7 @@ def scores(folder: Path, name: str) -> dict[str, float]:
 
 
 def scores_of_all(value: float, monkeypatch: Any) -> None:
-    """Let reward models give every row the same score."""
+    """Make reward models give every row the same score."""
     from offline_align.model.heads import RewardModel
 
     monkeypatch.setattr(RewardModel, "forward", lambda self, batch: torch.full((len(batch.last_index),), value))
@@ -104,14 +104,14 @@ def test_interrupted_labelling_is_the_same_to_the_byte(
     assert not (folder / "cut" / "labelled.jsonl").exists()
     (part,) = (folder / "cut" / "journal").glob("*/part_*.jsonl")
     assert part.read_bytes().count(b"\n") == sum(computed), "what was computed is there"
-    # A kill tears the last line; the row it named is scored again.
+    # A kill can leave a partial last line, whose row is scored again.
     part.write_bytes(part.read_bytes()[:-7])
     assert label(folder, "cut", reward) == 0
     assert (folder / "cut" / "labelled.jsonl").read_bytes() == (folder / "whole" / "labelled.jsonl").read_bytes()
 
 
-def test_scores_of_other_tokens_of_the_same_rows_are_not_taken(folder: Path, reward: Path, monkeypatch: Any) -> None:
-    """As an earlier version may have left them, whose answers of a pair had other contexts."""
+def test_scores_of_the_same_rows_with_other_tokens_are_not_reused(folder: Path, reward: Path, monkeypatch: Any) -> None:
+    """An earlier version, which gave the answers of a pair other contexts, may have left such scores."""
     from offline_align.data.bins import SampleSource
     from offline_align.model.heads import RewardModel
 
@@ -138,7 +138,7 @@ def test_a_row_that_cannot_be_scored_stops_the_run(folder: Path, reward: Path, c
 
 
 @pytest.mark.parametrize("kind", ["sample", "pair"])
-def test_a_row_that_cannot_be_scored_is_named_or_left_out(
+def test_a_row_that_cannot_be_scored_is_reported_or_skipped(
     folder: Path, reward: Path, kind: str, capsys: Any, caplog: Any
 ) -> None:
     (folder / kind).mkdir()
@@ -179,7 +179,7 @@ def test_labelling_again_keeps_where_rows_came_from(folder: Path, reward: Path) 
     assert ("p0/chosen", "p0") in {(row["id"], row["source_id"]) for row in second}
 
 
-def test_a_reward_model_in_hugging_face_form_scores_the_same(folder: Path, reward: Path) -> None:
+def test_a_hugging_face_reward_model_scores_the_same(folder: Path, reward: Path) -> None:
     theirs = folder / "theirs"
     assert run(["convert", f"init.from={reward}", f"run.dir={theirs}", "run.device=cpu"]) == 0
     assert label(folder, "whole", reward) == 0
@@ -196,7 +196,7 @@ def test_a_reward_model_in_hugging_face_form_scores_the_same(folder: Path, rewar
     assert json.loads((folder / "plan" / "plan.json").read_text())["unit"] == "tokens"
 
 
-def test_a_reward_model_in_hugging_face_form_judges_the_same(folder: Path, reward: Path, capsys: Any) -> None:
+def test_a_hugging_face_reward_model_judges_the_same(folder: Path, reward: Path, capsys: Any) -> None:
     theirs = folder / "judge_theirs"
     assert run(["convert", f"init.from={reward}", f"run.dir={theirs}", "run.device=cpu"]) == 0
     for name, text in (("a", "red please"), ("b", "blue")):
@@ -222,7 +222,7 @@ def test_a_reward_model_in_hugging_face_form_judges_the_same(folder: Path, rewar
 
 
 def test_an_empty_answer_is_scored_at_its_end_of_sequence(folder: Path, reward: Path) -> None:
-    """A policy may answer nothing; that is an answer, and `evaluate` must not leave it out."""
+    """A policy may give an empty answer, which `evaluate` must score like any other."""
     from offline_align.config.sections import DataSection, ParallelSection
     from offline_align.data.records import Message, Sample
     from offline_align.label.scoring import score_samples
@@ -241,7 +241,7 @@ def test_an_empty_answer_is_scored_at_its_end_of_sequence(folder: Path, reward: 
 
 
 def test_scores_do_not_depend_on_batch_order_or_packing(folder: Path, reward: Path) -> None:
-    """Batches of 1 to 32 full rows, sorted, shuffled, and each row alone: within 1e-5, and the same ranking."""
+    """Batches of 1 to 32 full rows, sorted, shuffled or each row alone agree within 1e-5 and in the ranking."""
     from random import Random
 
     from offline_align.config.sections import DataSection, ParallelSection
@@ -272,7 +272,7 @@ def test_scores_do_not_depend_on_batch_order_or_packing(folder: Path, reward: Pa
 
 
 def test_a_change_of_model_or_template_is_another_run(folder: Path, reward: Path, capsys: Any) -> None:
-    """Finished scores are not taken for those of another reward model, even of the same size."""
+    """Finished scores are not reused for another reward model, even of the same size."""
     import shutil
 
     assert label(folder, "whole", reward) == 0
@@ -280,7 +280,7 @@ def test_a_change_of_model_or_template_is_another_run(folder: Path, reward: Path
     other = train("reward", folder / "other", folder / "pairs.jsonl", "run.seed=7", model=start)
     assert label(folder, "whole", other) == 78
     assert "other settings or inputs" in capsys.readouterr().err
-    # A tokenizer that was exchanged behind the manifest's back is noticed before a row is scored.
+    # If a tokenizer was replaced without a new manifest, this is found before any row is scored.
     spoiled = folder / "spoiled"
     shutil.copytree(reward, spoiled, symlinks=True)
     (spoiled / "checkpoints" / "latest" / "tokenizer" / "tokenizer.model").write_bytes(sentencepiece_model())
@@ -291,7 +291,9 @@ def test_a_change_of_model_or_template_is_another_run(folder: Path, reward: Path
     assert not (folder / "never").exists()
 
 
-def test_a_reward_model_that_has_no_numbers_is_named(folder: Path, reward: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_a_reward_model_with_scores_that_are_not_finite_is_reported(
+    folder: Path, reward: Path, monkeypatch: Any, capsys: Any
+) -> None:
     scores_of_all(math.nan, monkeypatch)
     assert label(folder, "nan", reward) == 65
     said = capsys.readouterr().err
@@ -327,7 +329,7 @@ def test_ids_of_rows_without_one_and_of_pairs(folder: Path, reward: Path) -> Non
     ]
 
 
-def test_bad_rows_are_left_out_and_the_rest_is_as_without_them(folder: Path, reward: Path) -> None:
+def test_bad_rows_are_skipped_and_do_not_change_the_others(folder: Path, reward: Path) -> None:
     good = [json.dumps(row) for row in samples(5)]
     clean, mixed = folder / "clean" / "rows.jsonl", folder / "mixed" / "rows.jsonl"
     for path, lines in ((clean, good), (mixed, ["nonsense", *good[:3], '{"prompt": 1}', *good[3:], "[1]"])):
@@ -347,7 +349,7 @@ def test_bad_rows_are_left_out_and_the_rest_is_as_without_them(folder: Path, rew
     assert sum(manifest["extra"]["bad_rows"].values()) == 3
 
 
-def test_a_part_of_the_rows_is_scored_again_for_the_certificate(folder: Path, reward: Path) -> None:
+def test_a_fraction_of_the_rows_is_scored_again_for_the_certificate(folder: Path, reward: Path) -> None:
     assert label(folder, "certified", reward, "label.certificate_fraction=0.2") == 0
     found = json.loads((folder / "certified" / "certificate.json").read_text())
     assert found["rows"] == 13

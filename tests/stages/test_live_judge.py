@@ -1,10 +1,10 @@
-"""The judge against a real endpoint, where one is named:
+"""The judge with a real endpoint, if the environment names one:
 
     vllm serve MODEL --port 8000 &
     TEST_JUDGE=http://127.0.0.1:8000/v1 TEST_JUDGE_MODEL=MODEL pytest tests/stages/test_live_judge.py
 
-What the model says is its own affair; that every question is asked, counted and kept is ours. Failures of endpoints are
-injected in tests/unit/evaluate/judges/test_served_model.py.
+The test checks that every question is asked, counted and stored, not what the model answers.
+tests/unit/evaluate/judges/test_served_model.py simulates failures of endpoints.
 """
 
 import json
@@ -36,7 +36,7 @@ def verdicts(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["set", "pair", "single"])
-def test_every_question_is_asked_counted_and_kept(verdicts: Path, tmp_path: Path, form: str) -> None:
+def test_every_question_is_asked_counted_and_stored(verdicts: Path, tmp_path: Path, form: str) -> None:
     folder = tmp_path / form
     words = ["judge=openai", f"judge.base_url={URL}", f"judge.model={MODEL}", f"judge.form={form}"]
     assert run(["evaluate", f"run.dir={folder}", *words, f"judge.calibration={verdicts}", "debug=true"]) == 0

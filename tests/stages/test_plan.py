@@ -1,4 +1,4 @@
-"""The `plan` stage: where its token counts come from, what it prints and what it writes."""
+"""The `plan` command: the source of its token counts, its output and its files."""
 
 import json
 from dataclasses import replace
@@ -46,7 +46,7 @@ def settings(path: Path, tokenizer: Path | None = None, **data: Any) -> PlanRun:
     return PlanRun(run=RunSection(dir="???"), model=model, data=InputDataSection(input=str(path), **data))
 
 
-def test_characters_where_no_tokenizer_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_characters_are_counted_if_no_tokenizer_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_labelled(tmp_path / "data")
     assert plan.run(Job(STAGES["plan"], settings(path))) == 0
     shown = capsys.readouterr().out
@@ -64,14 +64,18 @@ def expected_tokens(renderer: Renderer) -> int:
 
 
 @pytest.mark.parametrize("template", list(Template))
-def test_tokens_of_the_named_tokenizer(template: Template, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokens_of_the_given_tokenizer_are_counted(
+    template: Template, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_hugging_face(tmp_path / "hf")
     plan.run(Job(STAGES["plan"], settings(write_labelled(tmp_path), folder, template=template)))
     total = expected_tokens(Renderer(load_tokenizer(folder), template))
     assert f"5 rows, {total} tokens" in capsys.readouterr().out
 
 
-def test_tokens_of_the_reward_model_behind_the_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokens_of_the_reward_model_that_labelled_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     reward, label = tmp_path / "reward", tmp_path / "label"
     checkpoint = reward / "checkpoints" / "latest"
     write_sentencepiece(checkpoint / "tokenizer")
@@ -88,7 +92,7 @@ def test_tokens_of_the_reward_model_behind_the_labels(tmp_path: Path, capsys: py
     assert f"5 rows, {total} tokens" in capsys.readouterr().out
 
 
-def test_run_folder_is_whole_and_repeatable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_folder_is_complete_and_repeatable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, run_dir = write_labelled(tmp_path), tmp_path / "run"
     config = replace(settings(path), run=RunSection(dir=str(run_dir)))
     plan.run(Job(STAGES["plan"], config))
@@ -108,7 +112,7 @@ def test_run_folder_is_whole_and_repeatable(tmp_path: Path, capsys: pytest.Captu
         plan.run(Job(STAGES["plan"], replace(config, method=PlanMethodSection(beta=1.0))))
 
 
-def test_rows_that_training_leaves_out_are_in_no_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_that_training_drops_are_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, path = write_hugging_face(tmp_path / "hf"), write_labelled(tmp_path / "data")
     long = json.loads(path.read_text().splitlines()[0]) | {"response": "word " * 200, "reward": 3.0}
     found = {}
@@ -133,7 +137,7 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_run_is_made_again_and_that_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_run_is_repeated_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = replace(settings(write_labelled(tmp_path / "data")), run=RunSection(dir=str(tmp_path / "run")))
     assert plan.run(Job(STAGES["plan"], config)) == 0
     made = (tmp_path / "run" / "plan.json").read_text()
@@ -143,7 +147,7 @@ def test_a_damaged_run_is_made_again_and_that_is_said_once(tmp_path: Path, caplo
     assert caplog.text.count("plan.json is missing or cut short and is made again") == 1
 
 
-def test_bad_rows_by_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_rows_fail_or_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_labelled(tmp_path)
     path.write_text(path.read_text() + '{"prompt": "a", "response": "b"}\n', encoding="utf-8")
     with pytest.raises(DataError, match=r"labelled\.jsonl:6: reward_raw: missing"):
@@ -155,7 +159,7 @@ def test_bad_rows_by_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert verify(tmp_path / "run").status is Status.whole
 
 
-def test_a_format_that_is_not_stable_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unstable_reward_format_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     method = PlanMethodSection(target_reward=12.0, reward_limit=20.0, threshold=2.0, reward_format="[b]{reward:.1f}")
     config = settings(write_labelled(tmp_path), write_sentencepiece(tmp_path / "sp"))
     plan.run(Job(STAGES["plan"], replace(config, method=method)))
@@ -173,7 +177,7 @@ def test_a_format_that_is_not_stable_is_a_warning(tmp_path: Path, capsys: pytest
         PlanMethodSection(threshold=float("nan")),
     ],
 )
-def test_settings_that_cannot_work(method: PlanMethodSection, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(method: PlanMethodSection, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"method"):
         plan.run(Job(STAGES["plan"], replace(settings(write_labelled(tmp_path)), method=method)))
     with pytest.raises(ConfigError, match=r"data.input"):

@@ -1,4 +1,4 @@
-"""`prepare` from the outside: files, counts, splits, repetition and refusals."""
+"""The `prepare` command: files, counts, splits, repeated runs and errors."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ Start = Callable[..., Path]
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
     def start(*inputs: object, words: Sequence[str] = (), name: str = "run") -> Path:
-        """Run the stage with small demo sizes and return its folder."""
+        """Run the stage with a small demo corpus and return the run folder."""
         listed = ",".join(f"'{entry}'" for entry in inputs)
         small = ["prepare.demo_sft_rows=300", "prepare.demo_preference_rows=200"]
         made = job("prepare", [*small, f"run.dir={tmp_path / name}", f"data.input=[{listed}]", *words])
@@ -78,7 +78,7 @@ def test_the_demo_corpus(start: Start) -> None:
     assert report["inputs"][0]["rows_kept"] + sum(report["inputs"][0]["dropped"].values()) == 500
 
 
-def test_no_prompt_is_on_both_sides_or_held_out(start: Start) -> None:
+def test_no_prompt_is_in_both_splits_or_held_out(start: Start) -> None:
     folder = start("demo", words=["prepare.valid_fraction=0.5"])
     rows = {name: [normalised(first_user_message(r)) for r in load(folder / name)] for name in ROW_FILES}
     train = {*rows["sft_train.jsonl"], *rows["preferences_train.jsonl"]}
@@ -89,7 +89,7 @@ def test_no_prompt_is_on_both_sides_or_held_out(start: Start) -> None:
     assert not (train | valid) & {normalised(row["prompt"]) for row in load(folder / "prompts.jsonl")}
 
 
-def test_several_forms_at_once(start: Start, tmp_path: Path) -> None:
+def test_several_formats_at_once(start: Start, tmp_path: Path) -> None:
     own = write(tmp_path / "own.jsonl", sample(1, id="a", note="kept"), sample(2), sample(1, id="b"))
     hh = {f"{side}": f"\n\nHuman: Hi\n\nAssistant: {side}" for side in ("chosen", "rejected")}
     pairs = write(tmp_path / "pairs.jsonl", hh, hh | {"rejected": hh["chosen"]})
@@ -117,7 +117,7 @@ def test_several_forms_at_once(start: Start, tmp_path: Path) -> None:
     assert report["files"]["sft_train.jsonl"]["characters"]["response"]["max"] == len("Answer 1.")
 
 
-def test_bad_rows_stop_the_run_or_are_set_aside(start: Start, tmp_path: Path) -> None:
+def test_bad_rows_stop_the_run_or_are_quarantined(start: Start, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", sample(1, id="a"), {"prompt": "x"}, sample(3, id="a"), sample(4))
     with pytest.raises(DataError, match=r"rows\.jsonl:2: columns: no known form"):
         start(path)
@@ -135,7 +135,7 @@ def test_bad_rows_stop_the_run_or_are_set_aside(start: Start, tmp_path: Path) ->
     assert "quarantine.jsonl" in {output["path"] for output in manifest["outputs"]}
 
 
-def test_what_is_left_out_is_said_once(start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dropped_rows_are_reported_once(start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "rows.jsonl", sample(1), {"prompt": "x"}, sample(1, id="again"), sample(2))
     start(path, words=["data.on_bad_row=skip", "prepare.valid_fraction=1e-9"])
     bad, dropped, split = (record.message for record in caplog.records)
@@ -157,7 +157,7 @@ def test_no_usable_row_is_bad_data(start: Start, tmp_path: Path) -> None:
         start(write(tmp_path / "empty.jsonl"))
 
 
-def test_a_complete_run_is_not_done_again(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_finished_run_is_not_repeated(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     folder = start("demo")
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     start("demo")
@@ -167,7 +167,7 @@ def test_a_complete_run_is_not_done_again(start: Start, caplog: pytest.LogCaptur
         start("demo", words=["run.seed=7"])
 
 
-def test_an_interrupted_run_is_made_anew(start: Start) -> None:
+def test_an_interrupted_run_starts_again(start: Start) -> None:
     folder = start("demo")
     whole = {name: (folder / name).read_bytes() for name in ROW_FILES}
     (folder / "manifest.json").unlink()
@@ -202,7 +202,7 @@ def test_a_tokenizer_is_trained_on_the_training_rows(start: Start) -> None:
     assert len(tokenizer.encode("The lion is yellow.")) <= 8
 
 
-def test_every_wrong_setting_is_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_wrong_settings_are_reported_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "prepare.format=alpaca",
         "prepare.valid_fraction=1.0",

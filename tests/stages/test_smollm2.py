@@ -1,6 +1,6 @@
 """A real model, SmolLM2-135M: the same bits, logits and losses as in transformers.
 
-Skipped where there is none: put its folder into `models/SmolLM2-135M`, or name it in OFFLINE_ALIGN_SMOLLM2.
+Skipped without the model. Put it into `models/SmolLM2-135M`, or set OFFLINE_ALIGN_SMOLLM2 to its folder.
 """
 
 import json
@@ -34,7 +34,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="module")
 def texts(smollm2: Path) -> list[tuple[list[int], list[int]]]:
-    """Context and target of each dialogue, as transformers' own tokenizer and chat template give them."""
+    """Return context and target of each dialogue from transformers' tokenizer and chat template."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     found = []
     for question, answer in DIALOGUES:
@@ -42,13 +42,13 @@ def texts(smollm2: Path) -> list[tuple[list[int], list[int]]]:
         whole = tokenizer.apply_chat_template(turns, return_dict=False)
         context = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
         assert whole[: len(context)] == context
-        # The template's last line break comes after end of sequence, and nobody asks a model for it.
+        # The template's final line break follows the end-of-sequence token and is not a target.
         end = len(whole) - whole[::-1].index(tokenizer.eos_token_id)
         found.append((context, whole[len(context) : end]))
     return found
 
 
-def test_in_and_out_are_the_same_bits(smollm2: Path, tmp_path: Path) -> None:
+def test_a_round_trip_keeps_every_bit(smollm2: Path, tmp_path: Path) -> None:
     words = ["run.device=cpu", "convert.check=true"]
     assert run(["convert", f"init.from={smollm2}", f"run.dir={tmp_path / 'in'}", "convert.to=megatron", *words]) == 0
     assert run(["convert", f"init.from={tmp_path / 'in'}", f"run.dir={tmp_path / 'out'}", *words]) == 0
@@ -57,10 +57,10 @@ def test_in_and_out_are_the_same_bits(smollm2: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_logits_of_one_and_of_three_ranks_are_those_of_transformers(
+def test_logits_on_one_and_three_ranks_equal_those_of_transformers(
     smollm2: Path, texts: list[tuple[list[int], list[int]]], tmp_path: Path
 ) -> None:
-    """As near to transformers as fp32 allows: both are measured against fp64."""
+    """The error is as small as that of transformers in fp32, both with respect to fp64."""
     rows = [context + target for context, target in texts]
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_logits_of_one_and_of_three_ranks_are_those_of_transformers(
         assert (found - exact).abs().max() < 2 * rounding
 
 
-def test_the_first_loss_is_that_of_transformers(
+def test_the_first_loss_equals_that_of_transformers(
     smollm2: Path, texts: list[tuple[list[int], list[int]]], tmp_path: Path
 ) -> None:
     rows = [{"prompt": question, "response": answer} for question, answer in DIALOGUES]
@@ -82,7 +82,7 @@ def test_the_first_loss_is_that_of_transformers(
     words = ["data.template=chat", "data.max_length=256", "trainer.global_batch_size=2", "trainer.max_steps=1"]
     source = [f"run.dir={tmp_path / 'sft'}", f"data.train={data}", f"init.from={smollm2}"]
     assert run(["sft", *source, *words, "run.device=cpu"]) == 0
-    # In fp64: transformers' own fp32 loss of these texts is 8e-6 away from it.
+    # Compare with fp64, since the fp32 loss of transformers on these texts is off by 8e-6.
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval().double()
     total = 0.0
     for context, target in texts:

@@ -1,4 +1,4 @@
-"""Signals and `trainer.max_time` while rows are read, tokenised and prepared: 75 at once, nothing half done."""
+"""Signals and `trainer.max_time` while rows are read, tokenised and prepared: exit 75 at once."""
 
 import logging
 import os
@@ -64,12 +64,12 @@ def test_preparing_stops_at_once(tmp_path: Path, rows: Path, way: Any, monkeypat
         assert run([*words, *limit]) == 75
     assert f"stopped by {way if limit else way.name}" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.yaml", "effort.json"}
-    # The limit decides nothing of the result, so the same folder goes on without it.
+    # The limit does not affect the result, so the same folder continues without it.
     assert run(words) == 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_waits_for_another_says_so_and_stops_at_once(
+def test_a_rank_that_waits_for_another_reports_it_and_stops_at_once(
     tmp_path: Path, rows: Path, rank: int, monkeypatch: Any, capsys: Any
 ) -> None:
     (port,) = free_ports(1)
@@ -105,7 +105,7 @@ def test_reading_stops_at_once(tmp_path: Path, rows: Path, monkeypatch: Any) -> 
 
 
 def other_commands(tmp_path: Path, rows: Path) -> dict[str, tuple[list[str], str]]:
-    """Return words of the commands that no loop of their own listens in, and the function that is interrupted."""
+    """Return commands without a loop that checks for stops, each with the function to interrupt."""
     labels = write_jsonl(tmp_path / "labelled.jsonl", labelled([1.0, 2.0, 3.0]))
     answer = {"id": "x", "prompt": "Hi", "response": "a", "finish_reason": "stop", "condition": None}
     answers = write_jsonl(tmp_path / "answers.jsonl", [answer])

@@ -104,4 +104,4 @@ def test_a_template_without_a_date_has_no_day(tmp_path: Path) -> None:
 def test_what_is_no_day_is_named(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for given in ("2026-02-30", "20260131", "today"):
         assert sft(base, tmp_path / "one", f"data.template_date={given}") == 78
-        assert f"data.template_date={given}: is no day; write one as 2026-01-31" in capsys.readouterr().err
+        assert f"data.template_date={given}: is not a day; write one as 2026-01-31" in capsys.readouterr().err

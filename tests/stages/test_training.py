@@ -1,4 +1,4 @@
-"""Runs from start to end: files, continuation, early stops, refusals."""
+"""Training runs from start to end: files, continuation, early stops and errors."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def rows(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", samples())
 
 
-def test_a_run_leaves_what_the_next_one_needs(tmp_path: Path, rows: Path) -> None:
+def test_a_run_writes_what_the_next_one_needs(tmp_path: Path, rows: Path) -> None:
     folder = train("sft", tmp_path / "run", rows, f"data.valid={rows}", "trainer.eval_interval=2")
     for name in (
         "config.yaml",
@@ -42,7 +42,7 @@ def test_a_run_leaves_what_the_next_one_needs(tmp_path: Path, rows: Path) -> Non
 
 
 def test_a_run_leaves_no_model_and_no_process_group_behind(tmp_path: Path, rows: Path) -> None:
-    """Hooks of gradients hold what Python's collector cannot see: a second run in this process would pay for it."""
+    """Gradient hooks can keep a model alive unseen by the garbage collector, at the cost of later runs."""
     import gc
 
     from megatron.core.distributed import DistributedDataParallel
@@ -52,7 +52,7 @@ def test_a_run_leaves_no_model_and_no_process_group_behind(tmp_path: Path, rows:
     assert [one for one in gc.get_objects() if type(one) is DistributedDataParallel] == []
 
 
-def test_a_finished_run_says_so_and_does_nothing(tmp_path: Path, rows: Path) -> None:
+def test_a_finished_run_is_reported_and_not_repeated(tmp_path: Path, rows: Path) -> None:
     folder = train("sft", tmp_path / "run", rows)
     before = (folder / "manifest.json").stat().st_mtime_ns
     train("sft", folder, rows)
@@ -66,8 +66,8 @@ def test_other_settings_in_a_finished_folder_are_refused(tmp_path: Path, rows: P
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_stopped_and_continued_is_uninterrupted(tmp_path: Path, stage: str, monkeypatch: Any) -> None:
-    """A signal after step 2: exit 75, and the same command ends with the same losses to the bit."""
+def test_a_continued_run_equals_an_uninterrupted_one(tmp_path: Path, stage: str, monkeypatch: Any) -> None:
+    """A signal after step 2 gives exit 75, and the same command then ends with bit-identical losses."""
     from offline_align.train import trainer
 
     data = write_jsonl(tmp_path / "data.jsonl", samples() if stage == "sft" else pairs())
@@ -116,13 +116,13 @@ def test_a_continuation_with_other_data_is_refused(tmp_path: Path, rows: Path, c
     rows.write_text(content.replace("red", "rot"))
     assert run(words) == 78
     assert f"data.train={rows}: has other content than when this run began" in capsys.readouterr().err
-    # Another name for the same content is no change.
+    # Another file name with the same content is not a change.
     rows.rename(tmp_path / "moved.jsonl")
     (tmp_path / "moved.jsonl").write_text(content)
     assert run([*words, f"data.train={tmp_path / 'moved.jsonl'}"]) == 0
 
 
-def test_a_run_goes_on_longer_and_at_another_rate(tmp_path: Path, rows: Path, capsys: Any) -> None:
+def test_a_run_continues_longer_and_at_another_learning_rate(tmp_path: Path, rows: Path, capsys: Any) -> None:
     words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
     words += ["optim.lr_decay_style=constant"]
     assert run([*words, "trainer.max_time=0.001"]) == 75
@@ -142,7 +142,7 @@ def test_a_run_goes_on_longer_and_at_another_rate(tmp_path: Path, rows: Path, ca
     assert run(["verify", f"run.dir={tmp_path / 'run'}"]) == 0
 
 
-def test_answers_that_could_share_a_step_are_named(tmp_path: Path, rows: Path, caplog: Any) -> None:
+def test_answers_that_could_share_a_step_are_logged(tmp_path: Path, rows: Path, caplog: Any) -> None:
     again = [{**row, "id": f"{row['id']}b", "response": "again"} for row in samples()]
     twice = write_jsonl(tmp_path / "twice.jsonl", [*samples(), *again])
     for name, data, words, said in (
@@ -157,7 +157,7 @@ def test_answers_that_could_share_a_step_are_named(tmp_path: Path, rows: Path, c
         assert any("data.group_by_prompt=true" in line for line in caplog.messages) is said, name
 
 
-def test_a_run_cannot_become_shorter_than_it_is(tmp_path: Path, rows: Path, capsys: Any) -> None:
+def test_a_run_cannot_become_shorter_than_its_finished_steps(tmp_path: Path, rows: Path, capsys: Any) -> None:
     words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
     words += ["optim.lr_decay_style=constant", "trainer.save_interval=1"]
     from offline_align.train import trainer
@@ -179,7 +179,7 @@ def test_a_run_cannot_become_shorter_than_it_is(tmp_path: Path, rows: Path, caps
 
 
 def test_overlapped_communication_changes_nothing(tmp_path: Path, rows: Path, monkeypatch: Any) -> None:
-    """Overlap is for CUDA streams; its bookkeeping (hooks, weights gathered late) runs here without them."""
+    """Overlap needs CUDA streams, but its bookkeeping (hooks, late gathers of weights) runs without them."""
     from megatron.core.distributed import DistributedDataParallelConfig
 
     from offline_align.train import optim
@@ -189,7 +189,7 @@ def test_overlapped_communication_changes_nothing(tmp_path: Path, rows: Path, mo
     made = []
 
     def overlapped(**settings: Any) -> Any:
-        # Each weight matrix is a bucket of its own, as in a large model: a gather of any of them is waited for.
+        # Each weight matrix gets its own bucket, as in a large model, so every gather must be waited for.
         made.append(settings | {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 64})
         return optim_config(**made[-1])
 
@@ -202,7 +202,7 @@ def test_overlapped_communication_changes_nothing(tmp_path: Path, rows: Path, mo
     assert metrics(late, "valid_loss") == metrics(plain, "valid_loss")
 
 
-def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path, rows: Path) -> None:
+def test_old_checkpoints_are_deleted_and_the_best_stays(tmp_path: Path, rows: Path) -> None:
     words = [
         "trainer.save_interval=1",
         "trainer.keep_checkpoints=2",
@@ -217,7 +217,7 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path, rows: Path) -> No
 
 
 def validation_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
-    """Let the validations of the next training have these losses."""
+    """Make the validations of the next training return these losses."""
     from offline_align.train import step, trainer
 
     evaluate, left = step.evaluate, iter(losses)
@@ -295,9 +295,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, rows: Path, damage: str
     assert shard.name in capsys.readouterr().err
 
 
-def test_not_finite_steps_are_skipped_then_end_the_run(tmp_path: Path, rows: Path, capsys: Any) -> None:
+def test_steps_that_are_not_finite_are_skipped_and_then_end_the_run(tmp_path: Path, rows: Path, capsys: Any) -> None:
     words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY[:-1], *STEPS]
-    # An initial scale whose gradient overflows fp32.
+    # The initial weights are so large that the gradient overflows fp32.
     assert run([*words, "model.init_method_std=1e30"]) == 70
     assert "3 steps in a row were not finite" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -305,7 +305,7 @@ def test_not_finite_steps_are_skipped_then_end_the_run(tmp_path: Path, rows: Pat
     assert lines[-1]["skipped_steps"] == 3
 
 
-def test_bad_rows_are_skipped_and_kept_aside(tmp_path: Path, rows: Path) -> None:
+def test_bad_rows_are_skipped_and_quarantined(tmp_path: Path, rows: Path) -> None:
     text = rows.read_text().splitlines()
     dirty = tmp_path / "dirty.jsonl"
     dirty.write_text("\n".join([*text[:3], '{"prompt": "x"}', "not json", *text[3:]]) + "\n")
@@ -340,7 +340,7 @@ def test_an_unknown_override_is_refused_before_anything_starts(tmp_path: Path, r
     assert not (tmp_path / "run").exists()
 
 
-def test_everything_wrong_is_reported_at_once(tmp_path: Path, capsys: Any) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path, capsys: Any) -> None:
     words = [
         "model=demo",
         "optim.lr=x",
@@ -356,16 +356,16 @@ def test_everything_wrong_is_reported_at_once(tmp_path: Path, capsys: Any) -> No
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_bf16_follows_fp32(tmp_path: Path, stage: str) -> None:
-    """Weights and activations in bf16, main weights, moments and reductions in fp32."""
+    """bf16 has weights and activations in bf16, and main weights, moments and reductions in fp32."""
     data = write_jsonl(tmp_path / "data.jsonl", samples() if stage == "sft" else pairs())
-    # A rate at which five steps do not yet multiply rounding.
+    # With this learning rate, rounding errors do not grow in five steps.
     exact = metrics(train(stage, tmp_path / "fp32", data, "trainer.precision=fp32", "optim.lr=1e-3"))
     rounded = metrics(train(stage, tmp_path / "bf16", data, "trainer.precision=bf16", "optim.lr=1e-3"))
     assert rounded == pytest.approx(exact, rel=0.02)
     assert rounded != exact
 
 
-def test_a_profile_of_the_steps_that_are_asked_for(tmp_path: Path, rows: Path) -> None:
+def test_a_profile_of_the_requested_steps(tmp_path: Path, rows: Path) -> None:
     folder = train("sft", tmp_path / "run", rows, "trainer.profile_steps=[2,3]")
     trace = json.loads((folder / "profile" / "rank_0_steps_2_3.json").read_text())
     assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
@@ -390,7 +390,7 @@ def test_bad_rows_are_reported_once(tmp_path: Path, caplog: Any) -> None:
 
 
 def test_a_labelled_file_that_was_edited_is_refused(tmp_path: Path, capsys: Any) -> None:
-    """Else the policy would name the run of `label` as its parent, which never wrote these rewards."""
+    """Otherwise the policy would name the `label` run as its parent, which did not write these rewards."""
     from offline_align.lineage import read_manifest
 
     folder = tmp_path / "label"

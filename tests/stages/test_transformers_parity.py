@@ -1,4 +1,4 @@
-"""Training, labelling and export against transformers: the same losses and scores from the same weights."""
+"""Training, labelling and export agree with transformers: same losses and scores for the same weights."""
 
 import json
 from pathlib import Path
@@ -20,8 +20,8 @@ STRICT = BadRows(OnBadRow.fail, None)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-def test_the_first_loss_is_that_of_transformers(tmp_path: Path, family: str) -> None:
-    """The vocabulary of 400 is padded to 512 here: the padding must have no probability."""
+def test_the_first_loss_equals_that_of_transformers(tmp_path: Path, family: str) -> None:
+    """The vocabulary of 400 is padded to 512, and the padding must have no probability."""
     torch.manual_seed(5)
     config = getattr(transformers, f"{family}Config")(
         vocab_size=400,
@@ -55,7 +55,7 @@ def test_the_first_loss_is_that_of_transformers(tmp_path: Path, family: str) -> 
     assert metrics(tmp_path / "sft") == [pytest.approx(total / count, abs=1e-5)]
 
 
-def test_exported_scores_are_those_of_label_on_real_pairs(tmp_path: Path) -> None:
+def test_exported_scores_equal_those_of_label_on_real_pairs(tmp_path: Path) -> None:
     lines = (real_data_dir() / "preferences_train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
     data = tmp_path / "real.jsonl"
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")

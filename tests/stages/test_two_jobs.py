@@ -1,4 +1,4 @@
-"""Two jobs on one `run.dir`: the second is told of the first and touches nothing, whatever the command."""
+"""Two jobs with one `run.dir`: the second names the first and changes nothing, for all commands."""
 
 import json
 import subprocess
@@ -81,7 +81,7 @@ def test_the_second_job_is_refused(
 
 @pytest.mark.slow
 def test_two_commands_at_once(given: Path, tmp_path: Path) -> None:
-    """The second finds the first at work, or its finished run."""
+    """The second command finds the first one running, or its finished run."""
     command = [sys.executable, "-m", "offline_align", *words("prepare", given), f"run.dir={tmp_path / 'run'}"]
     jobs = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in "ab"]
     said = [job.communicate()[1] for job in jobs]

@@ -1,6 +1,7 @@
-"""Files of strangers: whatever they carry, nothing of it runs and nothing outside `run.dir` is written.
+"""Untrusted files: none of their code runs, and nothing outside `run.dir` is written.
 
-Every payload would create the file `executed` beside the run folder; each is refused in one line, or harmless.
+Every payload would create the file `executed` next to the run folder. Each is refused with one line, or
+is harmless.
 """
 
 import os
@@ -22,7 +23,7 @@ from tests.training import pairs, samples, train, write_jsonl
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy, a reward model and a policy in Hugging Face form, shared and never changed."""
+    """A policy, a reward model and a Hugging Face policy, shared by the tests and never changed."""
     folder = tmp_path_factory.mktemp("untrusted")
     policy = train("sft", folder / "policy", write_jsonl(folder / "rows.jsonl", samples()), "trainer.max_steps=1")
     write_jsonl(folder / "prompts.jsonl", [{"id": "a", "prompt": "Name red"}])
@@ -35,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(base: Path, tmp_path: Path) -> Path:
-    """A folder of its own with copies of all that, to be spoiled."""
+    """A folder with copies of the originals, which a payload may change."""
     for name in ("policy", "hf", "reward", "rows.jsonl", "prompts.jsonl", "pairs.jsonl"):
         if (base / name).is_dir():
             shutil.copytree(base / name, tmp_path / name, symlinks=True)
@@ -45,7 +46,7 @@ def place(base: Path, tmp_path: Path) -> Path:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    """Return all files outside the run folder and their content."""
+    """Return the content of all files outside the run folder, by path."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.is_relative_to(folder / "out"))
     return {str(path): path.read_bytes() for path in files}
 
@@ -64,7 +65,7 @@ def test_nothing_runs_and_nothing_is_written_outside(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Its own words are no excuse: nothing that comes with the files may run.
+    # Code in the files must not run even if the environment turns off safe loading in torch.
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     marker = place / "executed"
     words, expected = payload(place, marker)
@@ -90,7 +91,7 @@ def test_the_payloads_would_run(tmp_path: Path) -> None:
 def test_paths_of_a_hostile_manifest_are_not_followed(
     tmp_path: Path, path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its seal is right: anybody can make one."""
+    """The hash of the manifest matches, since anybody can compute it."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (tmp_path / "secret").write_text("x")
@@ -99,13 +100,13 @@ def test_paths_of_a_hostile_manifest_are_not_followed(
     manifest = asdict(lineage.Manifest("label", "k", "now", {}, [], [], [], {}))
     (run_dir / "manifest.json").write_bytes(_sealed(manifest | {"outputs": [record]}))
     assert run(["verify", f"run.dir={run_dir}"]) == 74
-    # Inputs may lie anywhere: they are hashed, and nothing else.
+    # Inputs may be anywhere, since they are only hashed.
     (run_dir / "manifest.json").write_bytes(_sealed(manifest | {"inputs": [record]}))
     assert run(["verify", f"run.dir={run_dir}"]) == (0 if path in ("../secret", "link") else 74)
     assert "internal error" not in capsys.readouterr().err
 
 
-def test_a_chain_without_end_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_endless_chain_of_parents_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for k in range(400):
         (tmp_path / f"r{k}").mkdir()
         parent = {"path": f"../r{k + 1}", "stage": "sft", "manifest_sha256": "", "content_sha256": ""}

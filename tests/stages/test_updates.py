@@ -1,4 +1,4 @@
-"""Every parameter of a trained model is where AdamW in float64 takes it, also after a continuation."""
+"""Every parameter of a trained model equals AdamW's in float64, also after a continuation."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ PLAIN = "parallel.use_distributed_optimizer=false"
 
 @pytest.fixture
 def updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the file of the updates of this test's training."""
+    """Return the file with the updates of this test's training run."""
     from offline_align.train.step import TrainStep
 
     path = tmp_path / "updates"
@@ -26,13 +26,13 @@ def updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("words", [[], [PLAIN]], ids=["distributed optimizer", "plain optimizer"])
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_all_parameters_are_those_of_adamw(updates: Path, tmp_path: Path, stage: str, words: list[str]) -> None:
+def test_all_parameters_follow_adamw(updates: Path, tmp_path: Path, stage: str, words: list[str]) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", samples() if stage == "sft" else pairs())
     train(stage, tmp_path / "run", data, *VECTORS, "trainer.max_steps=10", *words)
     done = read(updates)
     assert len(done) == 10
     assert {weight.dim() for weight in done[0]["before"].values()} == {1, 2}
-    # Weights of 1 and less, rounded ten times to fp32.
+    # The tolerance allows for ten roundings to fp32 of weights up to 1.
     assert largest_error(done[-1]["after"], expected(done, OptimSection(lr=1e-2))) < 2e-6
 
 
@@ -49,10 +49,10 @@ def test_only_matrices_decay(updates: Path, tmp_path: Path, words: list[str]) ->
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("words", [[], [PLAIN]], ids=["distributed optimizer", "plain optimizer"])
-def test_vectors_of_an_earlier_checkpoint_decay_no_longer(
+def test_vectors_no_longer_decay_after_an_earlier_checkpoint(
     updates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, words: list[str]
 ) -> None:
-    """Earlier versions gave all parameters the decay, and their checkpoints say so of every group."""
+    """Earlier versions decayed all parameters and stored this for every group in their checkpoints."""
     from offline_align.train import step
 
     def all_decay(optimizer: Any, learning_rate: float) -> None:
@@ -69,6 +69,6 @@ def test_vectors_of_an_earlier_checkpoint_decay_no_longer(
     assert run(command) == 0
     _, *done = read(updates)
     assert len(done) == 4
-    # Half of the distance between numbers of bf16 just below 1, and what gradients do.
+    # The tolerance is half the spacing of bf16 just below 1, plus the effect of the gradients.
     allowed = 2**-9 if precision == "bf16" else 2e-4
     assert largest_error(done[-1]["after"], decayed_weights(done)) < allowed

@@ -1,4 +1,4 @@
-"""The `verify` stage: what it prints and how it ends."""
+"""The `verify` command: its output and exit codes."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def label_run(tmp_path: Path) -> Path:
     return label
 
 
-def test_whole_run_shows_its_chain(label_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_intact_run_shows_its_chain(label_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify.run(Job(STAGES["verify"], settings(label_run))) == 0
     shown = capsys.readouterr().out
     assert "damaged" not in shown
@@ -45,7 +45,7 @@ def test_damaged_ancestor_ends_with_74(label_run: Path, capsys: pytest.CaptureFi
     assert "0 of 1 file whole" in capsys.readouterr().out
 
 
-def test_no_folder_is_a_configuration_error(tmp_path: Path) -> None:
+def test_a_missing_folder_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.dir=.*no such folder"):
         verify.run(Job(STAGES["verify"], settings(tmp_path / "none")))
 

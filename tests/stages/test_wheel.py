@@ -1,4 +1,4 @@
-"""The wheel alone is enough: installed elsewhere, it composes its own configurations."""
+"""The installed wheel works without the checkout and composes its own configurations."""
 
 import importlib.util
 import os
@@ -16,13 +16,13 @@ pytestmark = pytest.mark.slow
 
 
 def call(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command without the paths of this checkout in its environment."""
+    """Run a command whose environment does not contain the paths of this checkout."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return subprocess.run(list(map(str, words)), cwd=cwd, capture_output=True, text=True, env=environment)
 
 
 def build_wheel(folder: Path) -> Path:
-    # Without isolation, nothing is downloaded.
+    # Build without isolation, so that nothing is downloaded.
     isolation = ["--no-isolation"] if importlib.util.find_spec("hatchling") else []
     done = call(sys.executable, "-m", "build", "--wheel", *isolation, "--outdir", folder, REPOSITORY, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -32,7 +32,7 @@ def build_wheel(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def bin_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new environment that holds the wheel, and sees the dependencies of this one behind it."""
+    """A new environment with the wheel, which finds the dependencies in this environment."""
     root = tmp_path_factory.mktemp("wheel")
     wheel = build_wheel(root)
     venv.create(root / "venv", with_pip=True)
@@ -54,7 +54,7 @@ def test_the_installed_package_is_the_one_that_runs(bin_dir: Path, tmp_path: Pat
     assert (configs / "stage" / "sft.yaml").is_file()
 
 
-def test_every_group_of_the_checkout_is_carried(bin_dir: Path) -> None:
+def test_the_wheel_contains_every_group_of_the_checkout(bin_dir: Path) -> None:
     [carried] = bin_dir.parent.glob("lib/python*/site-packages/offline_align/configs")
     here = REPOSITORY / "configs"
     expected = sorted(p.relative_to(here) for p in here.rglob("*.yaml"))

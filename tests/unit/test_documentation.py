@@ -1,4 +1,4 @@
-"""The documentation against the code: commands compose, keys exist, links and paths lead somewhere."""
+"""The documentation against the code: commands are valid, and keys, links and paths exist."""
 
 import json
 import re
@@ -32,12 +32,12 @@ FILE_SUFFIXES = (".json", ".safetensors", ".jsonl", ".model", ".yaml", ".md", ".
 
 @dataclass(frozen=True)
 class Command:
-    """A stage as the documentation starts it."""
+    """A command of the documentation that runs a stage."""
 
     stage: str
     words: tuple[str, ...]
     ranks: int | None
-    """Ranks that torchrun starts; None where the launcher does."""
+    """Number of ranks that torchrun starts, or None if the launcher starts them."""
 
 
 def name_of(page: Path) -> str:
@@ -45,12 +45,12 @@ def name_of(page: Path) -> str:
 
 
 def blocks(text: str, language: str) -> Iterator[str]:
-    """Yield the fenced blocks of a page in one language."""
+    """Yield the fenced code blocks of a page in one language."""
     yield from (body for found, body in FENCE.findall(text) if found == language)
 
 
 def commands(text: str) -> Iterator[Command]:
-    """Yield every command of ours in the shell blocks of a page."""
+    """Yield every offline-align command in the shell blocks of a page."""
     for block in blocks(text, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             command = parse(shlex.split(line, comments=True))
@@ -59,7 +59,7 @@ def commands(text: str) -> Iterator[Command]:
 
 
 def parse(words: list[str]) -> Command | None:
-    """Return what a shell line starts; None for other programs, and for stages' help."""
+    """Return the command in a shell line, or None for other programs and for `--help`."""
     variables = dict(w.split("=", 1) for w in words if re.match(r"[A-Z_]+=", w))
     words = [w for w in words if not re.match(r"[A-Z_]+=", w)]
     if words[:1] == ["offline-align"]:
@@ -77,7 +77,7 @@ def parse(words: list[str]) -> Command | None:
 
 
 def problems(command: Command) -> list[str]:
-    """Return what is wrong with a command; whether its files are there is not asked."""
+    """Return the problems of a command. Its files need not exist."""
     if command.stage not in STAGES:
         return [f"{command.stage}: no such stage"]
     composed = compose(command.stage, list(command.words))
@@ -88,7 +88,7 @@ def problems(command: Command) -> list[str]:
 
 @pytest.fixture
 def files_of_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work where the files are that the pages show: YAML blocks that begin with their path."""
+    """Change into a folder that holds the files shown in the pages: YAML blocks that begin with a path."""
     for page in PAGES:
         for block in blocks(page.read_text(encoding="utf-8"), "yaml"):
             shown = re.match(r"# (\S+\.yaml)\n", block)
@@ -130,7 +130,7 @@ def test_a_wrong_command_is_noticed(line: str, complaint: str) -> None:
     assert complaint in " ".join(problems(command))
 
 
-# Print the command instead of running it; scripts inherit these.
+# Print the commands instead of running them. Scripts inherit these functions.
 STAND_INS = """
 offline-align() { printf '%q ' offline-align "$@"; echo; }
 torchrun() { printf '%q ' torchrun "$@"; echo; }
@@ -140,7 +140,7 @@ export -f offline-align torchrun make
 
 
 def started_by(shell: str) -> list[list[str]]:
-    """Return the words of each command that a shell block starts, also through the scripts that it calls."""
+    """Return the words of each command that a shell block runs, directly or through scripts."""
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", STAND_INS + shell],
         cwd=REPOSITORY,
@@ -152,7 +152,7 @@ def started_by(shell: str) -> list[list[str]]:
 
 
 def make_up(words: tuple[str, ...]) -> None:
-    """Write the models and the rows that a command reads, unless they are there: a dry run looks for both."""
+    """Write stand-ins for the models and rows that a command reads, since a dry run checks that they exist."""
     for key, _, value in (word.partition("=") for word in words):
         for path in map(Path, value.strip("[]").split(",")):
             if key in ("init.from", "judge.model"):
@@ -163,7 +163,7 @@ def make_up(words: tuple[str, ...]) -> None:
 
 
 def make_up_model(folder: Path) -> None:
-    """Write a folder in Hugging Face form without weights, which no dry run reads; its name says what it holds."""
+    """Write a Hugging Face folder without weights. The name of the folder decides the kind of model."""
     condition = Condition("<rm_score>{reward:.1f}", reward_limit=9.9, target_reward=5.0)
     config = {
         "architectures": ["LlamaForSequenceClassification" if folder.name == "reward" else "LlamaForCausalLM"],
@@ -182,7 +182,7 @@ def make_up_model(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", blocks(README.read_text(encoding="utf-8"), "bash"))
-def test_commands_of_the_readme_run_dry(
+def test_commands_of_the_readme_pass_a_dry_run(
     shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = started_by(shell)
@@ -200,8 +200,8 @@ def test_commands_of_the_readme_run_dry(
         assert run([command.stage, *command.words, *ranks, "dry_run=true"]) == 0, (words, capsys.readouterr())
 
 
-def plans() -> Iterator[tuple[str, str]]:
-    """Yield every block that shows what a dry run prints, after the block of its command."""
+def dry_runs() -> Iterator[tuple[str, str]]:
+    """Yield every dry-run command in the pages together with the output shown below it."""
     for page in PAGES:
         found = FENCE.findall(page.read_text(encoding="utf-8"))
         for (language, shell), (next_language, shown) in pairwise(found):
@@ -210,13 +210,13 @@ def plans() -> Iterator[tuple[str, str]]:
 
 
 def shows(block: str, printed: str) -> bool:
-    """Whether a block is what was printed, but for line breaks inside a line and what `...` stands for."""
+    """Return whether a block equals the output, apart from white space and text replaced by `...`."""
     parts = [" ".join(part.split()) for part in re.split(r"^\.\.\.$", block, flags=re.MULTILINE)]
     return re.fullmatch(".*".join(map(re.escape, parts)), " ".join(printed.split())) is not None
 
 
-@pytest.mark.parametrize(("shell", "shown"), plans())
-def test_plans_are_shown_as_they_are_printed(
+@pytest.mark.parametrize(("shell", "shown"), dry_runs())
+def test_dry_runs_print_what_the_pages_show(
     shell: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (command,) = commands(f"```bash\n{shell}```\n")
@@ -226,14 +226,14 @@ def test_plans_are_shown_as_they_are_printed(
     assert shows(shown, printed), printed
 
 
-def test_plans_are_found() -> None:
-    assert len(list(plans())) == 2
+def test_dry_runs_are_found() -> None:
+    assert len(list(dry_runs())) == 2
 
 
 @pytest.mark.parametrize(
     ("block", "same"), [("a  1\nb 2\n c\n", True), ("...\nb 2 c\n", True), ("a 1\n...\n", True), ("a 1\n", False)]
 )
-def test_a_stale_plan_is_noticed(block: str, same: bool) -> None:
+def test_stale_output_is_noticed(block: str, same: bool) -> None:
     assert shows(block, "a      1\nb      2 c\n") is same
 
 
@@ -248,13 +248,13 @@ def test_keys_named_in_the_text_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     assert [link for link in LINK.findall(text) if not link.startswith("http") and not leads(page, link)] == []
 
 
 def leads(page: Path, link: str) -> bool:
-    """Whether a relative link names a file, and a heading in it where it names one."""
+    """Return whether the file of a relative link exists, and the heading too if the link names one."""
     path, _, anchor = link.partition("#")
     target = page.parent / path if path else page
     return target.exists() and (not anchor or anchor in anchors(target))
@@ -275,13 +275,13 @@ def test_paths_of_the_tree_exist() -> None:
     assert [path for path in paths if not (REPOSITORY / path).exists()] == []
 
 
-def test_every_part_of_the_package_stands_in_the_tree() -> None:
+def test_the_tree_lists_every_part_of_the_package() -> None:
     parts = {p.name for p in (REPOSITORY / "offline_align").iterdir() if (p / "__init__.py").is_file()}
     text = INDEX.read_text(encoding="utf-8")
     assert {part for part in parts if f"offline_align/{part}/ " not in text} == set()
 
 
-def test_every_page_stands_in_the_index() -> None:
+def test_the_index_links_every_page() -> None:
     linked = set(LINK.findall(INDEX.read_text(encoding="utf-8")))
     assert {page.name for page in PAGES if page.parent == INDEX.parent} - linked == {INDEX.name}
 
@@ -290,7 +290,7 @@ def test_the_readme_is_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) < 200
 
 
-# What a stage needs besides, so that it runs; files of jobs before need not be there.
+# Words that a stage needs in addition. With BEHIND_A_JOB, files of earlier jobs need not exist.
 GIVEN = {
     "prepare": ["data.input=demo"],
     "evaluate": ["data.input=answers.jsonl", "judge=ground_truth"],
@@ -299,13 +299,13 @@ BEHIND_A_JOB = ["init.from=before", "data.input=before.jsonl", "launcher=slurm",
 
 
 def examples(stage: str) -> list[list[str]]:
-    """Return every `key=value ...` in the help of a stage."""
+    """Return every example `key=value ...` in the help of a stage."""
     shown = [text.split() for text in re.findall(r"`([^`]+)`", stage_help(stage, STAGES[stage].schema, ""))]
     return [words for words in shown if all(re.match(r"[a-z_.]+(\.[A-Z_]+)?=[^=]", word) for word in words)]
 
 
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if examples(stage)])
-def test_examples_of_the_help_run_as_they_stand(
+def test_examples_of_the_help_pass_a_dry_run(
     stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -323,6 +323,6 @@ def test_examples_of_the_help_are_found() -> None:
     assert ["launcher.environment.NCCL_DEBUG=INFO"] in examples("prepare")
 
 
-def test_the_configuration_reference_is_that_of_the_schema() -> None:
+def test_the_configuration_reference_is_up_to_date() -> None:
     page = (REPOSITORY / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == reference_page({name: stage.schema for name, stage in STAGES.items()}), "run `make reference`"

@@ -1,4 +1,4 @@
-"""What a rank leaves for its launcher, and what the launcher says of it."""
+"""The error record that a rank leaves for its launcher, and how the launcher reports it."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from offline_align.errors import AlignError, leave_for_launcher
 from offline_align.launch import _outcome, _say_first_error
 
 
-def test_the_record_is_in_torchruns_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_record_has_torchruns_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     path = tmp_path / "rank_3.json"
@@ -23,9 +23,7 @@ def test_the_record_is_in_torchruns_form(tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads(path.read_text())["message"]["errorCode"] == 65
 
 
-def test_nothing_is_left_where_nobody_asks_or_nothing_is_to_be_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_record_without_a_launcher_a_message_or_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     leave_for_launcher(65, "lost")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "record"))
@@ -41,11 +39,11 @@ def test_nothing_is_left_where_nobody_asks_or_nothing_is_to_be_said(
         (1, 70, {"message": "boom"}, "first error, rank 1: boom"),
         # `_outcome` names a rank that was killed.
         (1, -9, "Signal 9 (SIGKILL) received by PID 7", None),
-        (0, 70, {"message": "rank 0 has said it itself"}, None),
+        (0, 70, {"message": "rank 0 has reported it itself"}, None),
         (1, 75, {"message": "stopped by SIGTERM"}, None),
     ],
 )
-def test_the_first_error_of_another_rank_is_said(
+def test_the_first_error_of_another_rank_is_reported(
     rank: int, code: int, message: object, said: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR):
@@ -60,7 +58,7 @@ def test_the_first_error_of_another_rank_is_said(
         ({0: 75, 1: 65}, 65),
         ({0: 75, 1: 75}, 75),
         ({0: -15, 1: 75}, 75),
-        # The launcher has stopped rank 0 after rank 1 failed: a scheduler that reads 75 would start them again.
+        # The launcher stopped rank 0 after rank 1 failed. With 75, a scheduler would restart the job.
         ({0: 75, 1: 70}, 70),
         ({0: -15, 1: 70}, 70),
         ({0: -9, 1: 74}, 74),
@@ -71,7 +69,7 @@ def test_ranks_that_end_for_different_reasons_have_one_exit_code(codes: dict[int
 
 
 @pytest.mark.parametrize("other", [70, 75, -15])
-def test_a_rank_that_was_killed_is_named_whatever_became_of_the_others(other: int) -> None:
+def test_a_killed_rank_is_named_however_the_others_ended(other: int) -> None:
     with pytest.raises(AlignError, match="rank 1 was ended by SIGKILL") as error:
         _outcome({0: other, 1: -9})
     assert error.value.exit_code == 70

@@ -1,4 +1,4 @@
-"""The architecture: which room may import which, what is light to import, where stage names may occur."""
+"""The architecture: which parts may import which, which modules import quickly, where stages are named."""
 
 import ast
 import re
@@ -12,8 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "offline_align"
 
-# A room may import rooms of its own line and of the lines below it.
-LINES = [
+# A part may import parts of its own layer and of the layers above it in this list.
+LAYERS = [
     {"config"},
     {"data"},
     {"methods"},
@@ -22,22 +22,22 @@ LINES = [
     {"stages"},
 ]
 SERVE_ALL = {"distributed", "errors", "estimate", "lineage", "progress", "tensorboard_writer"}
-HEIGHT = {room: height for height, rooms in enumerate(LINES) for room in rooms}
-# What serves all may itself import no more than this.
+HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
+# The parts that serve all may import only these.
 SERVED_BY = SERVE_ALL | {"config"}
-# It starts the program and stands above the rooms.
+# Entry points, which may import every part.
 ENTRANCES = {"__main__"}
 
 STAGE_NAMES = re.compile(r"\b(sft|fa|rwr|ca|reward|label)\b", re.IGNORECASE)
 
 
-def room_of(module: str) -> str:
-    """offline_align.data.records -> data."""
+def part_of(module: str) -> str:
+    """Return the part of a module: `offline_align.data.records` gives `data`."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
 def imports(source: str) -> Iterator[str]:
-    """Yield the modules of the package that a source imports when it runs, inside functions too."""
+    """Yield the modules of the package that a source imports at run time, including inside functions."""
     tree = ast.parse(source)
     for_types_only = {id(n) for block in ast.walk(tree) if _is_type_checking(block) for n in ast.walk(block)}
     for node in ast.walk(tree):
@@ -55,49 +55,49 @@ def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
-def may_import(room: str, other: str) -> bool:
-    if room == other or room in ENTRANCES:
+def may_import(part: str, other: str) -> bool:
+    if part == other or part in ENTRANCES:
         return True
-    if room in SERVE_ALL:
+    if part in SERVE_ALL:
         return other in SERVED_BY
-    return other in SERVE_ALL or (other in HEIGHT and HEIGHT[other] <= HEIGHT[room])
+    return other in SERVE_ALL or (other in HEIGHT and HEIGHT[other] <= HEIGHT[part])
 
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def room_of_file(path: Path) -> str:
+def part_of_file(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def test_every_room_has_a_place() -> None:
-    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and any(p.glob("*.py"))}
-    rooms |= {p.stem for p in PACKAGE.glob("*.py")}
-    assert rooms <= HEIGHT.keys() | SERVE_ALL | ENTRANCES | {"__init__"}
+def test_every_part_has_a_layer() -> None:
+    parts = {p.name for p in PACKAGE.iterdir() if p.is_dir() and any(p.glob("*.py"))}
+    parts |= {p.stem for p in PACKAGE.glob("*.py")}
+    assert parts <= HEIGHT.keys() | SERVE_ALL | ENTRANCES | {"__init__"}
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path: Path) -> None:
-    room = room_of_file(path)
-    wrong = [m for m in imports(path.read_text("utf-8")) if not may_import(room, room_of(m))]
-    assert wrong == [], f"{path.relative_to(PACKAGE)} is in `{room}`"
+    part = part_of_file(path)
+    wrong = [m for m in imports(path.read_text("utf-8")) if not may_import(part, part_of(m))]
+    assert wrong == [], f"{path.relative_to(PACKAGE)} is in `{part}`"
 
 
-def test_rooms_of_one_line_do_not_need_each_other_both_ways() -> None:
+def test_parts_do_not_import_each_other_in_circles() -> None:
     graph: dict[str, set[str]] = {}
     for path in modules():
-        room = room_of_file(path)
-        graph.setdefault(room, set()).update(map(room_of, imports(path.read_text("utf-8"))))
-    graph = {room: others - {room} for room, others in graph.items() if room not in SERVE_ALL}
+        part = part_of_file(path)
+        graph.setdefault(part, set()).update(map(part_of, imports(path.read_text("utf-8"))))
+    graph = {part: others - {part} for part, others in graph.items() if part not in SERVE_ALL}
     try:
         TopologicalSorter({r: o - SERVE_ALL for r, o in graph.items()}).prepare()
     except CycleError as error:
-        pytest.fail(f"rooms import each other: {' -> '.join(error.args[1])}")
+        pytest.fail(f"parts import each other: {' -> '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize(
-    ("room", "other", "allowed"),
+    ("part", "other", "allowed"),
     [
         ("data", "methods", False),
         ("methods", "data", True),
@@ -109,11 +109,11 @@ def test_rooms_of_one_line_do_not_need_each_other_both_ways() -> None:
         ("lineage", "model", False),
     ],
 )
-def test_the_rule_itself(room: str, other: str, allowed: bool) -> None:
-    assert may_import(room, other) is allowed
+def test_the_rule_itself(part: str, other: str, allowed: bool) -> None:
+    assert may_import(part, other) is allowed
 
 
-def test_imports_are_found_wherever_they_stand() -> None:
+def test_imports_are_found_at_all_levels() -> None:
     source = (
         "import offline_align.errors\nfrom offline_align import lineage\n"
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from offline_align.train import step\n"
@@ -127,7 +127,7 @@ def test_imports_are_found_wherever_they_stand() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "train").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_the_trainer_knows_no_stage(path: Path) -> None:
+def test_the_trainer_names_no_stage(path: Path) -> None:
     lines = enumerate(path.read_text("utf-8").splitlines(), start=1)
     found = [f"{path.name}:{n}: {line.strip()}" for n, line in lines if STAGE_NAMES.search(line)]
     assert found == []

@@ -1,6 +1,6 @@
-"""The shell scripts: clean for shellcheck, the chain as a graph, and what the batch script does with each exit code.
+"""The shell scripts: shellcheck, the chain of jobs, and the batch script's reaction to each exit code.
 
-The batch script runs here with stand-ins for Slurm's commands; against Slurm itself it runs in tests/slurm.
+The batch script runs here with stand-ins for Slurm's commands. In tests/slurm it runs on a real Slurm.
 """
 
 import os
@@ -21,7 +21,7 @@ SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os
 
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="no shellcheck here")
-def test_scripts_are_clean() -> None:
+def test_scripts_pass_shellcheck() -> None:
     scripts = [*sorted(SCRIPTS.rglob("*.sh")), STAGE]
     assert len(scripts) > 4
     done = subprocess.run(
@@ -34,8 +34,8 @@ def test_scripts_are_clean() -> None:
     assert done.stdout == ""
 
 
-def test_the_chain_is_a_graph() -> None:
-    """Each stage waits for those whose folders it reads, has a layout of its own, and the methods wait for the same."""
+def test_jobs_depend_on_the_jobs_whose_folders_they_read() -> None:
+    """Each stage has its own layout, and the methods wait for the same jobs."""
     environment = {
         "PATH": os.environ["PATH"],
         "RUNS": "/nowhere/runs",
@@ -73,7 +73,7 @@ def test_the_chain_is_a_graph() -> None:
 
 
 class Job:
-    """The batch script of one run folder, with stand-ins for Slurm; `stage` is what each rank runs."""
+    """The batch script of one run folder, with stand-ins for Slurm. Each rank runs `stage`."""
 
     def __init__(self, folder: Path, stage: str) -> None:
         self.folder = folder
@@ -113,7 +113,7 @@ class Job:
         )
 
     def attempt(self, restarts: int = 0, **more: str) -> tuple[int, str]:
-        """Return exit code and console of an attempt."""
+        """Run one attempt and return its exit code and console output."""
         process = self.start(restarts, **more)
         shown, _ = process.communicate(timeout=60)
         return process.returncode, shown
@@ -136,7 +136,7 @@ def test_a_finished_stage_ends_the_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "requeues"), [(75, 1), (70, 1), (74, 1), (137, 1), (1, 1), (65, 0), (78, 0)])
-def test_which_codes_are_tried_again(tmp_path: Path, code: int, requeues: int) -> None:
+def test_which_exit_codes_are_requeued(tmp_path: Path, code: int, requeues: int) -> None:
     job = Job(tmp_path, f"exit {code}")
     assert job.attempt()[0] == code
     assert job.requeues == requeues
@@ -144,14 +144,14 @@ def test_which_codes_are_tried_again(tmp_path: Path, code: int, requeues: int) -
 
 @pytest.mark.parametrize("highest", [75, 143, 137])
 def test_the_rank_that_failed_first_decides(tmp_path: Path, highest: int) -> None:
-    """srun gives the highest code: that of ranks which were stopped because another had bad data."""
+    """srun returns the highest code, which is that of ranks stopped because another had bad data."""
     job = Job(tmp_path, RECORD % ("rows.jsonl:3: response: missing", 65) + f"; exit {highest}")
     code, shown = job.attempt()
     assert (code, job.requeues) == (65, 0)
     assert "first error, rank 0 on n1: rows.jsonl:3: response: missing" in shown
 
 
-def test_a_killed_rank_is_a_crash_whatever_the_others_say(tmp_path: Path) -> None:
+def test_a_killed_rank_is_a_crash_however_the_others_ended(tmp_path: Path) -> None:
     job = Job(tmp_path, RECORD % ("stopped by SIGTERM", 75) + "; exit 137")
     code, shown = job.attempt()
     assert (code, job.requeues) == (137, 1)
@@ -164,7 +164,7 @@ def test_three_crashes_without_progress_end_the_job(tmp_path: Path) -> None:
     assert [code for code, _ in shown] == [70, 70, 70]
     assert job.requeues == 2
     assert "given up: 3 attempts in a row saved nothing new" in shown[2][1]
-    # A job that is submitted anew counts anew.
+    # A newly submitted job starts a new count.
     job.attempt(0)
     assert job.requeues == 3
 
@@ -177,15 +177,15 @@ def test_three_crashes_without_progress_end_the_job(tmp_path: Path) -> None:
         'echo verdict >> "$run/verdicts.jsonl"',
     ],
 )
-def test_crashes_with_progress_go_on(tmp_path: Path, progress: str) -> None:
+def test_crashes_with_progress_are_requeued(tmp_path: Path, progress: str) -> None:
     job = Job(tmp_path, f"run={tmp_path / 'run'}; {progress}; exit 70")
     for restarts in range(5):
         job.attempt(restarts)
     assert job.requeues == 5
 
 
-def test_attempts_that_slurm_has_ended_count_too(tmp_path: Path) -> None:
-    """A node that dies takes the batch script with it: there is no last line of it."""
+def test_attempts_ended_by_slurm_count_too(tmp_path: Path) -> None:
+    """A node failure also kills the batch script, which then prints no last line."""
     job = Job(tmp_path, "echo working; sleep 60")
     for restarts in range(3):
         process = job.start(restarts)
@@ -200,7 +200,7 @@ def test_attempts_that_slurm_has_ended_count_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_reaches_the_ranks_and_the_job_comes_again(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_reaches_the_ranks_and_the_job_is_requeued(tmp_path: Path, number: signal.Signals) -> None:
     job = Job(tmp_path, "trap 'echo saved; exit 75' USR1; echo ready; for i in {1..300}; do sleep 0.1; done")
     process = job.start()
     assert process.stdout is not None
@@ -212,7 +212,7 @@ def test_a_signal_reaches_the_ranks_and_the_job_comes_again(tmp_path: Path, numb
     assert f"{number.name}: the ranks save and stop" in shown and "saved" in shown
 
 
-def test_a_job_that_slurm_ends_does_not_come_again(tmp_path: Path) -> None:
+def test_a_job_ended_by_slurm_is_not_requeued(tmp_path: Path) -> None:
     job = Job(tmp_path, "exit 75")
     code, shown = job.attempt(STATE="COMPLETING")
     assert (code, job.requeues) == (75, 0)
@@ -232,7 +232,7 @@ def test_without_a_run_folder_nothing_starts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", ["single_node.sh", "multi_node.sh"])
-def test_torchrun_gets_the_words(tmp_path: Path, script: str) -> None:
+def test_torchrun_gets_the_arguments(tmp_path: Path, script: str) -> None:
     torchrun = tmp_path / "torchrun"
     torchrun.write_text('#!/bin/sh\necho "$*"\n')
     torchrun.chmod(0o755)

@@ -1,4 +1,4 @@
-"""What the code must not do: execute what it loads, or start a shell; and what each module must say."""
+"""Rules for the source: nothing executes loaded data or starts a shell, and modules have docstrings."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "offline_align"
 
-# Each executes code that a data file, a checkpoint or a file name may carry.
+# Each can execute code from a data file, a checkpoint or a file name.
 BANNED_CALLS = {
     "pickle.load",
     "pickle.loads",
@@ -44,7 +44,7 @@ BANNED_CALLS = {
     "compile",
     "__import__",
 }
-# The one module that reads megatron's pickles, by an unpickler of its own that knows a list of classes.
+# The only module that reads megatron's pickles, with an unpickler that allows a fixed list of classes.
 READING = PACKAGE / "train" / "safe_unpickling.py"
 MEGATRON_LOADS = {
     f"megatron.core.dist_checkpointing.{name}"
@@ -57,7 +57,7 @@ MEGATRON_LOADS = {
         "load_tensors_metadata",
     )
 }
-"""Each unpickles what lies in the folder."""
+"""Each unpickles files in the checkpoint folder."""
 ITS_EXCEPTIONS = {
     "subclass of pickle.Unpickler",
     "megatron.core.dist_checkpointing.load",
@@ -66,13 +66,14 @@ ITS_EXCEPTIONS = {
 BANNED_BASES = {"pickle.Unpickler", "dill.Unpickler", "cloudpickle.Unpickler"}
 BANNED_ARGUMENTS = {"allow_pickle", "shell", "trust_remote_code"}
 SUBPROCESSES = {f"subprocess.{name}" for name in ("run", "Popen", "call", "check_call", "check_output")}
-"""Each takes a string for a command line, where a file name can become a further word."""
+"""Each accepts a command line as one string, in which a file name can become several words."""
 
 
-def dangers(source: str, room: str = "offline_align") -> Iterator[str]:
-    """Yield `line: what` for every call in a source that executes what it reads.
+def dangers(source: str, root: str = "offline_align") -> Iterator[str]:
+    """Yield `line: call` for every call in a source that can execute what it reads.
 
-    Benchmarks load nothing but what they have made.
+    `root` is the top-level folder. The rules for loading checkpoints and models apply to the package
+    only, since benchmarks load only files of their own.
     """
     tree = ast.parse(source)
     full_names = imported_names(tree)
@@ -85,13 +86,13 @@ def dangers(source: str, room: str = "offline_align") -> Iterator[str]:
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name = dotted_name(call.func, full_names)
         arguments = {k.arg: k.value for k in call.keywords if k.arg}
-        if name in BANNED_CALLS or (name in MEGATRON_LOADS and room == "offline_align"):
+        if name in BANNED_CALLS or (name in MEGATRON_LOADS and root == "offline_align"):
             yield f"{call.lineno}: {name}"
         if name == "torch.load" and not is_constant(arguments.get("weights_only"), True):
             yield f"{call.lineno}: torch.load without weights_only=True"
         if name in SUBPROCESSES and call.args and isinstance(call.args[0], ast.Constant | ast.JoinedStr | ast.BinOp):
             yield f"{call.lineno}: {name} with a command in one string"
-        if name.endswith(".from_pretrained") and room == "offline_align" and "trust_remote_code" not in arguments:
+        if name.endswith(".from_pretrained") and root == "offline_align" and "trust_remote_code" not in arguments:
             yield f"{call.lineno}: {name} without trust_remote_code=False"
         for argument in BANNED_ARGUMENTS & arguments.keys():
             if not is_constant(arguments[argument], False):
@@ -99,7 +100,7 @@ def dangers(source: str, room: str = "offline_align") -> Iterator[str]:
 
 
 def imported_names(tree: ast.AST) -> dict[str, str]:
-    """Return what each imported name stands for: `from pickle import load as l` gives l: pickle.load."""
+    """Return the full name of each imported name: `from pickle import load as l` gives l: pickle.load."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -125,18 +126,18 @@ def sources() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(REPOSITORY)))
-def test_nothing_executes_what_it_loads(path: Path) -> None:
-    room = path.relative_to(REPOSITORY).parts[0]
-    found = [what.partition(": ")[2] for what in dangers(path.read_text("utf-8"), room)]
+def test_nothing_executes_loaded_data(path: Path) -> None:
+    root = path.relative_to(REPOSITORY).parts[0]
+    found = [what.partition(": ")[2] for what in dangers(path.read_text("utf-8"), root)]
     assert set(found) == (ITS_EXCEPTIONS if path == READING else set())
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_every_module_says_what_it_is_for(path: Path) -> None:
+def test_every_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text("utf-8")))
 
 
-# The entrance writes the list of stages, and errors, without loading anything for it.
+# The entry point prints the list of stages and errors itself, to avoid slow imports.
 SILENT = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py"]
 
 
@@ -177,7 +178,7 @@ def test_nothing_prints_past_rich_and_logging(path: Path) -> None:
         "from megatron.core.dist_checkpointing import load_plain_tensors\nload_plain_tensors(p)",
     ],
 )
-def test_dangers_are_recognised(source: str) -> None:
+def test_dangerous_calls_are_found(source: str) -> None:
     assert len(list(dangers(source))) == 1
 
 
@@ -193,5 +194,5 @@ def test_dangers_are_recognised(source: str) -> None:
         "import re\nre.compile(p)",
     ],
 )
-def test_sound_calls_pass(source: str) -> None:
+def test_safe_calls_pass(source: str) -> None:
     assert list(dangers(source)) == []

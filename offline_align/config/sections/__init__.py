@@ -1,7 +1,8 @@
-"""The sections of the configuration: one default, one docstring and one unit for every key.
+"""The sections of the configuration. Every key has one default, one docstring and one unit.
 
-A default lives here and nowhere else; the YAML files under `configs/` hold named differences only.
-`None` means "not set" and each docstring says what then happens. The paper is arXiv 2308.12050.
+Defaults are defined only here. The YAML files under `configs/` hold named differences from them.
+A key whose value is None is not set, and its docstring says what happens then.
+"The paper" is arXiv 2308.12050.
 """
 
 from offline_align.config.sections.answers import (

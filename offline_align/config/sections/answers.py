@@ -1,4 +1,4 @@
-"""How answers are scored, made, judged and reported."""
+"""Sections for labelling, generation and evaluation."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Engine(StrEnum):
-    """Generation engines: `auto` takes vLLM where it is installed and CUDA is used."""
+    """Generation engines. `auto` selects vLLM if it is installed and the run uses CUDA."""
 
     auto = "auto"
     transformers = "transformers"
@@ -23,7 +23,7 @@ class JudgeKind(StrEnum):
 
 
 class JudgeForm(StrEnum):
-    """What a served judge sees at once: all answers to a prompt (the paper's), two of them, or one."""
+    """What one request to a served judge holds: all answers to a prompt (paper), two, or one."""
 
     set = "set"
     pair = "pair"
@@ -35,11 +35,13 @@ class LabelSection:
     """Reward labelling."""
 
     flush_rows: int = 256
-    """Scored rows between two writes of a rank's journal: the most that a crash can cost it."""
+    """Rows that a rank scores between two writes to its journal. A crash loses at most this
+    many."""
     histogram_bins: int = 60
-    """Bars of the reward histogram (Figure 3)."""
+    """Number of bins in the reward histogram (Figure 3)."""
     certificate_fraction: float = 0.005
-    """Share of the rows scored a second time, alone and with the model loaded afresh (`certificate.json`); 0: none."""
+    """Fraction of the rows to score a second time, each alone and with a freshly loaded model. The
+    result is `certificate.json`. 0 disables the check."""
 
 
 @dataclass(frozen=True)
@@ -47,27 +49,30 @@ class GenerateSection:
     """Sampling of responses."""
 
     engine: Engine = Engine.auto
-    """`auto`, `transformers` or `vllm`."""
+    """Generation engine. `auto` selects vLLM if it is installed and the run uses CUDA, else
+    transformers."""
     max_new_tokens: int = 1024
-    """Longest response in tokens."""
+    """Maximum length of a response, in tokens."""
     temperature: float = 0.0
-    """0: greedy (paper)."""
+    """Sampling temperature. 0 is greedy decoding (paper)."""
     top_p: float = 1.0
-    """Nucleus sampling: smallest set of tokens with this probability."""
+    """Nucleus sampling: sample from the smallest set of tokens whose total probability reaches this
+    value. 1 keeps all tokens."""
     n: int = 1
-    """Responses to each prompt (best-of-n needs temperature > 0)."""
+    """Responses per prompt. More than one (best-of-n) needs a temperature above 0."""
     stop: list[str] = field(default_factory=list)
-    """Strings that end a response, removed from it."""
+    """Strings that end a response. They are removed from it."""
     batch_size: int = 32
-    """Prompts generated together on one rank (transformers engine)."""
+    """Prompts per batch on one rank (transformers engine only)."""
 
 
 @dataclass(frozen=True)
 class GenerateMethodSection:
-    """The condition given to a Conditional Alignment policy."""
+    """The condition for a Conditional Alignment policy."""
 
     target_reward: Any = None
-    """Normalised reward asked for, or a list of them, each asked of every prompt; unset: that stored in the policy."""
+    """Normalised reward to ask a Conditional Alignment policy for. With a list, every prompt is
+    answered once per target. If unset, the target stored with the policy."""
 
 
 @dataclass(frozen=True)
@@ -75,28 +80,31 @@ class JudgeSection:
     """Who scores the answers in `evaluate`."""
 
     kind: JudgeKind = JudgeKind.reward_model
-    """`reward_model`, `ground_truth`, `openai` or `human`; chosen by the group, as
-    `judge=openai judge.model=NAME judge.base_url=http://localhost:8000/v1`."""
+    """Who scores the answers. Choose it with the group, for example `judge=openai judge.model=NAME
+    judge.base_url=http://localhost:8000/v1`."""
     model: str | None = None
-    """Reward-model run folder, or the served model's name."""
+    """Run folder of the reward model, or the name of the served model."""
     base_url: str | None = None
-    """OpenAI-compatible endpoint; the key comes from OPENAI_API_KEY."""
+    """URL of an OpenAI-compatible endpoint. The API key is read from OPENAI_API_KEY."""
     form: JudgeForm = JudgeForm.set
-    """What a served judge sees at once: `set` (the paper's), `pair` or `single`."""
+    """What one request to a served judge holds: all answers to a prompt (`set`, paper), two of them
+    (`pair`), or one (`single`)."""
     concurrent_requests: int = 8
-    """Requests to the endpoint at a time."""
+    """Maximum number of concurrent requests to the endpoint."""
     retries: int = 6
-    """Attempts after a failed request, each after twice the time of the one before."""
+    """Retries of a failed request, with exponential backoff."""
     timeout_seconds: float = 120.0
-    """Longest wait for one reply."""
+    """Maximum wait for one response of the endpoint."""
     prompt_token_price: float = 0.0
-    """Price of a million tokens sent, for the report's cost."""
+    """Price of a million prompt tokens, for the cost in the report."""
     completion_token_price: float = 0.0
-    """Price of a million tokens received."""
+    """Price of a million completion tokens, for the cost in the report."""
     calibration: Any = None
-    """Pairs that people have judged (verdict rows or preference rows), path or list: how far to trust the judge."""
+    """Pairs judged by people (verdict rows or preference rows), as a path or list of paths. The
+    report compares the judge with them."""
     second_model: str | None = None
-    """Run folder of another reward model, best of other training pairs: does it see the same gains?"""
+    """Run folder of a second reward model, preferably trained on other pairs. The report checks
+    whether it confirms the gains."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +112,20 @@ class EvaluateSection:
     """Comparison of several generation files."""
 
     bootstrap_samples: int = 2000
-    """Resamples of each confidence interval."""
+    """Bootstrap resamples per confidence interval."""
     confidence: float = 0.95
-    """Level of the intervals."""
+    """Level of the confidence intervals."""
     baseline: str | None = None
-    """Name of the method that win rates are counted against; unset: `sft` where present, else the first."""
+    """Name of the method that win rates compare with. If unset, `sft` if it is among the methods,
+    else the first one."""
     group_by: str = "benchmark"
-    """Column that splits the tables (the paper's vicuna and mt_bench), where rows have it."""
+    """Column that splits the tables by benchmark (in the paper vicuna and mt_bench). Ignored if the
+    rows lack it."""
     ppo_hours: float | None = None
-    """GPU hours of a PPO run that the cost of each method is compared with (the paper's Table 3)."""
+    """GPU hours of a PPO run to compare the cost of each method with (Table 3 of the paper)."""
     divergence: bool = True
-    """Measure how far policies are from the baseline's (each is loaded once); only where a reward model is run too."""
+    """Measure how far each policy is from the baseline's policy. Loads every policy once, and only
+    if a reward model judges."""
     runs: Any = None
-    """Run folders, or folders of them, that the page is to show; alone they need neither answers nor a judge."""
+    """Run folders, or folders of run folders, to show in the report. With these alone, `evaluate`
+    needs neither answers nor a judge."""

@@ -1,4 +1,4 @@
-"""What rows are read, and how they become tokens."""
+"""Sections for input data, tokenisation and `prepare`."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -6,21 +6,24 @@ from typing import Any
 
 
 class OnBadRow(StrEnum):
-    """`fail` stops at the first bad row; `skip` puts bad rows into `quarantine.jsonl` and goes on."""
+    """`fail` stops at the first bad row; `skip` writes bad rows to `quarantine.jsonl`."""
 
     fail = "fail"
     skip = "skip"
 
 
 class TooLong(StrEnum):
-    """Rows over `data.max_length`: cut the prompt from the left, or drop the row. Both are counted."""
+    """Rows over `data.max_length`: truncate the prompt from the left, or drop the row.
+
+    Both are counted.
+    """
 
     truncate_prompt = "truncate_prompt"
     drop = "drop"
 
 
 class Template(StrEnum):
-    """How a dialogue becomes text: the paper's `User:...Assistant: ...`, or the tokenizer's chat template."""
+    """Format of a dialogue: `User:...Assistant: ...` (paper) or the tokenizer's chat template."""
 
     paper = "paper"
     chat = "chat"
@@ -28,10 +31,11 @@ class Template(StrEnum):
 
 @dataclass(frozen=True)
 class RowDataSection:
-    """What every stage that reads rows can set."""
+    """Settings of every stage that reads rows."""
 
     on_bad_row: OnBadRow = OnBadRow.fail
-    """`fail` (exit 65 with file:line) or `skip` (quarantine file, totals)."""
+    """`fail` exits with 65 and names file:line. `skip` writes bad rows to `quarantine.jsonl`,
+    counts them and continues."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class RawDataSection(RowDataSection):
     """Raw data sets."""
 
     input: Any = None
-    """Path or list of paths, also `hf:<name>[/<folder>][#<split>]` and `demo`."""
+    """Path or list of paths. Also accepts `hf:<name>[/<folder>][#<split>]` for a Hugging Face data
+    set, and `demo` for the demo corpus."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,20 @@ class DataSection(RowDataSection):
     """How rows are read and turned into tokens."""
 
     max_length: int = 4096
-    """Longest row in tokens, end-of-sequence included (paper: 4096)."""
+    """Maximum length of a row in tokens, including the end-of-sequence token (paper: 4096)."""
     too_long: TooLong = TooLong.truncate_prompt
-    """What happens to rows over `max_length`; a response alone over it is always dropped and counted."""
+    """What to do with rows over `max_length`: truncate the prompt from the left, or drop the row. A
+    row whose response alone exceeds it is always dropped. Both are counted."""
     template: Template | None = None
-    """`paper` or `chat`; unset: that of the model in `init.from`, `chat` for reward models of others, else `paper`."""
+    """How a dialogue becomes text: `User:...Assistant: ...` (`paper`) or the tokenizer's chat
+    template (`chat`). If unset, the template of the model in `init.from`, `chat` for a reward model
+    that was not trained here, else `paper`."""
     template_date: str | None = None
-    """Day (YYYY-MM-DD) that a chat template writes as today's; unset: the model's, else the day the run began."""
+    """The day (YYYY-MM-DD) that a chat template writes as today's. If unset, the day that the model
+    was trained with, else the day on which the run started."""
     cache_dir: str | None = None
-    """Folder of tokenised data, keyed by content; unset: `cache/` in `run.dir`."""
+    """Folder for the cache of tokenised data, whose entries are keyed by content. If unset,
+    `cache/` in `run.dir`."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +73,20 @@ class TrainDataSection(DataSection):
     """Training and validation files."""
 
     train: Any = None
-    """Path or list of paths of JSONL rows (`.gz` too)."""
+    """Path or list of paths of training rows (JSONL, also `.gz`)."""
     valid: Any = None
-    """Path or list of paths of validation rows; unset: no validation."""
+    """Path or list of paths of validation rows. If unset, there is no validation."""
     group_by_prompt: bool = False
-    """Take all rows of a prompt in the same step, where `trainer.share_prompts` computes it once; false: any order."""
+    """Put all rows of a prompt into the same step, so that `trainer.share_prompts` computes the
+    prompt once. If false, rows are shuffled independently."""
 
 
 @dataclass(frozen=True)
 class InputDataSection(DataSection):
-    """Files to read."""
+    """Input files."""
 
     input: Any = None
-    """Path or list of paths of rows (`.gz` too)."""
+    """Path or list of paths of rows (JSONL, also `.gz`)."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +94,18 @@ class PrepareSection:
     """Sources, deduplication and splits."""
 
     format: str | None = None
-    """Form of all inputs: hh, oasst1, dolly, flan, self_instruct, sft or preference; unset: by their columns."""
+    """Format of all inputs: hh, oasst1, dolly, flan, self_instruct, sft or preference. If unset, it
+    is detected from the columns."""
     valid_fraction: float = 0.05
-    """Share of prompts that goes to the validation files; no prompt is in both."""
+    """Fraction of the prompts that goes to the validation files. No prompt is in both splits."""
     max_rows: int | None = None
-    """Rows read from each input; unset: all."""
+    """Maximum number of rows to read from each input. If unset, all."""
     demo_sft_rows: int = 6000
-    """SFT rows of the demo corpus (`data.input=demo`)."""
+    """SFT rows in the demo corpus (`data.input=demo`)."""
     demo_preference_rows: int = 6000
-    """Preference pairs of the demo corpus."""
+    """Preference pairs in the demo corpus."""
     demo_prompt_rows: int = 160
-    """Held-out evaluation prompts of the demo corpus (paper: 160)."""
+    """Held-out evaluation prompts in the demo corpus (paper: 160)."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,6 @@ class TokenizerSection:
     """Training of a SentencePiece model on the prepared rows."""
 
     train: bool = False
-    """Train a tokenizer and write `tokenizer.model`."""
+    """Train a SentencePiece tokenizer on the prepared rows and write `tokenizer.model`."""
     vocab_size: int = 8192
-    """Entries, byte fallback included."""
+    """Vocabulary size, including the byte fallback tokens."""

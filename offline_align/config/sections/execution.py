@@ -1,4 +1,4 @@
-"""Where a command runs: folder, device, ranks, nodes and time."""
+"""Sections for the run folder, the device, the layout of ranks, the launcher and the time limit."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 
 class Device(StrEnum):
-    """Where tensors live: `auto` takes CUDA where a device is visible."""
+    """Device of the tensors. `auto` selects CUDA if a device is visible."""
 
     auto = "auto"
     cpu = "cpu"
@@ -16,14 +16,14 @@ class Device(StrEnum):
 
 
 class LauncherKind(StrEnum):
-    """Who starts the ranks: this machine, or Slurm on the nodes that it gives to the job."""
+    """Who starts the ranks: this process on the local machine, or Slurm on the nodes of a job."""
 
     local = "local"
     slurm = "slurm"
 
 
 class GpuKind(StrEnum):
-    """GPUs of DGX nodes, for plans."""
+    """GPUs of DGX nodes that a dry run can estimate for."""
 
     a100_40gb = "a100_40gb"
     a100_80gb = "a100_80gb"
@@ -33,87 +33,107 @@ class GpuKind(StrEnum):
 
 @dataclass(frozen=True)
 class RunSection:
-    """Where a run lives and what makes it repeatable."""
+    """Run folder, seed and device."""
 
     dir: str = MISSING
-    """Folder that receives everything the stage writes; nothing is written anywhere else."""
+    """Run folder. The stage writes all its output there and nowhere else."""
     seed: int = 1234
-    """Seed of initialisation, data order, splits and sampling."""
+    """Seed of the initialisation, the data order, the splits and the sampling."""
     device: Device = Device.auto
-    """`auto`, `cpu` or `cuda`."""
+    """Device to run on. `auto` selects CUDA if a device is visible, else the CPU."""
 
 
 @dataclass(frozen=True)
 class ParallelSection:
-    """Layout of the ranks; data parallel is what remains of the world size."""
+    """Parallel layout.
+
+    The data parallel size is the world size divided by the tensor and context parallel sizes.
+    """
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share each layer (paper: 4, as `parallel=tp4 launcher.nproc_per_node=4`)."""
+    """Tensor parallel size: the number of ranks that share each layer (paper: 4, set with
+    `parallel=tp4 launcher.nproc_per_node=4`)."""
     sequence_parallel: bool = False
-    """Split activations between tensor parallel ranks along the sequence outside the matrix products."""
+    """Outside the matrix products, split the activations along the sequence over the tensor
+    parallel ranks."""
     context_parallel_size: int = 1
-    """Ranks that share each packed bin: for rows whose activations are too large for one GPU."""
+    """Context parallel size: the number of ranks that share each packed bin. For rows whose
+    activations do not fit on one GPU."""
     use_distributed_optimizer: bool = True
-    """Shard optimizer state and main weights over data parallel ranks."""
+    """Shard the optimizer state and the main weights over the data parallel ranks."""
     overlap_grad_reduce: bool = True
-    """Reduce gradients while the backward pass goes on (CUDA only)."""
+    """Overlap the gradient reduction with the backward pass (CUDA only)."""
     overlap_param_gather: bool = True
-    """Gather updated weights while the next forward pass goes on (CUDA, distributed optimizer)."""
+    """Overlap the gathering of updated weights with the next forward pass (CUDA with the
+    distributed optimizer only)."""
     grad_reduce_in_fp32: bool = True
     """Accumulate and reduce gradients in fp32."""
     silent_rank_seconds: float = 20.0
-    """Seconds after which a rank that has died or stands still is named and all others end; long work is no silence."""
+    """Seconds without a heartbeat after which a rank counts as dead. The other ranks name it and
+    exit. A long computation does not interrupt the heartbeat."""
 
 
 @dataclass(frozen=True)
 class LimitSection:
-    """What every stage that may take long can set."""
+    """Settings of every stage that can take long."""
 
     max_time: str | None = None
-    """Wall-clock limit, as `3h50m`, `HH:MM:SS` or seconds: save and exit 75 before it; unset: none."""
+    """Wall-clock limit, as `3h50m`, `HH:MM:SS` or seconds. The stage saves and exits with 75 before
+    it. If unset, there is no limit."""
 
 
 @dataclass(frozen=True)
 class LauncherSection:
-    """Who starts the ranks: this machine, or a Slurm job. Keys from `job_name` on are those of the job."""
+    """Who starts the ranks. The keys from `job_name` on apply to Slurm jobs."""
 
     kind: LauncherKind = LauncherKind.local
-    """`local`, or `slurm`: the stage becomes a batch job. Chosen by the group, `launcher=slurm`."""
+    """`local` starts the ranks on this machine. `slurm` submits the stage as a batch job. Choose it
+    with the group: `launcher=slurm`."""
     nproc_per_node: int = 1
-    """Ranks on each node; under torchrun leave it unset, or at torchrun's own number."""
+    """Ranks per node. Under torchrun, leave it unset or equal to torchrun's `--nproc-per-node`."""
     nodes: int = 1
-    """Nodes; more than one are started by Slurm, or by torchrun on each of them."""
+    """Number of nodes. More than one needs Slurm, or torchrun on every node."""
     gpu: GpuKind = GpuKind.h100_80gb
-    """GPUs that `dry_run=true` plans for: `a100_40gb`, `a100_80gb`, `h100_80gb` or `h200_141gb`."""
+    """GPU model that `dry_run=true` estimates memory and time for."""
     job_name: str | None = None
-    """Name in the queue; unset: `offline-align-<stage>`."""
+    """Name of the Slurm job. If unset, `offline-align-<stage>`."""
     partition: str | None = None
-    """Partition; unset: the cluster's default."""
+    """Slurm partition. If unset, the default of the cluster."""
     account: str | None = None
-    """Account that is charged; unset: the user's default."""
+    """Slurm account to charge. If unset, the user's default."""
     time: str | None = None
-    """Limit of one attempt, as `3h50m`, `HH:MM:SS` or `D-HH:MM:SS`; unset: the partition's default."""
+    """Time limit of one attempt, as `3h50m`, `HH:MM:SS` or `D-HH:MM:SS`. If unset, the default of
+    the partition."""
     gpus_per_node: int | None = None
-    """GPUs asked for on each node; unset: one a rank, none with `run.device=cpu`; 0: none."""
+    """GPUs to request per node; 0 requests none. If unset, one per rank, or none with
+    `run.device=cpu`."""
     cpus_per_task: int | None = None
-    """CPU cores of each rank; unset: the cluster's default."""
+    """CPU cores per rank. If unset, the default of the cluster."""
     container_image: str | None = None
-    """Image that pyxis and enroot run the ranks in, a `.sqsh` file or `registry#name:tag`; unset: none."""
+    """Container image for the ranks, a `.sqsh` file or `registry#name:tag` (needs pyxis and
+    enroot). If unset, no container."""
     container_mounts: list[str] = field(default_factory=list)
-    """What the container sees of the storage, each `source:target`; must cover `run.dir`, data and the work folder."""
+    """Folders to mount in the container, each as `source:target`. They must cover `run.dir`, the
+    data and the working directory."""
     python: str | None = None
-    """Python of the ranks; unset: the one that submits, or `python` of the image."""
+    """Python interpreter of the ranks. If unset, the one that submits the job, or `python` in the
+    container."""
     environment: dict[str, Any] = field(default_factory=dict)
-    """Environment variables of the ranks, as `launcher.environment.NCCL_DEBUG=INFO`."""
+    """Environment variables of the ranks, for example `launcher.environment.NCCL_DEBUG=INFO`."""
     sbatch: dict[str, Any] = field(default_factory=dict)
-    """Further options of sbatch, as `launcher.sbatch.qos=high` or `launcher.sbatch.exclusive=true`; they come last."""
+    """More sbatch options, for example `launcher.sbatch.qos=high` or
+    `launcher.sbatch.exclusive=true`. They are added last."""
     dependency: str | None = None
-    """Jobs that must end well first, as `12:13`; files that they are to write need not be there yet."""
+    """Ids of jobs that must succeed first, as `12:13`. The input files that they will write need
+    not exist yet."""
     check: bool = True
-    """Check the nodes before a stage of several ranks: GPUs, network, clocks, disk and versions."""
+    """Check the nodes before a stage with several ranks starts: GPUs, network, clocks, disk and
+    versions."""
     requeue: bool = True
-    """Start again after an early stop (75) or a crash; bad data (65) and bad settings (78) never do."""
+    """Requeue the job after an early stop (exit 75) or a crash. Bad data (65) and bad settings (78)
+    are never requeued."""
     attempts: int = 3
-    """Attempts in a row that save nothing new before the job is given up."""
+    """Give up after this many consecutive attempts that saved nothing new."""
     signal_margin_seconds: int = 300
-    """How long before the limit the ranks are told to save; Slurm may do so up to a minute earlier."""
+    """How long before the time limit the ranks are told to save. Slurm may send the signal up to a
+    minute earlier."""

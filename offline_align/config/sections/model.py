@@ -1,4 +1,4 @@
-"""What a model is, where it comes from and into which form it goes."""
+"""Sections for the model, its initial weights and its conversion."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,7 +8,10 @@ from omegaconf import MISSING
 
 
 class Backend(StrEnum):
-    """Layer implementation; `auto` is Transformer Engine where that is installed and CUDA is used, else `torch`."""
+    """Layer implementation.
+
+    `auto` selects Transformer Engine if it is installed and the run uses CUDA, else `torch`.
+    """
 
     auto = "auto"
     torch = "torch"
@@ -16,7 +19,7 @@ class Backend(StrEnum):
 
 
 class ConvertTo(StrEnum):
-    """The form that `convert` writes."""
+    """The checkpoint format that `convert` writes."""
 
     megatron = "megatron"
     huggingface = "huggingface"
@@ -24,41 +27,44 @@ class ConvertTo(StrEnum):
 
 @dataclass(frozen=True)
 class InitSection:
-    """Where weights come from."""
+    """Where the initial weights come from."""
 
     from_: str | None = None
-    """Run folder, checkpoint folder or Hugging Face folder; unset: random weights (written `init.from`)."""
+    """Run folder, checkpoint folder or Hugging Face folder with the initial weights. If unset, the
+    weights are random."""
 
 
 @dataclass(frozen=True)
 class ModelSection:
     """Architecture and tokenizer: a Llama-shaped GPT (SwiGLU, RoPE, RMSNorm, no bias, no dropout).
 
-    Ignored but checked where `init.from` names a model: the weights bring their architecture.
+    If `init.from` names a model, its architecture is used; this section is then only checked.
     """
 
     num_layers: int = MISSING
-    """Transformer layers."""
+    """Number of transformer layers."""
     hidden_size: int = MISSING
     """Width of the residual stream."""
     ffn_hidden_size: int = MISSING
     """Width of the SwiGLU inner layer."""
     num_attention_heads: int = MISSING
-    """Query heads."""
+    """Number of query heads."""
     num_query_groups: int | None = None
-    """Key/value heads (grouped-query attention); unset: as many as query heads."""
+    """Number of key/value heads (grouped-query attention). If unset, the number of query heads."""
     kv_channels: int | None = None
-    """Width of one head; unset: `hidden_size / num_attention_heads`."""
+    """Width of one attention head. If unset, `hidden_size / num_attention_heads`."""
     max_position_embeddings: int = 4096
-    """Longest sequence in tokens (paper: 4096)."""
+    """Maximum sequence length in tokens (paper: 4096)."""
     vocab_size: int | None = None
-    """Entries of the tokenizer; unset: read from the tokenizer."""
+    """Vocabulary size. If unset, it is read from the tokenizer."""
     make_vocab_size_divisible_by: int = 128
-    """Embedding rows are padded to a multiple of this; it must be divisible by tensor parallel size."""
+    """The number of embedding rows is padded to a multiple of this. The padded number must be
+    divisible by the tensor parallel size."""
     rotary_base: float = 10000.0
     """Base of the rotary position embedding."""
     rope_scaling: dict[str, Any] = field(default_factory=dict)
-    """Hugging Face's `rope_scaling` mapping (`rope_type` llama3, linear or yarn); empty: none."""
+    """RoPE scaling, written as the `rope_scaling` mapping of Hugging Face (`rope_type` llama3,
+    linear or yarn). If empty, no scaling."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of every RMSNorm."""
     init_method_std: float = 0.02
@@ -66,31 +72,33 @@ class ModelSection:
     share_embeddings_and_output_weights: bool = False
     """Tie the output layer to the embedding (paper: untied)."""
     add_qkv_bias: bool = False
-    """Bias in the query/key/value projection (Qwen2)."""
+    """Add a bias to the query/key/value projection (Qwen2)."""
     qk_layernorm: bool = False
-    """RMSNorm on queries and keys (Qwen3)."""
+    """Apply RMSNorm to queries and keys (Qwen3)."""
     sliding_window: int | None = None
-    """Tokens that a position may look back on (Mistral); unset: all."""
+    """Size of the attention window in tokens (Mistral). If unset, full causal attention."""
     tokenizer: str | None = None
-    """SentencePiece `.model`, `tokenizer.json` or Hugging Face folder; unset: that of `init.from`."""
+    """SentencePiece `.model`, `tokenizer.json` or Hugging Face folder. If unset, the tokenizer of
+    `init.from`."""
     backend: Backend = Backend.auto
-    """`auto` (Transformer Engine where it is installed and CUDA is used), `torch` or `transformer_engine`."""
+    """Layer implementation. `auto` selects Transformer Engine if it is installed and the run uses
+    CUDA, else torch."""
     overrides: dict[str, Any] = field(default_factory=dict)
-    """Further fields of megatron-core's TransformerConfig, checked against it."""
+    """More fields of megatron-core's TransformerConfig. Unknown names are rejected."""
 
     @property
     def head_width(self) -> int:
-        """Width of one attention head."""
+        """Return the width of one attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def query_groups(self) -> int:
-        """Key/value heads."""
+        """Return the number of key/value heads."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
     def padded_vocab_size(self) -> int:
-        """Embedding rows, independent of the layout."""
+        """Return the padded number of embedding rows. It does not depend on the parallel layout."""
         assert self.vocab_size is not None
         return self.padded(self.vocab_size)
 
@@ -101,13 +109,15 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class ConvertSection:
-    """Change of form."""
+    """Conversion between checkpoint formats."""
 
     to: ConvertTo = ConvertTo.huggingface
-    """`huggingface` or `megatron`."""
+    """Format to write: `huggingface` or `megatron`."""
     max_shard_size: str = "5GB"
-    """Largest safetensors file of a Hugging Face folder."""
+    """Maximum size of one safetensors file in a Hugging Face folder."""
     evaluation: str | None = None
-    """Run folder of `evaluate` whose table goes into the model card; it must compare answers of this policy."""
+    """Run folder of an `evaluate` run whose table goes into the model card. It must compare answers
+    of this policy."""
     check: bool = False
-    """Load what was written with transformers and compare logits or scores with ours, in fp32 (memory for both)."""
+    """Load the written model with transformers and compare its logits or scores with those of the
+    source, in fp32. Both models must fit into memory."""

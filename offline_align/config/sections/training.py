@@ -1,4 +1,4 @@
-"""How weights are computed: precision, batches, optimizer and the methods."""
+"""Sections for precision, batches, training length, the optimizer and the methods."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -7,9 +7,10 @@ from offline_align.config.sections.execution import LimitSection
 
 
 class Precision(StrEnum):
-    """Numbers of the forward and backward pass; main weights and reductions are fp32 in all of them.
+    """Precision of the forward and backward pass.
 
-    `fp8`, for training with Transformer Engine, has linear layers multiply in fp8 and everything else in bf16.
+    Main weights and reductions are fp32 in all of them. `fp8` (training with Transformer Engine only)
+    multiplies in fp8 in the linear layers and computes everything else in bf16.
     """
 
     auto = "auto"
@@ -18,12 +19,15 @@ class Precision(StrEnum):
     fp8 = "fp8"
 
     def in_bf16(self, on_cuda: bool) -> bool:
-        """Whether the forward pass runs in bf16: asked for, or by default on CUDA."""
+        """Return whether the forward pass runs in bf16, either by choice or by default on CUDA.
+
+        True for `fp8` as well, whose other operations run in bf16.
+        """
         return on_cuda if self is Precision.auto else self is not Precision.fp32
 
 
 class Recompute(StrEnum):
-    """Activations computed again in the backward pass: nothing, attention only, or whole layers."""
+    """Activations to recompute in the backward pass: none, those of attention, or whole layers."""
 
     none = "none"
     selective = "selective"
@@ -31,7 +35,7 @@ class Recompute(StrEnum):
 
 
 class DecayStyle(StrEnum):
-    """Learning-rate schedules after the warm-up, by megatron-core's names."""
+    """Learning-rate schedules after the warm-up, named as in megatron-core."""
 
     constant = "constant"
     cosine = "cosine"
@@ -40,75 +44,85 @@ class DecayStyle(StrEnum):
 
 @dataclass(frozen=True)
 class ComputeSection(LimitSection):
-    """What every stage that runs a model can set."""
+    """Settings of every stage that runs a model."""
 
     precision: Precision = Precision.auto
-    """`bf16`, `fp32`, or `fp8` (training only); `auto` is bf16 on CUDA (the paper's) and fp32 on CPU."""
+    """Precision of the forward and backward pass. `auto` is bf16 on CUDA (paper) and fp32 on the
+    CPU. `fp8` is for training only and needs Transformer Engine."""
     micro_batch_size: int = 1
-    """Rows of full length in one forward pass: a packed bin holds up to `micro_batch_size * data.max_length` tokens."""
+    """Full-length rows per forward pass. Rows are packed into bins of up to `micro_batch_size *
+    data.max_length` tokens."""
     share_prompts: bool = True
-    """Compute a prompt once for both answers of a pair, and for all answers to it that share a step or are scored."""
+    """Compute a prompt once for all its answers in a step or in a scoring pass, for example for
+    both answers of a pair."""
 
 
 @dataclass(frozen=True)
 class TrainerSection(ComputeSection):
-    """Length of the run, batch arithmetic, and when to log, validate and save."""
+    """Batch size, length of the run, and when to log, validate and save."""
 
     global_batch_size: int = 128
-    """Rows of one optimizer step, over all ranks (paper: 128)."""
+    """Rows per optimizer step, summed over all ranks (paper: 128)."""
     max_epochs: int = 1
-    """Passes over the data; ignored where `max_steps` is set (paper: 1 for the reward model)."""
+    """Passes over the data (paper: 1 for the reward model). Ignored if `max_steps` is set."""
     max_steps: int | None = None
-    """Optimizer steps; unset: by `max_epochs`."""
+    """Number of optimizer steps. If unset, `max_epochs` decides."""
     log_interval: int = 1
     """Steps between two lines of `metrics.jsonl`."""
     eval_interval: int | None = None
-    """Steps between two validations; unset: at the end only."""
+    """Steps between two validations. If unset, validate only at the end."""
     save_interval: int | None = 500
-    """Steps between two checkpoints; unset: at the end only."""
+    """Steps between two checkpoints. If `null`, save only at the end."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept, beside the best one on the validation set."""
+    """Number of newest checkpoints to keep, in addition to the one with the lowest validation
+    loss."""
     async_save: bool = False
-    """Write checkpoints in a thread while the training goes on; takes CPU memory for a copy of each rank's shards."""
+    """Write checkpoints in a background thread while training continues. Each rank needs CPU memory
+    for a copy of its shards."""
     recompute: Recompute = Recompute.none
-    """`none`, `selective` (attention) or `full` (whole layers)."""
+    """Activations to recompute in the backward pass: `none`, `selective` (attention) or `full`
+    (whole layers)."""
     wandb_project: str | None = None
-    """Weights & Biases project that gets the metrics too; the key comes from WANDB_API_KEY. Unset: none."""
+    """Weights & Biases project to log the metrics to as well. The API key is read from
+    WANDB_API_KEY. If unset, nothing is sent."""
     profile_steps: list[int] = field(default_factory=list)
-    """First and last optimizer step of a profile, as `[5,7]`: a trace in `profile/`, or a range for `nsys`."""
+    """First and last optimizer step to profile, as `[5,7]`. Writes a trace to `profile/`, or marks
+    the range if `nsys` profiles the run."""
 
 
 @dataclass(frozen=True)
 class OptimSection:
-    """AdamW and its schedule, by megatron-core's names."""
+    """AdamW and its learning-rate schedule, with the names of megatron-core."""
 
     lr: float = 5e-6
     """Peak learning rate (paper: 5e-6; reward model 9e-6)."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     lr_decay_style: DecayStyle = DecayStyle.cosine
-    """`constant`, `cosine` or `linear`."""
+    """Learning-rate schedule after the warm-up."""
     lr_warmup_steps: int = 0
     """Steps of linear warm-up."""
     lr_decay_steps: int | None = None
-    """Steps until `min_lr` is reached; unset: the length of the run."""
+    """Steps until the learning rate reaches `min_lr`. If unset, the length of the run."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; norms, biases and all other vectors have none."""
+    """Decoupled weight decay. It applies to matrices only, not to norms, biases or other
+    vectors."""
     adam_beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     adam_beta2: float = 0.98
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     adam_eps: float = 1e-8
-    """Added to the denominator."""
+    """Constant added to the denominator of the update."""
     clip_grad: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Maximum global gradient norm. 0 disables clipping."""
     use_precision_aware_optimizer: bool = False
-    """Moments in bf16, and main weights as the 16 bits that bf16 weights lack: half the memory (Transformer Engine)."""
+    """Store the moments in bf16, and of each main weight only the 16 bits that its bf16 weight
+    lacks. This halves the optimizer memory and needs Transformer Engine."""
 
 
 @dataclass(frozen=True)
 class MethodSection:
-    """The settings of a training method."""
+    """Settings of a training method."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +130,10 @@ class RewardMethodSection(MethodSection):
     """Ranking loss of the reward model (Eq. 2)."""
 
     use_margin: bool = True
-    """Subtract a pair's `margin` column from its score difference, where it has one."""
+    """Subtract the `margin` column from the score difference of a pair, if the pair has one."""
     center_rewards_coefficient: float = 0.0
-    """Weight of `(r_chosen + r_rejected)^2`, which draws rewards to mean zero; 0: off (paper)."""
+    """Weight of the penalty `(r_chosen + r_rejected)^2`, which centers the rewards at zero. 0
+    disables it (paper)."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +141,10 @@ class FilteringMethodSection(MethodSection):
     """Filtering Alignment (Eq. 4)."""
 
     threshold: float = 0.0
-    """Rows are kept where the normalised reward is above this (paper: 0)."""
+    """Keep the rows whose normalised reward is strictly above this (paper: 0)."""
     best_of: int | None = None
-    """Of these, keep so many best answers to each prompt (best-of-n); unset: all (paper)."""
+    """Of these rows, keep only this many with the highest rewards per prompt (best-of-n). If unset,
+    keep all (paper)."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +152,8 @@ class RewardWeightedMethodSection(MethodSection):
     """Reward-Weighted Regression (Eq. 5)."""
 
     beta: float = 5.0
-    """Temperature: a row weighs `exp(reward / beta)`, scaled to mean 1 over the data (paper: 5)."""
+    """Temperature. The weight of a row is `exp(reward / beta)`, scaled to mean 1 over the data
+    (paper: 5)."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +161,10 @@ class ConditionalMethodSection(MethodSection):
     """Conditional Alignment (Eq. 6)."""
 
     target_reward: float = 5.0
-    """Normalised reward that `generate` asks for (paper: 5.0); stored in the policy."""
+    """Normalised reward that `generate` asks for by default (paper: 5.0). It is stored with the
+    policy."""
     reward_format: str = "<rm_score>{reward:.1f}"
-    """Text of the condition, put between the prompt and the response."""
+    """Format of the condition text, which stands between the prompt and the response."""
     reward_limit: float = 9.9
-    """Rewards are clipped to plus or minus this before they are written, so that the text keeps its length."""
+    """Rewards are clipped to plus or minus this value in the condition text, so that its length
+    stays the same."""

@@ -1,4 +1,4 @@
-"""Rules between settings: each broken one is a line that names key, value and fix."""
+"""Checks of settings: each problem is one line with key, value and fix."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_defaults_have_no_problem() -> None:
         (
             ["optim.use_precision_aware_optimizer=true", "parallel.use_distributed_optimizer=false"],
             1,
-            "parallel.use_distributed_optimizer=False: optim.use_precision_aware_optimizer=True is for",
+            "parallel.use_distributed_optimizer=False: optim.use_precision_aware_optimizer=True needs",
         ),
     ],
 )

@@ -44,7 +44,7 @@ def test_words_win_over_file_and_file_over_groups(tmp_path: Path) -> None:
     assert (config.optim.lr, config.optim.min_lr, config.trainer.max_steps) == (2e-4, 1e-6, 3)
 
 
-def test_written_configuration_can_be_given_back(tmp_path: Path) -> None:
+def test_a_written_configuration_can_be_read_again(tmp_path: Path) -> None:
     import yaml
 
     first = compose("ca", ["run.dir=x", "model=demo", "init.from=a", "data.train=[a,b]", "+model.overrides.fp8=null"])
@@ -61,6 +61,14 @@ def test_own_groups_are_found(tmp_path: Path) -> None:
         "num_layers: 2\nhidden_size: 8\nffn_hidden_size: 16\nnum_attention_heads: 2\n"
     )
     assert composed("sft", "--config-dir", str(tmp_path), "model=mine").model.hidden_size == 8
+
+
+def test_a_group_without_a_choice_in_the_package_takes_own_choices(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "short.yaml").write_text("max_length: 77\n")
+    assert composed("ca", "--config-dir", str(tmp_path), "data=short").data.max_length == 77
+    (problem,) = compose("verify", ["run.dir=x", "--config-dir", str(tmp_path), "data=short"]).problems
+    assert "has no group data" in problem
 
 
 def test_all_mistakes_are_reported_together() -> None:
@@ -129,7 +137,7 @@ HOME = [
 
 
 @pytest.mark.parametrize(("stage", "word", "key", "path"), HOME)
-def test_home_stands_for_itself_in_every_path(
+def test_home_is_expanded_in_every_path(
     stage: str, word: str, key: str, path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/u")
@@ -138,7 +146,7 @@ def test_home_stands_for_itself_in_every_path(
     assert flat(to_mapping(found.config))[key] == path
 
 
-def test_home_stands_for_itself_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_expanded_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.yaml").write_text("run: {dir: ~/a}\ndata: {train: [~/b]}\n")
     config = require(compose("sft", ["--config=~/mine.yaml"]), [])
@@ -146,19 +154,19 @@ def test_home_stands_for_itself_in_a_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert (config.run.dir, config.data.train) == (f"{tmp_path}/a", [f"{tmp_path}/b"])
 
 
-def test_keys_that_take_a_path_or_a_list_know_the_home_folder() -> None:
-    """A new key that holds paths is entered in the table, or named here."""
+def test_home_is_expanded_in_all_keys_for_paths() -> None:
+    """A new key of the type "path or list" must be in `_PATHS`, or in the exception here."""
     keys = {key.name for stage in STAGES.values() for key in schema_keys(stage.schema) if key.kind == "path or list"}
     assert keys - {"method.target_reward"} <= compose_module._PATHS
 
 
 @pytest.mark.parametrize("value", ["runs/a=b", "runs/lr=1e-5 seed=2", "runs/é", "runs/it's", "runs/a#1", "a(1)"])
-def test_a_value_that_the_grammar_refuses_is_a_text(value: str) -> None:
+def test_a_value_that_the_grammar_rejects_is_a_string(value: str) -> None:
     assert composed("sft", f"run.dir={value}").run.dir == value
 
 
 @pytest.mark.parametrize("word", ["data.train=[~/a,~/b]", "data.train=a,b", "data.train=~/a,~/b", 'data.train="a'])
-def test_a_key_that_cannot_be_read_is_not_called_unset(word: str) -> None:
+def test_a_key_that_cannot_be_parsed_is_not_reported_as_unset(word: str) -> None:
     found = compose("sft", ["run.dir=x", word])
     with pytest.raises(ConfigError) as caught:
         require(found, ["data.train is not set: give the file", "init.from is not set: give weights"])
@@ -168,7 +176,7 @@ def test_a_key_that_cannot_be_read_is_not_called_unset(word: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["max_length", "too_long", "template", "cache_dir"])
-def test_prepare_has_no_keys_that_do_nothing_there(key: str) -> None:
+def test_prepare_has_no_keys_without_effect(key: str) -> None:
     (problem,) = compose("prepare", ["run.dir=x", f"data.{key}=1"]).problems
     assert f"data.{key}=1: unknown key" in problem
 
@@ -188,7 +196,7 @@ def test_sections_are_frozen_and_typed() -> None:
 
 
 def test_yaml_holds_differences_only() -> None:
-    """A default lives once: no group repeats the value that the schema has already."""
+    """A default is defined once: no model group repeats a default of the schema."""
     import yaml
 
     for path in configs_dir().glob("model/*.yaml"):
@@ -208,5 +216,5 @@ def test_every_key_is_documented(stage: str) -> None:
 
 
 def test_groups_of_a_stage_are_listed() -> None:
-    assert set(stage_groups("fa")) == {"model", "parallel", "trainer", "optim", "data", "launcher"}
+    assert set(stage_groups("fa")) == {"model", "parallel", "trainer", "optim", "launcher"}
     assert "tp4" in stage_groups("fa")["parallel"]

@@ -1,4 +1,4 @@
-"""Mistakes in settings: exit 78 in seconds, one line each, with the key, the value and the nearest valid name."""
+"""Mistakes in settings: exit 78 in seconds, with one line each that names key, value and fix."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from tests.training import samples, write_jsonl
 
 TRAIN = ["sft", "model=demo", "run.device=cpu"]
 
-# Words after a sound command line, and what the line must hold beside the key.
+# Words to add to a valid command line, and the text that the error line must contain besides the key.
 TYPOS = [
     ("optim.lrr=1e-5", "did you mean optim.lr?"),
     ("optim.learning_rate=1e-5", "unknown key"),
@@ -86,7 +86,7 @@ RANGES = [
     ("parallel.tensor_model_parallel_size=0", "1 or more"),
 ]
 CLASHES = [
-    ("parallel.sequence_parallel=true", "of which there is 1"),
+    ("parallel.sequence_parallel=true", "but there is 1"),
     ("parallel.tensor_model_parallel_size=2", "1 ranks cannot be divided"),
     ("parallel.context_parallel_size=2", "1 ranks cannot be divided into groups of 2"),
     ("trainer.global_batch_size=7 trainer.micro_batch_size=2", "use a multiple of 2"),
@@ -171,6 +171,6 @@ def test_mistakes_of_other_stages(
     assert not (tmp_path / "out").exists()
 
 
-def test_there_are_more_than_sixty() -> None:
+def test_there_are_sixty_distinct_cases_or_more() -> None:
     cases = [*TYPOS, *TYPES, *RANGES, *CLASHES, *OTHERS]
     assert len(set(map(json.dumps, cases))) == len(cases) >= 60

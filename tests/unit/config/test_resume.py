@@ -1,4 +1,4 @@
-"""The table of settings that may change while a run is continued, cell by cell, and that it says so in the recipes."""
+"""The table of settings that may change when a run is continued, and its copy in the how-to page."""
 
 import dataclasses
 from pathlib import Path
@@ -64,14 +64,14 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("key", "value", "expected"), CELLS, ids=lambda cell: str(cell))
-def test_each_cell(key: str, value: Any, expected: Change) -> None:
+def test_each_change_is_classified(key: str, value: Any, expected: Change) -> None:
     assert change_class(key) is expected
     assert (key in refused(BEFORE, BEFORE | {key: value})) is (expected is Change.refuse)
 
 
 @pytest.mark.parametrize("key", EVERY_KEY)
-def test_every_key_acts_on_the_content_keys_as_its_class_says(key: str) -> None:
-    """allow: on neither; warn: on that of the result; refuse: on that of a continuation too."""
+def test_every_key_affects_the_content_keys_as_its_class_says(key: str) -> None:
+    """allow changes no content key, warn that of the result, and refuse that of a continuation as well."""
     section, _, name = key.partition(".")
 
     def settings(value: str) -> RunSettings:
@@ -85,7 +85,7 @@ def test_every_key_acts_on_the_content_keys_as_its_class_says(key: str) -> None:
 @pytest.mark.parametrize("key", ["trainer.max_steps", "trainer.max_epochs"])
 @pytest.mark.parametrize("style", ["constant", "cosine", "linear"])
 @pytest.mark.parametrize("decay_steps", [None, 50])
-def test_the_length_may_change_where_the_rate_does_not_hang_on_it(
+def test_the_length_may_change_if_the_learning_rate_does_not_depend_on_it(
     key: str, style: str, decay_steps: int | None
 ) -> None:
     before = BEFORE | {"optim.lr_decay_style": style, "optim.lr_decay_steps": decay_steps}

@@ -1,4 +1,4 @@
-"""FA, RWR and CA: the equations of the paper and every numeric edge of a label."""
+"""FA, RWR and CA: the equations of the paper, and numeric edge cases of rewards and settings."""
 
 import math
 import random
@@ -35,7 +35,7 @@ ALL_METHODS: list[Callable[[list[LabelledSample]], list[TrainingRow]]] = [
 
 @pytest.mark.parametrize("method", ALL_METHODS)
 @pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
-def test_rewards_that_are_no_numbers_are_bad_data(
+def test_rewards_that_are_not_finite_are_bad_data(
     method: Callable[[list[LabelledSample]], list[TrainingRow]], reward: float
 ) -> None:
     with pytest.raises(DataError, match=r"row row-1: reward: .* is not a finite number"):
@@ -69,7 +69,7 @@ def test_filtering_is_strict() -> None:
     assert all((row.weight, row.condition) == (1.0, "") for row in kept)
 
 
-def test_filtering_at_the_ends() -> None:
+def test_filtering_at_extreme_thresholds() -> None:
     rows = labelled(-3.0, 0.0, 3.0)
     assert len(fa.keep(rows, -math.inf)) == 3
     with pytest.raises(ConfigError, match=r"method.threshold=3.0: keeps none of 3 rows; the highest reward is 3,"):
@@ -85,7 +85,7 @@ def test_constant_rewards_keep_nothing_or_all() -> None:
     assert [row.condition for row in ca.condition(labelled(0.0, 0.0), FORMAT, LIMIT)] == ["<rm_score>0.0"] * 2
 
 
-def test_weights_are_those_of_equation_5_up_to_one_factor() -> None:
+def test_weights_follow_equation_5_up_to_one_factor() -> None:
     rewards = [-2.0, -0.5, 0.0, 1.0, 2.5]
     weights = [row.weight for row in rwr.weigh(labelled(*rewards), 5.0)]
     assert sum(weights) == pytest.approx(5.0, rel=1e-14)
@@ -198,7 +198,7 @@ def test_the_default_format_is_stable_with_split_digits(kind: str, tmp_path: Pat
     ca.check_stable(renderer, ALL_VALUES, FORMAT, LIMIT)
 
 
-def test_values_of_other_lengths_are_refused(tmp_path: Path) -> None:
+def test_conditions_with_different_numbers_of_tokens_are_refused(tmp_path: Path) -> None:
     renderer = Renderer(load_tokenizer(write_sentencepiece(tmp_path)), Template.paper)
     with pytest.raises(ConfigError, match=r"method.reward_format=.*'<rm_score>12.0' takes \d tokens but"):
         ca.check_stable(renderer, [1.0, 12.0], FORMAT, 20.0)
@@ -206,7 +206,7 @@ def test_values_of_other_lengths_are_refused(tmp_path: Path) -> None:
 
 
 class FakeRenderer:
-    """One id a character, after which `change` may do what a tokenizer could do."""
+    """Encodes each character as one id, then applies `change` to imitate a tokenizer."""
 
     def __init__(self, change: Callable[[list[int]], list[int]]) -> None:
         self.change = change
@@ -215,7 +215,7 @@ class FakeRenderer:
         return self.change([ord(c) for c in "".join(m.content for m in prompt) + condition])
 
 
-def test_values_that_become_the_same_tokens_are_refused() -> None:
+def test_conditions_with_the_same_tokens_are_refused() -> None:
     unknown = FakeRenderer(lambda ids: [0 if chr(i).isdigit() else i for i in ids])
     with pytest.raises(ConfigError, match=r"'<rm_score>2.0' and '<rm_score>1.0' are the same tokens"):
         ca.check_stable(unknown, [1.0, 2.0], FORMAT, LIMIT)
@@ -227,7 +227,7 @@ def test_conditions_that_change_the_prompt_are_refused() -> None:
         ca.check_stable(merging, [1.0], FORMAT, LIMIT)
 
 
-def test_merged_digits_are_refused_within_a_sign_only() -> None:
+def test_merged_digits_are_refused_only_among_values_of_one_sign() -> None:
     def merge(ids: list[int]) -> list[int]:
         text = "".join(map(chr, ids))
         return [ord(c) for c in text.replace("5.0", "\x01")]

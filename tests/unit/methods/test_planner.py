@@ -1,4 +1,4 @@
-"""The planner: figures that can be worked out by hand, and agreement with the methods themselves."""
+"""The planner: figures checked by hand, and agreement with the methods."""
 
 import math
 import random
@@ -40,14 +40,14 @@ def test_figures_by_hand() -> None:
     assert [row.beta for row in made.betas] == [0.5, 1.0, 2.0, 5.0, 10.0]
 
 
-def test_prompts_that_come_again() -> None:
+def test_repeated_prompts() -> None:
     rows = labelled(-1.0, 0.0, 1.0, 2.0, 3.0)
     other = (Message("user", "Bye"),)
     rows = [replace(row, prompt=other) if number in (1, 4) else row for number, row in enumerate(rows)]
     made = plan(rows, sizes(10, 20, 30, 40, 60), SETTINGS)
-    # Halves of the rows are prompts: the third and fourth have the first's, the fifth the second's.
+    # Half of each row is its prompt. The third and fourth rows repeat the first prompt, the fifth the second.
     assert made.repeated == 15 + 20 + 30
-    # Kept are the last three, of which the fourth has the third's.
+    # FA keeps the last three rows, of which the fourth repeats the prompt of the third.
     assert (made.filtering.rows, made.filtering.repeated) == (3, 20)
 
 
@@ -80,7 +80,7 @@ def test_where_the_target_lies(target: float, percentile: float, in_range: bool)
     assert (made.target_percentile, made.target_in_range) == (percentile, in_range)
 
 
-def test_a_threshold_that_keeps_nothing_is_a_plan_too() -> None:
+def test_a_threshold_that_keeps_no_rows_can_be_planned() -> None:
     made = filtering(labelled(-1.0, 0.0), sizes(5, 5), 0.0)
     assert (made.rows, made.size, made.cost) == (0, 0, 0.0)
 
@@ -92,7 +92,7 @@ def test_a_low_temperature_leaves_one_row() -> None:
     assert made.max_weight == pytest.approx(3.0)
 
 
-def test_what_no_method_could_run_with_is_refused() -> None:
+def test_unusable_rows_and_settings_are_refused() -> None:
     with pytest.raises(DataError, match=r"no usable row"):
         plan([], sizes(), SETTINGS)
     with pytest.raises(DataError, match=r"finite"):
