@@ -74,6 +74,20 @@ def test_a_cache_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> No
         VerdictCache(tmp_path / "file" / "verdicts.jsonl").add(verdict("k", [1.0]))
 
 
+def test_a_cache_that_cannot_be_read_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "verdicts.jsonl").mkdir()
+    with pytest.raises(StorageError, match=r"verdicts\.jsonl: cannot be read"):
+        VerdictCache(tmp_path / "verdicts.jsonl")
+
+
+def test_damaged_verdicts_are_counted_in_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "verdicts.jsonl"
+    VerdictCache(path).add(verdict("a", [1.0]))
+    path.write_text("damaged\n" + path.read_text())
+    VerdictCache(path)
+    assert "verdicts.jsonl: 1 damaged lines" in caplog.text
+
+
 def test_the_key_depends_on_model_and_request() -> None:
     messages = [{"role": "user", "content": "a"}]
     keys = {verdict_key("m", messages), verdict_key("n", messages), verdict_key("m", [])}
