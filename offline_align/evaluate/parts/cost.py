@@ -19,7 +19,6 @@ NOTE = (
     "elsewhere the hours are those of processes, which are no GPU hours. Of their parts, start is all that is no "
     "other: imports, meeting of the ranks, building of engines."
 )
-ORDER = ("prepare", "sft", "reward", "label", "fa", "rwr", "ca", "convert", "generate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,9 @@ class _Cost:
 
 def cost_section(comparison: Comparison, settings: EvaluateSection) -> Section | None:
     """Return hours by stage and method, or None where no run behind the answers recorded its time."""
-    costs = {column.name: _cost(find_ancestors([column.path.parent])) for column in comparison.columns}
+    runs = {column.name: find_ancestors([column.path.parent]) for column in comparison.columns}
+    stages = stage_order(run for behind in runs.values() for run in behind)
+    costs = {name: _cost(behind, stages) for name, behind in runs.items()}
     if not any(cost.hours for cost in costs.values()):
         return None
     content = {
@@ -59,10 +60,20 @@ def cost_section(comparison: Comparison, settings: EvaluateSection) -> Section |
             for name, cost in costs.items()
         },
     }
-    return Section("cost", "What did it cost?", NOTE, _findings(content, costs), content, list(_tables(content)))
+    return Section(
+        "cost", "What did it cost?", NOTE, _findings(content, costs), content, list(_tables(content, stages))
+    )
 
 
-def _cost(runs: Sequence[Ancestor]) -> _Cost:
+def stage_order(runs: Iterable[Ancestor]) -> list[str]:
+    """Return the stages of the runs by their greatest depth in the lineage, ties by first appearance."""
+    depths: dict[str, int] = {}
+    for run in runs:
+        depths[run.stage] = max(run.depth, depths.get(run.stage, 0))
+    return sorted(depths, key=depths.__getitem__)
+
+
+def _cost(runs: Sequence[Ancestor], stages: Sequence[str]) -> _Cost:
     hours: dict[str, float] = {}
     parts: dict[str, float] = {}
     in_part: list[str] = []
@@ -79,7 +90,7 @@ def _cost(runs: Sequence[Ancestor]) -> _Cost:
         for name, seconds in effort.parts(extra).items():
             parts[name] = parts.get(name, 0.0) + seconds / 3600
         in_part += [] if effort.is_whole(extra) else [run.stage]
-    ordered = {stage: hours[stage] for stage in sorted(hours, key=_place)}
+    ordered = {stage: hours[stage] for stage in stages if stage in hours}
     once, never = tuple(dict.fromkeys(in_part)), tuple(dict.fromkeys(unrecorded))
     return _Cost(ordered, parts, once, never, frozenset(devices))
 
@@ -101,10 +112,6 @@ def _share(hours: float | None, ppo_hours: float | None) -> float | None:
     return None if hours is None or not ppo_hours else hours / ppo_hours
 
 
-def _place(stage: str) -> tuple[int, str]:
-    return (ORDER.index(stage) if stage in ORDER else len(ORDER), stage)
-
-
 def _findings(content: Mapping[str, Any], costs: Mapping[str, _Cost]) -> list[str]:
     lines = []
     if content["ppo_hours"]:
@@ -122,8 +129,8 @@ def _findings(content: Mapping[str, Any], costs: Mapping[str, _Cost]) -> list[st
     return lines
 
 
-def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
-    yield _by_stage(content)
+def _tables(content: Mapping[str, Any], stages: Sequence[str]) -> Iterator[Table]:
+    yield _by_stage(content, stages)
     parts = {name: found["hours_by_part"] for name, found in content["methods"].items()}
     names = list(dict.fromkeys(part for some in parts.values() for part in some))
     if names:
@@ -131,13 +138,13 @@ def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
         yield Table("Hours by what went on", ["hours", *names], rows)
 
 
-def _by_stage(content: Mapping[str, Any]) -> Table:
+def _by_stage(content: Mapping[str, Any], stages: Sequence[str]) -> Table:
     methods = content["methods"]
-    stages = sorted({stage for found in methods.values() for stage in found["hours"]}, key=_place)
-    header = ["hours", *stages, "total"] + ["of PPO"] * bool(content["ppo_hours"])
+    timed = [stage for stage in stages if any(stage in found["hours"] for found in methods.values())]
+    header = ["hours", *timed, "total"] + ["of PPO"] * bool(content["ppo_hours"])
     rows = []
     for name, found in methods.items():
-        row = [name, *(f"{found['hours'][s]:.3g}" if s in found["hours"] else "" for s in stages)]
+        row = [name, *(f"{found['hours'][s]:.3g}" if s in found["hours"] else "" for s in timed)]
         total, share = found["total_hours"], found["share_of_ppo"]
         row.append("unknown" if total is None else f"{total:.3g}")
         rows.append(row + ["unknown" if share is None else f"{share:.1%}"] * bool(content["ppo_hours"]))
