@@ -10,7 +10,7 @@ import pytest
 from offline_align.config.sections import EvaluateSection, OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.evaluate.comparison import load_comparison
-from offline_align.evaluate.parts.comparison import Context, comparison_sections
+from offline_align.evaluate.parts.catalogue import Evidence, report_sections
 from offline_align.evaluate.parts.runs import runs_section
 from offline_align.evaluate.report import Report, runs_behind, write_report
 from offline_align.evaluate.results import Compared, Judgement, build_results
@@ -36,7 +36,7 @@ def report(write_run: WriteRun, write_chain: WriteChain, tmp_path: Path) -> Path
     scores = 10 + 2 * np.array([0.0, *TARGETS]) + 0.4 * noise
     compared = Compared(comparison, Judgement("reward model", scores, {"kind": "reward_model"}))
     content = describe_parent(tmp_path / "reward" / "checkpoints" / "step_1").content_sha256
-    sections = comparison_sections(compared, Context(SETTINGS, 0, content, None, None))
+    sections = report_sections(Evidence(SETTINGS, 0, compared, judge_content=content))
     results = build_results(compared, SETTINGS, 0)
     made = Report(results, compared, sections, runs_behind(compared))
     return write_report(tmp_path / "out", made, made.pictures())[-1]

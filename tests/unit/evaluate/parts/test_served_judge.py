@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from offline_align.evaluate.judges.section import judge_section
+from offline_align.evaluate.parts.served_judge import judge_section
 
 
 def described(**values: Any) -> dict[str, Any]:
