@@ -1,1 +1,1 @@
-"""Comparison of methods: answers side by side, judges, statistics, figures and the report."""
+"""Compare methods: judges score their answers, and the report shows statistics, figures and samples."""

@@ -1,4 +1,4 @@
-"""A reward model as the judge: its raw scores."""
+"""A reward model as the judge: it gives its raw rewards."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from offline_align.model.description import ModelDescription, find_model
 
 @dataclass(frozen=True, slots=True)
 class RewardModelJudge:
-    """Scores every answer alone, with the same rendering as `label`; a judged pair keeps one context."""
+    """Scores each answer by itself, rendered as in `label`; answers of a judged pair share one context."""
 
     checkpoint: Path
     config: EvaluateRun
     name: str = "reward model"
 
     def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
-        """Return raw rewards; that of an empty answer is read at its end of sequence.
+        """Return raw rewards; an empty answer is scored at its end-of-sequence token.
 
-        Equal answers to one prompt are scored once, so that they tie exactly.
+        Equal answers to the same prompt are scored once, so they tie exactly.
         """
         from offline_align.label.scoring import score_samples
 
@@ -49,7 +49,7 @@ class RewardModelJudge:
 
 
 def reward_model_judge(config: EvaluateRun) -> RewardModelJudge:
-    """Return the judge; raises ConfigError naming `judge.model` where that is no reward model."""
+    """Return the judge. Raises ConfigError if `judge.model` is not a reward model."""
     if config.judge.model is None:
         raise ConfigError(
             "judge.model is not set: give the run folder of `reward`, or choose judge=openai or ground_truth"
@@ -58,7 +58,10 @@ def reward_model_judge(config: EvaluateRun) -> RewardModelJudge:
 
 
 def second_reward_model(config: EvaluateRun) -> RewardModelJudge | None:
-    """Return the reward model of `judge.second_model`, if any; raises ConfigError where it is none."""
+    """Return the judge of `judge.second_model`, or None if it is unset.
+
+    Raises ConfigError if it is not a reward model.
+    """
     named = config.judge.second_model
     if named is None:
         return None
@@ -66,9 +69,10 @@ def second_reward_model(config: EvaluateRun) -> RewardModelJudge | None:
 
 
 def describe_reward_model(source: str, key: str, template: Template | None = None) -> tuple[Path, ModelDescription]:
-    """Return the checkpoint or Hugging Face folder that `key` names, and its description.
+    """Return the checkpoint or Hugging Face folder of `source`, and its description.
 
-    `template` is for a folder that does not say its own. Raises ConfigError, naming `key`, where it is no reward model.
+    `template` applies if the folder does not name its own. Raises ConfigError, with the config key
+    `key`, if the folder is not a reward model.
     """
     folder = find_model(source, key)
     try:
