@@ -22,13 +22,13 @@ _CHECKSUM = "crc32"
 
 
 class JournalFile:
-    """One append-only file of entries; `name` enters every checksum, so lines of other journals are not read."""
+    """One append-only file of entries; `name` is part of every checksum."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the intact entries; none if the file does not exist. Raises StorageError if it is unreadable."""
+        """Return the intact entries, none if there is no file. Raises StorageError if it is unreadable."""
         try:
             lines = self.path.read_bytes().split(b"\n")
         except FileNotFoundError:
@@ -38,7 +38,7 @@ class JournalFile:
         entries = [entry for line in lines if (entry := unsealed(line, self.name)) is not None]
         # The last piece is empty, or a line that a killed process left incomplete.
         if damaged := sum(map(bool, lines[:-1])) - len(entries):
-            logger.warning("%s: %d damaged lines are skipped and computed again", self.path, damaged)
+            logger.warning("%s: skipping %d damaged lines; their results are made again", self.path, damaged)
         return entries
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:

@@ -1,1 +1,1 @@
-"""Compare methods: judges score their answers, and the report shows statistics, figures and samples."""
+"""Compare methods: judge their answers and report statistics, figures and samples."""

@@ -35,7 +35,7 @@ class Ancestor:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A quantity of a training run by optimizer step, on training and (if measured) validation rows."""
+    """A quantity of a training run by optimizer step, on training and validation rows."""
 
     run: str
     quantity: str

@@ -1,4 +1,4 @@
-"""Read the generation files of several methods, name the methods, and align the answers by prompt."""
+"""Read generation files, name their methods, and align the answers by prompt."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -124,7 +124,7 @@ def _read(path: Path, conditions: Sequence[str | None], bad_rows: BadRows) -> di
 
 
 def _checked(path: Path, table: Table) -> Table:
-    """Return the table with the samples of each prompt in order. Raises DataError if some are missing."""
+    """Return the table with sorted samples. Raises DataError if some are missing."""
     if not table:
         raise DataError(f"{path}: no usable row; generate answers first")
     numbers = Counter(len(entry.answers) for entry in table.values())
@@ -152,7 +152,7 @@ def _add(table: dict[str, _Entry], line: Line) -> None:
 
 
 def _answer(columns: dict[str, Any]) -> Answer:
-    """Return the answer of a row. It may be empty, unlike in training data: a policy can say nothing."""
+    """Return the answer of a row, which may be empty, unlike in training data."""
     response, condition = columns.get("response"), columns.get("condition")
     if not isinstance(response, str):
         raise RowError("response: missing or not a string")
@@ -244,7 +244,7 @@ def _with_target(name: str, column: Column) -> str:
 
 
 def generation_manifest(path: Path) -> Manifest | None:
-    """Return the manifest of the run that wrote a generation file, or None if there is no readable one."""
+    """Return the manifest of the run that wrote a generation file, or None if unreadable."""
     try:
         return read_manifest(path.parent)
     except StorageError:
@@ -253,7 +253,7 @@ def generation_manifest(path: Path) -> Manifest | None:
 
 
 def target_reward(manifest: Manifest | None) -> float | None:
-    """Return the target reward (normalised) of a `generate` run, or None for an unconditional policy."""
+    """Return the normalised target reward of a `generate` run; None if it has no target."""
     if manifest is None:
         return None
     condition = manifest.extra.get("condition")
@@ -264,7 +264,7 @@ def target_reward(manifest: Manifest | None) -> float | None:
 
 
 def prompt_text(prompt: Sequence[Message]) -> str:
-    """Return a dialogue as plain text: a single message without its role, longer ones with roles."""
+    """Return a dialogue as plain text, with roles if it has several messages."""
     if len(prompt) == 1:
         return prompt[0].content
     return "\n\n".join(f"{message.role.capitalize()}: {message.content}" for message in prompt)

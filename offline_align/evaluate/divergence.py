@@ -1,6 +1,6 @@
-"""Estimate the KL divergence of each method's policy from the baseline's, on the method's own answers.
+"""Estimate the KL divergence of each method's policy from the baseline's, on its own answers.
 
-For answers y of a policy p, the mean of log p(y) - log q(y) estimates KL(p || q) in nats per answer.
+For answers y of policy p, the mean of log p(y) - log q(y) estimates KL(p || q) in nats per answer.
 The estimate is unbiased if the answers were sampled with temperature 1 and top_p 1. Otherwise it is
 only the mean log-ratio of these answers.
 """
@@ -36,7 +36,7 @@ class Divergence:
     tokens: Floats
     """[prompts, samples, methods]; tokens of the answers, 0 if the log-ratio is unknown."""
     sampled: tuple[bool, ...]
-    """Whether each method sampled from its unmodified policy, which makes the mean an unbiased estimate of KL."""
+    """Whether each method sampled at temperature 1 and top_p 1, so the mean is unbiased."""
 
 
 def measure_divergence(comparison: Comparison, config: EvaluateRun) -> Divergence | None:
@@ -77,7 +77,7 @@ def policy_checkpoint(column: Column) -> Path | None:
 
 
 def _same_tokens(policy: Path, reference: Path) -> bool:
-    """Return whether both turn a text into the same tokens, so that their likelihoods can be compared."""
+    """Return whether both turn text into the same tokens and so have comparable likelihoods."""
     return ModelDescription.load(policy).text_form == ModelDescription.load(reference).text_form
 
 

@@ -51,8 +51,8 @@ class Likelihoods:
 def log_likelihoods(checkpoint: Path, answers: Sequence[Given], config: EvaluateRun) -> Likelihoods:
     """Return `log p(answer | prompt)` of every answer under a policy checkpoint.
 
-    Opens a distributed session of its own; all ranks must call this together. End-of-sequence counts
-    as a token of finished answers only.
+    Opens a distributed session of its own; all ranks must call this together. End-of-sequence
+    counts as a token of finished answers only.
     """
     with session(config.parallel, config.run) as ranks:
         given = [TrainingRow(answer.sample, condition=answer.condition) for answer in answers]
@@ -100,7 +100,7 @@ def _score(model: "Policy", source: SampleSource, rows: list[int], finished: Ten
 
 
 def _targets(whole: PackedBatch, batch: PackedBatch, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Return each target's row and whether it is the row's last target: [N] each, for this rank's share."""
+    """Return each target's row and whether it is the row's last target, both [N]."""
     bounds = slices_of_rank(whole.tokens.size(1), ranks.cp_rank, ranks.cp_size) if ranks.cp_size > 1 else []
     slices = [torch.arange(*bound) for bound in bounds] or [torch.arange(whole.tokens.size(1))]
     # The target of a position is the next token.

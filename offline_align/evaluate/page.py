@@ -7,7 +7,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def render_page(template: str, values: Mapping[str, Any]) -> str:
-    """Return `templates/<template>` rendered with `values`. Raises UndefinedError if a value is missing."""
+    """Return the rendered `templates/<template>`. Raises UndefinedError if a value is missing."""
     environment = Environment(
         loader=PackageLoader("offline_align.evaluate"),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Write the report: `report.json` for programs, `report.md` for a terminal, `report.html` for a browser."""
+"""Write the report as `report.json`, `report.md` and `report.html`."""
 
 import base64
 import json
@@ -50,7 +50,7 @@ class Report:
 
 
 def runs_behind(compared: Compared | None, named: Sequence[Path] = ()) -> list[Ancestor]:
-    """Return the `named` runs, those that wrote the compared answers and all their ancestors, roots first."""
+    """Return the `named` and compared runs and all their ancestors, roots first."""
     files = compared.comparison.files if compared else ()
     return find_ancestors([*(path.parent for path in files), *named])
 
@@ -156,7 +156,7 @@ def _data_uri(path: Path) -> str:
 def _shown_prompts(
     comparison: Comparison, scores: Floats | None, quality: Floats | None, group_by: str
 ) -> list[dict[str, Any]]:
-    """Return up to SHOWN_PROMPTS prompts with all their answers, evenly spaced over the comparison."""
+    """Return up to SHOWN_PROMPTS evenly spaced prompts with all their answers."""
     count = len(comparison.prompts)
     chosen = np.unique(np.linspace(0, count - 1, min(count, SHOWN_PROMPTS)).round().astype(int)).tolist()
     shown = []

@@ -49,7 +49,7 @@ def estimate(
 def _estimates(
     sums: Floats, statistic: Callable[[Floats], Floats], resamples: int, confidence: float, seed: int
 ) -> list[Estimate]:
-    """Return the J values of `statistic`, which maps totals [..., K] to [..., J], with their intervals."""
+    """Return the J values of `statistic` (totals [..., K] to [..., J]) with their intervals."""
     clusters = len(sums)
     rng = np.random.default_rng(seed)
     step = max(1, _CHUNK // clusters)
@@ -74,7 +74,7 @@ def _interval(value: float, draws: Floats, confidence: float) -> Estimate:
 
 
 def cluster_sums(values: Floats, clusters: Sequence[Hashable]) -> Floats:
-    """Return [C, K]: the sums of `values` [rows, K] within each cluster, in order of first appearance."""
+    """Return [C, K]: sums of `values` [rows, K] by cluster, in order of first appearance."""
     index = {cluster: k for k, cluster in enumerate(dict.fromkeys(clusters))}
     sums = np.zeros((len(index), values.shape[1]))
     np.add.at(sums, [index[cluster] for cluster in clusters], values)

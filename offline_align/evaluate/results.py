@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Scores of all answers [prompts, samples, methods] (NaN if missing), the judge's name and its details."""
+    """A judge's scores [prompts, samples, methods], NaN if missing, with its name and details."""
 
     name: str
     scores: Floats
@@ -115,7 +115,7 @@ class _Tables:
         }
 
     def win_rates(self, chosen: Booleans) -> dict[str, dict[str, Any]]:
-        """Return how often the method of the outer key beats that of the inner key; a tie counts half."""
+        """Return how often the outer key's method beats the inner key's; a tie counts half."""
         methods = self.comparison.methods
         table = wins(self.scores[chosen])
         flat = self._estimates(table.reshape(len(table), -1))

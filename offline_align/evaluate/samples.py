@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def samples_of_runs(runs: Sequence[Ancestor]) -> Comparison | None:
-    """Return the answers of the largest group of runs with the same prompt files, or None if there are none.
+    """Return the answers of the largest group of runs with the same prompt files, if any.
 
     Logs a warning about runs that are left out because they answer other prompts or cannot be read.
     """

@@ -1,4 +1,4 @@
-"""One part of the report: a question, its findings in sentences, its numbers, tables and figures."""
+"""One part of the report: a question with its findings, numbers, tables and figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -12,7 +12,7 @@ from offline_align.lineage.files import canonical_json
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A policy's training run: its stage and settings (without `run`) as canonical JSON, and its seed."""
+    """A training run: its stage and settings (without `run`) as JSON text, and its seed."""
 
     settings: str
     seed: int
@@ -37,7 +37,7 @@ def training_of(generation_file: Path, manifest: Manifest | None) -> Training | 
 
 
 def several_seeds(trainings: Sequence[Training | None], targets: Sequence[float | None]) -> list[Training | None]:
-    """Return each training that is repeated with another seed at the same target; None for the others."""
+    """Return each training that is repeated with another seed at the same target, else None."""
     seeds: dict[tuple[str, float | None], set[int]] = {}
     for training, target in zip(trainings, targets, strict=True):
         if training is not None:

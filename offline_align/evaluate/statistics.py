@@ -28,7 +28,7 @@ def rank_scores(scores: Floats) -> Floats:
 
 
 def distinct_n(responses: Sequence[str], n: int) -> float:
-    """Return the share of distinct n-grams among all word n-grams of the responses; 0 if there are none."""
+    """Return the share of distinct n-grams among all word n-grams; 0 if there are none."""
     total = 0
     seen: set[tuple[str, ...]] = set()
     for response in responses:

@@ -1,4 +1,4 @@
-"""Format the report's numbers as text: `report.md`, its headline, and the table printed at the end."""
+"""Format the report's numbers as text for `report.md` and the terminal."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -81,7 +81,7 @@ def percent_interval(estimate: Mapping[str, float]) -> str:
 
 
 def headline(results: Mapping[str, Any], sections: Sequence[Section] = ()) -> str:
-    """Return the result in one sentence: the best method and whether it beats the baseline by chance.
+    """Return the result in one sentence: the best method, and whether chance could explain it.
 
     Without a comparison this is the first finding of the sections, or a summary of the runs.
     """

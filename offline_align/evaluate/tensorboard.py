@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def write_board(run_dir: Path, report: Report, pictures: Mapping[str, Picture], words: str) -> None:
-    """Replace `tensorboard/` with scalars, score histograms, figures, and the report's text `words`.
+    """Replace `tensorboard/` with scalars, histograms, figures, and the report's text `words`.
 
     The report itself has all of this, so a folder that cannot be written only causes a warning.
     """
@@ -51,7 +51,7 @@ def _write(folder: Path, report: Report, pictures: Mapping[str, Picture], words:
 
 
 def scalars(report: Report) -> dict[str, float]:
-    """Return the numbers of the report by names such as `score/ca` and `optimisation/methods/fa/kl`.
+    """Return the numbers of the report by name: `score/ca`, `optimisation/methods/fa/kl`, ...
 
     An estimate is represented by its mean; the figures show its interval.
     """

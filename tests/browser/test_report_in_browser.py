@@ -1,4 +1,4 @@
-"""The report in a real browser: no network, search, methods side by side and by target, light, dark and on a phone."""
+"""The report in a real browser: no network, search, filters, light and dark mode, phone width."""
 
 import re
 from pathlib import Path
@@ -126,7 +126,7 @@ def test_everything_can_be_reached_by_keys(report: Path, show: Any) -> None:
 
 @pytest.fixture
 def runs_page(write_run: WriteRun, write_chain: WriteChain, tmp_path: Path) -> Path:
-    """Return the page of runs that nobody judged: their lineage, curves and answers."""
+    """Return the page of runs without a judge: their lineage, curves and answers."""
     asked = write_chain([8.0, 12.0, 10.0, 11.0] * 25, {t: ["river " * 30, "Danube", "three"] for t in TARGETS})
     write_run("sft", rows_for(["blue sky", "Rhine", "three"]), "sft")
     lines = [f'{{"step": {k}, "loss": {5 / k}, "accuracy": {1 - 1 / k}}}\n' for k in range(1, 30)]

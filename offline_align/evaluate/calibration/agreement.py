@@ -21,7 +21,7 @@ LENGTH_BINS = 4
 
 @dataclass(frozen=True, slots=True)
 class Verdicts:
-    """Margins [N] of a judge on `pairs` in both orders; positive if it prefers the pair's first answer."""
+    """Margins [N] of a judge in both orders; positive if it prefers the pair's first answer."""
 
     pairs: Sequence[JudgedPair]
     forward: Floats
@@ -47,7 +47,7 @@ class Verdicts:
 
     @property
     def longer(self) -> Floats:
-        """[N]: 1 if the first answer has more characters, -1 if it has fewer, 0 for equal length."""
+        """[N]: 1 if the first answer has more characters, -1 if fewer, 0 for equal length."""
         return np.sign(self.length_differences)
 
     @property
@@ -74,7 +74,7 @@ class Measure:
         return self._of(np.stack([np.where(among > 0, hits, 0.0), among.astype(np.float64)], axis=1), ratio)
 
     def kappa(self, first: Floats, second: Floats, among: Floats) -> Estimate:
-        """Return Cohen's kappa of two columns of verdicts in {-1, 0, 1} [N] over the pairs in `among` [N]."""
+        """Return Cohen's kappa of two columns of verdicts in {-1, 0, 1} over `among`, all [N]."""
         table = np.zeros((len(first), 9))
         rows = np.flatnonzero(among)
         table[rows, (3 * (first[rows] + 1) + second[rows] + 1).astype(int)] = 1.0
@@ -87,9 +87,9 @@ class Measure:
 
 
 def agreement(verdicts: Verdicts, settings: EvaluateSection, seed: int) -> dict[str, Any]:
-    """Return the agreement of a judge with people as plain numbers; estimates have mean, low and high.
+    """Return the agreement of a judge with people; estimates have mean, low and high.
 
-    `accuracy` is over the pairs on which people prefer one answer; a tie of the judge counts as half.
+    `accuracy` is over the pairs on which people prefer one answer; a tie of the judge counts half.
     `swapped_accuracy` is the same with people's verdicts swapped; the two add up to 1.
     """
     known = np.isfinite(verdicts.margins)
@@ -126,7 +126,7 @@ def agreement(verdicts: Verdicts, settings: EvaluateSection, seed: int) -> dict[
 
 
 def _place(verdicts: Verdicts, measure: Measure, known: Floats) -> dict[str, Estimate]:
-    """Return how often the verdict is the same in both orders, and how often the first answer wins."""
+    """Return how often both orders give the same verdict, and how often the first answer wins."""
     forward, backward = np.sign(verdicts.forward), np.sign(verdicts.backward)
     first = (2 + forward - backward) / 4
     return {
@@ -136,7 +136,7 @@ def _place(verdicts: Verdicts, measure: Measure, known: Floats) -> dict[str, Est
 
 
 def _largest_difference(verdicts: Verdicts) -> float | None:
-    """Return the largest difference of a margin between the orders; exactly 0 for a symmetric judge."""
+    """Return the largest difference of a margin between the orders; 0 for a symmetric judge."""
     changes = np.abs(verdicts.forward - verdicts.backward)
     known = changes[np.isfinite(changes)]
     return float(known.max()) if known.size else None
@@ -147,7 +147,7 @@ def _plain_share(hits: Floats, among: Floats) -> float:
 
 
 def people_with_each_other(pairs: Sequence[JudgedPair]) -> dict[str, float | int] | None:
-    """Return how often two people with a preference on the same pair agree: an upper bound for a judge."""
+    """Return how often two people who both prefer one answer of a pair agree."""
     doubles = [(x, y) for pair in pairs for x, y in combinations(pair.verdicts, 2) if x and y]
     if not doubles:
         return None

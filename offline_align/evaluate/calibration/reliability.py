@@ -1,4 +1,4 @@
-"""Measure the calibration of a judge: reliability bins, expected calibration error, temperature scaling.
+"""Measure a judge's calibration: confidence bins, calibration error, temperature scaling.
 
 The reward model is trained so that sigmoid(r(a) - r(b)) is the probability that people prefer a
 (Eq. 2). Shapes: N pairs on which people prefer one answer; margins [N] are positive if the judge
@@ -19,7 +19,7 @@ _LOG_TEMPERATURE = (-np.log(1e3), np.log(1e3))
 
 
 def reliability(margins: Floats) -> dict[str, Any]:
-    """Return confidence bins, expected calibration error and log loss, before and after temperature scaling.
+    """Return confidence bins, calibration error and log loss, before and after temperature scaling.
 
     Raises ValueError if there are no pairs.
     """
@@ -40,7 +40,7 @@ def reliability(margins: Floats) -> dict[str, Any]:
 
 
 def fit_temperature(margins: Floats) -> float:
-    """Return T that minimises the log loss of sigmoid(margin / T) on these pairs (no held-out set)."""
+    """Return T that minimises the log loss of sigmoid(margin / T) on these same pairs."""
     found = minimize_scalar(lambda log_t: log_loss(margins, float(np.exp(log_t))), bounds=_LOG_TEMPERATURE)
     return float(np.exp(found.x))
 

@@ -7,7 +7,7 @@ from offline_align.evaluate.figures.canvas import MUTED, Picture, colour, new_fi
 
 
 def draw_reliability(title: str, raw: Sequence[dict[str, Any]], tempered: Sequence[dict[str, Any]]) -> Picture:
-    """Return accuracy by confidence, before and after temperature scaling; the diagonal is calibrated."""
+    """Return accuracy by confidence, before and after temperature scaling, with the diagonal."""
     with style():
         figure = new_figure(5.0, 3.9)
         axes = figure.subplots()

@@ -46,7 +46,7 @@ _SETTINGS = {
 
 
 def colour(index: int) -> str:
-    """Return the colour of method `index`, the page's `--m<index>`; colours repeat after eight methods."""
+    """Return the colour of method `index`, the page's `--m<index>`; eight colours repeat."""
     return METHODS[index % PALETTE]
 
 

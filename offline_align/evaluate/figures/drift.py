@@ -12,7 +12,7 @@ _LABELLED = 2.5
 
 
 def draw_drift(title: str, groups: Mapping[str, Floats]) -> Picture:
-    """Return the quantiles of each group's rewards [N]: 5-95% thin, 25-75% thick, the median a dot."""
+    """Return the quantiles of each group's rewards [N]: 5-95%, 25-75% and the median."""
     with style():
         figure = new_figure(5.0, 0.8 + 0.42 * len(groups))
         axes = figure.subplots()

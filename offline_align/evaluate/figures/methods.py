@@ -1,4 +1,4 @@
-"""Scores of the methods: means with intervals, distributions over prompts, rank scores (paper's Figure 4)."""
+"""Scores of the methods: means, distributions over prompts, rank scores (paper's Figure 4)."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ def draw_estimates(
 
 
 def draw_distributions(title: str, methods: Sequence[str], scores: Floats) -> Picture:
-    """Return the quantiles of scores [prompts, methods]: 5-95% thin, 25-75% thick, the median a dot."""
+    """Return the quantiles of scores [prompts, methods]: 5-95%, 25-75% and the median."""
     with style():
         figure = new_figure(5.0, 0.8 + 0.42 * len(methods))
         axes = figure.subplots()

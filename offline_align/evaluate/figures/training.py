@@ -40,7 +40,7 @@ def _curve(axes: "Axes", curve: Curve) -> None:
 
 
 def _smooth(values: Sequence[float]) -> Floats:
-    """Return the moving average over a window of a twentieth of the curve, truncated at the ends."""
+    """Return the moving average over a twentieth of the curve, truncated at the ends."""
     width = max(1, len(values) // 20)
     window = np.ones(width)
     sums = np.convolve(values, window, mode="same")

@@ -1,4 +1,4 @@
-"""Judges that score answers: a reward model, the demo corpus's ground truth, a served model, or people."""
+"""Judges: a reward model, the demo corpus's ground truth, a served model, or people."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +20,8 @@ class Judge(Protocol):
     def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
         """Return a score for each sample, in order; NaN if there is no verdict.
 
-        Consecutive samples with the same `id` form a set. A judge that sees a whole set shuffles its
-        answers, except in the sets from sample `in_order_from` on.
+        Consecutive samples with the same `id` form a set. A judge that sees a whole set shuffles
+        its answers, except in the sets from sample `in_order_from` on.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Ask a server with the chat completions protocol, and tell refused questions from an unusable server.
+"""Ask a chat completions server, and tell refused questions from an unusable server.
 
 A request has model, messages and temperature 0. If the server rejects one of these, the request is
 adapted for the rest of the run. A harmless test question shows whether an error concerns one
@@ -72,7 +72,7 @@ class Form:
         return {"messages": messages, **settings, **({self.limit: REPLY_TOKENS} if self.limit else {})}
 
     def adapted(self, words: str) -> "Form | None":
-        """Return the form to try after this error message, or None if it names nothing that can change."""
+        """Return the form to try after this error message, or None if there is none."""
         text = words.lower()
         if self.temperature and "temperature" in text:
             return replace(self, temperature=False)
@@ -87,7 +87,7 @@ class Form:
 
 @dataclass(slots=True)
 class ChatEndpoint:
-    """Asks `model` through the openai package's `client`, which retries failed requests `retries` times."""
+    """Asks `model` through the openai package's client, which retries failed requests."""
 
     client: "OpenAI"
     model: str
@@ -102,8 +102,8 @@ class ChatEndpoint:
     def ask(self, messages: Messages) -> Reply:
         """Return the reply to a question.
 
-        Raises Refused if the server answers other questions but not this one, ConfigError if it will
-        answer none, and StoppedEarly if it cannot answer now.
+        Raises Refused if the server answers other questions but not this one, ConfigError if it
+        will answer none, and StoppedEarly if it cannot answer now.
         """
         from openai import APIError
 
@@ -159,7 +159,7 @@ class ChatEndpoint:
         return True
 
     def _send_adapted(self, messages: Messages, retries: int) -> Reply:
-        """Send a question in a form that the server accepts, and keep that form for the rest of the run."""
+        """Send a question in a form that the server accepts, and keep that form."""
         from openai import APIStatusError
 
         tried = self._form
@@ -200,7 +200,7 @@ class ChatEndpoint:
 
 
 def _read(completion: Any) -> Reply:
-    """Return the reply in a completion. Raises NoCompletion, or Refused if a filter withheld the reply."""
+    """Return the reply in a completion. Raises NoCompletion, or Refused if it was filtered."""
     try:
         choice = completion.choices[0]
         message = choice.message

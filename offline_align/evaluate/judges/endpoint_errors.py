@@ -1,4 +1,4 @@
-"""Classify errors of a chat completions endpoint: do they concern one question, all, or a busy server?"""
+"""Classify errors of a chat completions endpoint by what they concern."""
 
 import enum
 import re
@@ -72,7 +72,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_wrong_address(error: BaseException) -> bool:
-    """Return whether the error shows an unknown host, an untrusted certificate, no TLS or a redirect loop."""
+    """Return whether the host is unknown, has no valid TLS, or redirects in a loop."""
     if isinstance(error, socket.gaierror):
         return error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
     if isinstance(error, ssl.SSLError):

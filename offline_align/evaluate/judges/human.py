@@ -25,7 +25,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class HumanJudge:
-    """Reads `ratings*.jsonl` in the run folder: one file per rater, `{"answer": key, "score": 1..10}` per line."""
+    """Reads `ratings*.jsonl` in the run folder, one file per rater.
+
+    A line is `{"answer": key, "score": 1..10}`.
+    """
 
     run_dir: Path
     seed: int
@@ -35,7 +38,7 @@ class HumanJudge:
     _alpha: float | None = None
 
     def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
-        """Return mean ratings over the raters; NaN for all answers of a set if one of them has no rating.
+        """Return mean ratings over the raters; NaN for a set with an unrated answer.
 
         Without ratings, writes the rating page and raises StoppedEarly. Raises DataError for an
         invalid rating.
@@ -55,7 +58,10 @@ class HumanJudge:
         return self._means(samples, ratings)
 
     def describe(self) -> dict[str, Any]:
-        """Return the numbers of raters and fully rated sets, and Krippendorff's alpha (None for one rater)."""
+        """Return the numbers of raters and of fully rated sets, and Krippendorff's alpha.
+
+        Alpha is None for a single rater.
+        """
         return {
             "kind": "human",
             "raters": self._raters,

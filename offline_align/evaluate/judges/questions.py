@@ -1,7 +1,7 @@
 """Build the questions for a served judge: which answers one question contains, and in which order.
 
-Forms: `set`, all answers to a prompt at once (the paper's Appendix A); `pair`, every pair of answers;
-`single`, each answer alone.
+Forms: `set`, all answers to a prompt at once (the paper's Appendix A); `pair`, every pair of
+answers; `single`, each answer alone.
 """
 
 import random
@@ -19,7 +19,7 @@ from offline_align.evaluate.statistics import Floats
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about answers of set `number`; `shown` holds their indices in the set in display order."""
+    """A question about answers of set `number`; `shown` has their indices in display order."""
 
     number: int
     samples: tuple[Sample, ...]
@@ -31,7 +31,7 @@ class Question:
 def ask(samples: Sequence[Sample], form: JudgeForm, seed: int, in_order_from: int | None = None) -> list[Question]:
     """Return the questions for `samples`; consecutive samples with the same `id` form a set.
 
-    Over all sets, each answer takes each position equally often, as far as the number of sets allows.
+    Over all sets, each answer takes each position equally often, as far as their number allows.
     Sets from sample `in_order_from` on are shown in the given order.
     """
     questions: list[Question] = []
@@ -46,7 +46,7 @@ def ask(samples: Sequence[Sample], form: JudgeForm, seed: int, in_order_from: in
 
 
 def balanced_order(number: int, count: int, seed: int) -> tuple[int, ...]:
-    """Return the order of set `number`: a random order per block of `count` sets, rotated by one per set."""
+    """Return the order of set `number`: random per `count` sets, rotated by one per set."""
     block, turn = divmod(number, count)
     order = list(range(count))
     random.Random(f"{seed}/{block}").shuffle(order)
@@ -62,7 +62,7 @@ def _shown(order: Sequence[int], form: JudgeForm) -> list[tuple[int, ...]]:
 
 
 def scores(questions: Sequence[Question], verdicts: Sequence[Verdict], form: JudgeForm) -> list[float]:
-    """Return a score for each sample: the judge's own, or for pairs the share of opponents it beats.
+    """Return a score per sample: the judge's own, or for pairs the share of opponents it beats.
 
     A tie is half a win. If one verdict of a set is unreadable, all its answers get NaN.
     """
@@ -83,7 +83,7 @@ def _complete(asked: Sequence[tuple[Question, Verdict]]) -> bool:
 
 
 def _note(table: Floats, shown: Sequence[int], given: Sequence[float] | None, form: JudgeForm) -> None:
-    """Enter a verdict in `table` [answers, answers]: scores on the diagonal, wins in pairs off it."""
+    """Enter a verdict in `table` [answers, answers]: scores on the diagonal, else wins."""
     if given is None:
         return
     if form is JudgeForm.pair and len(shown) == 2:
@@ -109,7 +109,7 @@ def unreadable_by_answer(questions: Sequence[Question], verdicts: Sequence[Verdi
 
 
 def place_bias(verdicts: Sequence[Verdict]) -> list[dict[str, float | int]]:
-    """Return the mean difference of the score in each position to its question's mean, with a 95% interval.
+    """Return each position's mean score minus the question's mean, with a 95% interval.
 
     Only questions of the most frequent size above one answer count. Answers change positions from
     set to set, so a difference from 0 is a bias of the judge.

@@ -15,7 +15,7 @@ from offline_align.model.description import ModelDescription, find_model
 
 @dataclass(frozen=True, slots=True)
 class RewardModelJudge:
-    """Scores each answer by itself, rendered as in `label`; answers of a judged pair share one context."""
+    """Scores each answer alone, rendered as in `label`; a judged pair shares one context."""
 
     checkpoint: Path
     config: EvaluateRun

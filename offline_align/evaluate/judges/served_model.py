@@ -39,10 +39,10 @@ class ServedModelJudge:
     _verdicts: list[Verdict] = field(default_factory=list)
 
     def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
-        """Return scores from 1 to 10, or shares of pairs won; NaN if a verdict is unreadable or refused.
+        """Return scores from 1 to 10, or shares of pairs won; NaN without a readable verdict.
 
-        Raises ConfigError if the endpoint refuses all questions, for example because of a wrong key or
-        model, and StoppedEarly if it cannot be reached. The verdicts so far are kept.
+        Raises ConfigError if the endpoint refuses all questions, for example because of a wrong key
+        or model, and StoppedEarly if it cannot be reached. The verdicts so far are kept.
         """
         form = self.settings.form
         self._questions = ask(samples, form, self.seed, in_order_from)
@@ -111,7 +111,7 @@ class ServedModelJudge:
         return verdict
 
     def _known(self, key: str, count: int) -> Verdict | None:
-        """Return a cached verdict; its reply is parsed again because earlier versions may have read it differently."""
+        """Return a cached verdict, parsed again in case an earlier version read it differently."""
         kept = self.cache.get(key)
         found = verdict_text.parse(kept.reply, count) if kept else None
         return replace(kept, scores=found) if kept and found else None

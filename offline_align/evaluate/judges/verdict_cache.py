@@ -1,4 +1,4 @@
-"""Keep the verdicts of a served judge in `verdicts.jsonl`, so that no question is paid for twice."""
+"""Keep a served judge's verdicts in `verdicts.jsonl`, so no question is paid for twice."""
 
 import hashlib
 import json
@@ -35,14 +35,14 @@ class VerdictCache:
     """Verdicts by the hash of model and request; threads may share one cache."""
 
     def __init__(self, path: Path) -> None:
-        """Read the verdicts in the file; those on damaged lines are asked for again. Raises StorageError."""
+        """Read the file, skipping damaged lines. Raises StorageError if it cannot be read."""
         self._file = JournalFile(path, _NAME)
         self._lock = threading.Lock()
         verdicts = [Verdict(**entry) for entry in self._file.read()]
         self._found = {verdict.key: verdict for verdict in verdicts}
 
     def get(self, key: str) -> Verdict | None:
-        """Return the verdict with this key if it has scores; a question without scores is asked again."""
+        """Return the verdict with this key, or None if it is missing or has no scores."""
         verdict = self._found.get(key)
         return verdict if verdict is not None and verdict.scores is not None else None
 

@@ -19,7 +19,7 @@ LOWEST, HIGHEST = 1.0, 10.0
 Entry = tuple[str, float]
 
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-# Blocks of reasoning: <think>, [THINK], <|begin_of_thought|>, and channels such as <|channel|>analysis.
+# Blocks of reasoning: <think>, [THINK], <|begin_of_thought|>, and <|channel|>analysis.
 _REASONING = re.compile(
     r"<\|channel\|>\s*(?P<channel>\w+)"
     r"|[<\[◁](?P<tag>[/|]*(?:\w+:)?\w*(?:think|thought|reason|reflect|analysis|scratchpad)\w*\|?)(?:\s[^<>\[\]\n]*)?[>\]▷]",
@@ -50,7 +50,7 @@ _SCORE = re.compile(
 
 
 def read_verdict(reply: str, names: Sequence[str]) -> list[float] | None:
-    """Return the score of each name, from 1 to 10, or None unless the reply ends with one for each name.
+    """Return a score from 1 to 10 for each name, or None unless the reply ends with all of them.
 
     If several verdicts follow each other, the last one counts.
     """
@@ -66,7 +66,7 @@ def read_verdict(reply: str, names: Sequence[str]) -> list[float] | None:
 
 
 def _readable(reply: str) -> str:
-    """Return the reply with full-width characters and HTML entities replaced, without invisible characters."""
+    """Return the reply with plain instead of full-width, HTML-escaped and invisible characters."""
     text = html.unescape(reply).translate(_FULL_WIDTH)
     return "".join(c for c in text if unicodedata.category(c) != "Cf" and c != "\ufe0f")
 

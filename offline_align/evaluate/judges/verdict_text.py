@@ -1,6 +1,7 @@
 """Write the prompts of a served judge: all answers in one prompt, under anonymous names.
 
-This is the paper's Appendix A in its single-set form: a short comparison, then one line per candidate.
+This is the paper's Appendix A in its single-set form: a short comparison, then one line per
+candidate.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ The scores could not be read. Write nothing but one line for each assistant, wit
 
 
 def shuffled(samples: Sequence[Sample], seed: int) -> list[int]:
-    """Return the display order of the answers of one set; it depends only on the seed and the set."""
+    """Return the display order of a set; it depends only on the seed and the set's id."""
     digest = hashlib.sha256(f"{seed}\0{samples[0].id}".encode()).digest()
     order = list(range(len(samples)))
     random.Random(digest).shuffle(order)
@@ -41,7 +42,7 @@ def shuffled(samples: Sequence[Sample], seed: int) -> list[int]:
 
 
 def candidate_names(count: int) -> list[str]:
-    """Return the anonymous names `Assistant A`, `Assistant B`, ... Raises ConfigError for more than 26."""
+    """Return the names `Assistant A`, `Assistant B`, ... Raises ConfigError for more than 26."""
     if count > len(string.ascii_uppercase):
         raise ConfigError(f"data.input: {count} files; a served judge compares at most 26 at once")
     return [f"Assistant {letter}" for letter in string.ascii_uppercase[:count]]
@@ -69,8 +70,8 @@ def request(samples: Sequence[Sample]) -> list[dict[str, str]]:
 def asked_again(messages: Sequence[dict[str, str]], reply: str, count: int) -> list[dict[str, str]]:
     """Return the messages that ask again after a reply without readable scores.
 
-    Reasoning is not sent back. Servers reject empty messages, so if nothing else is left of the reply,
-    the reminder is appended to the question.
+    Reasoning is not sent back. Servers reject empty messages, so if nothing else is left of the
+    reply, the reminder is appended to the question.
     """
     wish = REMINDER.format(lines=_form(candidate_names(count)))
     if rest := after_reasoning(reply).strip():
@@ -80,7 +81,7 @@ def asked_again(messages: Sequence[dict[str, str]], reply: str, count: int) -> l
 
 
 def parse(reply: str, count: int) -> list[float] | None:
-    """Return the scores in display order, or None unless the reply ends with a score from 1 to 10 for each."""
+    """Return the scores in display order, or None unless the reply ends with all of them."""
     return read_verdict(reply, candidate_names(count))
 
 

@@ -1,1 +1,1 @@
-"""The parts of the report; each answers one question with a `Section`, or None if it does not apply."""
+"""The parts of the report; each answers one question with a `Section` if it applies."""

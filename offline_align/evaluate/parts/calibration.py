@@ -34,25 +34,25 @@ def calibration_section(verdicts: Verdicts, settings: EvaluateSection, seed: int
     """Return agreement with people, biases and reliability."""
     found = agreement(verdicts, settings, seed)
     decided = np.isfinite(verdicts.margins) & (verdicts.people != 0)
-    sure = reliability((verdicts.margins * verdicts.people)[decided]) if decided.any() else None
+    fit = reliability((verdicts.margins * verdicts.people)[decided]) if decided.any() else None
     drawings = []
-    if sure is not None:
-        picture = draw_reliability("Reliability", sure["bins"], sure["tempered_bins"])
+    if fit is not None:
+        picture = draw_reliability("Reliability", fit["bins"], fit["tempered_bins"])
         note = "ten bins of equal size; a calibrated judge lies on the dashed line"
         drawings.append(Drawing("Reliability", note, picture))
     return Section(
         name="calibration",
         title="Can this judge be trusted?",
         note=NOTE,
-        findings=_findings(found, sure),
-        content={"agreement": found, "reliability": sure},
-        tables=_tables(found, sure),
+        findings=_findings(found, fit),
+        content={"agreement": found, "reliability": fit},
+        tables=_tables(found, fit),
         drawings=drawings,
     )
 
 
-def _findings(found: Mapping[str, Any], sure: Mapping[str, Any] | None) -> list[str]:
-    if sure is None:
+def _findings(found: Mapping[str, Any], fit: Mapping[str, Any] | None) -> list[str]:
+    if fit is None:
         return ["No pair has both a human preference and a score of the judge."]
     accuracy, length = found["accuracy"], found["length_only_accuracy"]
     lines = [
@@ -72,27 +72,27 @@ def _findings(found: Mapping[str, Any], sure: Mapping[str, Any] | None) -> list[
     first = found["first_shown_wins"]
     if not first["low"] <= 0.5 <= first["high"]:
         lines.append(f"Position bias: the answer shown first wins {_percent(first)} of the verdicts.")
-    return [*lines, _calibration(sure)]
+    return [*lines, _calibration(fit)]
 
 
 def _against(gain: Mapping[str, Any]) -> str:
-    """Return whether the judge beats the length rule, from their paired difference."""
+    """Return a clause on whether the judge beats the length rule, from their paired difference."""
     if gain["low"] > 0:
         return ""
     return ", which is better than this judge" if gain["high"] < 0 else ", which it does not significantly beat"
 
 
-def _calibration(sure: Mapping[str, Any]) -> str:
-    error, tempered = sure["expected_calibration_error"], sure["tempered_expected_calibration_error"]
-    if sure["temperature_at_bound"] and sure["temperature"] > 1:
+def _calibration(fit: Mapping[str, Any]) -> str:
+    error, tempered = fit["expected_calibration_error"], fit["tempered_expected_calibration_error"]
+    if fit["temperature_at_bound"] and fit["temperature"] > 1:
         return "The size of the judge's margins does not predict people's choices: no finite temperature calibrates it."
     return (
         f"The expected calibration error is {error:.3f}, or {tempered:.3f} with margins divided by "
-        f"{sure['temperature']:.2f} (fitted on the same pairs)."
+        f"{fit['temperature']:.2f} (fitted on the same pairs)."
     )
 
 
-def _tables(found: Mapping[str, Any], sure: Mapping[str, Any] | None) -> list[Table]:
+def _tables(found: Mapping[str, Any], fit: Mapping[str, Any] | None) -> list[Table]:
     title = f"{found['pairs']} pairs: {found['decided_pairs']} with a preference, {found['people_ties']} human ties"
     title += f", {found['without_verdict']} without a score" * bool(found["without_verdict"])
     kappas = ("kappa", "kappa_with_ties")
@@ -109,7 +109,7 @@ def _tables(found: Mapping[str, Any], sure: Mapping[str, Any] | None) -> list[Ta
     ]
     header = ["extra characters of people's choice", "pairs", "accuracy", "longer answer"]
     tables.append(Table("Accuracy by difference in length", header, lengths))
-    return [*tables, *([_reliability_table(sure)] if sure else [])]
+    return [*tables, *([_reliability_table(fit)] if fit else [])]
 
 
 def _beside_length(one: Mapping[str, Any]) -> list[str]:
@@ -117,10 +117,10 @@ def _beside_length(one: Mapping[str, Any]) -> list[str]:
     return [str(one["pairs"]), _percent(one), f"{one['length_only']:.1%}"]
 
 
-def _reliability_table(sure: Mapping[str, Any]) -> Table:
+def _reliability_table(fit: Mapping[str, Any]) -> Table:
     names = {"expected calibration error": "expected_calibration_error", "log loss (a coin: 0.693)": "log_loss"}
-    rows = [[text, f"{sure[name]:.3f}", f"{sure[f'tempered_{name}']:.3f}"] for text, name in names.items()]
-    return Table("Calibration", ["measure", "as scored", f"margins / {sure['temperature']:.2f}"], rows)
+    rows = [[text, f"{fit[name]:.3f}", f"{fit[f'tempered_{name}']:.3f}"] for text, name in names.items()]
+    return Table("Calibration", ["measure", "as scored", f"margins / {fit['temperature']:.2f}"], rows)
 
 
 def _percent(one: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What did each method cost? Hours by stage from the manifests behind its answers (the paper's Table 3).
+"""What did each method cost? Hours by stage from the manifests (the paper's Table 3).
 
 A stage that several methods share counts in full for each of them, so a total is what the method
 would have cost alone.
@@ -68,7 +68,7 @@ def cost_section(comparison: Comparison, settings: EvaluateSection) -> Section |
 
 
 def stage_order(runs: Iterable[Ancestor]) -> list[str]:
-    """Return the stages of the runs by their greatest depth in the lineage, ties by first appearance."""
+    """Return the stages by their greatest depth in the lineage, ties by first appearance."""
     depths: dict[str, int] = {}
     for run in runs:
         depths[run.stage] = max(run.depth, depths.get(run.stage, 0))
@@ -104,7 +104,7 @@ def run_hours(extra: Mapping[str, Any]) -> float | None:
 
 
 def in_part_finding(names: Iterable[str]) -> list[str]:
-    """Return a sentence on stages or runs that an earlier version recorded in part; empty without `names`."""
+    """Return a sentence on runs that an earlier version recorded in part, if there are any."""
     some = ", ".join(names)
     counted = "only the steps of training, and label and generate without start-up and tokenisation"
     line = f"{some}: recorded by an earlier version, which counted {counted}; the true cost is higher."

@@ -1,7 +1,8 @@
 """Have rewards drifted? Rewards of policy answers against those of the labelled training rows.
 
 If a policy's answers score outside the range of the labels, the reward model extrapolates and its
-scores are less reliable. Rewards are normalised with the labelled set's mean and standard deviation.
+scores are less reliable. Rewards are normalised with the mean and standard deviation of the
+labelled set.
 """
 
 import json
@@ -33,7 +34,7 @@ _EMPTY = 0.5
 
 
 def drift_section(compared: Compared, judge_content: str | None) -> Section | None:
-    """Return the drift from the labelled set, or None if the judge is not the model that labelled it."""
+    """Return the drift from the labelled set, or None if the judge did not label it."""
     comparison = compared.comparison
     labels = find_label_set(comparison.files)
     if labels is None or not labels.is_scored_by(judge_content):
@@ -54,7 +55,7 @@ def drift_section(compared: Compared, judge_content: str | None) -> Section | No
 
 
 def read_parts(labels: LabelSet) -> dict[str, Floats]:
-    """Return the normalised rewards of the labelled rows, with answers of preference pairs separate.
+    """Return the normalised rewards of the labelled rows and, separately, of preference pairs.
 
     Pairs are named as the reward model's training pairs if it was trained on the labelled file.
     """
@@ -90,7 +91,7 @@ def drift(reference: Floats, values: Floats) -> dict[str, float | int]:
 
 
 def population_stability(reference: Floats, values: Floats) -> float:
-    """Return the sum over bins of (q - p) log(q / p) for the shares p of `reference` and q of `values`.
+    """Return the sum over bins of (q - p) log(q / p), with p of `reference` and q of `values`.
 
     Bins are deciles of the reference; equal rewards merge bins.
     """

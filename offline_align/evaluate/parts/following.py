@@ -77,7 +77,7 @@ def following_section(
 
 
 def _policies(comparison: Comparison) -> list[_Policy]:
-    """Return the policies with at least two targets; the content of the run's parents identifies a policy."""
+    """Return the policies with at least two targets, identified by their content."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for k, column in enumerate(comparison.columns):
         if column.target is not None:
@@ -131,14 +131,14 @@ def _curve(policy: _Policy, achieved: Floats, same_scale: bool, settings: Evalua
 
 
 def slopes(achieved: Floats, targets: Floats) -> Floats:
-    """Return the least-squares slope of every prompt [P]; their mean is the slope of the mean curve."""
+    """Return the least-squares slope of every prompt [P]; its mean is that of the mean curve."""
     centred = targets - targets.mean()
     result: Floats = achieved @ centred / (centred @ centred)
     return result
 
 
 def rank_correlations(achieved: Floats) -> Floats:
-    """Return Spearman's correlation with ascending targets for every prompt [P]; 0 if all answers tie."""
+    """Return Spearman's correlation with the targets for every prompt [P]; 0 if all tie."""
     ranks = rankdata(achieved, axis=1)
     ranks -= ranks.mean(axis=1, keepdims=True)
     targets = np.arange(achieved.shape[1]) - (achieved.shape[1] - 1) / 2
@@ -148,14 +148,14 @@ def rank_correlations(achieved: Floats) -> Floats:
 
 
 def orders(achieved: Floats) -> Floats:
-    """Return the share of target pairs whose answers score in the same order [P]; a tie counts half."""
+    """Return the share of target pairs with scores in the same order [P]; a tie counts half."""
     low, high = np.triu_indices(achieved.shape[1], k=1)
     result: Floats = ((1 + np.sign(achieved[:, high] - achieved[:, low])) / 2).mean(axis=1)
     return result
 
 
 def _support(target: float, labels: LabelSet | None) -> dict[str, Any]:
-    """Return the share of rows below a target, and its support: inside, rare, outside or unknown."""
+    """Return the share of rows below a target, and whether it is inside, rare or outside."""
     if labels is None:
         return {"rows_below": None, "support": "unknown"}
     below = labels.share_below(target)

@@ -1,4 +1,4 @@
-"""Find the labelled rows behind a policy: the scale and the range of the rewards it was trained on."""
+"""Find the labelled rows behind a policy: the scale and range of its training rewards."""
 
 import json
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ class LabelSet:
 
     @property
     def levels(self) -> list[tuple[float, float]]:
-        """The quantiles as (level, normalised reward), ascending, from the lowest to the highest reward."""
+        """The quantiles as (level, normalised reward), from the lowest to the highest reward."""
         raw = sorted((float(level), value) for level, value in self.stats.quantiles.items())
         return [(level, float(self.normalised(np.array(value)))) for level, value in raw]
 
@@ -41,22 +41,22 @@ class LabelSet:
         return content is not None and content == self.scored_by
 
     def normalised(self, raw: Floats) -> Floats:
-        """Return raw rewards on the scale of the training labels; zeros if all rewards are equal."""
+        """Return raw rewards on the scale of the labels; zeros if all labels are equal."""
         return (raw - self.stats.mean) / self.stats.std if self.stats.std else np.zeros_like(raw)
 
     def reward_at(self, level: float) -> float:
-        """Return the normalised reward at a quantile level, interpolated between the stored quantiles."""
+        """Return the normalised reward at a quantile level, interpolated."""
         levels, rewards = zip(*self.levels, strict=True)
         return float(np.interp(level, levels, rewards))
 
     def share_below(self, reward: float) -> float:
-        """Return the share of rows below a normalised reward, interpolated between the stored quantiles."""
+        """Return the share of rows below a normalised reward, interpolated."""
         levels, rewards = zip(*self.levels, strict=True)
         return float(np.interp(reward, rewards, levels))
 
 
 def find_label_set(generation_files: Iterable[Path]) -> LabelSet | None:
-    """Return the last label run in the lineage of these files, or None if there is no readable one."""
+    """Return the last readable label run in the lineage of these files, or None."""
     runs = find_ancestors(path.parent for path in generation_files)
     found = [label for run in reversed(runs) if run.stage == "label" and (label := _read(run)) is not None]
     return found[0] if found else None

@@ -99,7 +99,7 @@ def optimisation_section(
 def _divergence(
     divergence: Divergence, method: int, judged: NDArray[np.bool_], settings: EvaluateSection, seed: int
 ) -> dict[str, Any]:
-    """Return KL in nats per answer with its interval and per token; empty if it is unknown for all answers."""
+    """Return KL in nats per answer, with its interval, and per token; empty if unknown."""
     nats, tokens = divergence.nats[judged, :, method], divergence.tokens[judged, :, method]
     known = np.isfinite(nats).all(axis=1)
     if not known.any() or not tokens[known].sum():
@@ -153,7 +153,7 @@ def at_equal_length(gains: Floats, words: Floats, base: int) -> Floats | None:
 def reversals(
     scores: Floats, truth: Floats, names: Sequence[str], settings: EvaluateSection, seed: int
 ) -> list[tuple[str, str]]:
-    """Return the pairs (a, b) of methods such that a has the higher score but the lower true quality.
+    """Return the pairs (a, b) in which method a scores higher but has lower true quality.
 
     `scores` and `truth` are [P, M]. Both intervals of the paired differences must exclude 0.
     """
@@ -172,7 +172,7 @@ def reversals(
 
 
 def _findings(methods: Mapping[str, Mapping[str, Any]], reversed_pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the gains that are in doubt; if there are none, the checks that all gains have passed."""
+    """Return the gains in doubt or, if there are none, the checks that all gains passed."""
     lines = _doubts(methods)
     lines += [f"{a} has a higher score than {b} but a lower true quality." for a, b in reversed_pairs]
     made = {
@@ -214,7 +214,7 @@ def _doubts(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _distances(methods: Mapping[str, Mapping[str, Any]], baseline: str) -> list[str]:
-    """Return the policy with the largest KL, and a caveat if the numbers are not estimates of KL."""
+    """Return the policy with the largest KL, and a caveat if some KL estimates are biased."""
     known = {name: found for name, found in methods.items() if "kl" in found}
     if not known:
         return []

@@ -1,4 +1,4 @@
-"""Does a result hold over seeds? Means and intervals over repeated trainings that differ only in the seed.
+"""Does a result hold over seeds? Means and intervals over repeated trainings.
 
 Intervals over prompts show the uncertainty of one policy's score. Intervals over seeds show that of
 the method.
@@ -63,7 +63,7 @@ def _by_seed(columns: Sequence[Column], members: Sequence[int], means: Floats) -
 
 
 def over_seeds(values: Floats, confidence: float) -> dict[str, float | None]:
-    """Return mean, standard deviation (n - 1) and Student's t interval of one value per seed [seeds].
+    """Return mean, standard deviation (n - 1) and Student's t interval over `values` [seeds].
 
     With one seed there is no standard deviation and no interval.
     """
@@ -78,7 +78,7 @@ def over_seeds(values: Floats, confidence: float) -> dict[str, float | None]:
 def _difference(
     own: Mapping[int | None, float], base: Mapping[int | None, float], confidence: float
 ) -> dict[str, float | None]:
-    """Return own minus baseline: paired if the seeds are the same, else against the baseline's mean."""
+    """Return own minus baseline: paired if the seeds are equal, else against the mean."""
     centre = sum(base.values()) / len(base)
     paired = own.keys() == base.keys()
     return over_seeds(np.array([own[s] - (base[s] if paired else centre) for s in own]), confidence)
@@ -96,9 +96,9 @@ def _findings(content: Mapping[str, Any]) -> list[str]:
         difference = found["difference"]
         if difference is None or difference["low"] is None:
             continue
-        sure = difference["low"] > 0 or difference["high"] < 0
+        significant = difference["low"] > 0 or difference["high"] < 0
         text = f"{name} against {content['baseline']} over {len(found['seeds'])} seeds: {_interval(difference)}"
-        lines.append(text + ("." if sure else "; the choice of seed could explain this difference."))
+        lines.append(text + ("." if significant else "; the choice of seed could explain this difference."))
     return lines
 
 

@@ -12,7 +12,10 @@ NOTE = (
 
 
 def judge_section(described: Mapping[str, Any], methods: Sequence[str] = ()) -> Section | None:
-    """Return the section of a served judge, None for other judges; `methods` are in the order of a set."""
+    """Return the section of a served judge, or None for others.
+
+    `methods` names the answers of a set, in order.
+    """
     if described["kind"] != "openai":
         return None
     places = described["places"]

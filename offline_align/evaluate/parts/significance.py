@@ -1,4 +1,4 @@
-"""Which differences between methods are real? Paired tests over prompts, corrected for their number."""
+"""Which differences are real? Paired tests over prompts, corrected for their number."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -38,13 +38,13 @@ def significance_section(compared: Compared, settings: EvaluateSection) -> Secti
         }
         for (a, b), p, corrected in zip(pairs, raw, holm(raw), strict=True)
     ]
-    surely = sum(bool(one["differ"]) for one in tests)
-    finding = f"{surely} of {len(tests)} pairs of methods differ by more than chance at the {level:.0%} level."
+    differing = sum(bool(one["differ"]) for one in tests)
+    finding = f"{differing} of {len(tests)} pairs of methods differ by more than chance at the {level:.0%} level."
     return Section("significance", "Which differences are real?", NOTE, [finding], {"tests": tests}, [_table(tests)])
 
 
 def signed_rank(first: Floats, second: Floats) -> float:
-    """Return the two-sided p value of Wilcoxon's test on paired scores [prompts]; 1 if no pair differs."""
+    """Return the two-sided p value of paired scores [prompts]; 1 if no pair differs."""
     differences = first - second
     return float(wilcoxon(differences).pvalue) if differences.any() else 1.0
 

@@ -1,4 +1,4 @@
-"""Agreement with people, against values worked out by hand."""
+"""Agreement with people against values computed by hand."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_length_is_a_baseline_and_a_bias() -> None:
     assert found["people_prefer_longer"]["mean"] == pytest.approx(2 / 3)
     assert sum(one["pairs"] for one in found["by_length"]) == 4
     assert found["gain_over_length"]["mean"] == pytest.approx((2 - 2.5) / 4)
-    # The rule is wrong where people prefer the shorter answer, and a coin at equal length.
+    # The rule is wrong if people prefer the shorter answer, and a coin flip at equal length.
     rule = {one["from_characters"]: one["length_only"] for one in found["by_length"]}
     assert rule[-7] == 0.0
     assert rule[7] == 1.0

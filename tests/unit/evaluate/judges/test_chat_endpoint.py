@@ -1,4 +1,4 @@
-"""Whatever a server answers, one question costs one verdict at most, and only what concerns all ends the run."""
+"""A bad reply costs at most one verdict; only errors that concern all questions end the run."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def text_of(body: dict[str, Any]) -> str:
 
 
 def refusing(word: str, status: int, content: Content) -> Any:
-    """Return a server that has one answer to questions with a word in them, and verdicts for all others."""
+    """Return a server with a fixed answer to questions that contain a word, and verdicts for all others."""
     return lambda body: (status, content) if word in text_of(body) else by_length(body)
 
 

@@ -1,4 +1,4 @@
-"""The demo corpus's own quality as the judge, for its prompts only."""
+"""The ground-truth judge scores prompts of the demo corpus only."""
 
 import pytest
 

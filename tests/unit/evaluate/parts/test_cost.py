@@ -1,4 +1,4 @@
-"""Hours of every stage behind a method, from manifests that are written as the stages write them."""
+"""Hours of every stage behind a method, from manifests in the format of the stages."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reward drift against distributions whose distance is known."""
+"""Reward drift for distributions with known distances."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The reward-following curve: against hand-made policies that follow, ignore, or turn round their target."""
+"""The reward-following curve of hand-made policies that follow, ignore or invert their target."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The guard against over-optimisation, on gains that are made of length, of a blind spot, or real."""
+"""The checks against over-optimisation, for gains from length, from one model's weakness, and real gains."""
 
 import numpy as np
 import pytest
@@ -81,7 +81,7 @@ def test_a_gain_that_true_quality_shares_is_real(write_run: WriteRun) -> None:
 
 @pytest.mark.parametrize(("true_gain", "lines"), [(0.0, 1), (-3.0, 2)])
 def test_a_reward_that_truth_does_not_follow_is_found(write_run: WriteRun, true_gain: float, lines: int) -> None:
-    """The reward model is gamed: its score rises by three deviations, the true quality stays or falls."""
+    """The reward model is gamed: the score rises by three deviations, true quality stays or falls."""
     found = section(write_run, noise(0) + np.array([0.0, 3.0]), truth=noise(1) + np.array([0.0, true_gain]))
     assert found is not None
     assert len(found.findings) == lines
@@ -91,7 +91,7 @@ def test_a_reward_that_truth_does_not_follow_is_found(write_run: WriteRun, true_
 
 
 def test_an_order_that_truth_reverses_is_found() -> None:
-    """Both methods gain over the baseline, and yet the judge's favourite is the worse of the two."""
+    """Both methods gain over the baseline, but the judge prefers the worse of the two."""
     scores = np.random.default_rng(0).normal(size=(PROMPTS, 3)) + np.array([0.0, 2.0, 4.0])
     truth = np.random.default_rng(1).normal(size=(PROMPTS, 3)) + np.array([0.0, 4.0, 2.0])
     names = ["sft", "fa", "ca"]

@@ -1,4 +1,4 @@
-"""What the report says about a served judge."""
+"""The report's section on a served judge."""
 
 from typing import Any
 
