@@ -83,7 +83,7 @@ def _complete(asked: Sequence[tuple[Question, Verdict]]) -> bool:
 
 
 def _note(table: Floats, shown: Sequence[int], given: Sequence[float] | None, form: JudgeForm) -> None:
-    """Enter a verdict in `table` [answers, answers]: scores on the diagonal, else wins."""
+    """Enter a verdict in `table` [answers, answers]: scores on the diagonal, wins of pairs off it."""
     if given is None:
         return
     if form is JudgeForm.pair and len(shown) == 2:

@@ -66,7 +66,7 @@ def read_verdict(reply: str, names: Sequence[str]) -> list[float] | None:
 
 
 def _readable(reply: str) -> str:
-    """Return the reply with plain instead of full-width, HTML-escaped and invisible characters."""
+    """Replace full-width and HTML-escaped characters by plain ones, and drop invisible ones."""
     text = html.unescape(reply).translate(_FULL_WIDTH)
     return "".join(c for c in text if unicodedata.category(c) != "Cf" and c != "\ufe0f")
 

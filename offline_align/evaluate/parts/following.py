@@ -131,7 +131,7 @@ def _curve(policy: _Policy, achieved: Floats, same_scale: bool, settings: Evalua
 
 
 def slopes(achieved: Floats, targets: Floats) -> Floats:
-    """Return the least-squares slope of every prompt [P]; its mean is that of the mean curve."""
+    """Return the least-squares slope of every prompt [P]; their mean is the mean curve's slope."""
     centred = targets - targets.mean()
     result: Floats = achieved @ centred / (centred @ centred)
     return result

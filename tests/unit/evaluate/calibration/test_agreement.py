@@ -43,7 +43,7 @@ def test_ties_of_people_count_in_the_kappa_of_three_verdicts() -> None:
     assert agreement(judged(people, judge), SETTINGS, 0)["kappa_with_ties"]["mean"] == pytest.approx(expected)
 
 
-def test_a_habit_of_place_shows_in_both_orders_and_cancels_in_the_verdict() -> None:
+def test_position_bias_shows_in_both_orders_and_cancels_in_the_verdict() -> None:
     # The first shown always gains 2: margins 2 + m forward, m - 2 backward.
     merit = [1.0, -1.0, 3.0, -3.0]
     verdicts = judged([1, -1, 1, -1], [m + 2 for m in merit], [m - 2 for m in merit])
