@@ -21,6 +21,41 @@ logger = logging.getLogger(__name__)
 _CHECKSUM = "crc32"
 
 
+class JournalFile:
+    """One append-only file of entries; `name` is part of every checksum."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the intact entries, none if there is no file. Raises StorageError if it is unreadable."""
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+        entries = [entry for line in lines if (entry := unsealed(line, self.name)) is not None]
+        # The last piece is empty, or a line that a killed process left incomplete.
+        if damaged := sum(map(bool, lines[:-1])) - len(entries):
+            logger.warning("%s: skipping %d damaged lines; their results are made again", self.path, damaged)
+        return entries
+
+    def append(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Add entries; they are on disk when this returns. Raises StorageError."""
+        content = "".join(sealed(entry, self.name) for entry in entries).encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+", buffering=0) as file:
+                if not _ends_whole(file.fileno()):
+                    content = b"\n" + content  # a torn line must not swallow the next one
+                _write_all(file.fileno(), content)
+                os.fsync(file.fileno())
+            fsync_path(self.path.parent)
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
+
 class Journal:
     """The results of one run so far; a rank appends to its own file and reads those of all."""
 
@@ -30,33 +65,13 @@ class Journal:
         self._stop = self.folder / "stop"
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the whole entries of all ranks; raises StorageError where a file cannot be read."""
-        entries: list[dict[str, Any]] = []
-        for path in sorted(self.folder.glob("part_*.jsonl")):
-            try:
-                lines = path.read_bytes().split(b"\n")
-            except OSError as error:
-                raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
-            whole = [entry for line in lines if (entry := unsealed(line, self.folder.name)) is not None]
-            # The last piece is empty, or the line that a kill has cut.
-            if damaged := sum(map(bool, lines[:-1])) - len(whole):
-                logger.warning("%s: %d damaged lines are passed over and made again", path, damaged)
-            entries += whole
-        return entries
+        """Return the intact entries of all ranks; raises StorageError if a file cannot be read."""
+        paths = sorted(self.folder.glob("part_*.jsonl"))
+        return [entry for path in paths for entry in JournalFile(path, self.folder.name).read()]
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Add entries; they are on disk when this returns. Raises StorageError."""
-        content = "".join(sealed(entry, self.folder.name) for entry in entries).encode()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab+", buffering=0) as file:
-                if not _ends_whole(file.fileno()):
-                    content = b"\n" + content  # a torn line must not swallow the next one
-                _write_all(file.fileno(), content)
-                os.fsync(file.fileno())
-            fsync_path(self.folder)
-        except OSError as error:
-            raise StorageError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+        """Add entries to this rank's file; they are on disk when this returns. Raises StorageError."""
+        JournalFile(self.path, self.folder.name).append(entries)
 
     def ask_to_stop(self) -> None:
         """Ask the other ranks, which see the same files, to stop too; raises StorageError."""

@@ -1,1 +1,1 @@
-"""Comparison of methods: answers side by side, judges, statistics, figures and the report."""
+"""Compare methods: judge their answers and report statistics, figures and samples."""

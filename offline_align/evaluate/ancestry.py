@@ -1,4 +1,4 @@
-"""Where the compared answers came from: the runs behind them, their training curves and rewards."""
+"""Find the ancestors of runs, their training curves and their reward histograms."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Ancestor:
-    """One run of the chain; `depth` is the longest way to a run without parents."""
+    """One run of a lineage; `depth` is the length of the longest path to a run without parents."""
 
     run_dir: Path
     stage: str
@@ -29,13 +29,13 @@ class Ancestor:
 
     @property
     def title(self) -> str:
-        """The folder's own name."""
+        """The name of the run folder, without its parents."""
         return self.run_dir.name
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A quantity of a training run by optimizer step, and the same on its validation rows where it was measured."""
+    """A quantity of a training run by optimizer step, on training and validation rows."""
 
     run: str
     quantity: str
@@ -44,15 +44,14 @@ class Curve:
 
     @property
     def name(self) -> str:
-        """What the figure calls it."""
+        """The title of its panel in the figure."""
         return f"{self.run}: {self.quantity}"
 
 
 def find_ancestors(run_dirs: Iterable[Path]) -> list[Ancestor]:
-    """Return the runs behind these run folders and they themselves, roots first.
+    """Return the runs in these folders and all their ancestors, roots first.
 
-    Runs that are gone or have a damaged manifest are left out: the page shows what there is, `verify` tells
-    what is missing.
+    Runs with a missing or damaged manifest are left out; `verify` reports them.
     """
     manifests: dict[Path, Manifest] = {}
     waiting = [path.resolve() for path in run_dirs]
@@ -70,14 +69,14 @@ def find_ancestors(run_dirs: Iterable[Path]) -> list[Ancestor]:
 
 
 def read_curves(run: Ancestor) -> list[Curve]:
-    """Return the curves of a run, as far as it trained and measured them."""
+    """Return the curves that a run logged; none if it did not train."""
     rows = list(_metrics(run.run_dir / METRICS))
     curves = [Curve(run.title, name, _series(rows, name), _series(rows, f"valid_{name}")) for name in QUANTITIES]
     return [curve for curve in curves if curve.training]
 
 
 def find_histograms(runs: Sequence[Ancestor]) -> list[Path]:
-    """Return the reward histograms of the chain's `label` runs."""
+    """Return the reward histograms of the `label` runs."""
     paths = [run.run_dir / HISTOGRAM for run in runs if run.stage == "label"]
     return [path for path in paths if path.is_file()]
 
@@ -113,7 +112,7 @@ def _metrics(path: Path) -> Iterable[dict[str, object]]:
         try:
             row = json.loads(line)
         except ValueError:
-            # A line that a crash tore is no reason to hide the curve.
+            # Skip a line that a crash left incomplete.
             continue
         if isinstance(row, dict):
             yield row

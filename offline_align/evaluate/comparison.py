@@ -1,4 +1,4 @@
-"""Generation files of several methods, named and aligned prompt by prompt."""
+"""Read generation files, name their methods, and align the answers by prompt."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ ANSWER_COLUMNS = ("response", "finish_reason", "condition", "sample_index")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One response of one method; `condition` is the reward text that it was given, if any."""
+    """One response of one method; `condition` is the reward text in its prompt, if any."""
 
     response: str
     finish_reason: str
@@ -26,17 +26,17 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One method: its name, its file, and the target reward that it was asked for, if any."""
+    """One method: its name, its file, and its target reward, if any."""
 
     name: str
     path: Path
     condition: str | None
-    """The rows of the file that are this method's; None: all of them."""
+    """The method's rows in the file have this condition; None: all rows are the method's."""
     target: float | None
     seed: int | None = None
-    """That of the policy's training, where others differ from it in the seed alone."""
+    """The seed of the policy's training, set if other policies differ from it only in the seed."""
     pool: str | None = None
-    """The name that it shares with these others."""
+    """The name that these policies share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +50,23 @@ class Comparison:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The names of the methods; a policy asked for several rewards is a method for each."""
+        """The names of the methods; a policy with several target rewards is one method for each."""
         return tuple(column.name for column in self.columns)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The generation files, each once."""
+        """The generation files without duplicates."""
         return tuple(dict.fromkeys(column.path for column in self.columns))
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Numbers of prompts, of samples of each prompt, and of methods."""
+        """The numbers of prompts, samples per prompt, and methods."""
         return len(self.prompts), len(self.answers[0]), len(self.methods)
 
     def samples(self) -> list[Sample]:
-        """Return all answers, methods fastest; those with one `id` answer one prompt and can be compared.
+        """Return all answers, the method varying fastest, with the columns of their prompts.
 
-        Their columns are those of the prompt.
+        Answers that share an `id` answer the same prompt and can be compared.
         """
         _, n, _ = self.shape
         return [
@@ -77,15 +77,15 @@ class Comparison:
         ]
 
     def of_method(self, method: int) -> list[Answer]:
-        """Return the answers of one method, prompt by prompt."""
+        """Return the answers of one method in the order of the prompts."""
         return [answers[method] for sets in self.answers for answers in sets]
 
 
 def load_comparison(files: Sequence[Path], bad_rows: BadRows) -> Comparison:
     """Return the answers of several generation files, in the order of the first file's prompts.
 
-    Raises DataError naming file and prompt where a file lacks a prompt, a sample of it, or holds another
-    text under its id.
+    Raises DataError with file and prompt if a file lacks a prompt or one of its samples, or has
+    another text under the same id.
     """
     columns = name_columns(files)
     read = {path: _read(path, [c.condition for c in columns if c.path == path], bad_rows) for path in files}
@@ -103,14 +103,14 @@ def load_comparison(files: Sequence[Path], bad_rows: BadRows) -> Comparison:
 class _Entry:
     prompt: Prompt
     answers: dict[int, Answer]
-    """Sample index to answer, ascending once the file is read."""
+    """Answers by sample index; sorted once the whole file is read."""
 
 
 Table = dict[str, _Entry]
 
 
 def _read(path: Path, conditions: Sequence[str | None], bad_rows: BadRows) -> dict[str | None, Table]:
-    """Return a table for each condition of a file; all rows are in one where the condition is None."""
+    """Return one table for each condition; the condition None takes all rows of the file."""
     tables: dict[str | None, Table] = {condition: {} for condition in conditions}
     for line in read_objects([path], bad_rows):
         condition = None if None in tables else line.value.get("condition")
@@ -124,7 +124,7 @@ def _read(path: Path, conditions: Sequence[str | None], bad_rows: BadRows) -> di
 
 
 def _checked(path: Path, table: Table) -> Table:
-    """Return a table with the samples of each prompt in order; DataError where some are missing."""
+    """Return the table with sorted samples. Raises DataError if some are missing."""
     if not table:
         raise DataError(f"{path}: no usable row; generate answers first")
     numbers = Counter(len(entry.answers) for entry in table.values())
@@ -152,7 +152,7 @@ def _add(table: dict[str, _Entry], line: Line) -> None:
 
 
 def _answer(columns: dict[str, Any]) -> Answer:
-    """Return the answer of a row; unlike a training row it may be empty, because a policy can say nothing."""
+    """Return the answer of a row, which may be empty, unlike in training data."""
     response, condition = columns.get("response"), columns.get("condition")
     if not isinstance(response, str):
         raise RowError("response: missing or not a string")
@@ -182,10 +182,10 @@ def _check_same_prompts(a: Path, first: dict[str, _Entry], b: Path, other: dict[
 
 
 def name_columns(files: Sequence[Path]) -> tuple[Column, ...]:
-    """Return the methods of the files, named.
+    """Return the methods in the files, each with a unique name.
 
-    A name is the method; its target reward, or else its folder, is added where two share one. A file of a policy
-    that was asked for several rewards is a method for each of them.
+    The name is the method's own. If two methods share it, the target reward, the seed or the folder
+    is added. A policy with several target rewards in one file is one method for each of them.
     """
     columns = _with_seeds([column for path in files for column in _columns(path)])
     several = Counter(column.path for column in columns)
@@ -197,7 +197,7 @@ def name_columns(files: Sequence[Path]) -> tuple[Column, ...]:
         return apart("/".join(column.path.resolve().parent.parts[-depth:]), column)
 
     def shared(column: Column) -> str:
-        """The name of a method without its seed."""
+        """Return the name of a method without its seed."""
         return _with_target(column.name, column) if column.target is not None else column.name
 
     naming: list[Callable[[Column], str]] = [
@@ -230,7 +230,7 @@ def _with_seed(name: str, column: Column) -> str | None:
 
 
 def _columns(path: Path) -> list[Column]:
-    """Return a column for each condition of a file, named after its method alone, or not at all."""
+    """Return a column for each condition of a file; its name is the method, empty if unknown."""
     manifest = generation_manifest(path)
     method = str(manifest.extra.get("method") or "") if manifest else ""
     targets = manifest.extra.get("targets") if manifest else None
@@ -244,16 +244,16 @@ def _with_target(name: str, column: Column) -> str:
 
 
 def generation_manifest(path: Path) -> Manifest | None:
-    """Return the manifest of the run that wrote a generation file, or None where there is none to be read."""
+    """Return the manifest of the run that wrote a generation file, or None if unreadable."""
     try:
         return read_manifest(path.parent)
     except StorageError:
-        # A name is no reason to refuse answers that can be read; `verify` reports the damage.
+        # The manifest only supplies a name here; `verify` reports the damage.
         return None
 
 
 def target_reward(manifest: Manifest | None) -> float | None:
-    """Return the normalised reward that a `generate` run asked for, or None for an unconditional policy."""
+    """Return the normalised target reward of a `generate` run; None if it has no target."""
     if manifest is None:
         return None
     condition = manifest.extra.get("condition")
@@ -264,7 +264,7 @@ def target_reward(manifest: Manifest | None) -> float | None:
 
 
 def prompt_text(prompt: Sequence[Message]) -> str:
-    """Return a dialogue as plain text: one user message as it is, longer ones with their roles."""
+    """Return a dialogue as plain text, with roles if it has several messages."""
     if len(prompt) == 1:
         return prompt[0].content
     return "\n\n".join(f"{message.role.capitalize()}: {message.content}" for message in prompt)

@@ -1,7 +1,8 @@
-"""How far each method's policy has moved from the baseline's: the KL divergence, by likelihoods of its own answers.
+"""Estimate the KL divergence of each method's policy from the baseline's, on its own answers.
 
-The mean over answers y that a policy p gave of log p(y) - log q(y) estimates KL(p || q) in nats an answer. It is
-unbiased for answers sampled at temperature 1 and top_p 1; for others it is the log-ratio of just those answers.
+For answers y of policy p, the mean of log p(y) - log q(y) estimates KL(p || q) in nats per answer.
+The estimate is unbiased if the answers were sampled with temperature 1 and top_p 1. Otherwise it is
+only the mean log-ratio of these answers.
 """
 
 import logging
@@ -28,28 +29,31 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Log-ratios of the answers of each method to the baseline's policy."""
+    """Log-ratios of each method's answers: its own policy against the baseline's."""
 
     nats: Floats
-    """[prompts, samples, methods]; NaN where it is not known."""
+    """[prompts, samples, methods]; NaN if unknown."""
     tokens: Floats
-    """[prompts, samples, methods]; tokens of the answers, 0 where the log-ratio is not known."""
+    """[prompts, samples, methods]; tokens of the answers, 0 if the log-ratio is unknown."""
     sampled: tuple[bool, ...]
-    """Whether the answers of each method were sampled from its policy as it is, so that their mean estimates KL."""
+    """Whether each method sampled at temperature 1 and top_p 1, so the mean is unbiased."""
 
 
 def measure_divergence(comparison: Comparison, config: EvaluateRun) -> Divergence | None:
-    """Return log-ratios, or None where no policy but the baseline's is there. All ranks call it together."""
+    """Return log-ratios, or None if no policy can be compared with the baseline's.
+
+    All ranks must call this together.
+    """
     base = comparison.methods.index(choose_baseline(comparison.columns, config.evaluate.baseline))
     checkpoints = [policy_checkpoint(column) for column in comparison.columns]
     reference = checkpoints[base]
     if reference is None:
-        log.warning("the policy of %s is not there: no divergence from it", comparison.methods[base])
+        log.warning("the checkpoint of %s is missing or has changed: no KL divergence", comparison.methods[base])
         return None
-    known = [k for k, one in enumerate(checkpoints) if one is not None and _reads_alike(one, reference)]
+    known = [k for k, one in enumerate(checkpoints) if one is not None and _same_tokens(one, reference)]
     absent = [comparison.methods[k] for k in range(len(checkpoints)) if k not in known]
     if absent:
-        log.warning("no divergence of %s: another form of text, or no policy there", ", ".join(absent))
+        log.warning("no KL divergence for %s: no checkpoint, or another tokenizer or template", ", ".join(absent))
     if known == [base]:
         return None
     nats, tokens = _log_ratios(comparison, {k: one for k in known if (one := checkpoints[k])}, base, config)
@@ -57,7 +61,7 @@ def measure_divergence(comparison: Comparison, config: EvaluateRun) -> Divergenc
 
 
 def policy_checkpoint(column: Column) -> Path | None:
-    """Return the checkpoint that gave the answers, or None where it is not there any more or has changed."""
+    """Return the checkpoint that generated the answers, or None if it is missing or has changed."""
     manifest = generation_manifest(column.path)
     parents = manifest.parents if manifest else []
     models = [parent for parent in parents if parent.part or parent.stage == "checkpoint"]
@@ -72,13 +76,13 @@ def policy_checkpoint(column: Column) -> Path | None:
     return folder if is_policy and content == models[0].content_sha256 else None
 
 
-def _reads_alike(policy: Path, reference: Path) -> bool:
-    """Whether text becomes the same tokens for both, so that their likelihoods can be compared."""
+def _same_tokens(policy: Path, reference: Path) -> bool:
+    """Return whether both turn text into the same tokens and so have comparable likelihoods."""
     return ModelDescription.load(policy).text_form == ModelDescription.load(reference).text_form
 
 
 def _sampled(generation_file: Path) -> bool:
-    """Whether answers were sampled at temperature 1 from the whole vocabulary."""
+    """Return whether answers were sampled with temperature 1 from the whole vocabulary."""
     try:
         config: Any = yaml.safe_load((generation_file.parent / CONFIG).read_text(encoding="utf-8"))
         return bool(config["generate"]["temperature"] == 1 and config["generate"]["top_p"] == 1)
@@ -89,14 +93,14 @@ def _sampled(generation_file: Path) -> bool:
 def _log_ratios(
     comparison: Comparison, checkpoints: dict[int, Path], base: int, config: EvaluateRun
 ) -> tuple[Floats, Floats]:
-    """Return log-ratios and tokens [prompts, samples, methods], every policy loaded once."""
+    """Return log-ratios and tokens [prompts, samples, methods]. Loads each policy once."""
     from offline_align.evaluate.likelihood import Given, log_likelihoods
 
     samples = comparison.samples()
     methods, shape = len(comparison.methods), comparison.shape
 
     def given(k: int, asked: Sequence[Answer]) -> list[Given]:
-        """Return the answers of column k, under the conditions of `asked`."""
+        """Return the answers of column k with the conditions of `asked`."""
         rows: list[Sample] = samples[k::methods]
         return [
             Given(sample, one.condition or "", answer.finish_reason != "length")
@@ -108,7 +112,7 @@ def _log_ratios(
         parts = [np.split(values, len(columns)) for values in (found.nats, found.tokens)]
         return {k: (parts[0][i], parts[1][i]) for i, k in enumerate(columns)}
 
-    log.info("likelihoods of the answers of %d methods", len(checkpoints))
+    log.info("computing likelihoods of the answers of %d methods", len(checkpoints))
     plain = score(checkpoints[base], list(checkpoints), dict.fromkeys(checkpoints, comparison.of_method(base)))
     own = {base: plain[base]}
     for policy in dict.fromkeys(checkpoints.values()):

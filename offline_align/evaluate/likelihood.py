@@ -1,6 +1,7 @@
-"""Log-likelihoods of answers under a policy, packed, on all ranks, independent of both.
+"""Compute log-likelihoods of answers under a policy, in packed bins on all ranks.
 
-Shape legend: N target tokens of this rank, S rows of a bin.
+The result depends neither on the packing nor on the number of ranks.
+Shapes: N target tokens of this rank, S rows of a bin.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """An answer as it was given: under which condition, and whether it came to its end."""
+    """An answer, the condition in its prompt, and whether it ends with end-of-sequence."""
 
     sample: Sample
     condition: str = ""
@@ -38,16 +39,20 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Likelihoods:
-    """Log-likelihood of each answer in nats, and its number of tokens [answers]; NaN and 0 where it does not fit."""
+    """Log-likelihood of each answer in nats and its number of tokens; NaN and 0 if it is too long.
+
+    Both are [answers].
+    """
 
     nats: Floats
     tokens: Floats
 
 
 def log_likelihoods(checkpoint: Path, answers: Sequence[Given], config: EvaluateRun) -> Likelihoods:
-    """Return `log p(answer | prompt)` of every answer under a policy checkpoint, in a session of its own.
+    """Return `log p(answer | prompt)` of every answer under a policy checkpoint.
 
-    All ranks call it together. End of sequence is a token of an answer that came to its end, and of no other.
+    Opens a distributed session of its own; all ranks must call this together. End-of-sequence
+    counts as a token of finished answers only.
     """
     policy = open_model(checkpoint, template=config.data.template, template_date=config.data.template_date)
     with session(config.parallel, config.run) as ranks:
@@ -82,7 +87,7 @@ def _load(source: ModelSource, config: EvaluateRun, ranks: Ranks) -> "Policy":
 def _score(model: "Policy", source: SampleSource, rows: list[int], finished: Tensor, ranks: Ranks) -> Tensor:
     """Return log-likelihood and number of tokens of the rows of one bin: [2, S] in fp64.
 
-    `finished` is [S]. All ranks that share the bin must call it together.
+    `finished` is [S]. All ranks that share the bin must call this together.
     """
     multiple = padding_multiple(ranks.tp_size, ranks.cp_size, model.config.sequence_parallel)
     whole = source.collate(rows, multiple)
@@ -96,17 +101,17 @@ def _score(model: "Policy", source: SampleSource, rows: list[int], finished: Ten
 
 
 def _targets(whole: PackedBatch, batch: PackedBatch, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Return the row of each target of this rank's share of a bin, and whether it is that row's last: [N] each."""
+    """Return each target's row and whether it is the row's last target, both [N]."""
     bounds = slices_of_rank(whole.tokens.size(1), ranks.cp_rank, ranks.cp_size) if ranks.cp_size > 1 else []
     slices = [torch.arange(*bound) for bound in bounds] or [torch.arange(whole.tokens.size(1))]
-    # A target is the token after its place.
+    # The target of a position is the next token.
     target = torch.cat(slices)[batch.target_index] + 1
     row = torch.bucketize(target, whole.cu_seqlens[1:].long(), right=True)
     return row, target == whole.last_index[row]
 
 
 def _over_context(sums: Tensor, ranks: Ranks) -> Tensor:
-    """Return the sums of all ranks that share a bin's context."""
+    """Return the sums over the context-parallel group."""
     if ranks.cp_size == 1:
         return sums
     from megatron.core import parallel_state

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: one file, nothing fetched, all text escaped."""
+"""Render self-contained HTML pages: one file that loads nothing else, with all text escaped."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def render_page(template: str, values: Mapping[str, Any]) -> str:
-    """Return the page of `templates/<template>` filled with `values`; a missing value is an error."""
+    """Return the rendered `templates/<template>`. Raises UndefinedError if a value is missing."""
     environment = Environment(
         loader=PackageLoader("offline_align.evaluate"),
         autoescape=True,

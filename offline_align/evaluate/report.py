@@ -1,4 +1,4 @@
-"""Writes the report: `report.json` for programs, `report.md` for a terminal, `report.html` for people."""
+"""Write the report as `report.json`, `report.md` and `report.html`."""
 
 import base64
 import json
@@ -27,18 +27,18 @@ PREVIEW_CHARACTERS = 160
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that a report is written from."""
+    """Everything that a report is written from."""
 
     results: Mapping[str, Any]
     compared: Compared | None = None
     sections: Sequence[Section] = ()
     runs: Sequence[Ancestor] = ()
-    """The runs that the page shows, roots first."""
+    """The runs in the lineage figure, roots first."""
     samples: Comparison | None = None
-    """Answers to be shown where none are judged."""
+    """Answers to show in a report without a judged comparison."""
 
     def pictures(self) -> dict[str, figures.Picture]:
-        """Return the figures beside those of the sections, by name."""
+        """Return the figures that belong to no section, by name."""
         drawn: dict[str, figures.Picture] = {}
         if self.compared is not None:
             drawn |= _compared_figures(self.compared.judgement.scores.mean(axis=1), self.results)
@@ -50,7 +50,7 @@ class Report:
 
 
 def runs_behind(compared: Compared | None, named: Sequence[Path] = ()) -> list[Ancestor]:
-    """Return the runs behind the compared answers and behind the `named` run folders, roots first."""
+    """Return the `named` and compared runs and all their ancestors, roots first."""
     files = compared.comparison.files if compared else ()
     return find_ancestors([*(path.parent for path in files), *named])
 
@@ -101,7 +101,7 @@ def _page_values(report: Report, results: Mapping[str, Any], pictures: Mapping[s
         "sections": report.sections,
         "headline": headline(results, report.sections),
         "conditions": conditions(results),
-        # Drawn by ourselves: names are escaped by the SVG writer.
+        # Safe to mark as HTML: matplotlib's SVG writer has escaped the names.
         "figures": {name: Markup(picture.svg()) for name, picture in pictures.items()},
         "histograms": [_data_uri(path) for path in find_histograms(report.runs)],
         "browser": None,
@@ -116,7 +116,7 @@ def _page_values(report: Report, results: Mapping[str, Any], pictures: Mapping[s
 
 
 def _browser(comparison: Comparison, scores: Floats | None, quality: Floats | None, group_by: str) -> dict[str, Any]:
-    """Return what the sample browser shows; without scores, the answers alone."""
+    """Return the data of the sample browser; without `scores` it shows the answers alone."""
     prompts, samples, _ = comparison.shape
     sets = _shown_prompts(comparison, scores, quality, group_by)
     return {
@@ -156,7 +156,7 @@ def _data_uri(path: Path) -> str:
 def _shown_prompts(
     comparison: Comparison, scores: Floats | None, quality: Floats | None, group_by: str
 ) -> list[dict[str, Any]]:
-    """Return the prompts of the browser with all their answers, spread evenly where there are too many."""
+    """Return up to SHOWN_PROMPTS evenly spaced prompts with all their answers."""
     count = len(comparison.prompts)
     chosen = np.unique(np.linspace(0, count - 1, min(count, SHOWN_PROMPTS)).round().astype(int)).tolist()
     shown = []

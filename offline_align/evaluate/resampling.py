@@ -1,7 +1,7 @@
-"""Percentile bootstrap intervals of means, and of anything that is a function of sums over clusters; plain numpy.
+"""Compute percentile bootstrap intervals of means and of other functions of sums over clusters.
 
-Shapes: C clusters (prompts), K summed quantities, J statistics, B resamples. Answers to one prompt are not independent,
-so whole prompts are drawn again.
+Shapes: C clusters (prompts), K summed quantities, J statistics, B resamples. Answers to the same
+prompt are not independent, so the bootstrap resamples whole prompts.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -11,13 +11,13 @@ import numpy as np
 
 from offline_align.evaluate.statistics import Floats
 
-# Resampled counts held in memory at once: 32 MiB of float64.
+# Number of resampled counts in memory at once: 32 MiB of float64.
 _CHUNK = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A statistic over prompts and the ends of its bootstrap interval."""
+    """A statistic over prompts with the bounds of its bootstrap interval."""
 
     mean: float
     low: float
@@ -27,8 +27,8 @@ class Estimate:
 def mean_estimates(values: Floats, resamples: int, confidence: float, seed: int) -> list[Estimate]:
     """Return the mean of each column of `values` [C, K] with its interval.
 
-    The same prompts are drawn for all columns and for every call with this seed and C, so that comparisons stay
-    paired. With one prompt the interval is a point.
+    All columns, and all calls with the same seed and C, use the same resamples of the prompts, so
+    comparisons are paired. With one prompt the interval has zero width.
     """
     clusters = len(values)
     return _estimates(values, lambda totals: totals / clusters, resamples, confidence, seed)
@@ -39,8 +39,8 @@ def estimate(
 ) -> Estimate:
     """Return `statistic` of the total of `sums` [C, K] with its interval.
 
-    `statistic` maps totals [..., K] to values [...]. Resamples in which it has no value (an empty denominator) are
-    left out. NaN is returned if no value is left.
+    `statistic` maps totals [..., K] to values [...]. Resamples with an undefined statistic (a zero
+    denominator) are ignored. All fields are NaN if none is left.
     """
     (found,) = _estimates(sums, lambda totals: statistic(totals)[..., None], resamples, confidence, seed)
     return found
@@ -49,7 +49,7 @@ def estimate(
 def _estimates(
     sums: Floats, statistic: Callable[[Floats], Floats], resamples: int, confidence: float, seed: int
 ) -> list[Estimate]:
-    """Return the J values of `statistic`, which maps totals [..., K] to [..., J], with their intervals."""
+    """Return the J values of `statistic` (totals [..., K] to [..., J]) with their intervals."""
     clusters = len(sums)
     rng = np.random.default_rng(seed)
     step = max(1, _CHUNK // clusters)
@@ -74,7 +74,7 @@ def _interval(value: float, draws: Floats, confidence: float) -> Estimate:
 
 
 def cluster_sums(values: Floats, clusters: Sequence[Hashable]) -> Floats:
-    """Return [C, K] sums of `values` [rows, K] within each cluster, in the order of first appearance."""
+    """Return [C, K]: sums of `values` [rows, K] by cluster, in order of first appearance."""
     index = {cluster: k for k, cluster in enumerate(dict.fromkeys(clusters))}
     sums = np.zeros((len(index), values.shape[1]))
     np.add.at(sums, [index[cluster] for cluster in clusters], values)

@@ -1,4 +1,4 @@
-"""Everything that the report says, as one plain mapping: the content of `report.json`."""
+"""Compute the results of a comparison as plain data: the main part of `report.json`."""
 
 import logging
 from collections import Counter
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Scores of all answers [prompts, samples, methods], NaN where there is none, and what gave them."""
+    """A judge's scores [prompts, samples, methods], NaN if missing, with its name and details."""
 
     name: str
     scores: Floats
@@ -34,7 +34,7 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """The answers of the methods, the judge's scores of them, and their true quality where it is known."""
+    """The answers of the methods, the judge's scores, and the true quality if it is known."""
 
     comparison: Comparison
     judgement: Judgement
@@ -43,16 +43,16 @@ class Compared:
 
 
 def build_results(compared: Compared, settings: EvaluateSection, seed: int) -> dict[str, Any]:
-    """Return the report's content; means are over prompts, and over the samples of a prompt first.
+    """Return the report's content. Means are over the samples of each prompt, then over prompts.
 
-    Prompts with a missing score are left out of all comparisons and counted. Raises DataError where none is left,
-    ConfigError for an unknown baseline.
+    Prompts with a missing score are counted and left out of all comparisons. Raises DataError if
+    none is left, ConfigError for an unknown baseline.
     """
     comparison, judgement, quality = compared.comparison, compared.judgement, compared.quality
     scores = judgement.scores.mean(axis=1)
     judged = np.isfinite(scores).all(axis=1)
     if not judged.any():
-        raise DataError(f"judge {judgement.name}: no prompt has a score for every method; look at replies and answers")
+        raise DataError(f"judge {judgement.name}: no prompt has a score for every method; check replies and answers")
     if not judged.all():
         log.warning("%d of %d prompts have no readable score and are left out", (~judged).sum(), judged.size)
     baseline = choose_baseline(comparison.columns, settings.baseline)
@@ -80,9 +80,9 @@ def build_results(compared: Compared, settings: EvaluateSection, seed: int) -> d
 
 
 def choose_baseline(columns: Sequence[Column], wanted: str | None) -> str:
-    """Return the method that win rates are counted against; ConfigError where it is not among them.
+    """Return the baseline: `wanted`, else SFT (its first seed), else the first method.
 
-    Without a wish it is SFT, with the first seed where there are several, or else the first method.
+    Raises ConfigError if `wanted` is not among the methods.
     """
     methods = [column.name for column in columns]
     if wanted is None:
@@ -102,7 +102,7 @@ class _Tables:
     seed: int
 
     def methods(self, chosen: Booleans) -> dict[str, dict[str, Any]]:
-        """Return each method's means over the chosen prompts."""
+        """Return each method's means over the `chosen` prompts [prompts]."""
         scores = self.scores[chosen]
         versus = wins(scores)[:, :, self.comparison.methods.index(self.baseline)]
         columns = {"score": scores, "win_rate": versus, "rank_score": rank_scores(scores)}
@@ -115,7 +115,7 @@ class _Tables:
         }
 
     def win_rates(self, chosen: Booleans) -> dict[str, dict[str, Any]]:
-        """Return how often the outer method beats the inner one, ties as half."""
+        """Return how often the outer key's method beats the inner key's; a tie counts half."""
         methods = self.comparison.methods
         table = wins(self.scores[chosen])
         flat = self._estimates(table.reshape(len(table), -1))
@@ -125,7 +125,7 @@ class _Tables:
         }
 
     def groups(self, judged: Booleans) -> dict[str, Any]:
-        """Return the tables of each value of the `group_by` column, in order of appearance."""
+        """Return the means for each value of the `group_by` column, in order of appearance."""
         labels = [group_of(prompt.columns, self.settings.group_by) for prompt in self.comparison.prompts]
         result = {}
         for label in dict.fromkeys(label for label in labels if label is not None):
@@ -139,7 +139,7 @@ class _Tables:
 
 
 def group_of(columns: dict[str, Any], group_by: str) -> str | None:
-    """Return the group of a prompt, or None where it has no such column."""
+    """Return the group of a prompt, or None if it has no such column."""
     value = columns.get(group_by)
     return None if value is None else str(value)
 

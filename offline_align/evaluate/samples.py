@@ -1,4 +1,4 @@
-"""Answers of `generate` runs, to be read side by side where nobody judges them."""
+"""Find answers of `generate` runs to show side by side in a report without a judge."""
 
 import logging
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ log = logging.getLogger(__name__)
 
 
 def samples_of_runs(runs: Sequence[Ancestor]) -> Comparison | None:
-    """Return the answers of the runs that share most prompts files, or None where there are none to be read.
+    """Return the answers of the largest group of runs with the same prompt files, if any.
 
-    What cannot be read or compared is left out, with a warning: the page shows what there is.
+    Logs a warning about runs that are left out because they answer other prompts or cannot be read.
     """
     groups: dict[tuple[str, ...], list[Path]] = {}
     for run in runs:
@@ -28,7 +28,7 @@ def samples_of_runs(runs: Sequence[Ancestor]) -> Comparison | None:
     files = max(groups.values(), key=len)
     others = sum(map(len, groups.values())) - len(files)
     if others:
-        log.warning("answers of %d runs to other prompts are not shown; name those runs alone to see them", others)
+        log.warning("%d runs answer other prompts and are not shown; name only those runs to see them", others)
     try:
         return load_comparison(files, BadRows(OnBadRow.skip, None))
     except AlignError as error:

@@ -1,4 +1,4 @@
-"""A part of the report: findings in words, tables, figures, and the numbers behind them."""
+"""One part of the report: a question with its findings, numbers, tables and figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Text cells; the first column names the row, all others are numbers."""
+    """A table of text cells; the first column names the row, the others hold numbers."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
     prose: bool = False
-    """Whether cells hold sentences, which are to be broken into lines."""
+    """Whether cells hold sentences, which need line wrapping."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,10 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What one question was answered with; `name` is its key in `report.json` and its anchor on the page."""
+    """The answer to one question.
+
+    `name` is its key in `report.json` and its anchor on the page; `title` is the question.
+    """
 
     name: str
     title: str
@@ -42,5 +45,5 @@ class Section:
 
 
 def contents(sections: Sequence[Section]) -> dict[str, Any]:
-    """Return the part of `report.json` that the sections write."""
+    """Return the entries of the sections in `report.json`."""
     return {section.name: {"findings": section.findings, **section.content} for section in sections}

@@ -1,4 +1,4 @@
-"""Which generation files come from policies that differ in their seed alone."""
+"""Find the policies that differ only in their training seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from offline_align.lineage.files import canonical_json
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A policy's training run: its settings without `run` as one text, and its seed."""
+    """A training run: its stage and settings (without `run`) as JSON text, and its seed."""
 
     settings: str
     seed: int
 
 
 def training_of(generation_file: Path, manifest: Manifest | None) -> Training | None:
-    """Return the training behind a generation file, or None where it is not known.
+    """Return the training run of the policy that wrote a generation file, or None if it is unknown.
 
-    `manifest` is that of the run that wrote the file.
+    `manifest` belongs to the run that wrote the file.
     """
     folders = [generation_file.parent / parent.path for parent in manifest.parents if parent.part] if manifest else []
     if len(folders) != 1:
@@ -37,7 +37,7 @@ def training_of(generation_file: Path, manifest: Manifest | None) -> Training | 
 
 
 def several_seeds(trainings: Sequence[Training | None], targets: Sequence[float | None]) -> list[Training | None]:
-    """Return the trainings that others repeat with another seed, at the same target; None for the rest."""
+    """Return each training that is repeated with another seed at the same target, else None."""
     seeds: dict[tuple[str, float | None], set[int]] = {}
     for training, target in zip(trainings, targets, strict=True):
         if training is not None:

@@ -1,4 +1,4 @@
-"""The report's numbers as tables of text: `report.md`, and the table that ends the command."""
+"""Format the report's numbers as text for `report.md` and the terminal."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ def build_tables(results: Mapping[str, Any]) -> list[Table]:
 
 
 def overall_table(results: Mapping[str, Any]) -> Table:
-    """Return one row a method: score, true quality where known, win rate, rank score, length."""
+    """Return one row per method: score, true quality if known, win rate, rank score, length."""
     lengths = {method: f"{about['mean_words']:.0f}" for method, about in results["answers"].items()}
     table = _method_table(f"All {results['judged_prompts']} prompts", results, results["overall"])
     rows = [[*row, lengths[method]] for row, method in zip(table.rows, results["methods"], strict=True)]
@@ -75,15 +75,15 @@ def interval(estimate: Mapping[str, float]) -> str:
 
 
 def percent_interval(estimate: Mapping[str, float]) -> str:
-    """Return `mean% [low, high]` of a share, in whole percent."""
+    """Return a share as `mean% [low, high]` in whole percent."""
     mean, low, high = (100 * estimate[name] for name in ("mean", "low", "high"))
     return f"{mean:.0f}% [{low:.0f}, {high:.0f}]"
 
 
 def headline(results: Mapping[str, Any], sections: Sequence[Section] = ()) -> str:
-    """Return the result in one sentence: who scores highest, and how surely it beats the baseline.
+    """Return the result in one sentence: the best method, and whether chance could explain it.
 
-    Without a comparison it is the first finding of the sections.
+    Without a comparison this is the first finding of the sections, or a summary of the runs.
     """
     if "methods" not in results:
         return sections[0].findings[0] if results["judge"] else runs_headline(results["lineage"])
@@ -96,7 +96,7 @@ def headline(results: Mapping[str, Any], sections: Sequence[Section] = ()) -> st
         return f"No method scores above the baseline, {baseline}."
     rate = overall[best]["win_rate"]
     text = f"{best} scores highest and wins against {baseline} on {rate['mean']:.0%} of the prompts"
-    # A win rate is beyond chance where its interval leaves out one half.
+    # A win rate is better than chance if its interval lies above one half.
     return f"{text}." if rate["low"] > 0.5 else f"{text}, which chance could explain."
 
 
@@ -106,12 +106,12 @@ def _headline_over_seeds(methods: Mapping[str, Any], baseline: str) -> str:
         return f"No method scores above the baseline, {baseline}, over seeds."
     difference = methods[best]["difference"]
     text = f"{best} scores highest over seeds, {difference['mean']:.2f} above {baseline}"
-    # Without an interval, for one seed, nothing is known of chance.
+    # A single seed has no interval, so chance cannot be excluded.
     return f"{text}." if (difference["low"] or 0) > 0 else f"{text}, which the choice of seed could explain."
 
 
 def runs_headline(lineage: Sequence[Mapping[str, Any]]) -> str:
-    """Return which runs there are in one sentence."""
+    """Return the number of runs by stage in one sentence."""
     stages = Counter(run["stage"] for run in lineage)
     named = [stage if number == 1 else f"{number} {stage}" for stage, number in stages.items()]
     return f"{len(lineage)} runs: {', '.join(named)}." if len(lineage) > 1 else f"One run: {named[0]}."
@@ -139,10 +139,10 @@ def _markdown_section(section: Section) -> list[str]:
 
 
 def conditions(results: Mapping[str, Any]) -> str:
-    """Return what the numbers rest on: judge, prompts, intervals, and what is missing."""
+    """Return how the numbers were obtained: judge, prompts, intervals, and what is missing."""
     judge = results["judge"]
     if judge is None:
-        return "No answers were given to judge."
+        return "There were no answers to judge."
     text = f"Judge: {judge['name']}. "
     if "methods" not in results:
         return f"{text}Intervals: {results['confidence']:.0%}, {results['bootstrap_samples']} resamples."
@@ -165,7 +165,7 @@ def conditions(results: Mapping[str, Any]) -> str:
         text += f" {judge['raters']} raters; {judge['rated_sets']} sets of answers rated in full."
         alpha = judge["krippendorff_alpha"]
         if alpha is not None:
-            text += f" Agreement of raters: Krippendorff's alpha {alpha:.2f} (1: the same ratings, 0: chance)."
+            text += f" Agreement between raters: Krippendorff's alpha {alpha:.2f} (1: identical, 0: chance)."
     return text
 
 
@@ -179,7 +179,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def escape(text: str) -> str:
-    """Return text that Markdown shows as it is, also within a table."""
+    """Return text escaped for Markdown, including table cells."""
     for mark in "\\`*_<|#":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())

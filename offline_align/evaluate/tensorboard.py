@@ -1,4 +1,4 @@
-"""The report in TensorBoard, beside the curves of the runs: its numbers as scalars, its figures as images."""
+"""Write the report to TensorBoard: its numbers as scalars, its figures as images."""
 
 import logging
 import shutil
@@ -18,16 +18,16 @@ log = logging.getLogger(__name__)
 
 
 def write_board(run_dir: Path, report: Report, pictures: Mapping[str, Picture], words: str) -> None:
-    """Write `tensorboard/` anew: scalars, histograms of the scores, figures, and the report in `words`.
+    """Replace `tensorboard/` with scalars, histograms, figures, and the report's text `words`.
 
-    It shows what the report has, so a folder that cannot be written is a warning.
+    The report itself has all of this, so a folder that cannot be written only causes a warning.
     """
     try:
         shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
         with silent_writer_thread():
             _write(run_dir / FOLDER, report, pictures, words)
     except OSError as error:
-        log.warning("tensorboard: cannot be written, and is left off: %s", error.strerror or error)
+        log.warning("tensorboard: cannot be written; the report is complete without it: %s", error.strerror or error)
 
 
 def _write(folder: Path, report: Report, pictures: Mapping[str, Picture], words: str) -> None:
@@ -51,9 +51,9 @@ def _write(folder: Path, report: Report, pictures: Mapping[str, Picture], words:
 
 
 def scalars(report: Report) -> dict[str, float]:
-    """Return the numbers of the report by names such as `score/ca` and `optimisation/methods/fa/kl`.
+    """Return the numbers of the report by name: `score/ca`, `optimisation/methods/fa/kl`, ...
 
-    An estimate stands for its mean; its interval is in the figures.
+    An estimate is represented by its mean; the figures show its interval.
     """
     found = {
         f"{quantity}/{method}": estimate["mean"]

@@ -17,21 +17,19 @@ from offline_align.config.runs import EvaluateRun
 from offline_align.config.sections import JudgeKind, Template
 from offline_align.data.records import BadRows, input_paths
 from offline_align.errors import ConfigError
+from offline_align.evaluate.ancestry import Ancestor
 from offline_align.evaluate.calibration.agreement import Verdicts
 from offline_align.evaluate.calibration.pairs import JudgedPair, both_orders, read_judged_pairs
-from offline_align.evaluate.calibration.section import calibration_section
 from offline_align.evaluate.comparison import Comparison, load_comparison, name_columns
 from offline_align.evaluate.divergence import Divergence, measure_divergence
 from offline_align.evaluate.judges import Judge, build_judge
 from offline_align.evaluate.judges.ground_truth import GroundTruthJudge, is_demo_prompt
 from offline_align.evaluate.judges.reward_model import RewardModelJudge, open_reward_model, second_reward_model
-from offline_align.evaluate.judges.section import judge_section
-from offline_align.evaluate.parts.comparison import Context, comparison_sections
-from offline_align.evaluate.parts.runs import runs_section
+from offline_align.evaluate.parts.catalogue import Evidence, report_sections
 from offline_align.evaluate.report import Report, runs_behind, write_report
 from offline_align.evaluate.results import FORMAT, Compared, Judgement, build_results, choose_baseline
 from offline_align.evaluate.samples import samples_of_runs
-from offline_align.evaluate.sections import Section, Table
+from offline_align.evaluate.sections import Table
 from offline_align.evaluate.statistics import Floats
 from offline_align.evaluate.tables import headline, overall_table
 from offline_align.evaluate.tensorboard import write_board
@@ -166,9 +164,7 @@ def _assemble(job: Job[EvaluateRun], material: _Material, scored: _Scored, judge
     named = job.shown_runs
     runs = runs_behind(compared, named)
     results = build_results(compared, config.evaluate, config.run.seed) if compared else _bare_results(config, judge)
-    sections = _sections(config, compared, scored, judge)
-    if named:
-        sections.append(runs_section(runs, config.evaluate))
+    sections = report_sections(_evidence(config, compared, scored, judge, runs if named else None))
     return Report(results, compared, sections, runs, None if compared else samples_of_runs(runs))
 
 
@@ -192,22 +188,26 @@ def _bare_results(config: EvaluateRun, judge: Judge | None) -> dict[str, Any]:
     }
 
 
-def _sections(config: EvaluateRun, compared: Compared | None, scored: _Scored, judge: Judge | None) -> list[Section]:
-    found = _comparison_sections(config, compared, scored, judge) if compared else []
-    if scored.verdicts is not None:
-        found.append(calibration_section(scored.verdicts, config.evaluate, config.run.seed))
-    methods = compared.comparison.methods if compared else []
-    served = judge_section(judge.describe(), methods) if judge else None
-    return [*found, *([served] if served else [])]
-
-
-def _comparison_sections(
-    config: EvaluateRun, compared: Compared, scored: _Scored, judge: Judge | None
-) -> list[Section]:
-    content = describe_parent(judge.checkpoint).content_sha256 if isinstance(judge, RewardModelJudge) else None
-    settings, seed = config.evaluate, config.run.seed
-    context = Context(settings, seed, content, scored.second, config.judge.second_model, scored.divergence)
-    return comparison_sections(compared, context)
+def _evidence(
+    config: EvaluateRun,
+    compared: Compared | None,
+    scored: _Scored,
+    judge: Judge | None,
+    runs: Sequence[Ancestor] | None,
+) -> Evidence:
+    scorer = judge.checkpoint if compared is not None and isinstance(judge, RewardModelJudge) else None
+    return Evidence(
+        settings=config.evaluate,
+        seed=config.run.seed,
+        compared=compared,
+        judge=judge.describe() if judge else None,
+        judge_content=describe_parent(scorer).content_sha256 if scorer else None,
+        second_scores=scored.second,
+        second_model=config.judge.second_model,
+        divergence=scored.divergence,
+        verdicts=scored.verdicts,
+        runs=runs,
+    )
 
 
 def _true_quality(comparison: Comparison) -> Floats | None:

@@ -1,6 +1,6 @@
-"""A headless browser that has no network; tests skip where none is installed.
+"""A headless browser without network access; tests are skipped if none is installed.
 
-SCREENSHOTS=folder keeps pictures of the pages, to be looked at.
+SCREENSHOTS=folder saves screenshots of the pages.
 """
 
 import os
@@ -35,7 +35,7 @@ def browser() -> Iterator[Any]:
 
 
 class Opened:
-    """A page of a file, with what it asked for and what went wrong in it."""
+    """An open page, with its requests and its errors."""
 
     def __init__(self, page: Any) -> None:
         self.page = page
@@ -46,13 +46,13 @@ class Opened:
         page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
 
     def shoot(self, name: str) -> None:
-        """Keep a picture of the whole page in the folder that SCREENSHOTS names, if any."""
+        """Save a screenshot of the whole page in the folder SCREENSHOTS, if it is set."""
         folder = os.environ.get("SCREENSHOTS")
         if folder:
             self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
     def check(self, file: Path) -> None:
-        """The page fetched nothing but itself, and nothing failed in it."""
+        """Assert that the page loaded nothing but itself and raised no error."""
         outside = [url for url in self.requests if not url.startswith(("data:", "blob:")) and url != file.as_uri()]
         assert outside == []
         assert self.errors == []
@@ -60,7 +60,7 @@ class Opened:
 
 @pytest.fixture
 def show(browser: Any) -> Iterator[Any]:
-    """Open a file in a context of its own: `show(file, width=..., dark=...)`."""
+    """Return a function that opens a file in a new context: `show(file, width=..., dark=...)`."""
     contexts = []
 
     def show(file: Path, width: int = 1280, height: int = 900, dark: bool = False) -> Opened:

@@ -1,4 +1,4 @@
-"""The rating page in a real browser: rated by keys and clicks, kept, saved, and read back for two raters."""
+"""The rating page in a real browser: keyboard and mouse, stored and saved ratings, two raters."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def rating_page(tmp_path: Path) -> Path:
 
 
 def scale_of(page: Any, number: int, text: str) -> Any:
-    """Return the row of ten buttons below an answer, wherever the page has put it."""
+    """Return the row of ten buttons below an answer."""
     return page.locator("details.set").nth(number).locator(".answer", has_text=text).locator(".scale")
 
 

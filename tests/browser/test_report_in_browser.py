@@ -1,4 +1,4 @@
-"""The report in a real browser: no network, search, methods side by side and by target, light, dark and on a phone."""
+"""The report in a real browser: no network, search, filters, light and dark mode, phone width."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 from offline_align.config.sections import EvaluateSection, OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.evaluate.comparison import load_comparison
-from offline_align.evaluate.parts.comparison import Context, comparison_sections
+from offline_align.evaluate.parts.catalogue import Evidence, report_sections
 from offline_align.evaluate.parts.runs import runs_section
 from offline_align.evaluate.report import Report, runs_behind, write_report
 from offline_align.evaluate.results import Compared, Judgement, build_results
@@ -36,7 +36,7 @@ def report(write_run: WriteRun, write_chain: WriteChain, tmp_path: Path) -> Path
     scores = 10 + 2 * np.array([0.0, *TARGETS]) + 0.4 * noise
     compared = Compared(comparison, Judgement("reward model", scores, {"kind": "reward_model"}))
     content = describe_parent(tmp_path / "reward" / "checkpoints" / "step_1").content_sha256
-    sections = comparison_sections(compared, Context(SETTINGS, 0, content, None, None))
+    sections = report_sections(Evidence(SETTINGS, 0, compared, judge_content=content))
     results = build_results(compared, SETTINGS, 0)
     made = Report(results, compared, sections, runs_behind(compared))
     return write_report(tmp_path / "out", made, made.pictures())[-1]
@@ -126,7 +126,7 @@ def test_everything_can_be_reached_by_keys(report: Path, show: Any) -> None:
 
 @pytest.fixture
 def runs_page(write_run: WriteRun, write_chain: WriteChain, tmp_path: Path) -> Path:
-    """Return the page of runs that nobody judged: their lineage, curves and answers."""
+    """Return the page of runs without a judge: their lineage, curves and answers."""
     asked = write_chain([8.0, 12.0, 10.0, 11.0] * 25, {t: ["river " * 30, "Danube", "three"] for t in TARGETS})
     write_run("sft", rows_for(["blue sky", "Rhine", "three"]), "sft")
     lines = [f'{{"step": {k}, "loss": {5 / k}, "accuracy": {1 - 1 / k}}}\n' for k in range(1, 30)]

@@ -120,7 +120,7 @@ def test_people_rate_blindly_and_the_true_quality_is_reported_too(
 def test_other_prompts_have_no_true_quality(start: Start, tmp_path: Path) -> None:
     path = tmp_path / "generations.jsonl"
     path.write_text('{"prompt": "Why?", "response": "So."}\n')
-    with pytest.raises(ConfigError, match="is not of the demo corpus"):
+    with pytest.raises(ConfigError, match="is not from the demo corpus"):
         start([path], "judge=ground_truth")
 
 
@@ -193,7 +193,7 @@ def test_a_judge_is_compared_with_people_without_any_answers(
     assert start([], "judge=ground_truth", f"judge.calibration={judged_pairs}") == 0
     found = json.loads((tmp_path / "report" / "report.json").read_text())["calibration"]
     assert found["agreement"]["accuracy"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
-    assert "Agrees with people on 100.0%" in capsys.readouterr().out
+    assert "The judge agrees with people on 100.0%" in capsys.readouterr().out
     assert "Can this judge be trusted?" in (tmp_path / "report" / "report.md").read_text()
     manifest = read_manifest(tmp_path / "report")
     assert manifest is not None
@@ -231,7 +231,7 @@ def test_runs_alone_need_neither_answers_nor_a_judge(
     page = (tmp_path / "report" / "report.html").read_text()
     assert "3 runs: 3 generate." in page
     assert page.count('<article class="answer"') == 3 * PROMPTS
-    assert "Nobody has judged these answers." in page
+    assert "These answers have not been judged." in page
     assert "no score" not in page
     assert "No time is recorded for" in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "report")

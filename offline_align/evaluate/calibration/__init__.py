@@ -1,1 +1,1 @@
-"""Can this judge be trusted? Its verdicts on pairs that people have judged, and how sure it may be of them."""
+"""Compare a judge with human verdicts: agreement, biases and calibration."""

@@ -1,6 +1,7 @@
-"""How far a judge agrees with people: accuracy, kappa, ties, place, length.
+"""Measure a judge's agreement with people: accuracy, kappa, ties, position bias and length bias.
 
-Shapes: N pairs. Margins are the judge's score of the first answer minus that of the second, NaN where there is none.
+Shapes: N pairs. A margin is the judge's score of the first answer minus that of the second, NaN if
+a score is missing.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,44 +21,44 @@ LENGTH_BINS = 4
 
 @dataclass(frozen=True, slots=True)
 class Verdicts:
-    """Margins of a judge on `pairs`, asked in both orders [N]; the sign is always that of the first answer."""
+    """Margins [N] of a judge in both orders; positive if it prefers the pair's first answer."""
 
     pairs: Sequence[JudgedPair]
     forward: Floats
     backward: Floats
-    """Judged with the second answer shown first."""
+    """Margins with the second answer shown first."""
 
     @classmethod
     def from_scores(cls, pairs: Sequence[JudgedPair], scores: Sequence[float]) -> "Verdicts":
-        """Return the verdicts of the scores of `both_orders(pairs)`."""
+        """Return the verdicts from the scores of `both_orders(pairs)`."""
         table = np.array(scores, dtype=np.float64).reshape(len(pairs), 2, 2)
         return cls(pairs, table[:, 0, 0] - table[:, 0, 1], table[:, 1, 1] - table[:, 1, 0])
 
     @property
     def margins(self) -> Floats:
-        """Return the mean over both orders [N], in which a habit of place cancels."""
+        """The mean over both orders [N], in which position bias cancels."""
         mean: Floats = (self.forward + self.backward) / 2
         return mean
 
     @property
     def people(self) -> Floats:
-        """Return people's verdicts [N]: 1, 0 or -1."""
+        """People's verdicts [N]: 1, 0 or -1."""
         return np.array([pair.verdict for pair in self.pairs], dtype=np.float64)
 
     @property
     def longer(self) -> Floats:
-        """Return 1 where the first answer has more characters [N], -1 where it has fewer, 0 for equal length."""
+        """[N]: 1 if the first answer has more characters, -1 if fewer, 0 for equal length."""
         return np.sign(self.length_differences)
 
     @property
     def length_differences(self) -> Floats:
-        """Return characters of the first answer minus those of the second [N]."""
+        """Characters of the first answer minus those of the second [N]."""
         return np.array([len(pair.answers[0]) - len(pair.answers[1]) for pair in self.pairs], dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Bootstrap estimates over prompts; the same draws for every quantity."""
+    """Bootstrap estimates over prompts; every quantity uses the same resamples."""
 
     clusters: list[Any]
     settings: EvaluateSection
@@ -65,15 +66,15 @@ class Measure:
 
     @classmethod
     def over(cls, pairs: Sequence[JudgedPair], settings: EvaluateSection, seed: int) -> "Measure":
-        """Return the measure that draws whole prompts again, with all pairs of answers to them."""
+        """Return the measure that resamples whole prompts with all pairs of answers to them."""
         return cls([pair.prompt for pair in pairs], settings, seed)
 
     def share(self, hits: Floats, among: Floats) -> Estimate:
-        """Return the share of `hits` [N] among the pairs where `among` [N] is 1."""
+        """Return the mean of `hits` [N] over the pairs with `among` [N] equal to 1."""
         return self._of(np.stack([np.where(among > 0, hits, 0.0), among.astype(np.float64)], axis=1), ratio)
 
     def kappa(self, first: Floats, second: Floats, among: Floats) -> Estimate:
-        """Return Cohen's kappa of two columns of verdicts in {-1, 0, 1} [N] where `among` is 1."""
+        """Return Cohen's kappa of two columns of verdicts in {-1, 0, 1} over `among`, all [N]."""
         table = np.zeros((len(first), 9))
         rows = np.flatnonzero(among)
         table[rows, (3 * (first[rows] + 1) + second[rows] + 1).astype(int)] = 1.0
@@ -86,10 +87,10 @@ class Measure:
 
 
 def agreement(verdicts: Verdicts, settings: EvaluateSection, seed: int) -> dict[str, Any]:
-    """Return the agreement of a judge with people, as plain numbers; estimates have mean, low and high.
+    """Return the agreement of a judge with people; estimates have mean, low and high.
 
-    `accuracy` is over the pairs on which people prefer one answer; a tie of the judge counts as half.
-    `swapped_accuracy` is the same with people's verdicts turned round: the two add up to 1.
+    `accuracy` is over the pairs on which people prefer one answer; a tie of the judge counts half.
+    `swapped_accuracy` is the same with people's verdicts swapped; the two add up to 1.
     """
     known = np.isfinite(verdicts.margins)
     people, judge = verdicts.people, np.sign(np.where(known, verdicts.margins, 0.0))
@@ -125,7 +126,7 @@ def agreement(verdicts: Verdicts, settings: EvaluateSection, seed: int) -> dict[
 
 
 def _place(verdicts: Verdicts, measure: Measure, known: Floats) -> dict[str, Estimate]:
-    """Return how often the verdict survives a change of order, and how often the answer shown first wins."""
+    """Return how often both orders give the same verdict, and how often the first answer wins."""
     forward, backward = np.sign(verdicts.forward), np.sign(verdicts.backward)
     first = (2 + forward - backward) / 4
     return {
@@ -135,7 +136,7 @@ def _place(verdicts: Verdicts, measure: Measure, known: Floats) -> dict[str, Est
 
 
 def _largest_difference(verdicts: Verdicts) -> float | None:
-    """Return the largest change of a margin with the order of its answers; exactly 0 for a symmetric judge."""
+    """Return the largest difference of a margin between the orders; 0 for a symmetric judge."""
     changes = np.abs(verdicts.forward - verdicts.backward)
     known = changes[np.isfinite(changes)]
     return float(known.max()) if known.size else None
@@ -146,7 +147,7 @@ def _plain_share(hits: Floats, among: Floats) -> float:
 
 
 def people_with_each_other(pairs: Sequence[JudgedPair]) -> dict[str, float | int] | None:
-    """Return how often two people who both prefer one answer of a pair prefer the same one: a judge's ceiling."""
+    """Return how often two people who both prefer one answer of a pair agree."""
     doubles = [(x, y) for pair in pairs for x, y in combinations(pair.verdicts, 2) if x and y]
     if not doubles:
         return None
@@ -170,7 +171,7 @@ def _groups(verdicts: Verdicts, agree: Floats, rule: Floats, decided: Floats, me
 def _by_length(
     verdicts: Verdicts, agree: Floats, rule: Floats, decided: Floats, measure: Measure
 ) -> list[dict[str, Any]]:
-    """Return the accuracy by how much longer (in characters) the answer is that people prefer."""
+    """Return the accuracy by the extra length (in characters) of the answer that people prefer."""
     extra = verdicts.length_differences * verdicts.people
     if not decided.any():
         return []
@@ -194,5 +195,5 @@ def _by_length(
 
 
 def as_numbers(value: Estimate) -> dict[str, float | None]:
-    """Return an estimate for `report.json`, which has null in place of NaN."""
+    """Return an estimate for `report.json`, with None in place of NaN."""
     return {name: number if np.isfinite(number) else None for name, number in asdict(value).items()}

@@ -1,4 +1,4 @@
-"""Pairs of answers that people have judged: verdict rows, or the preference rows of a reward model."""
+"""Read pairs of answers with human verdicts: verdict rows, or preference rows of a reward model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,23 +21,24 @@ _MAJORITY = {"a": 1, "tie": 0, "b": -1}
 
 @dataclass(frozen=True, slots=True)
 class JudgedPair:
-    """Two answers to one prompt; `verdict` is 1 where people prefer the first, -1 the second, 0 for a tie."""
+    """Two answers to one prompt, with the verdict of people."""
 
     id: str
     prompt: tuple[Message, ...]
     answers: tuple[str, str]
     verdict: int
+    """1 if people prefer the first answer, -1 if they prefer the second, 0 for a tie."""
     verdicts: tuple[int, ...]
-    """Those of single people, where they are known."""
+    """The verdicts of the individual people, if known."""
     source: str
 
 
 def read_judged_pairs(paths: Sequence[Path], bad_rows: BadRows) -> list[JudgedPair]:
     """Return the rows of verdict files and preference files, which may be mixed.
 
-    A verdict row has `response_a`, `response_b` and `verdicts` (of several people) or `majority`. A preference row
-    has its chosen answer second in every other row, so that no judge gains by a habit of place. Raises DataError for
-    a bad row (unless skipped) and where none is usable.
+    A verdict row has `response_a`, `response_b` and `verdicts` (of several people) or `majority`.
+    In every other preference row the chosen answer becomes the second, so position bias cannot
+    raise the accuracy. Raises DataError for a bad row (unless skipped) and if no row is usable.
     """
     pairs: list[JudgedPair] = []
     for line in read_objects(paths, bad_rows):
@@ -51,9 +52,10 @@ def read_judged_pairs(paths: Sequence[Path], bad_rows: BadRows) -> list[JudgedPa
 
 
 def both_orders(pairs: Sequence[JudgedPair]) -> list[Sample]:
-    """Return four samples for each pair: its answers in order, then in reverse; a set has an `id` of its own.
+    """Return four samples per pair: its answers in order, then reversed, with one `id` per order.
 
-    Each sample names the other answer of its pair, so that a reward model reads both after one context.
+    Each sample carries the other answer of its pair in `beside`, so that a reward model reads both
+    after the same context.
     """
     return [
         Sample(f"{k}/{pair.id}/{name}", pair.prompt, answer, {}, beside=other)
@@ -87,7 +89,7 @@ def _verdicts(row: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _majority(row: dict[str, Any], verdicts: tuple[int, ...]) -> int:
-    """Return the stated majority, else the sign of the sum: a split of opinions is a tie."""
+    """Return the stated majority, else that of the verdicts; an even split is a tie."""
     stated = row.get("majority")
     if stated is not None:
         if stated not in _MAJORITY:

@@ -1,7 +1,8 @@
-"""How sure a judge may be: sigmoid of its margin against how often people agree (reliability, ECE, temperature).
+"""Measure a judge's calibration: confidence bins, calibration error, temperature scaling.
 
-The reward model is trained so that sigmoid(r(a) - r(b)) is the probability that people prefer a (Eq. 2).
-Shapes: N pairs on which people prefer one answer; margins [N] are positive where the judge prefers the same one.
+The reward model is trained so that sigmoid(r(a) - r(b)) is the probability that people prefer a
+(Eq. 2). Shapes: N pairs on which people prefer one answer; margins [N] are positive if the judge
+prefers the same answer.
 """
 
 from typing import Any
@@ -13,14 +14,14 @@ from scipy.special import expit, log_expit
 from offline_align.evaluate.statistics import Floats
 
 BINS = 10
-# Beyond a factor of a thousand the answer is: these margins say nothing, or everything.
+# A fit beyond a factor of 1000 means that the margins are uninformative or always right.
 _LOG_TEMPERATURE = (-np.log(1e3), np.log(1e3))
 
 
 def reliability(margins: Floats) -> dict[str, Any]:
-    """Return bins of confidence against accuracy, expected calibration error and log loss, raw and tempered.
+    """Return confidence bins, calibration error and log loss, before and after temperature scaling.
 
-    Raises ValueError for no pairs.
+    Raises ValueError if there are no pairs.
     """
     if not margins.size:
         raise ValueError("no pairs")
@@ -39,20 +40,20 @@ def reliability(margins: Floats) -> dict[str, Any]:
 
 
 def fit_temperature(margins: Floats) -> float:
-    """Return T that minimises the log loss of sigmoid(margin / T); fitted on the pairs that it is reported for."""
+    """Return T that minimises the log loss of sigmoid(margin / T) on these same pairs."""
     found = minimize_scalar(lambda log_t: log_loss(margins, float(np.exp(log_t))), bounds=_LOG_TEMPERATURE)
     return float(np.exp(found.x))
 
 
 def log_loss(margins: Floats, temperature: float) -> float:
-    """Return the mean of -log sigmoid(margin / T), in nats; log 2 = 0.693 is that of a coin."""
+    """Return the mean of -log sigmoid(margin / T) in nats; a coin flip has log 2 = 0.693."""
     return float(-log_expit(margins / temperature).mean())
 
 
 def bins(margins: Floats, temperature: float) -> list[dict[str, float | int]]:
-    """Return up to ten bins of equal numbers of pairs, by confidence: sigmoid(|margin| / T), 0.5 to 1.
+    """Return up to ten equal-sized bins by confidence sigmoid(|margin| / T), 0.5 to 1.
 
-    A tie of the judge is half right.
+    A tie of the judge counts as half right.
     """
     confidence = expit(np.abs(margins) / temperature)
     right = (1 + np.sign(margins)) / 2
@@ -69,6 +70,6 @@ def bins(margins: Floats, temperature: float) -> list[dict[str, float | int]]:
 
 
 def expected_calibration_error(margins: Floats, temperature: float) -> float:
-    """Return the mean over pairs of |confidence - accuracy| of their bin."""
+    """Return the mean of |confidence - accuracy| over the bins, weighted by their pairs."""
     found = bins(margins, temperature)
     return float(sum(b["pairs"] * abs(b["confidence"] - b["accuracy"]) for b in found) / margins.size)

@@ -1,4 +1,4 @@
-"""The report's figures: each function returns a picture, which the page shows as SVG and TensorBoard as a bitmap."""
+"""Draw the report's figures. The page shows a picture as SVG, TensorBoard as a bitmap."""
 
 from offline_align.evaluate.figures.calibration import draw_reliability
 from offline_align.evaluate.figures.canvas import PALETTE, Picture

@@ -1,7 +1,8 @@
-"""The canvas of all figures: SVG whose colours are CSS variables of the page, one drawing for light and dark.
+"""Shared style of all figures, and their export as SVG and bitmap.
 
-Figures are drawn in the colours of the light page, which `templates/style.css` gives names. In SVG the names take their
-place; a bitmap keeps them.
+Figures are drawn in the colours of the light page. In the SVG each colour is replaced by its CSS
+variable from `templates/style.css`, so one drawing serves light and dark mode. A bitmap keeps the
+colours.
 """
 
 import io
@@ -45,13 +46,13 @@ _SETTINGS = {
 
 
 def colour(index: int) -> str:
-    """Return the page's colour `--m<index>`; colours repeat after eight methods."""
+    """Return the colour of method `index`, the page's `--m<index>`; eight colours repeat."""
     return METHODS[index % PALETTE]
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A drawn figure; `title` is plain words, unique on the page."""
+    """A drawn figure; `title` is plain text, unique on the page."""
 
     figure: "Figure"
     title: str
@@ -73,7 +74,7 @@ class Picture:
 
 
 def name_rows(axes: "Axes", methods: Sequence[str]) -> None:
-    """Give each method a line of the figure, the first one on top."""
+    """Label the rows of the figure with the methods, the first one on top."""
     axes.set_yticks(range(len(methods)))
     axes.set_yticklabels(methods, parse_math=False)
     axes.set_ylim(len(methods) - 0.5, -0.5)
@@ -85,7 +86,7 @@ def name_rows(axes: "Axes", methods: Sequence[str]) -> None:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in the page's colours and font inside this context."""
+    """Use the page's colours and font inside this context."""
     import matplotlib as mpl
 
     settings: Any = _SETTINGS
@@ -101,10 +102,10 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def _for_page(svg: str, title: str) -> str:
-    """Return the bare `<svg>`, labelled, without fixed size."""
+    """Return the `<svg>` element alone, with an ARIA label and without a fixed size."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Ids must differ between the figures of a page, where `figure_1` would stand in each.
+    # Each figure has ids such as `figure_1`; the prefix makes them unique on the page.
     prefix = re.sub(r"\W+", "-", title).lower()
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
     width = re.search(r'viewBox="0 0 ([\d.]+)', svg)

@@ -1,4 +1,4 @@
-"""Spread of normalised rewards of the labelled rows and of every policy's answers."""
+"""Distribution of normalised rewards of the labelled rows and of every policy's answers."""
 
 from collections.abc import Mapping
 
@@ -8,11 +8,11 @@ from offline_align.evaluate.figures.canvas import GRID, SURFACE, Picture, colour
 from offline_align.evaluate.statistics import Floats
 
 _LABELLED = 2.5
-"""The paper's range of most normalised rewards, shaded."""
+"""Half-width of the shaded band: most normalised rewards lie in it (paper)."""
 
 
 def draw_drift(title: str, groups: Mapping[str, Floats]) -> Picture:
-    """Return the spread of each group of rewards [N]: 5-95 % thin, 25-75 % thick, the median a dot."""
+    """Return the quantiles of each group's rewards [N]: 5-95%, 25-75% and the median."""
     with style():
         figure = new_figure(5.0, 0.8 + 0.42 * len(groups))
         axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""The reward-following curve of a conditional policy."""
+"""Achieved reward against target reward of a conditional policy."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +11,8 @@ def draw_following(
 ) -> Picture:
     """Return achieved rewards by target with their intervals.
 
-    On the dashed diagonal, drawn where both are on one scale, a policy gives what it is asked for. `labelled` is the
-    range of rewards that is shaded.
+    The dashed diagonal (achieved = target) is drawn if both are on one scale. `labelled` is the
+    range of rewards to shade.
     """
     asked = [one["target"] for one in targets]
     low, mean, high = ([one["achieved"][name] for one in targets] for name in ("low", "mean", "high"))
@@ -25,7 +25,7 @@ def draw_following(
             axes.plot([asked[0], asked[-1]], [asked[0], asked[-1]], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.fill_between(asked, low, high, color=colour(1), alpha=0.22, linewidth=0)
         axes.plot(asked, mean, "o-", color=colour(1), linewidth=1.8, markersize=6)
-        axes.set_xlabel("reward asked for", fontsize=9)
+        axes.set_xlabel("target reward", fontsize=9)
         axes.set_ylabel("normalised reward achieved" if same_scale else "judge's score", fontsize=9)
         axes.grid(linewidth=0.8)
         axes.set_axisbelow(True)

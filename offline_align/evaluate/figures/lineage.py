@@ -1,4 +1,4 @@
-"""The lineage graph: runs as boxes in columns by depth."""
+"""Lineage graph: runs as boxes, in columns by depth."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def draw_lineage(title: str, runs: Sequence[Ancestor]) -> Picture:
-    """Return the runs as boxes in columns by depth, an arrow from each parent that no other one implies."""
+    """Return the runs as boxes in columns by depth, with arrows from their direct parents."""
     parents = _direct_parents(runs)
     place = _places(runs, parents)
     columns = 1 + max(int(x) for x, _ in place.values())
@@ -32,7 +32,7 @@ def draw_lineage(title: str, runs: Sequence[Ancestor]) -> Picture:
 
 
 def _direct_parents(runs: Sequence[Ancestor]) -> dict[Path, list[Path]]:
-    """Return the parents of each run without those that it also has through another parent."""
+    """Return the parents of each run that are not also ancestors through another parent."""
     behind: dict[Path, set[Path]] = {}
     for run in runs:
         behind[run.run_dir] = set(run.parents).union(*(behind.get(parent, set()) for parent in run.parents))
@@ -43,7 +43,7 @@ def _direct_parents(runs: Sequence[Ancestor]) -> dict[Path, list[Path]]:
 
 
 def _places(runs: Sequence[Ancestor], parents: dict[Path, list[Path]]) -> dict[Path, tuple[float, float]]:
-    """Return column and height of each run, in every column in the order of the parents' heights."""
+    """Return column and height of each run; a column is ordered by the heights of the parents."""
     levels: dict[int, list[Ancestor]] = {}
     for run in runs:
         levels.setdefault(run.depth, []).append(run)

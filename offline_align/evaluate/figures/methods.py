@@ -1,4 +1,4 @@
-"""Scores of the methods: means with intervals, spread over prompts, rank scores (the paper's Figure 4)."""
+"""Scores of the methods: means, distributions over prompts, rank scores (paper's Figure 4)."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from offline_align.evaluate.statistics import Floats
 def draw_estimates(
     title: str, methods: Sequence[str], estimates: Sequence[dict[str, float]], reference: float | None
 ) -> Picture:
-    """Return means with their intervals, a line each, and `reference` as a dashed line."""
+    """Return means with their intervals, one row per method, and `reference` as a dashed line."""
     with style():
         figure = new_figure(5.0, 0.8 + 0.42 * len(methods))
         axes = figure.subplots()
@@ -25,7 +25,7 @@ def draw_estimates(
 
 
 def draw_distributions(title: str, methods: Sequence[str], scores: Floats) -> Picture:
-    """Return the spread of scores [prompts, methods]: 5-95 % thin, 25-75 % thick, the median a dot."""
+    """Return the quantiles of scores [prompts, methods]: 5-95%, 25-75% and the median."""
     with style():
         figure = new_figure(5.0, 0.8 + 0.42 * len(methods))
         axes = figure.subplots()
@@ -39,7 +39,7 @@ def draw_distributions(title: str, methods: Sequence[str], scores: Floats) -> Pi
 
 
 def draw_rank_scores(title: str, methods: Sequence[str], means: Sequence[float]) -> Picture:
-    """Return rank scores as bars, the paper's Figure 4."""
+    """Return rank scores as bars (paper's Figure 4)."""
     with style():
         figure = new_figure(5.0, 0.8 + 0.42 * len(methods))
         axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Gains against what they took."""
+"""Gain of each method against its KL divergence or its extra length."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,10 @@ def draw_gains(
     places: Sequence[int],
     label: str,
 ) -> Picture:
-    """Return the gain of each method, with its interval, at its price; `places` choose the methods' colours."""
+    """Return the methods' gains with intervals on the y axis; `points` are (x, gain) pairs.
+
+    `places` are the indices of the methods' colours, `label` names the x axis.
+    """
     with style():
         figure = new_figure(5.0, 3.4)
         axes = figure.subplots()

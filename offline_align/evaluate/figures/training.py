@@ -1,4 +1,4 @@
-"""Training curves, a panel a run."""
+"""Training curves, one panel each."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def draw_curves(title: str, curves: Sequence[Curve]) -> Picture:
-    """Return each curve in a panel of its own; dots are validation."""
+    """Return each curve in its own panel; dots are validation."""
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     with style():
@@ -40,7 +40,7 @@ def _curve(axes: "Axes", curve: Curve) -> None:
 
 
 def _smooth(values: Sequence[float]) -> Floats:
-    """Return the mean over a window of a twentieth of the curve, shorter at its ends."""
+    """Return the moving average over a twentieth of the curve, truncated at the ends."""
     width = max(1, len(values) // 20)
     window = np.ones(width)
     sums = np.convolve(values, window, mode="same")

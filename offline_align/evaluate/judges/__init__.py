@@ -1,4 +1,4 @@
-"""Who scores the answers: a reward model, the demo corpus's ground truth, a served model, or people."""
+"""Judges: a reward model, the demo corpus's ground truth, a served model, or people."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,28 +10,28 @@ from offline_align.data.records import Sample
 
 
 class Judge(Protocol):
-    """Scores answers; higher is better, and only scores of one judge can be compared."""
+    """Scores answers; higher is better. Scores of different judges cannot be compared."""
 
     @property
     def name(self) -> str:
-        """What the report calls the scores."""
+        """The name of the scores in the report."""
         ...
 
     def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
-        """Return a score for each sample, in order; NaN where no verdict could be had.
+        """Return a score for each sample, in order; NaN if there is no verdict.
 
-        Samples with one `id` stand together and form a set. A judge that sees a set at once shows its answers in an
-        order of its own, and those of sets from sample `in_order_from` on in the order given.
+        Consecutive samples with the same `id` form a set. A judge that sees a whole set shuffles
+        its answers, except in the sets from sample `in_order_from` on.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return what the report says about the judge, known once it has scored."""
+        """Return the report's entry about the judge; call it after `score`."""
         ...
 
 
 def build_judge(config: EvaluateRun) -> Judge:
-    """Return the judge that `judge.kind` names; raises ConfigError for what it lacks."""
+    """Return the judge of `judge.kind`. Raises ConfigError if its settings are incomplete."""
     kind = config.judge.kind
     run_dir = Path(config.run.dir)
     if kind is JudgeKind.reward_model:

@@ -1,7 +1,8 @@
-"""A server with the chat completions protocol: it answers a question, refuses it, or can answer none at all.
+"""Ask a chat completions server, and tell refused questions from an unusable server.
 
-A request holds model, messages and temperature 0. What a server does not take of that is left out or put differently,
-for the whole run. Whether an error is about one question or about all is found by asking a harmless one.
+A request has model, messages and temperature 0. If the server rejects one of these, the request is
+adapted for the rest of the run. A harmless test question shows whether an error concerns one
+question or all of them.
 """
 
 import logging
@@ -24,12 +25,12 @@ HARMLESS: Messages = [
     {"role": "user", "content": "Which colour is snow?"},
 ]
 REPLY_TOKENS = 4096
-"""Limit of a reply, for servers that insist on one."""
+"""Limit of a reply, for servers that require one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back; `problem` says why `text` cannot hold a verdict, empty if it can."""
+    """The server's reply; `problem` says why `text` cannot hold a verdict, empty if it can."""
 
     text: str
     problem: str = ""
@@ -38,7 +39,10 @@ class Reply:
 
 
 class Refused(Exception):
-    """This question gets no answer, but others do: `problem` in our words, `words` in the server's."""
+    """The server refuses this question but answers others.
+
+    `problem` names the reason, `words` is the server's message.
+    """
 
     def __init__(self, problem: str, words: str) -> None:
         super().__init__(f"{problem}: {words}")
@@ -46,29 +50,29 @@ class Refused(Exception):
 
 
 class NoCompletion(Exception):
-    """The server sent something else than a chat completion."""
+    """The server sent something other than a chat completion."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a request is put."""
+    """The form of a request that a server accepts."""
 
     temperature: bool = True
     system: bool = True
-    """Instructions in a message of the system's; if not, at the head of the user's first."""
+    """Whether instructions go in a system message; if not, they start the first user message."""
     limit: str = ""
-    """Name of the setting that limits a reply, for a server that insists on one."""
+    """Name of the parameter that limits a reply, if the server requires one."""
 
     def request(self, messages: Messages) -> dict[str, Any]:
-        """Return the arguments of the client's call but for the model."""
+        """Return the arguments of the client's call except the model."""
         if not self.system and messages[0]["role"] == "system":
             head, first, *rest = messages
             messages = [{**first, "content": f"{head['content']}\n\n{first['content']}"}, *rest]
         settings: dict[str, Any] = {"temperature": 0} if self.temperature else {}
         return {"messages": messages, **settings, **({self.limit: REPLY_TOKENS} if self.limit else {})}
 
-    def without_what_is_refused(self, words: str) -> "Form | None":
-        """Return the form to try after a refusal in these words, None if they name nothing that can change."""
+    def adapted(self, words: str) -> "Form | None":
+        """Return the form to try after this error message, or None if there is none."""
         text = words.lower()
         if self.temperature and "temperature" in text:
             return replace(self, temperature=False)
@@ -83,23 +87,23 @@ class Form:
 
 @dataclass(slots=True)
 class ChatEndpoint:
-    """Asks `model`; `client` is the openai package's, which repeats failed requests `retries` times."""
+    """Asks `model` through the openai package's client, which retries failed requests."""
 
     client: "OpenAI"
     model: str
     retries: int
     _form: Form = Form()
     _answers: bool = False
-    """Whether any completion has come."""
+    """Whether the server has returned any completion."""
     _end: AlignError | None = None
-    """Why nothing more is asked."""
+    """The error that ended the run; no more questions are sent."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, messages: Messages) -> Reply:
         """Return the reply to a question.
 
-        Raises Refused if the server answers other questions but not this one; ConfigError if it will answer none;
-        StoppedEarly if it cannot answer now.
+        Raises Refused if the server answers other questions but not this one, ConfigError if it
+        will answer none, and StoppedEarly if it cannot answer now.
         """
         from openai import APIError
 
@@ -109,8 +113,8 @@ class ChatEndpoint:
             return self._send_adapted(messages, self.retries)
         except NoCompletion as error:
             if self._answers or self._answers_another():
-                return Reply("", f"no chat completion: {self._said(str(error))}")
-            self._end = self._unusable(f"answers with no chat completion: {error}")
+                return Reply("", f"no chat completion: {self._message(str(error))}")
+            self._end = self._unusable(f"does not return a chat completion: {error}")
             raise self._end from error
         except APIError as error:
             meaning = self._meaning(error)
@@ -119,7 +123,7 @@ class ChatEndpoint:
             raise meaning from error
 
     def _meaning(self, error: "APIError") -> Refused | AlignError:
-        scope, words = scope_of(error), self._said(words_of(error))
+        scope, words = scope_of(error), self._message(words_of(error))
         said = f"answers {words}" if hasattr(error, "status_code") else f"cannot be reached: {words}"
         if scope is Scope.run:
             return self._unusable(said)
@@ -131,21 +135,21 @@ class ChatEndpoint:
             return self._unusable(said)
         return StoppedEarly(
             f"judge.base_url={self.client.base_url}: no verdict after {self.retries} retries "
-            f"({type(error).__name__}: {words}); run the same command again: verdicts so far are kept"
+            f"({type(error).__name__}: {words}); run the same command again, the verdicts so far are kept"
         )
 
     def _unusable(self, words: str) -> ConfigError:
         return ConfigError(
-            f"judge.model={self.model}: {self.client.base_url} {self._said(words)}; check judge.model, "
-            "judge.base_url, OPENAI_API_KEY and its credit, and run again: verdicts so far are kept"
+            f"judge.model={self.model}: {self.client.base_url} {self._message(words)}; check judge.model, "
+            "judge.base_url, OPENAI_API_KEY and its credit, and run again; the verdicts so far are kept"
         )
 
-    def _said(self, words: str) -> str:
-        """Return the server's words on one line; some servers repeat the key that they got."""
+    def _message(self, words: str) -> str:
+        """Return the server's message on one line, without the API key, which some servers echo."""
         return shortened(words.replace(self.client.api_key, "***"))
 
     def _answers_another(self) -> bool:
-        """Whether a question that nobody can object to gets an answer now."""
+        """Return whether the server answers a harmless question now."""
         from openai import APIError
 
         try:
@@ -155,7 +159,7 @@ class ChatEndpoint:
         return True
 
     def _send_adapted(self, messages: Messages, retries: int) -> Reply:
-        """Send a question in a form that the server takes; one that has worked is kept for the rest of the run."""
+        """Send a question in a form that the server accepts, and keep that form."""
         from openai import APIStatusError
 
         tried = self._form
@@ -164,14 +168,14 @@ class ChatEndpoint:
         except APIStatusError as error:
             refused = error
         with self._lock:
-            # Meanwhile another question may have found the form.
+            # Another thread may have found an accepted form in the meantime.
             changed = self._form != tried
-            form = self._form if changed else tried.without_what_is_refused(words_of(refused))
+            form = self._form if changed else tried.adapted(words_of(refused))
             while form is not None:
                 try:
                     reply = self._send(messages, form, retries)
                 except APIStatusError as error:
-                    refused, form = error, form.without_what_is_refused(words_of(error))
+                    refused, form = error, form.adapted(words_of(error))
                     continue
                 self._keep(form, refused)
                 return reply
@@ -179,8 +183,8 @@ class ChatEndpoint:
 
     def _keep(self, form: Form, refused: Exception) -> None:
         if form != self._form:
-            words = self._said(words_of(refused))
-            log.warning("judge.model=%s: asked with %s from here on, for the server says: %s", self.model, form, words)
+            words = self._message(words_of(refused))
+            log.warning("judge.model=%s: switching to %s because the server says: %s", self.model, form, words)
             self._form = form
 
     def _send(self, messages: Messages, form: Form, retries: int) -> Reply:
@@ -188,7 +192,7 @@ class ChatEndpoint:
         try:
             completion = client.chat.completions.create(model=self.model, **form.request(messages))
         except (ValueError, RecursionError) as error:
-            # The body is not JSON, though its head says so.
+            # The content type says JSON, but the body is not.
             raise NoCompletion(f"{type(error).__name__}: {error}") from error
         reply = _read(completion)
         self._answers = True
@@ -196,7 +200,7 @@ class ChatEndpoint:
 
 
 def _read(completion: Any) -> Reply:
-    """Return the reply in a completion; raises NoCompletion, and Refused if a filter has withheld it."""
+    """Return the reply in a completion. Raises NoCompletion, or Refused if it was filtered."""
     try:
         choice = completion.choices[0]
         message = choice.message
@@ -214,7 +218,7 @@ def _read(completion: Any) -> Reply:
 
 
 def _text(content: Any) -> str:
-    """Return the text of a message, of which some servers send a list of parts; parts of reasoning are none."""
+    """Return the text of a message. Some servers send a list of parts; only text parts count."""
     if isinstance(content, Sequence) and not isinstance(content, str):
         parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
         return "".join(str(part.get("text") or "") for part in parts)

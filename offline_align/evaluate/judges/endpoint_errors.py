@@ -1,4 +1,4 @@
-"""What an error of a chat completions endpoint says: about one question, about all, or about this moment."""
+"""Classify errors of a chat completions endpoint by what they concern."""
 
 import enum
 import re
@@ -14,17 +14,17 @@ _TOO_LONG = re.compile(r"context.?(?:length|window|size)|too (?:long|large)|maxi
 
 
 class Scope(enum.Enum):
-    """What an error is about, as far as it can be told from the error alone."""
+    """What an error concerns, as far as the error itself shows."""
 
-    run = "no question can survive it: the key, the model, the address, the quota"
-    forbidden = "the question, or the key"
-    question = "the question, or what every request has in common"
-    failure = "a failure that lasted: at this question, or of the server"
+    run = "every question: wrong key, model or address, or no quota"
+    forbidden = "the question or the key"
+    question = "the question or the form of every request"
+    failure = "a persistent failure, of this question or of the server"
     moment = "a busy server"
 
 
 def scope_of(error: Exception) -> Scope:
-    """Return what an error of the openai client is about."""
+    """Return the scope of an error of the openai client."""
     status, text = getattr(error, "status_code", None), words_of(error).lower()
     code = f"{getattr(error, 'code', '')} {getattr(error, 'type', '')} {text}"
     if status in (401, 402, 404, 405, 410) or _QUOTA.search(code):
@@ -39,7 +39,7 @@ def scope_of(error: Exception) -> Scope:
 
 
 def problem_of(error: Exception) -> str:
-    """Return in a few words why one question got no answer."""
+    """Return a short reason why one question got no answer."""
     status, text = getattr(error, "status_code", None), words_of(error).lower()
     code = f"{getattr(error, 'code', '')} {text}".lower()
     if status is None:
@@ -50,7 +50,7 @@ def problem_of(error: Exception) -> str:
 
 
 def words_of(error: Exception) -> str:
-    """Return what the server itself says, or the cause of a lost connection."""
+    """Return the server's own message, or the cause of a lost connection."""
     body = getattr(error, "body", None)
     if isinstance(body, dict):
         body = next((body[name] for name in ("message", "error", "detail") if body.get(name)), body)
@@ -60,7 +60,7 @@ def words_of(error: Exception) -> str:
 
 
 def shortened(words: str) -> str:
-    """Return words on one line, without the tags of an HTML page, and cut if they are many."""
+    """Return `words` on one line, without HTML tags and at most LONGEST_WORDS characters long."""
     line = " ".join(re.sub(r"<[/!]?[a-zA-Z][^<>]*>", " ", words).split())
     return line if len(line) <= LONGEST_WORDS else f"{line[:LONGEST_WORDS]}..."
 
@@ -72,7 +72,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_wrong_address(error: BaseException) -> bool:
-    """Whether a name is unknown, a certificate is not to be trusted, no TLS is spoken, or redirects go round."""
+    """Return whether the host is unknown, has no valid TLS, or redirects in a loop."""
     if isinstance(error, socket.gaierror):
         return error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
     if isinstance(error, ssl.SSLError):

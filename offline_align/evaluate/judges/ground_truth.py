@@ -1,4 +1,4 @@
-"""The demo corpus knows how good an answer is: its own quality, from 0 to 10."""
+"""The demo corpus as the judge: it knows the true quality of an answer, from 0 to 10."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ class GroundTruthJudge:
     name: str = "true quality"
 
     def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
-        """Return true qualities in [0, 10]; raises ConfigError for a prompt of other data."""
+        """Return true qualities in [0, 10]. Raises ConfigError for a prompt of other data."""
         from offline_align.data.demo import true_quality
 
         for sample in samples:
             if not is_demo_prompt(sample.prompt):
                 raise ConfigError(
-                    f"judge=ground_truth: prompt {sample.id} is not of the demo corpus, the only one with "
+                    f"judge=ground_truth: prompt {sample.id} is not from the demo corpus, the only one with "
                     "a known quality; choose judge=reward_model or judge=openai"
                 )
         return [float(true_quality(sample.prompt, sample.response)) for sample in samples]

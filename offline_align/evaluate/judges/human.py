@@ -1,4 +1,4 @@
-"""People as the judge: a blind rating page is written first, their saved ratings are read afterwards."""
+"""People as the judge: write a blind rating page, then read the ratings that they save."""
 
 import hashlib
 import json
@@ -25,7 +25,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class HumanJudge:
-    """Reads `ratings*.jsonl` of the run folder: a file a rater, `{"answer": key, "score": 1..10}` a line."""
+    """Reads `ratings*.jsonl` in the run folder, one file per rater.
+
+    A line is `{"answer": key, "score": 1..10}`.
+    """
 
     run_dir: Path
     seed: int
@@ -35,10 +38,10 @@ class HumanJudge:
     _alpha: float | None = None
 
     def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
-        """Return mean ratings over the raters; NaN for the answers of a set that nobody rated in full.
+        """Return mean ratings over the raters; NaN for a set with an unrated answer.
 
-        Raises StoppedEarly, with the page to rate on written, where there are no ratings yet; DataError for
-        a rating that cannot be used.
+        Without ratings, writes the rating page and raises StoppedEarly. Raises DataError for an
+        invalid rating.
         """
         files = sorted(self.run_dir.glob("ratings*.jsonl"))
         if not files:
@@ -55,7 +58,10 @@ class HumanJudge:
         return self._means(samples, ratings)
 
     def describe(self) -> dict[str, Any]:
-        """Return the numbers of raters and of sets rated in full, and how far raters agree (None for one rater)."""
+        """Return the numbers of raters and of fully rated sets, and Krippendorff's alpha.
+
+        Alpha is None for a single rater.
+        """
         return {
             "kind": "human",
             "raters": self._raters,
@@ -86,13 +92,13 @@ class HumanJudge:
     def _shown(self, samples: list[Sample]) -> dict[str, Any]:
         order = shuffled(samples, self.seed)
         answers = [{"key": answer_key(samples[i], self.seed), "response": samples[i].response} for i in order]
-        # Equal answers have one key and are rated once.
+        # Equal answers have the same key and are rated once.
         unique = list({answer["key"]: answer for answer in answers}.values())
         return {"prompt": prompt_text(samples[0].prompt), "answers": unique}
 
 
 def answer_key(sample: Sample, seed: int) -> str:
-    """Return the opaque name of an answer on the page: it tells a rater nothing about the method."""
+    """Return the opaque key of an answer on the page, which does not reveal the method."""
     return _digest(json.dumps([seed, sample.id, sample.response]))
 
 
@@ -105,7 +111,7 @@ def _sets(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 
 def _read(files: Sequence[Path]) -> dict[str, list[float]]:
-    """Return all ratings of each answer; a rater's last word on an answer counts."""
+    """Return all ratings of each answer; only a rater's last rating of an answer counts."""
     ratings: dict[str, list[float]] = defaultdict(list)
     for path in files:
         own: dict[str, float] = {}

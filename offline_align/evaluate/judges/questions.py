@@ -1,6 +1,7 @@
-"""What a served judge is asked: which answers stand together in one question, and in which order.
+"""Build the questions for a served judge: which answers one question contains, and in which order.
 
-Forms: `set`, all answers to a prompt at once (the paper's Appendix A); `pair`, every two of them; `single`, each alone.
+Forms: `set`, all answers to a prompt at once (the paper's Appendix A); `pair`, every pair of
+answers; `single`, each answer alone.
 """
 
 import random
@@ -18,20 +19,20 @@ from offline_align.evaluate.statistics import Floats
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Answers of set `number` that are judged together: their places in the set, as they are shown."""
+    """A question about answers of set `number`; `shown` has their indices in display order."""
 
     number: int
     samples: tuple[Sample, ...]
     shown: tuple[int, ...]
     in_order: bool = False
-    """Whether the set is shown in the order given."""
+    """Whether the set is shown in the given order."""
 
 
 def ask(samples: Sequence[Sample], form: JudgeForm, seed: int, in_order_from: int | None = None) -> list[Question]:
-    """Return the questions for `samples`, of which those with one `id` stand together and form a set.
+    """Return the questions for `samples`; consecutive samples with the same `id` form a set.
 
-    Over the sets each answer stands in each place equally often, as nearly as their number allows. Sets from sample
-    `in_order_from` on are shown as they are.
+    Over all sets, each answer takes each position equally often, as far as their number allows.
+    Sets from sample `in_order_from` on are shown in the given order.
     """
     questions: list[Question] = []
     first = 0
@@ -45,7 +46,7 @@ def ask(samples: Sequence[Sample], form: JudgeForm, seed: int, in_order_from: in
 
 
 def balanced_order(number: int, count: int, seed: int) -> tuple[int, ...]:
-    """Return the order of set `number`: a random one for every `count` sets, turned by one place for each of them."""
+    """Return the order of set `number`: random per `count` sets, rotated by one per set."""
     block, turn = divmod(number, count)
     order = list(range(count))
     random.Random(f"{seed}/{block}").shuffle(order)
@@ -61,9 +62,9 @@ def _shown(order: Sequence[int], form: JudgeForm) -> list[tuple[int, ...]]:
 
 
 def scores(questions: Sequence[Question], verdicts: Sequence[Verdict], form: JudgeForm) -> list[float]:
-    """Return a score for each sample: the judge's own, or in pairs the share of opponents that it beats.
+    """Return a score per sample: the judge's own, or for pairs the share of opponents it beats.
 
-    A tie is half a win. NaN for all answers of a set of which one verdict could not be read.
+    A tie is half a win. If one verdict of a set is unreadable, all its answers get NaN.
     """
     found: list[float] = []
     pairs = zip(questions, verdicts, strict=True)
@@ -82,7 +83,7 @@ def _complete(asked: Sequence[tuple[Question, Verdict]]) -> bool:
 
 
 def _note(table: Floats, shown: Sequence[int], given: Sequence[float] | None, form: JudgeForm) -> None:
-    """Put scores of single answers on the diagonal of `table` [answers, answers], wins in pairs beside it."""
+    """Enter a verdict in `table` [answers, answers]: scores on the diagonal, wins of pairs off it."""
     if given is None:
         return
     if form is JudgeForm.pair and len(shown) == 2:
@@ -95,9 +96,9 @@ def _note(table: Floats, shown: Sequence[int], given: Sequence[float] | None, fo
 
 
 def unreadable_by_answer(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> list[int]:
-    """Return in how many unreadable verdicts the first, second, ... answer of a set stood.
+    """Return the number of unreadable verdicts on the first, second, ... answer of a set.
 
-    Sets that were shown in the order given are not counted.
+    Sets shown in the given order are not counted.
     """
     asked = [(q, verdict) for q, verdict in zip(questions, verdicts, strict=True) if not q.in_order]
     counts = [0] * max((len(question.samples) for question, _ in asked), default=0)
@@ -108,10 +109,10 @@ def unreadable_by_answer(questions: Sequence[Question], verdicts: Sequence[Verdi
 
 
 def place_bias(verdicts: Sequence[Verdict]) -> list[dict[str, float | int]]:
-    """Return how far the score in each place lies above the mean of its question, with a 95 % interval.
+    """Return each position's mean score minus the question's mean, with a 95% interval.
 
-    Only questions of the most frequent size count, where that is more than one answer. Answers change places from
-    set to set, so what remains is a habit of the judge.
+    Only questions of the most frequent size above one answer count. Answers change positions from
+    set to set, so a difference from 0 is a bias of the judge.
     """
     given = [verdict.scores for verdict in verdicts if verdict.scores]
     sizes = [len(one) for one in given if len(one) > 1]

@@ -1,4 +1,4 @@
-"""A reward model as the judge: its raw scores."""
+"""A reward model as the judge: it gives its raw rewards."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from offline_align.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class RewardModelJudge:
-    """Scores every answer alone, with the same rendering as `label`; a judged pair keeps one context."""
+    """Scores each answer alone, rendered as in `label`; a judged pair shares one context."""
 
     checkpoint: Path
     config: EvaluateRun
     name: str = "reward model"
 
     def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
-        """Return raw rewards; that of an empty answer is read at its end of sequence.
+        """Return raw rewards; an empty answer is scored at its end-of-sequence token.
 
-        Equal answers to one prompt are scored once, so that they tie exactly.
+        Equal answers to the same prompt are scored once, so they tie exactly.
         """
         from offline_align.label.scoring import score_samples
 
@@ -48,7 +48,7 @@ class RewardModelJudge:
 
 
 def reward_model_judge(config: EvaluateRun) -> RewardModelJudge:
-    """Return the judge; raises ConfigError naming `judge.model` where that is no reward model."""
+    """Return the judge. Raises ConfigError if `judge.model` is not a reward model."""
     if config.judge.model is None:
         raise ConfigError(
             "judge.model is not set: give the run folder of `reward`, or choose judge=openai or ground_truth"
@@ -57,7 +57,10 @@ def reward_model_judge(config: EvaluateRun) -> RewardModelJudge:
 
 
 def second_reward_model(config: EvaluateRun) -> RewardModelJudge | None:
-    """Return the reward model of `judge.second_model`, if any; raises ConfigError where it is none."""
+    """Return the judge of `judge.second_model`, or None if it is unset.
+
+    Raises ConfigError if it is not a reward model.
+    """
     named = config.judge.second_model
     if named is None:
         return None
@@ -65,9 +68,10 @@ def second_reward_model(config: EvaluateRun) -> RewardModelJudge | None:
 
 
 def open_reward_model(source: str, key: str, template: Template | None = None) -> ModelSource:
-    """Return the reward model that `key` names; `template` is for a folder that does not state its own.
+    """Return the reward model that the setting `key` names.
 
-    Raises ConfigError, naming `key`, if it is no reward model.
+    `template` applies if the folder does not state its own. Raises ConfigError, naming `key`, if
+    the folder is not a reward model.
     """
     found = open_model(source, key, template)
     if found.kind != "reward_model":

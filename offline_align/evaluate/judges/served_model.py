@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint as the judge, in the manner of the paper's Appendix A."""
+"""A model behind an OpenAI-compatible endpoint as the judge, as in the paper's Appendix A."""
 
 import importlib.util
 import logging
@@ -27,7 +27,7 @@ READING_ATTEMPTS = 3
 
 @dataclass(slots=True)
 class ServedModelJudge:
-    """Asks a model for verdicts in the form of `settings`."""
+    """Asks a model for verdicts in the form that `settings` selects."""
 
     endpoint: ChatEndpoint
     model: str
@@ -39,10 +39,10 @@ class ServedModelJudge:
     _verdicts: list[Verdict] = field(default_factory=list)
 
     def score(self, samples: Sequence[Sample], in_order_from: int | None = None) -> list[float]:
-        """Return scores from 1 to 10, or shares of pairs won; NaN where a verdict could not be read.
+        """Return scores from 1 to 10, or shares of pairs won; NaN without a readable verdict.
 
-        A question that the endpoint refuses is passed over. Raises ConfigError if it refuses all, as for a wrong key
-        or model, and StoppedEarly if it cannot be reached: verdicts so far are kept.
+        Raises ConfigError if the endpoint refuses all questions, for example because of a wrong key
+        or model, and StoppedEarly if it cannot be reached. The verdicts so far are kept.
         """
         form = self.settings.form
         self._questions = ask(samples, form, self.seed, in_order_from)
@@ -54,7 +54,7 @@ class ServedModelJudge:
         requests = [verdict_text.request([q.samples[index] for index in q.shown]) for q in self._questions]
         keys = [verdict_key(self.model, messages) for messages in requests]
         with ThreadPoolExecutor(self.settings.concurrent_requests) as pool:
-            # Equal questions, as a single answer in both orders of a pair, are asked once.
+            # Equal questions (in the form `single`, both orders of a pair) are asked once.
             asked: dict[str, Future[Verdict]] = {}
             for key, messages, question in zip(keys, requests, self._questions, strict=True):
                 if key not in asked:
@@ -71,15 +71,15 @@ class ServedModelJudge:
         if verdicts and all(verdict.refused for verdict in verdicts):
             first = verdicts[0]
             raise ConfigError(
-                f"judge.model={self.model}: every question was refused, the first one so: {first.problem}: "
+                f"judge.model={self.model}: every question was refused, the first with {first.problem}: "
                 f"{first.reply}; choose another judge"
             )
         return verdicts
 
     def describe(self) -> dict[str, Any]:
-        """Return model and form, verdicts that could not be read and why, places, tokens and cost.
+        """Return model and form, unreadable verdicts with reasons, position bias, tokens and cost.
 
-        Tokens of earlier attempts at this run are included.
+        Tokens of earlier attempts of this run are included.
         """
         given = list({verdict.key: verdict for verdict in self._verdicts}.values())
         prompt_tokens = sum(verdict.prompt_tokens for verdict in given)
@@ -111,7 +111,7 @@ class ServedModelJudge:
         return verdict
 
     def _known(self, key: str, count: int) -> Verdict | None:
-        """Return a kept verdict by what its reply says today: earlier versions may have read it otherwise."""
+        """Return a cached verdict, parsed again in case an earlier version read it differently."""
         kept = self.cache.get(key)
         found = verdict_text.parse(kept.reply, count) if kept else None
         return replace(kept, scores=found) if kept and found else None
@@ -136,7 +136,7 @@ class ServedModelJudge:
 
 
 def served_model_judge(judge: JudgeSection, run_dir: Path, seed: int) -> ServedModelJudge:
-    """Return the judge; raises ConfigError for a missing package, model name or key."""
+    """Return the judge. Raises ConfigError for a missing package, model name or key."""
     problems = []
     if importlib.util.find_spec("openai") is None:
         problems.append("judge=openai: the openai client is missing; pip install '.[judge]'")
@@ -146,15 +146,15 @@ def served_model_judge(judge: JudgeSection, run_dir: Path, seed: int) -> ServedM
     if not key and not judge.base_url:
         problems.append("judge=openai: OPENAI_API_KEY is not set in the environment; set it, or judge.base_url")
     if key and not (key.isascii() and key.isprintable() and " " not in key):
-        problems.append("OPENAI_API_KEY holds a space, a line end or a letter that no key has; set it again")
+        problems.append("OPENAI_API_KEY contains a space, a line break or another invalid character; set it again")
     if judge.base_url and not _is_address(judge.base_url):
         problems.append(f"judge.base_url={judge.base_url}: not an address such as http://localhost:8000/v1")
     if problems or not judge.model:
         raise ConfigError(problems)
     from openai import OpenAI
 
-    # A server of one's own asks for no key, but the client insists on one. It backs off exponentially between its
-    # retries and heeds Retry-After.
+    # Local servers need no key, but the client requires one. Between retries the client backs off
+    # exponentially and respects Retry-After.
     client = OpenAI(
         api_key=key or "no-key-needed",
         base_url=judge.base_url,

@@ -1,12 +1,12 @@
-"""The form in which a served judge gives its verdict, and how a reply is read by it: whole, or not at all.
+"""Parse the verdict at the end of a served judge's reply.
 
     verdict = line of entries, blank lines between them allowed, up to the end of the reply
     line    = [list mark] [label] entry {[","] entry}
     entry   = name [label] separator [label] number ["/ 10"] [unit] [remark]
     remark  = text without any digit, in brackets or after punctuation
 
-A judge thinks aloud, in marked blocks or before its verdict, and changes its mind there. So only the last lines count,
-and what does not fit the form is not guessed at: the caller asks again.
+A judge may reason in marked blocks or before its verdict, and change its mind there. So only the
+last lines count. A reply that does not match the grammar is not guessed at: the caller asks again.
 """
 
 import html
@@ -19,7 +19,7 @@ LOWEST, HIGHEST = 1.0, 10.0
 Entry = tuple[str, float]
 
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-# Blocks of reasoning: <think>, [THINK], <|begin_of_thought|>, and channels that are named before their text.
+# Blocks of reasoning: <think>, [THINK], <|begin_of_thought|>, and <|channel|>analysis.
 _REASONING = re.compile(
     r"<\|channel\|>\s*(?P<channel>\w+)"
     r"|[<\[◁](?P<tag>[/|]*(?:\w+:)?\w*(?:think|thought|reason|reflect|analysis|scratchpad)\w*\|?)(?:\s[^<>\[\]\n]*)?[>\]▷]",
@@ -50,9 +50,9 @@ _SCORE = re.compile(
 
 
 def read_verdict(reply: str, names: Sequence[str]) -> list[float] | None:
-    """Return the score of each name, from 1 to 10, or None unless the reply ends with exactly one for each.
+    """Return a score from 1 to 10 for each name, or None unless the reply ends with all of them.
 
-    Where several verdicts stand together the last one counts.
+    If several verdicts follow each other, the last one counts.
     """
     run: list[Entry] = []
     for line in _lines(after_reasoning(_readable(reply))):
@@ -66,13 +66,13 @@ def read_verdict(reply: str, names: Sequence[str]) -> list[float] | None:
 
 
 def _readable(reply: str) -> str:
-    """Return the reply with full-width forms and entities as plain characters, without invisible ones."""
+    """Replace full-width and HTML-escaped characters by plain ones, and drop invisible ones."""
     text = html.unescape(reply).translate(_FULL_WIDTH)
     return "".join(c for c in text if unicodedata.category(c) != "Cf" and c != "\ufe0f")
 
 
 def after_reasoning(text: str) -> str:
-    """Return what follows the last block of reasoning; nothing where that block was not closed."""
+    """Return the text after the last block of reasoning; empty if that block is not closed."""
     found = list(_REASONING.finditer(text))
     if not found:
         return text
@@ -82,14 +82,14 @@ def after_reasoning(text: str) -> str:
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines that hold words, without markup and with single spaces."""
+    """Return the lines that contain words, without markup and with single spaces."""
     text = _POSSESSIVE.sub("", _TAG.sub(" ", _CELL.sub("|", text)))
     lines = (" ".join(_MARKUP.sub(" ", line).split()) for line in text.splitlines())
     return [line for line in lines if re.search(r"\w", line)]
 
 
 def _entries(line: str) -> list[Entry] | None:
-    """Return the entries of a line, or None where it is anything else."""
+    """Return the entries of a line, or None if the line does not consist of entries."""
     names = list(_NAME.finditer(line))
     if not names or not _BEFORE.fullmatch(line[: names[0].start()]):
         return None

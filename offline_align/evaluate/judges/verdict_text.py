@@ -1,6 +1,7 @@
-"""What a served judge is asked, and how its answer is read: all answers in one prompt, names hidden.
+"""Write the prompts of a served judge: all answers in one prompt, under anonymous names.
 
-The paper's Appendix A in its single-set form: a short comparison first, then one line a candidate.
+This is the paper's Appendix A in its single-set form: a short comparison, then one line per
+candidate.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ The scores could not be read. Write nothing but one line for each assistant, wit
 
 
 def shuffled(samples: Sequence[Sample], seed: int) -> list[int]:
-    """Return the order in which the answers of one set are shown: the same for one seed and set."""
+    """Return the display order of a set; it depends only on the seed and the set's id."""
     digest = hashlib.sha256(f"{seed}\0{samples[0].id}".encode()).digest()
     order = list(range(len(samples)))
     random.Random(digest).shuffle(order)
@@ -41,16 +42,16 @@ def shuffled(samples: Sequence[Sample], seed: int) -> list[int]:
 
 
 def candidate_names(count: int) -> list[str]:
-    """Return hidden names, `Assistant A` onwards; ConfigError for more than the alphabet holds."""
+    """Return the names `Assistant A`, `Assistant B`, ... Raises ConfigError for more than 26."""
     if count > len(string.ascii_uppercase):
         raise ConfigError(f"data.input: {count} files; a served judge compares at most 26 at once")
     return [f"Assistant {letter}" for letter in string.ascii_uppercase[:count]]
 
 
 def request(samples: Sequence[Sample]) -> list[dict[str, str]]:
-    """Return the chat messages that ask for a verdict on answers to one prompt, in the order given.
+    """Return the chat messages that ask for a verdict on answers to one prompt, in the given order.
 
-    A `reference` column is shown as an answer that is known to be right.
+    A `reference` column is shown as a correct answer.
     """
     names = candidate_names(len(samples))
     parts = [f"[Start of the user's request]\n{prompt_text(samples[0].prompt)}\n[End of the user's request]"]
@@ -69,7 +70,8 @@ def request(samples: Sequence[Sample]) -> list[dict[str, str]]:
 def asked_again(messages: Sequence[dict[str, str]], reply: str, count: int) -> list[dict[str, str]]:
     """Return the messages that ask again after a reply without readable scores.
 
-    Reasoning is not sent back. No server takes an empty message, so without a reply the reminder ends the question.
+    Reasoning is not sent back. Servers reject empty messages, so if nothing else is left of the
+    reply, the reminder is appended to the question.
     """
     wish = REMINDER.format(lines=_form(candidate_names(count)))
     if rest := after_reasoning(reply).strip():
@@ -79,7 +81,7 @@ def asked_again(messages: Sequence[dict[str, str]], reply: str, count: int) -> l
 
 
 def parse(reply: str, count: int) -> list[float] | None:
-    """Return the scores as the answers were shown, or None unless the reply ends with one from 1 to 10 for each."""
+    """Return the scores in display order, or None unless the reply ends with all of them."""
     return read_verdict(reply, candidate_names(count))
 
 

@@ -1,1 +1,1 @@
-"""Parts of a comparison's report, a question each: one `Section` where there is something to say, else None."""
+"""The parts of the report; each answers one question with a `Section` if it applies."""

@@ -1,4 +1,4 @@
-"""The label certificate of the run that labelled the rows: do rewards depend on how they were computed?"""
+"""Are the labels reproducible? The certificate of the run that labelled the training rows."""
 
 import json
 
@@ -7,11 +7,13 @@ from offline_align.evaluate.parts.label_set import find_label_set
 from offline_align.evaluate.sections import Section
 from offline_align.label.certificate import FILE_NAME, in_words
 
-NOTE = "A random part of the labelled rows, scored a second time alone in its batch and with the model loaded afresh."
+NOTE = (
+    "A random sample of the labelled rows is scored again, each row in a batch of its own, by a freshly loaded model."
+)
 
 
 def certificate_section(comparison: Comparison) -> Section | None:
-    """Return what the newest label run's certificate says, or None where it has none that can be read."""
+    """Return the certificate of the newest label run, or None if there is no readable one."""
     labels = find_label_set(comparison.files)
     if labels is None:
         return None

@@ -1,7 +1,8 @@
-"""Reward drift: rewards of other answers against those of the labelled set that the methods learned from.
+"""Have rewards drifted? Rewards of policy answers against those of the labelled training rows.
 
-A reward model is read far outside of what it was fitted on when its scores of policy answers leave the range of the
-labels. Rewards are normalised with the labelled set's own mean and standard deviation.
+If a policy's answers score outside the range of the labels, the reward model extrapolates and its
+scores are less reliable. Rewards are normalised with the mean and standard deviation of the
+labelled set.
 """
 
 import json
@@ -20,20 +21,20 @@ from offline_align.evaluate.sections import Drawing, Section, Table
 from offline_align.evaluate.statistics import Floats
 
 NOTE = (
-    "KS is the largest distance between two distribution functions, 0 for equal ones and 1 for ranges that do not "
-    "touch. PSI (population stability index) compares shares in ten bins that each hold a tenth of the labelled rows: "
-    "below 0.1 little has moved, above 0.25 much. Tails are the shares of answers below the 1% and above the 99% "
-    "quantile of the labelled rows; beyond are those that no labelled row reaches."
+    "KS is the largest distance between two distribution functions: 0 if they are equal, 1 if the ranges do not "
+    "overlap. PSI (population stability index) compares shares in ten bins that each hold a tenth of the labelled "
+    "rows: below 0.1 the shift is small, above 0.25 it is large. Tails are the shares of answers below the 1% and "
+    "above the 99% quantile of the labelled rows. Beyond is the share outside the range of the labelled rows."
 )
 BINS = 10
 TAIL = 0.01
 MUCH = 0.25
-# A bin that is empty on one side counts as half a row there, or the index would be infinite.
+# An empty bin counts as half a row; otherwise the index would be infinite.
 _EMPTY = 0.5
 
 
 def drift_section(compared: Compared, judge_content: str | None) -> Section | None:
-    """Return how far rewards have moved from the labelled set, or None where the judge did not give its labels."""
+    """Return the drift from the labelled set, or None if the judge did not label it."""
     comparison = compared.comparison
     labels = find_label_set(comparison.files)
     if labels is None or not labels.is_scored_by(judge_content):
@@ -54,9 +55,9 @@ def drift_section(compared: Compared, judge_content: str | None) -> Section | No
 
 
 def read_parts(labels: LabelSet) -> dict[str, Floats]:
-    """Return the normalised rewards of the labelled rows, answers of preference pairs apart from the others.
+    """Return the normalised rewards of the labelled rows and, separately, of preference pairs.
 
-    Pairs count as the reward model's training pairs where its training read the very file that was labelled.
+    Pairs are named as the reward model's training pairs if it was trained on the labelled file.
     """
     parts: dict[str, list[float]] = {"rows": [], "pairs": []}
     with (labels.run_dir / "labelled.jsonl").open(encoding="utf-8") as file:
@@ -90,9 +91,9 @@ def drift(reference: Floats, values: Floats) -> dict[str, float | int]:
 
 
 def population_stability(reference: Floats, values: Floats) -> float:
-    """Return the sum over bins of (q - p) log(q / p), p and q the shares of `reference` and `values`.
+    """Return the sum over bins of (q - p) log(q / p), with p of `reference` and q of `values`.
 
-    Bins are tenths of the reference; fewer where rewards are equal.
+    Bins are deciles of the reference; equal rewards merge bins.
     """
     edges = np.unique(np.quantile(reference, np.linspace(0, 1, BINS + 1)[1:-1]))
     counts = [np.bincount(np.searchsorted(edges, one), minlength=len(edges) + 1) for one in (reference, values)]
@@ -106,10 +107,10 @@ def _findings(found: Mapping[str, Mapping[str, Any]], policies: Sequence[str]) -
     for name in policies:
         one = found.get(name)
         if one is not None and one["beyond"] > 0:
-            lines.append(f"{name}: {one['beyond']:.0%} of its answers score beyond every labelled row.")
+            lines.append(f"{name}: {one['beyond']:.0%} of its answers score outside the range of the labelled rows.")
     moved = [name for name in found if name not in policies and found[name]["psi"] > MUCH]
-    lines += [f"The rewards of {name} differ much from those of all labelled rows together." for name in moved]
-    return lines or ["No answer scores beyond the labelled rows."]
+    lines += [f"The rewards of {name} differ strongly from those of all labelled rows." for name in moved]
+    return lines or ["No answer scores outside the range of the labelled rows."]
 
 
 def _table(found: Mapping[str, Mapping[str, Any]]) -> Table:

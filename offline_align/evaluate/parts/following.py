@@ -1,7 +1,7 @@
-"""Does a conditional policy follow its condition? Targets that were asked for against rewards that were achieved.
+"""Does a conditional policy follow its target? Target rewards against achieved rewards.
 
-Shapes: P judged prompts, T targets in ascending order. What is said of the curve is a mean over prompts of a number of
-each prompt, so that one paired bootstrap gives every interval.
+Shapes: P judged prompts, T targets in ascending order. Every statistic of the curve is a mean over
+prompts, so one paired bootstrap gives all intervals.
 """
 
 from collections.abc import Mapping
@@ -24,19 +24,19 @@ from offline_align.evaluate.sections import Drawing, Section, Table
 from offline_align.evaluate.statistics import Floats
 
 NOTE = (
-    "The same prompts, asked for different rewards. A policy that follows exactly has slope 1. Rank correlation and "
-    "order are taken on each prompt, then averaged; targets that no labelled row has must be extrapolated. The target "
-    "that generation asks for by default is condition.target_reward in the policy's model.json."
+    "The same prompts with different target rewards. A policy that follows its target exactly has slope 1. Rank "
+    "correlation and order are computed for each prompt, then averaged. For targets outside the labelled rewards the "
+    "policy has to extrapolate. The default target of generation is condition.target_reward in the policy's model.json."
 )
 RARE = 0.01
-"""Share of the labelled rows beyond which a target counts as rare."""
+"""A target counts as rare if at most this share of the labelled rewards lies beyond it."""
 EXAMPLES = 2
 EXAMPLE_CHARACTERS = 400
 
 
 @dataclass(frozen=True, slots=True)
 class _Policy:
-    """One policy at several targets: its columns of the comparison, by ascending target."""
+    """One policy with several targets: its columns of the comparison, by ascending target."""
 
     name: str
     columns: list[int]
@@ -48,10 +48,10 @@ class _Policy:
 def following_section(
     compared: Compared, settings: EvaluateSection, seed: int, judge_content: str | None
 ) -> Section | None:
-    """Return the curve of every policy that was asked for several targets, or None where there is none.
+    """Return the curve of every policy with several targets, or None if there is no such policy.
 
-    `judge_content` is the content hash of the reward model that judges: where it also gave the labels, achieved
-    rewards are put on their scale.
+    `judge_content` is the content hash of the judging reward model. If the same model labelled the
+    training rows, achieved rewards are normalised like the labels.
     """
     comparison = compared.comparison
     found = _policies(comparison)
@@ -77,7 +77,7 @@ def following_section(
 
 
 def _policies(comparison: Comparison) -> list[_Policy]:
-    """Return the policies with two targets or more; a policy is known by the content of the run's parents."""
+    """Return the policies with at least two targets, identified by their content."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for k, column in enumerate(comparison.columns):
         if column.target is not None:
@@ -131,14 +131,14 @@ def _curve(policy: _Policy, achieved: Floats, same_scale: bool, settings: Evalua
 
 
 def slopes(achieved: Floats, targets: Floats) -> Floats:
-    """Return the least-squares slope of every prompt [P]; their mean is the slope of the mean curve."""
+    """Return the least-squares slope of every prompt [P]; their mean is the mean curve's slope."""
     centred = targets - targets.mean()
     result: Floats = achieved @ centred / (centred @ centred)
     return result
 
 
 def rank_correlations(achieved: Floats) -> Floats:
-    """Return Spearman's correlation with ascending targets for every prompt [P]; 0 where all answers tie."""
+    """Return Spearman's correlation with the targets for every prompt [P]; 0 if all tie."""
     ranks = rankdata(achieved, axis=1)
     ranks -= ranks.mean(axis=1, keepdims=True)
     targets = np.arange(achieved.shape[1]) - (achieved.shape[1] - 1) / 2
@@ -148,14 +148,14 @@ def rank_correlations(achieved: Floats) -> Floats:
 
 
 def orders(achieved: Floats) -> Floats:
-    """Return the share of pairs of targets whose answers score in the order of the targets [P]; a tie is half."""
+    """Return the share of target pairs with scores in the same order [P]; a tie counts half."""
     low, high = np.triu_indices(achieved.shape[1], k=1)
     result: Floats = ((1 + np.sign(achieved[:, high] - achieved[:, low])) / 2).mean(axis=1)
     return result
 
 
 def _support(target: float, labels: LabelSet | None) -> dict[str, Any]:
-    """Return where a target lies among the labelled rewards."""
+    """Return the share of rows below a target, and whether it is inside, rare or outside."""
     if labels is None:
         return {"rows_below": None, "support": "unknown"}
     below = labels.share_below(target)
@@ -171,24 +171,24 @@ def _range(labels: LabelSet | None) -> tuple[float, float] | None:
 
 def _findings(name: str, found: Mapping[str, Any]) -> list[str]:
     slope, order = found["slope"], found["order"]
-    does = "follows" if slope["low"] > 0 else "does not surely follow"
-    unit = "of reward" if found["unit"] == "normalised reward" else "of the judge's score"
+    does = "follows" if slope["low"] > 0 else "may not follow"
+    unit = "reward" if found["unit"] == "normalised reward" else "judge's score"
     lines = [
-        f"{name} {does} its target: one more asked for gives {_interval(slope)} {unit}; "
-        f"{order['mean']:.0%} of the pairs of targets come out in order."
+        f"{name} {does} its target: raising the target by 1 changes the {unit} by {_interval(slope)}; "
+        f"{order['mean']:.0%} of the target pairs are in order."
     ]
     if found["falls"]:
-        falls = ", ".join(f"from {a:g} to {b:g}" for a, b in found["falls"])
-        lines.append(f"{name}: the curve falls {falls}.")
+        falls = ", ".join(f"from target {a:g} to {b:g}" for a, b in found["falls"])
+        lines.append(f"{name}: the achieved reward falls {falls}.")
     known = found["labelled_rewards"]
     for one in found["targets"]:
         if one["support"] == "outside":
             lines.append(
-                f"{name}: target {one['target']:g} lies outside the labelled rewards, "
-                f"{known['lowest']:.2f} to {known['highest']:.2f}: the policy has to extrapolate."
+                f"{name}: target {one['target']:g} lies outside the labelled rewards "
+                f"({known['lowest']:.2f} to {known['highest']:.2f}), so the policy has to extrapolate."
             )
     best = max(found["targets"], key=lambda one: one["achieved"]["mean"])
-    stored = "" if found["stored_target"] is None else f"; the policy stores {found['stored_target']:g}"
+    stored = "" if found["stored_target"] is None else f"; the policy's default target is {found['stored_target']:g}"
     return [
         *lines,
         f"{name}: target {best['target']:g} gives the highest reward, {_interval(best['achieved'])}{stored}.",
@@ -209,9 +209,9 @@ def _table(name: str, found: Mapping[str, Any]) -> Table:
 
 
 def _examples(comparison: Comparison, policy: _Policy, achieved: Floats, judged: NDArray[np.intp]) -> list[Table]:
-    """Return prompts with their answers at every target side by side: the paper's Table 1.
+    """Return prompts with their answers at every target, like the paper's Table 1.
 
-    The prompts are those in the middle of the order of slopes: neither the best nor the worst.
+    The prompts have the middle slopes, so they are neither the best nor the worst examples.
     """
     order = np.argsort(slopes(achieved, policy.targets), kind="stable")
     middle = (len(order) - EXAMPLES) // 2 if len(order) > EXAMPLES else 0
@@ -223,7 +223,7 @@ def _examples(comparison: Comparison, policy: _Policy, achieved: Floats, judged:
             [f"{target:g}", _clip(answer), f"{reward:.2f}"]
             for target, answer, reward in zip(policy.targets, answers, achieved[row], strict=True)
         ]
-        title = f"One prompt at several targets: {_clip(prompt_text(comparison.prompts[place].prompt))}"
+        title = f"One prompt with several targets: {_clip(prompt_text(comparison.prompts[place].prompt))}"
         tables.append(Table(title, ["target", "answer", "reward"], rows, prose=True))
     return tables
 

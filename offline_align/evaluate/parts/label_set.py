@@ -1,4 +1,4 @@
-"""The labelled rows behind a policy: the scale of its rewards, and the range in which it has seen any."""
+"""Find the labelled rows behind a policy: the scale and range of its training rewards."""
 
 import json
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from offline_align.label.statistics import RewardStats
 
 @dataclass(frozen=True, slots=True)
 class LabelSet:
-    """A finished `label` run: its statistics, and the content hash of the reward model that gave the rewards."""
+    """A finished `label` run: its statistics, and the content hash of its reward model."""
 
     run_dir: Path
     stats: RewardStats
@@ -22,7 +22,7 @@ class LabelSet:
 
     @property
     def levels(self) -> list[tuple[float, float]]:
-        """Return (level, normalised reward), both ascending; the ends are the lowest and the highest reward."""
+        """The quantiles as (level, normalised reward), from the lowest to the highest reward."""
         raw = sorted((float(level), value) for level, value in self.stats.quantiles.items())
         return [(level, float(self.normalised(np.array(value)))) for level, value in raw]
 
@@ -37,26 +37,26 @@ class LabelSet:
         return self.levels[-1][1]
 
     def is_scored_by(self, content: str | None) -> bool:
-        """Whether the reward model with this content hash gave the rewards."""
+        """Return whether the reward model with this content hash labelled the rows."""
         return content is not None and content == self.scored_by
 
     def normalised(self, raw: Floats) -> Floats:
-        """Return raw rewards on the scale that methods are trained on; zeros where all rewards are equal."""
+        """Return raw rewards on the scale of the labels; zeros if all labels are equal."""
         return (raw - self.stats.mean) / self.stats.std if self.stats.std else np.zeros_like(raw)
 
     def reward_at(self, level: float) -> float:
-        """Return the normalised reward at a quantile, interpolated between the known ones."""
+        """Return the normalised reward at a quantile level, interpolated."""
         levels, rewards = zip(*self.levels, strict=True)
         return float(np.interp(level, levels, rewards))
 
     def share_below(self, reward: float) -> float:
-        """Return the share of rows with a lower normalised reward, interpolated between the known quantiles."""
+        """Return the share of rows below a normalised reward, interpolated."""
         levels, rewards = zip(*self.levels, strict=True)
         return float(np.interp(reward, rewards, levels))
 
 
 def find_label_set(generation_files: Iterable[Path]) -> LabelSet | None:
-    """Return the newest label run behind these files, or None where there is none or it cannot be read."""
+    """Return the last readable label run in the lineage of these files, or None."""
     runs = find_ancestors(path.parent for path in generation_files)
     found = [label for run in reversed(runs) if run.stage == "label" and (label := _read(run)) is not None]
     return found[0] if found else None
@@ -66,7 +66,7 @@ def _read(run: Ancestor) -> LabelSet | None:
     try:
         stats = RewardStats.from_json(json.loads((run.run_dir / "reward_stats.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        # The page shows what there is; `verify` tells what is damaged.
+        # `verify` reports the damage; the report does without this label run.
         return None
     scorers = [parent.content_sha256 for parent in run.manifest.parents if parent.part or parent.stage == "checkpoint"]
     return LabelSet(run.run_dir, stats, scorers[0] if len(scorers) == 1 else None)

@@ -1,9 +1,10 @@
-"""Over-optimisation: is a higher reward also better by other measures, or longer answers, or one model's blind spot?
+"""Is the gain real, or over-optimisation of the reward model?
 
-And what did it cost in distance from the baseline's policy?
+Compares the gain by the judge with the gain at equal length, by a second reward model and in true
+quality, and shows the divergence from the baseline's policy.
 
-Every gain is against the baseline on the same prompts, so intervals are paired. Gains of reward models are in standard
-deviations of the baseline's own scores, which puts two models on one scale.
+Every gain is over the baseline on the same prompts, so intervals are paired. Gains of reward models
+are in standard deviations of the baseline's scores, which puts two models on one scale.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,18 +25,17 @@ from offline_align.evaluate.sections import Drawing, Section, Table
 from offline_align.evaluate.statistics import Floats
 
 NOTE = (
-    "A policy that has found the blind spot of a reward model gains by it and not by another. Gains are over the "
-    "baseline on the same prompts; those of scores in standard deviations of the baseline's scores. At equal length "
-    "is what remains of the gain where answers are as long as the baseline's, by a straight line through all methods' "
-    "differences of score and length."
+    "A policy that exploits a weakness of one reward model gains by that model but not by another. Gains are over the "
+    "baseline on the same prompts; gains in score are in standard deviations of the baseline's scores. The gain at "
+    "equal length is corrected for longer answers by a linear fit of gain on extra words, shared by all methods."
 )
 TRUTH_NOTE = (
-    " True quality is that of the demo corpus, in its own points from 0 to 10: a gain of score without a gain of it is "
-    "the reward model's mistake."
+    " True quality is known for the demo corpus, from 0 to 10. A gain in score without a gain in true quality is an "
+    "error of the reward model."
 )
 DIVERGENCE_NOTE = (
-    " KL is the mean log-likelihood of a method's own answers under its policy less that under the baseline's, in nats "
-    "an answer and a token."
+    " KL is the mean log-likelihood of a method's own answers under its policy minus that under the baseline's policy, "
+    "in nats per answer and per token."
 )
 
 
@@ -47,7 +47,10 @@ def optimisation_section(
     second_name: str | None,
     divergence: Divergence | None = None,
 ) -> Section | None:
-    """Return the guard, or None where only one method is compared; `second` [prompts, samples, methods]."""
+    """Return the checks of every gain, or None if there is only one method or no judged prompt.
+
+    `second` [prompts, samples, methods] holds the scores of the second reward model.
+    """
     comparison = compared.comparison
     if len(comparison.methods) < 2:
         return None
@@ -96,7 +99,7 @@ def optimisation_section(
 def _divergence(
     divergence: Divergence, method: int, judged: NDArray[np.bool_], settings: EvaluateSection, seed: int
 ) -> dict[str, Any]:
-    """Return KL in nats an answer with its interval, and a token; nothing where no answer's is known."""
+    """Return KL in nats per answer, with its interval, and per token; empty if unknown."""
     nats, tokens = divergence.nats[judged, :, method], divergence.tokens[judged, :, method]
     known = np.isfinite(nats).all(axis=1)
     if not known.any() or not tokens[known].sum():
@@ -112,7 +115,7 @@ def _divergence(
 
 
 def answer_words(comparison: Comparison) -> Floats:
-    """Return the mean words of the answers to a prompt [prompts, methods]."""
+    """Return the mean number of words of the answers to each prompt [prompts, methods]."""
     lengths = [
         [[len(answer.response.split()) for answer in answers] for answers in samples] for samples in comparison.answers
     ]
@@ -121,9 +124,9 @@ def answer_words(comparison: Comparison) -> Floats:
 
 
 def standardised_gains(scores: Floats, base: int) -> Floats:
-    """Return scores [P, M] minus the baseline's, in standard deviations of the baseline's; NaN-free.
+    """Return scores [P, M] minus the baseline's, in standard deviations of the baseline's scores.
 
-    Where the baseline's scores are all equal the judge's own unit is kept.
+    If the baseline's scores are all equal, the judge's own unit is kept.
     """
     spread = scores[:, base].std() or 1.0
     result: Floats = (scores - scores[:, [base]]) / spread
@@ -131,13 +134,14 @@ def standardised_gains(scores: Floats, base: int) -> Floats:
 
 
 def at_equal_length(gains: Floats, words: Floats, base: int) -> Floats | None:
-    """Return gains [P, M] less what one common slope of gain by difference of words explains.
+    """Return gains [P, M] minus the part that extra words explain, with one slope for all methods.
 
-    None where there is no slope to be seen: lengths differ, but for each method by the same on every prompt.
+    Returns None if the slope cannot be estimated: lengths differ, but for each method by the same
+    number of words on every prompt.
     """
     extra = words - words[:, [base]]
     others = [k for k in range(gains.shape[1]) if k != base]
-    # The slope within methods: between them length and quality cannot be told apart.
+    # The slope within methods; between methods, length and quality are confounded.
     x = extra[:, others] - extra[:, others].mean(axis=0)
     y = gains[:, others] - gains[:, others].mean(axis=0)
     if np.allclose(x, 0):
@@ -149,9 +153,9 @@ def at_equal_length(gains: Floats, words: Floats, base: int) -> Floats | None:
 def reversals(
     scores: Floats, truth: Floats, names: Sequence[str], settings: EvaluateSection, seed: int
 ) -> list[tuple[str, str]]:
-    """Return the pairs (a, b) of methods of which a surely has the higher score and the lower true quality.
+    """Return the pairs (a, b) in which method a scores higher but has lower true quality.
 
-    `scores` and `truth` [P, M]; the intervals are those of paired differences.
+    `scores` and `truth` are [P, M]. Both intervals of the paired differences must exclude 0.
     """
     pairs = list(combinations(range(len(names)), 2))
     differences = [np.stack([values[:, a] - values[:, b] for a, b in pairs], axis=1) for values in (scores, truth)]
@@ -168,19 +172,22 @@ def reversals(
 
 
 def _findings(methods: Mapping[str, Mapping[str, Any]], reversed_pairs: Sequence[tuple[str, str]]) -> list[str]:
-    """Return which gains are in doubt; where none is, by which checks, of those that could be made."""
+    """Return the gains in doubt or, if there are none, the checks that all gains passed."""
     lines = _doubts(methods)
-    lines += [f"{a} has a higher score than {b}, and a lower true quality." for a, b in reversed_pairs]
+    lines += [f"{a} has a higher score than {b} but a lower true quality." for a, b in reversed_pairs]
     made = {
         "at_equal_length": "length alone",
         "second_gain": "one reward model alone",
-        "true_gain": "a mistake of the reward model",
+        "true_gain": "an error of the reward model",
     }
     checks = [words for key, words in made.items() if all(found.get(key) for found in methods.values())]
     if not lines and checks:
-        lines.append(f"No gain rests on {' or on '.join(checks)}, as far as is measured here.")
+        lines.append(f"No gain is due to {' or to '.join(checks)}, as far as measured here.")
     if any(found["at_equal_length"] is None for found in methods.values()):
-        lines.append("What remains at equal length cannot be told: a method's lengths differ by the same everywhere.")
+        lines.append(
+            "The gain at equal length is unknown: each method's answers differ in length from the baseline's by the "
+            "same number of words on every prompt."
+        )
     return lines
 
 
@@ -191,54 +198,56 @@ def _doubts(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
             continue
         equal = found["at_equal_length"]
         if equal is not None and equal["low"] <= 0:
-            lines.append(f"{name} gains, but not surely at equal length.")
+            lines.append(f"{name} gains by the judge, but not significantly at equal length.")
         true = found.get("true_gain")
         if true is not None and true["low"] <= 0:
-            lines.append(f"{name} gains by the judge, but not surely in true quality: {_interval(true)}.")
+            lines.append(f"{name} gains by the judge, but not significantly in true quality: {_interval(true)}.")
         second = found.get("second_gain")
         if second is not None and second["low"] <= 0:
-            lines.append(f"{name} gains by the judge, but not surely by the second reward model.")
+            lines.append(f"{name} gains by the judge, but not significantly by the second reward model.")
         elif second is not None and second["high"] < found["gain"]["low"]:
             lines.append(
-                f"{name} gains less by the second reward model: {_interval(second)} against {_interval(found['gain'])}."
+                f"{name} gains less by the second reward model: {_interval(second)} instead of "
+                f"{_interval(found['gain'])}."
             )
     return lines
 
 
 def _distances(methods: Mapping[str, Mapping[str, Any]], baseline: str) -> list[str]:
-    """Return which policy has gone farthest, and what its number is where it is no estimate of KL."""
+    """Return the policy with the largest KL, and a caveat if some KL estimates are biased."""
     known = {name: found for name, found in methods.items() if "kl" in found}
     if not known:
         return []
     farthest = max(known, key=lambda name: known[name]["kl"]["mean"])
     one = known[farthest]
     lines = [
-        f"{farthest} is farthest from {baseline}: {_interval(one['kl'])} nats an answer, "
-        f"{one['kl_per_token']:.2f} a token."
+        f"{farthest} diverges most from {baseline}: KL {_interval(one['kl'])} nats per answer, "
+        f"{one['kl_per_token']:.2f} per token."
     ]
     if not all(found["kl_is_unbiased"] for found in known.values()):
         lines.append(
-            "Answers were not all sampled at temperature 1: for the others KL is the log-ratio of just these answers."
+            "Not all answers were sampled at temperature 1; for the others, KL is only the mean log-ratio of the "
+            "answers."
         )
     return lines
 
 
 def _drawings(methods: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> list[Drawing]:
-    """Return the gain against what it took: distance where it is known, and length."""
-    prices = {"kl": "KL to the baseline's policy, nats an answer", "words": "more words than the baseline"}
+    """Return the gain against KL (if known) and against length."""
+    prices = {"kl": "KL to the baseline's policy, nats per answer", "words": "more words than the baseline"}
     drawings = []
     for key, label in prices.items():
         points = {name: (found[key]["mean"], found["gain"]) for name, found in methods.items() if key in found}
         if points:
             places = [order.index(name) for name in points]
             picture = draw_gains(f"Gain by {key}", list(points), list(points.values()), places, label)
-            drawings.append(Drawing(f"Gain against {'distance' if key == 'kl' else 'length'}", label, picture))
+            drawings.append(Drawing(f"Gain against {'KL' if key == 'kl' else 'length'}", label, picture))
     return drawings
 
 
 def _table(methods: Mapping[str, Mapping[str, Any]], baseline: str) -> Table:
     names = {"gain": "gain", "at_equal_length": "at equal length", "second_gain": "second model", "words": "words"}
-    names |= {"true_gain": "true quality", "kl": "KL", "kl_per_token": "KL a token"}
+    names |= {"true_gain": "true quality", "kl": "KL", "kl_per_token": "KL per token"}
     used = [key for key in names if any(key in found for found in methods.values())]
     rows = [[method, *(_cell(found.get(key)) for key in used)] for method, found in methods.items()]
     return Table(f"Gain over {baseline}", ["method", *(names[key] for key in used)], rows)
@@ -246,7 +255,7 @@ def _table(methods: Mapping[str, Mapping[str, Any]], baseline: str) -> Table:
 
 def _cell(value: Mapping[str, float] | float | None) -> str:
     if value is None:
-        return "cannot be told"
+        return "unknown"
     return f"{value:+.2f}" if isinstance(value, float) else _interval(value)
 
 

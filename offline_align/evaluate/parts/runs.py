@@ -1,4 +1,4 @@
-"""What was run: length, last figures and cost of every run that the page is to show."""
+"""What was run? Steps, final metrics and cost of every run that the report lists."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,15 +10,15 @@ from offline_align.evaluate.sections import Section, Table
 from offline_align.lineage.effort import is_whole
 
 NOTE = (
-    "Every run that was named, and the runs behind it. Training figures are means over the last tenth of the logged "
-    "steps, validation figures the last ones. Hours are those of whole commands times ranks, over all attempts, as "
-    "each run's manifest records them."
+    "The named runs and all their ancestors. Training metrics are means over the last tenth of the logged steps; "
+    "validation metrics are the last ones logged. Hours are wall-clock hours of whole commands times ranks, over all "
+    "attempts, from each run's manifest."
 )
 LAST = 0.1
 
 
 def runs_section(runs: Sequence[Ancestor], settings: EvaluateSection) -> Section:
-    """Return a line for each run, and the hours of all of them."""
+    """Return one row per run, and the total hours."""
     found = {_name(run, runs): _describe(run) for run in runs}
     hours = [one["hours"] for one in found.values() if one["hours"] is not None]
     content = {"runs": found, "total_hours": sum(hours) if hours else None}
@@ -26,7 +26,7 @@ def runs_section(runs: Sequence[Ancestor], settings: EvaluateSection) -> Section
 
 
 def _name(run: Ancestor, runs: Sequence[Ancestor]) -> str:
-    """Return the folder's own name, with that of the folder above it where two runs share one."""
+    """Return the folder's name, with its parent's name in front if two runs share it."""
     shared = sum(other.title == run.title for other in runs) > 1
     return f"{run.run_dir.parent.name}/{run.title}" if shared else run.title
 
@@ -62,7 +62,7 @@ def _findings(content: Mapping[str, Any], ppo_hours: float | None) -> list[str]:
     lines = []
     if total is not None:
         share = f", {total / ppo_hours:.1%} of PPO's {ppo_hours:g}" if ppo_hours else ""
-        lines.append(f"{total:.3g} hours in all{share}.")
+        lines.append(f"{total:.3g} hours in total{share}.")
     lines += in_part_finding(name for name, one in content["runs"].items() if one["hours_in_part"])
     if unrecorded:
         lines.append(f"No time is recorded for {', '.join(unrecorded)}.")

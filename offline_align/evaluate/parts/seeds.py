@@ -1,6 +1,7 @@
-"""Methods that were trained several times, with nothing but the seed changed: means and intervals over seeds.
+"""Does a result hold over seeds? Means and intervals over repeated trainings.
 
-Intervals over prompts say how sure the score of one policy is; these say how sure that of the method is.
+Intervals over prompts show the uncertainty of one policy's score. Intervals over seeds show that of
+the method.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,14 +18,14 @@ from offline_align.evaluate.sections import Drawing, Section, Table
 from offline_align.evaluate.statistics import Floats
 
 NOTE = (
-    "Policies whose settings differ in run.seed alone are one method. The interval is Student's over the means of "
-    "its seeds, so that it is wide for few seeds; the difference to the baseline is taken seed by seed where both have "
-    "the same seeds."
+    "Policies whose settings differ only in run.seed count as one method. The interval is Student's t interval over "
+    "the means of the seeds, so it is wide for few seeds. The difference to the baseline is paired by seed if both "
+    "have the same seeds."
 )
 
 
 def seeds_section(compared: Compared, settings: EvaluateSection) -> Section | None:
-    """Return means over seeds, or None where no method was trained with several."""
+    """Return means over seeds, or None if no method was trained with several seeds."""
     pools = find_pools(compared.comparison)
     if not any(len(columns) > 1 for columns in pools.values()):
         return None
@@ -50,7 +51,7 @@ def seeds_section(compared: Compared, settings: EvaluateSection) -> Section | No
 
 
 def find_pools(comparison: Comparison) -> dict[str, list[int]]:
-    """Return the columns of every method by its name without seed; a column without a pool is alone."""
+    """Return the columns of every method by its name without seed."""
     pools: dict[str, list[int]] = {}
     for k, column in enumerate(comparison.columns):
         pools.setdefault(column.pool or column.name, []).append(k)
@@ -62,7 +63,10 @@ def _by_seed(columns: Sequence[Column], members: Sequence[int], means: Floats) -
 
 
 def over_seeds(values: Floats, confidence: float) -> dict[str, float | None]:
-    """Return mean, spread (n - 1) and Student's interval of one value a seed [seeds]; no interval for one seed."""
+    """Return mean, standard deviation (n - 1) and Student's t interval over `values` [seeds].
+
+    With one seed there is no standard deviation and no interval.
+    """
     mean = float(values.mean())
     if values.size < 2:
         return {"mean": mean, "std": None, "low": None, "high": None}
@@ -74,7 +78,7 @@ def over_seeds(values: Floats, confidence: float) -> dict[str, float | None]:
 def _difference(
     own: Mapping[int | None, float], base: Mapping[int | None, float], confidence: float
 ) -> dict[str, float | None]:
-    """Return own minus baseline: paired where the seeds are the same, else against the baseline's mean."""
+    """Return own minus baseline: paired if the seeds are equal, else against the mean."""
     centre = sum(base.values()) / len(base)
     paired = own.keys() == base.keys()
     return over_seeds(np.array([own[s] - (base[s] if paired else centre) for s in own]), confidence)
@@ -92,9 +96,9 @@ def _findings(content: Mapping[str, Any]) -> list[str]:
         difference = found["difference"]
         if difference is None or difference["low"] is None:
             continue
-        sure = difference["low"] > 0 or difference["high"] < 0
+        significant = difference["low"] > 0 or difference["high"] < 0
         text = f"{name} against {content['baseline']} over {len(found['seeds'])} seeds: {_interval(difference)}"
-        lines.append(text + ("." if sure else ", which the choice of seed could explain."))
+        lines.append(text + ("." if significant else "; the choice of seed could explain this difference."))
     return lines
 
 

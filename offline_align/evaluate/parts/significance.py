@@ -1,4 +1,4 @@
-"""Which differences between methods are more than chance: paired tests on prompts, corrected for their number."""
+"""Which differences are real? Paired tests over prompts, corrected for their number."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -13,13 +13,13 @@ from offline_align.evaluate.sections import Section, Table
 from offline_align.evaluate.statistics import Floats
 
 NOTE = (
-    "Wilcoxon's signed-rank test on the differences of two methods' scores, prompt by prompt; ties are left out. "
-    "Holm's correction keeps the chance of even one false difference among all pairs below the level."
+    "Wilcoxon signed-rank test on the differences between two methods' scores on each prompt; ties are left out. "
+    "Holm's correction keeps the probability of any false difference among all pairs below the level."
 )
 
 
 def significance_section(compared: Compared, settings: EvaluateSection) -> Section | None:
-    """Return a test of every two methods, or None where only one is compared."""
+    """Return a test of every pair of methods, or None if there is only one method."""
     methods = compared.comparison.methods
     if len(methods) < 2:
         return None
@@ -38,19 +38,19 @@ def significance_section(compared: Compared, settings: EvaluateSection) -> Secti
         }
         for (a, b), p, corrected in zip(pairs, raw, holm(raw), strict=True)
     ]
-    surely = sum(bool(one["differ"]) for one in tests)
-    finding = f"{surely} of {len(tests)} pairs of methods differ by more than chance at the {level:.0%} level."
+    differing = sum(bool(one["differ"]) for one in tests)
+    finding = f"{differing} of {len(tests)} pairs of methods differ by more than chance at the {level:.0%} level."
     return Section("significance", "Which differences are real?", NOTE, [finding], {"tests": tests}, [_table(tests)])
 
 
 def signed_rank(first: Floats, second: Floats) -> float:
-    """Return the two-sided p of Wilcoxon's test on paired scores [prompts]; 1 where no pair differs."""
+    """Return the two-sided p value of paired scores [prompts]; 1 if no pair differs."""
     differences = first - second
     return float(wilcoxon(differences).pvalue) if differences.any() else 1.0
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Return p values corrected by Holm's step-down rule, in their order."""
+    """Return p values corrected by Holm's step-down procedure, in the given order."""
     order = np.argsort(values, kind="stable")
     scaled = np.array(values)[order] * np.arange(len(values), 0, -1)
     corrected = np.empty(len(values))
@@ -68,7 +68,7 @@ def _table(tests: Sequence[Mapping[str, Any]]) -> Table:
         ]
         for one in tests
     ]
-    return Table("Every two methods", ["difference", "of mean scores", "p", "p (Holm)", "differ"], rows)
+    return Table("All pairs of methods", ["pair", "difference of mean scores", "p", "p (Holm)", "differ"], rows)
 
 
 def _p(value: float) -> str:

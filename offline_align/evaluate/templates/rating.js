@@ -22,7 +22,7 @@
     input.checked = ratings[input.name] === Number(input.value);
     input.addEventListener("change", () => {
       ratings[input.name] = Number(input.value);
-      try { localStorage.setItem(storage, JSON.stringify(ratings)); } catch { status.textContent = "not stored"; }
+      try { localStorage.setItem(storage, JSON.stringify(ratings)); } catch { status.textContent = "This browser cannot store the ratings."; }
       refresh();
     });
   });

@@ -1,4 +1,4 @@
-"""Generation runs of several methods, written as `generate` writes them."""
+"""Fixtures that write generation runs of several methods in the format of `generate`."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def write_run(tmp_path: Path) -> WriteRun:
         method: str | None = None,
         target: float | None = None,
     ) -> Path:
-        """Write `<name>/generations.jsonl`, with a manifest where there is a method; return the file."""
+        """Write `<name>/generations.jsonl`, and a manifest if `method` is given; return the file."""
         folder = tmp_path / name
         folder.mkdir(parents=True)
         path = folder / "generations.jsonl"
@@ -50,7 +50,7 @@ WriteChain = Callable[..., Path]
 
 @pytest.fixture
 def write_chain(tmp_path: Path) -> WriteChain:
-    """Return a function that writes the runs behind a conditional policy, and its answers at several targets."""
+    """Return a function that writes the lineage of a conditional policy and its answers at several targets."""
 
     def write_chain(rewards: Sequence[float], answers: dict[float, Sequence[str]], stored: float = 1.0) -> Path:
         """Label rows with raw `rewards` and answer PROMPTS at every target; return the generation file."""
@@ -76,7 +76,7 @@ def write_chain(tmp_path: Path) -> WriteChain:
 
 
 def write_label_run(folder: Path, rewards: Sequence[float]) -> Path:
-    """Write what a label run leaves: every third row is an SFT row, the others are answers of pairs."""
+    """Write a finished label run: every third row is an SFT row, the others are answers of pairs."""
     reward_model = folder.parent / "reward"
     checkpoint = reward_model / "checkpoints" / "step_1"
     checkpoint.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The runs behind the answers, found through manifests, whatever is missing on the way."""
+"""Ancestors are found through manifests, even if some of them are missing."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def make_run(root: Path, stage: str, inputs: list[Path], parents: list[Path]) ->
 
 @pytest.fixture
 def chain(tmp_path: Path) -> Path:
-    """Return `generate`, which came from sft and label, which came from sft."""
+    """Return the manifests of `generate`, whose parents are sft and label; label's parent is sft."""
     sft = make_run(tmp_path, "sft", [], [])
     label = make_run(tmp_path, "label", [], [sft])
     ca = make_run(tmp_path, "ca", [label / "out"], [sft])

@@ -1,4 +1,4 @@
-"""Generation files are named after their methods and aligned by prompt; what does not fit is refused."""
+"""Generation files are named after their methods and aligned by prompt; mismatches are rejected."""
 
 import re
 from pathlib import Path
@@ -145,7 +145,7 @@ def test_folders_that_share_a_name_get_longer_ones(write_run: WriteRun) -> None:
 
 
 def swept(write_run: WriteRun, name: str, targets: list[float], drop: int = 0) -> Path:
-    """Write what `generate` writes for a list of targets."""
+    """Write the output of `generate` for a list of targets."""
     texts = {f"<rm_score>{t:.1f}": t for t in targets}
     rows = [
         {**prompt, "response": f"{name} {target}", "finish_reason": "stop", "condition": text}

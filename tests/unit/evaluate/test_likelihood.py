@@ -1,4 +1,4 @@
-"""Log-likelihoods of answers are those of transformers; distances between policies follow from them."""
+"""Log-likelihoods of answers equal those of transformers; divergences are computed from them."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def sft(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def other(folder: Path, sft: Path) -> Path:
-    """A policy that has learned to say something else."""
+    """Return a policy with different weights."""
     rows = [{"id": str(k), "prompt": p, "response": "stone stone seven"} for k, p in enumerate(PROMPTS * 4)]
     return train("sft", folder / "other", write_jsonl(folder / "others.jsonl", rows), model=continued(sft))
 
@@ -53,7 +53,7 @@ def sample(prompt: str, response: str) -> Sample:
 
 
 def write_answers(folder: Path, name: str, policy: Path, texts: tuple[str, ...], **columns: Any) -> Path:
-    """Write what `generate` leaves of one answer to every prompt."""
+    """Write the output of `generate` with one answer to every prompt."""
     run_dir = folder / "answers" / name
     run_dir.mkdir(parents=True)
     rows = [

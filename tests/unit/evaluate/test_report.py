@@ -135,7 +135,7 @@ def test_report_json_is_strict_and_has_everything(write_run: WriteRun, tmp_path:
 def test_many_prompts_are_thinned_evenly(write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "SHOWN_PROMPTS", 2)
     page = outline(write(write_run, tmp_path, ["first", "second", "third"]) / "report.html")
-    assert "2 of 3 prompts, spread evenly" in page.text
+    assert "2 of 3 prompts, evenly spaced" in page.text
     assert "first" in page.text
     assert "third" in page.text
     assert "second" not in page.text

@@ -1,4 +1,4 @@
-"""Bootstrap over clusters: means, totals, intervals, and statistics without a value."""
+"""Bootstrap over clusters: means, totals, intervals, and undefined statistics."""
 
 import math
 

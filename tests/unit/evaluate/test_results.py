@@ -1,4 +1,4 @@
-"""The report's numbers from scores that can be checked by hand, and the tables that show them."""
+"""The report's numbers against values computed by hand, and the tables that show them."""
 
 import json
 from pathlib import Path

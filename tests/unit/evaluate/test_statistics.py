@@ -1,4 +1,4 @@
-"""Win rates, rank scores and distinct words, against plain definitions."""
+"""Win rates, rank scores and distinct n-grams against their definitions."""
 
 import numpy as np
 import pytest

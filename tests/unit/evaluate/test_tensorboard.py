@@ -1,4 +1,4 @@
-"""Which numbers of a report become scalars, and what happens where the folder cannot be written."""
+"""The numbers of a report that become scalars, and the warning if the folder cannot be written."""
 
 from pathlib import Path
 from typing import Any

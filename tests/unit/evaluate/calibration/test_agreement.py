@@ -1,4 +1,4 @@
-"""Agreement with people, against values worked out by hand."""
+"""Agreement with people against values computed by hand."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_ties_of_people_count_in_the_kappa_of_three_verdicts() -> None:
     assert agreement(judged(people, judge), SETTINGS, 0)["kappa_with_ties"]["mean"] == pytest.approx(expected)
 
 
-def test_a_habit_of_place_shows_in_both_orders_and_cancels_in_the_verdict() -> None:
+def test_position_bias_shows_in_both_orders_and_cancels_in_the_verdict() -> None:
     # The first shown always gains 2: margins 2 + m forward, m - 2 backward.
     merit = [1.0, -1.0, 3.0, -3.0]
     verdicts = judged([1, -1, 1, -1], [m + 2 for m in merit], [m - 2 for m in merit])
@@ -74,7 +74,7 @@ def test_length_is_a_baseline_and_a_bias() -> None:
     assert found["people_prefer_longer"]["mean"] == pytest.approx(2 / 3)
     assert sum(one["pairs"] for one in found["by_length"]) == 4
     assert found["gain_over_length"]["mean"] == pytest.approx((2 - 2.5) / 4)
-    # The rule is wrong where people prefer the shorter answer, and a coin at equal length.
+    # The rule is wrong if people prefer the shorter answer, and a coin flip at equal length.
     rule = {one["from_characters"]: one["length_only"] for one in found["by_length"]}
     assert rule[-7] == 0.0
     assert rule[7] == 1.0

@@ -1,4 +1,4 @@
-"""Rows of verdict files and preference files become pairs with people's verdict on the first answer."""
+"""Verdict rows and preference rows become pairs with people's verdict on the first answer."""
 
 import json
 from pathlib import Path

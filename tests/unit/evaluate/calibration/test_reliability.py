@@ -10,7 +10,7 @@ from offline_align.evaluate.statistics import Floats
 
 
 def simulate(scale: float, count: int = 40_000) -> Floats:
-    """Margins in the direction of people's choice, where people follow sigmoid(margin / scale)."""
+    """Return margins towards people's choice for people who choose with sigmoid(margin / scale)."""
     rng = np.random.default_rng(0)
     margins = rng.normal(0, 2 * scale, size=count)
     people = np.where(rng.random(count) < 1 / (1 + np.exp(-margins / scale)), 1, -1)

@@ -1,4 +1,4 @@
-"""A server on loopback that speaks the chat completions protocol, and fails as it is told to."""
+"""A local chat completions server whose replies and failures the tests choose."""
 
 import json
 import re
@@ -15,9 +15,9 @@ Reply = Callable[[dict[str, Any]], tuple[int, Content]]
 
 
 class Endpoint:
-    """Answers requests with `reply(body)`, as (status, content), and remembers them.
+    """Answers requests with `reply(body)`, which returns (status, content), and records them.
 
-    A string is the text of a completion, or of an error; a mapping is the body itself, and bytes are the raw body.
+    Content is the text of a completion or error (str), the JSON body (dict), or the raw body (bytes).
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Endpoint:
                 self.wfile.write(raw(status, content))
 
             def log_message(self, format: str, *args: Any) -> None:
-                """Stay silent."""
+                """Log nothing."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"

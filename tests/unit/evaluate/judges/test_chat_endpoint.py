@@ -1,4 +1,4 @@
-"""Whatever a server answers, one question costs one verdict at most, and only what concerns all ends the run."""
+"""A bad reply costs at most one verdict; only errors that concern all questions end the run."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def text_of(body: dict[str, Any]) -> str:
 
 
 def refusing(word: str, status: int, content: Content) -> Any:
-    """Return a server that has one answer to questions with a word in them, and verdicts for all others."""
+    """Return a server with a fixed answer to questions that contain a word, and verdicts for all others."""
     return lambda body: (status, content) if word in text_of(body) else by_length(body)
 
 
@@ -196,8 +196,8 @@ ENDS: list[tuple[int, Content, type[AlignError], str]] = [
     (429, "Slow down", StoppedEarly, "Slow down"),
     (500, "broken", StoppedEarly, "broken"),
     (503, b"<html><h1>503</h1> no server is available</html>", StoppedEarly, "no server is available"),
-    (200, b"<html><h1>Welcome</h1></html>", ConfigError, "with no chat completion"),
-    (200, b'{"object": "list"}', ConfigError, "with no chat completion"),
+    (200, b"<html><h1>Welcome</h1></html>", ConfigError, "does not return a chat completion"),
+    (200, b'{"object": "list"}', ConfigError, "does not return a chat completion"),
     (302, b"", ConfigError, "302"),
 ]
 
@@ -311,7 +311,7 @@ def test_a_key_that_cannot_be_sent_is_said_but_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(ConfigError, match="OPENAI_API_KEY holds") as error:
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY contains") as error:
         served_model_judge(JudgeSection(JudgeKind.openai, "m"), tmp_path, 0)
     assert key.strip() not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""The demo corpus's own quality as the judge, for its prompts only."""
+"""The ground-truth judge scores prompts of the demo corpus only."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_scores_are_the_quality_that_the_corpus_wrote_down() -> None:
 
 
 def test_other_prompts_are_refused() -> None:
-    with pytest.raises(ConfigError, match="prompt p7 is not of the demo corpus"):
+    with pytest.raises(ConfigError, match="prompt p7 is not from the demo corpus"):
         GroundTruthJudge().score([Sample("p7", (Message("user", "Why?"),), "So.", {})])
 
 

@@ -1,4 +1,4 @@
-"""The blind rating page hides the methods; saved ratings come back to their answers."""
+"""The blind rating page hides the methods; saved ratings are matched to their answers."""
 
 import json
 import math

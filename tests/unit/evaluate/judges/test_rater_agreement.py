@@ -8,7 +8,7 @@ from offline_align.evaluate.judges.rater_agreement import krippendorff_alpha
 
 
 def by_definition(units: list[list[float]]) -> float:
-    """Sums over ordered pairs, as the definition has them."""
+    """Return alpha from sums over ordered pairs, as in the definition."""
     shared = [one for one in units if len(one) > 1]
     values = [value for one in shared for value in one]
     observed = sum(sum((a - b) ** 2 for a, b in permutations(one, 2)) / (len(one) - 1) for one in shared) / len(values)

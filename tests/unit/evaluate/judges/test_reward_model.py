@@ -1,4 +1,4 @@
-"""What the reward-model judge adds to scoring: equal answers are asked about once and tie."""
+"""The reward-model judge scores equal answers once, so they tie."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ def make_config(model: str | None, precision: Precision = Precision.auto) -> Eva
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Replace the model by the number of letters and remember what it was asked, and in which numbers."""
+    """Replace the model by the number of letters, and record the scored samples of each call."""
     asked: list[list[str]] = []
 
     def score(checkpoint: Path, samples: Sequence[Sample], *sections: Any) -> list[float]:

@@ -83,7 +83,7 @@ def test_equal_questions_are_asked_once(endpoint: Endpoint, tmp_path: Path) -> N
     assert (described["verdicts"], described["prompt_tokens"]) == (2, 200)
 
 
-def test_a_habit_of_place_is_found(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_position_bias_is_found(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.reply = lambda body: (200, "Assistant A: 9\nAssistant B: 5\nAssistant C: 4")
     judge = make_judge(endpoint, tmp_path)
     scores = np.array(judge.score(make_samples())).reshape(6, 3)
@@ -93,7 +93,7 @@ def test_a_habit_of_place_is_found(endpoint: Endpoint, tmp_path: Path) -> None:
     assert first["low"] > 0 > second["high"]
 
 
-def test_answers_are_shown_as_they_are_where_that_is_asked_for(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_answers_are_shown_in_the_given_order_if_asked(endpoint: Endpoint, tmp_path: Path) -> None:
     make_judge(endpoint, tmp_path).score(make_samples(4), in_order_from=6)
     shown: dict[str, list[str]] = {}
     for body in endpoint.bodies:
@@ -112,7 +112,7 @@ def test_verdicts_are_never_asked_for_twice(endpoint: Endpoint, tmp_path: Path) 
     assert again.describe()["prompt_tokens"] == 600
 
 
-def test_kept_replies_are_read_anew(endpoint: Endpoint, tmp_path: Path) -> None:
+def test_cached_replies_are_parsed_again(endpoint: Endpoint, tmp_path: Path) -> None:
     first = make_judge(endpoint, tmp_path, form=JudgeForm.single)
     first.score(make_samples(1))
     again, draft, same = (first.cache.get(key) for key in {v.key: 0 for v in first._verdicts})
@@ -211,7 +211,7 @@ def test_models_that_take_no_temperature_are_asked_without(endpoint: Endpoint, t
     assert make_judge(endpoint, tmp_path).score(make_samples(1)) == [1.0, 3.0, 5.0]
 
 
-def test_what_is_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_all_missing_settings_are_reported_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
@@ -222,6 +222,6 @@ def test_what_is_missing_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "OPENAI_API_KEY is not set" in str(error.value)
 
 
-def test_a_server_of_ones_own_needs_no_key(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_server_needs_no_key(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     assert make_judge(endpoint, tmp_path).score(make_samples(1)) == [1.0, 3.0, 5.0]

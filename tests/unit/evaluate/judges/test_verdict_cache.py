@@ -1,4 +1,4 @@
-"""Verdicts outlive crashes: torn lines are dropped, whole ones are found again."""
+"""Verdicts survive crashes: damaged lines are skipped, intact ones are read back."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +37,7 @@ def test_a_torn_last_line_costs_that_verdict_only(tmp_path: Path, torn: int) -> 
     path.write_bytes(path.read_bytes()[:-torn])
     again = VerdictCache(path)
     assert again.get("a") is not None
-    # With its line feed alone gone the verdict is whole.
+    # Without its line feed alone, the verdict is still complete.
     assert (again.get("b") is not None) is (torn == 1)
     again.add(verdict("c", [3.0]))
     last = VerdictCache(path)
@@ -72,6 +72,20 @@ def test_a_cache_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"verdicts\.jsonl"):
         VerdictCache(tmp_path / "file" / "verdicts.jsonl").add(verdict("k", [1.0]))
+
+
+def test_a_cache_that_cannot_be_read_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "verdicts.jsonl").mkdir()
+    with pytest.raises(StorageError, match=r"verdicts\.jsonl: cannot be read"):
+        VerdictCache(tmp_path / "verdicts.jsonl")
+
+
+def test_damaged_verdicts_are_counted_in_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "verdicts.jsonl"
+    VerdictCache(path).add(verdict("a", [1.0]))
+    path.write_text("damaged\n" + path.read_text())
+    VerdictCache(path)
+    assert "verdicts.jsonl: skipping 1 damaged lines" in caplog.text
 
 
 def test_the_key_depends_on_model_and_request() -> None:

@@ -1,4 +1,4 @@
-"""A verdict is read whole from the end of a reply, in every plain form, or not at all."""
+"""A verdict is read completely from the end of a reply, in every common form, or rejected."""
 
 import time
 
@@ -7,7 +7,7 @@ import pytest
 from offline_align.evaluate.judges.verdict_text import candidate_names, parse
 
 PLAIN = [
-    # Lines as they were asked for, and with the marks that models put around them.
+    # Lines in the requested form, and with the markup that models add.
     "Assistant A: 7\nAssistant B: 3",
     "Assistant A:7\nAssistant B:3",
     "Assistant B: 3\nAssistant A: 7",
@@ -42,7 +42,7 @@ PLAIN = [
     "Assistant A's score: 7\nAssistant B’s rating: 3",
     "Assistant A final score = 7\nAssistant B final score = 3",
     "Score of Assistant A: 7\nScore for Assistant B: 3",
-    # The scale, and numbers that say the same.
+    # The scale, and other forms of the same number.
     "Assistant A: 7/10\nAssistant B: 3 / 10",
     "Assistant A: 7 out of 10\nAssistant B: 3 (out of 10)",
     "Assistant A: 7/10.0\nAssistant B: 3 out of ten",
@@ -58,7 +58,7 @@ PLAIN = [
     "Assistant A: $\\boxed{7}$\nAssistant B: \\(\\boxed{3}\\)",
     "\\boxed{\\text{Assistant A: } 7, \\text{Assistant B: } 3}",
     "Assistant\\_A: 7\nAssistant\\_B: 3",
-    # A remark behind the number.
+    # A remark after the number.
     "Assistant A: 7 (right, and clear)\nAssistant B: 3 (wrong)",
     "Assistant A: 7 - right and clear\nAssistant B: 3 – wrong",
     "Assistant A: 7/10, right and clear.\nAssistant B: 3/10; wrong.",
@@ -85,7 +85,7 @@ PLAIN = [
     '```json\n{"scores": {"Assistant A": "7", "Assistant B": "3"}}\n```',
     '{"assistant_a": 7, "assistant_b": 3, "reason": "the first one is right"}',
     '{"Assistant A": {"score": 7}, "Assistant B": {"score": 3}}',
-    # Drafts of all kinds before it.
+    # Drafts of all kinds before the verdict.
     "Both are fine, and A is right on 2 of 3 points.\nAssistant A: 7\nAssistant B: 3",
     "Assistant A: <score>\nAssistant B: <score>\nAssistant A: 7\nAssistant B: 3",
     "Assistant A: 2\nAssistant B: 9\n\nAssistant A: 7\nAssistant B: 3",
@@ -115,7 +115,7 @@ UNREADABLE = [
     "<think>\nAssistant A: 7\nAssistant B: 3\n</think>",
     "Assistant A: 7\nAssistant B: 3\n<think>Or is it",
     "<|channel|>analysis<|message|>Assistant A: 7\nAssistant B: 3",
-    # A draft, or half of one, may not stand in for what follows it.
+    # A complete or partial draft does not replace the verdict after it.
     "Assistant A: 7\nAssistant B: 3\nNo, that is not right.",
     "Assistant A: 7\nAssistant B: 3\n\nThinking about it again, both deserve",
     "Assistant A: 7\nAssistant B: 3\nIn the end:\nAssistant A: 9",

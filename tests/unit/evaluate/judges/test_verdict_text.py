@@ -1,4 +1,4 @@
-"""What the judge is asked hides the methods, and only whole verdicts are believed."""
+"""The judge's prompt hides the methods, and only complete verdicts count."""
 
 import pytest
 

@@ -1,14 +1,17 @@
-"""Hours of every stage behind a method, from manifests that are written as the stages write them."""
+"""Hours of every stage behind a method, from manifests in the format of the stages."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from offline_align.config.sections import EvaluateSection, OnBadRow
 from offline_align.data.jsonl import BadRows
+from offline_align.evaluate.ancestry import Ancestor
 from offline_align.evaluate.comparison import load_comparison
-from offline_align.evaluate.parts.cost import cost_section, run_hours
-from offline_align.lineage import read_manifest
+from offline_align.evaluate.parts.cost import cost_section, run_hours, stage_order
+from offline_align.lineage import Manifest, read_manifest
+from offline_align.lineage.files import canonical_json, text_sha256
 from tests.runs import write_manifest
 from tests.unit.evaluate.conftest import WriteChain, WriteRun, rows_for
 
@@ -35,6 +38,33 @@ def test_every_stage_behind_a_method_counts_and_ppo_is_the_measure(write_chain: 
     assert any(line.startswith("ca: recorded by an earlier version") for line in found.findings)
     assert found.tables[0].header == ["hours", "ca", "total", "of PPO"]
     assert any("generate, label, reward" in line for line in found.findings)
+
+
+def ancestor(stage: str, depth: int) -> Ancestor:
+    return Ancestor(Path(stage), stage, "", (), depth, Manifest(stage, "", "", {}, [], [], [], {}))
+
+
+def test_stages_are_ordered_by_their_greatest_depth_in_the_lineage() -> None:
+    short = [("b_data", 0), ("sft", 1), ("generate", 2)]
+    long = [("b_data", 0), ("sft", 1), ("z_reward", 2), ("a_toy", 4), ("generate", 5)]
+    other = [("b_data", 0), ("sft", 1), ("a_late", 4), ("generate", 5)]
+    runs = [ancestor(stage, depth) for stage, depth in [*short, *long, *other]]
+    assert stage_order(runs) == ["b_data", "sft", "z_reward", "a_toy", "a_late", "generate"]
+    assert stage_order(runs[::-1])[3:5] == ["a_late", "a_toy"]
+
+
+def test_columns_of_the_table_follow_the_lineage(write_chain: WriteChain) -> None:
+    path: Path = write_chain([8.0, 12.0], {0.0: ["a", "b", "c"], 1.0: ["d", "e", "f"]})
+    for manifest in path.parents[1].glob("*/manifest.json"):
+        content = json.loads(manifest.read_text())
+        del content["sha256"]
+        content["extra"]["rank_seconds"] = {"total": 3600.0}
+        sealed = {**content, "sha256": text_sha256(canonical_json(content))}
+        manifest.write_text(json.dumps(sealed))
+    section = cost_section(load_comparison([path], BadRows(OnBadRow.fail, None)), EvaluateSection())
+    assert section is not None
+    assert section.tables[0].header == ["hours", "reward", "label", "ca", "generate", "total"]
+    assert list(section.content["methods"]["ca(0.0)"]["hours"]) == ["reward", "label", "ca", "generate"]
 
 
 def test_answers_without_runs_have_no_cost(write_run: WriteRun) -> None:

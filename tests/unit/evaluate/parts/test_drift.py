@@ -1,4 +1,4 @@
-"""Reward drift against distributions whose distance is known."""
+"""Reward drift for distributions with known distances."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_answers_beyond_the_labels_are_reported(write_chain: WriteChain) -> None
     assert found.content["groups"]["labelled pairs"]["answers"] == 40
     assert found.content["groups"]["ca(1.0)"]["beyond"] == 1.0
     assert found.content["groups"]["ca(0.0)"]["beyond"] == 0.0
-    assert "ca(1.0): 100% of its answers score beyond every labelled row." in found.findings
+    assert "ca(1.0): 100% of its answers score outside the range of the labelled rows." in found.findings
 
 
 def test_another_judge_says_nothing_of_drift(write_chain: WriteChain) -> None:

@@ -1,4 +1,4 @@
-"""The reward-following curve: against hand-made policies that follow, ignore, or turn round their target."""
+"""The reward-following curve of hand-made policies that follow, ignore or invert their target."""
 
 from pathlib import Path
 
@@ -51,8 +51,8 @@ def test_targets_that_no_labelled_row_has_are_flagged(answers: Path) -> None:
     assert found is not None
     support = [one["support"] for one in found.content["policies"]["ca"]["targets"]]
     assert support == ["inside", "inside", "inside", "outside"]
-    assert any("target 5 lies outside the labelled rewards, -1.00 to 1.00" in line for line in found.findings)
-    assert any("the policy stores 5" in line for line in found.findings)
+    assert any("target 5 lies outside the labelled rewards (-1.00 to 1.00)" in line for line in found.findings)
+    assert any("the policy's default target is 5" in line for line in found.findings)
 
 
 def test_a_policy_that_turns_its_target_round_is_found_out(answers: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_policy_that_turns_its_target_round_is_found_out(answers: Path) -> Non
     curve = found.content["policies"]["ca"]
     assert curve["slope"]["mean"] == pytest.approx(-1.0)
     assert curve["falls"] == [[-1.0, 0.0], [0.0, 1.0], [1.0, 5.0]]
-    assert "does not surely follow" in found.findings[0]
+    assert "may not follow its target" in found.findings[0]
 
 
 def test_another_judge_keeps_its_own_unit(answers: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pooling over seeds: only what differs in the seed alone is one method, and intervals are Student's."""
+"""Pooling over seeds: trainings that differ only in the seed are one method; intervals are Student's t."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_other_settings_are_another_method(tmp_path: Path) -> None:
 def test_the_interval_is_over_seeds_and_differences_are_paired(tmp_path: Path) -> None:
     files = [answered(tmp_path, f"{m}{s}", m, s) for m in ("sft", "fa") for s in (1, 2, 3)]
     comparison = load_comparison(files, BadRows(OnBadRow.fail, None))
-    # Seeds move both methods alike: the difference is sure although the scores are not.
+    # Seeds shift both methods equally: the difference is certain although the scores are not.
     scores = np.broadcast_to([0.0, 2.0, 4.0, 1.0, 3.0, 5.1], (3, 1, 6)).astype(float)
     found = seeds_section(Compared(comparison, Judgement("rm", scores, {})), EvaluateSection())
     assert found is not None

@@ -1,4 +1,4 @@
-"""Paired tests and their correction, against published values and chance."""
+"""Paired tests and their correction against published values and under the null hypothesis."""
 
 import numpy as np
 import pytest

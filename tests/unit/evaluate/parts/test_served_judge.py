@@ -1,8 +1,8 @@
-"""What the report says about a served judge."""
+"""The report's section on a served judge."""
 
 from typing import Any
 
-from offline_align.evaluate.judges.section import judge_section
+from offline_align.evaluate.parts.served_judge import judge_section
 
 
 def described(**values: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def test_nothing_is_said_of_reasons_if_all_was_read() -> None:
     section = judge_section(described(), ["sft", "ca"])
     assert section is not None
     assert section.findings == []
-    assert [table.title for table in section.tables] == ["Effort"]
+    assert [table.title for table in section.tables] == ["Usage"]
 
 
 def test_missing_verdicts_are_told_by_reason_and_by_method() -> None:
@@ -47,3 +47,17 @@ def test_missing_verdicts_are_told_by_reason_and_by_method() -> None:
     alone = judge_section(values)
     assert alone is not None
     assert len(alone.tables) == 2
+
+
+def place(number: int, mean: float) -> dict[str, float | int]:
+    return {"place": number, "questions": 50, "above_mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+
+
+def test_position_bias_is_reported_only_beyond_its_interval() -> None:
+    biased = judge_section(described(places=[place(1, 0.3), place(2, -0.05)]))
+    assert biased is not None
+    assert biased.findings == ["Position bias: answers in position 1 score +0.30 against the mean."]
+    assert biased.tables[1].rows == [["1", "+0.30 [+0.20, +0.40]"], ["2", "-0.05 [-0.15, +0.05]"]]
+    fair = judge_section(described(places=[place(1, 0.05), place(2, -0.05)]))
+    assert fair is not None
+    assert fair.findings == ["No position bias beyond chance."]

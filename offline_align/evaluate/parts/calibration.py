@@ -1,4 +1,4 @@
-"""The report's answer to: can this judge be trusted?"""
+"""Can this judge be trusted? Its agreement with people, its biases and its calibration."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,16 +12,16 @@ from offline_align.evaluate.figures import draw_reliability
 from offline_align.evaluate.sections import Drawing, Section, Table
 
 NOTE = (
-    "Pairs of answers that people have judged, scored by the judge of this report in both orders. Intervals draw whole "
-    "prompts again. A tie of the judge counts as half right; pairs on which people tie count in kappa only."
+    "Pairs of answers with human verdicts, scored by the judge of this report in both orders. Intervals resample whole "
+    "prompts. A tie of the judge counts as half right; pairs on which people tie count only in kappa."
 )
 _ROWS = {
     "accuracy": "accuracy: people's choice scored higher",
-    "swapped_accuracy": "the same with people's verdicts turned round",
-    "kappa": "Cohen's kappa, pairs that people decided",
+    "swapped_accuracy": "accuracy with people's verdicts swapped",
+    "kappa": "Cohen's kappa, pairs on which people prefer one answer",
     "kappa_with_ties": "Cohen's kappa, ties as a third verdict",
     "length_only_accuracy": "accuracy of 'the longer answer is better'",
-    "gain_over_length": "accuracy above that rule's",
+    "gain_over_length": "accuracy minus that of this rule",
     "judge_prefers_longer": "judge prefers the longer answer",
     "people_prefer_longer": "people prefer the longer answer",
     "judge_ties": "judge ties",
@@ -31,70 +31,74 @@ _ROWS = {
 
 
 def calibration_section(verdicts: Verdicts, settings: EvaluateSection, seed: int) -> Section:
-    """Return agreement with people, biases, and reliability as a part of the report."""
+    """Return agreement with people, biases and reliability."""
     found = agreement(verdicts, settings, seed)
     decided = np.isfinite(verdicts.margins) & (verdicts.people != 0)
-    sure = reliability((verdicts.margins * verdicts.people)[decided]) if decided.any() else None
+    fit = reliability((verdicts.margins * verdicts.people)[decided]) if decided.any() else None
     drawings = []
-    if sure is not None:
-        picture = draw_reliability("Reliability", sure["bins"], sure["tempered_bins"])
+    if fit is not None:
+        picture = draw_reliability("Reliability", fit["bins"], fit["tempered_bins"])
         note = "ten bins of equal size; a calibrated judge lies on the dashed line"
         drawings.append(Drawing("Reliability", note, picture))
     return Section(
         name="calibration",
         title="Can this judge be trusted?",
         note=NOTE,
-        findings=_findings(found, sure),
-        content={"agreement": found, "reliability": sure},
-        tables=_tables(found, sure),
+        findings=_findings(found, fit),
+        content={"agreement": found, "reliability": fit},
+        tables=_tables(found, fit),
         drawings=drawings,
     )
 
 
-def _findings(found: Mapping[str, Any], sure: Mapping[str, Any] | None) -> list[str]:
-    if sure is None:
-        return ["No pair has both a preference of people and a score of the judge."]
+def _findings(found: Mapping[str, Any], fit: Mapping[str, Any] | None) -> list[str]:
+    if fit is None:
+        return ["No pair has both a human preference and a score of the judge."]
     accuracy, length = found["accuracy"], found["length_only_accuracy"]
     lines = [
-        f"Agrees with people on {_percent(accuracy)} of {found['decided_pairs']} pairs; "
+        f"The judge agrees with people on {_percent(accuracy)} of {found['decided_pairs']} pairs; "
         f"preferring the longer answer would be right on {length['mean']:.1%}{_against(found['gain_over_length'])}."
     ]
     people = found["people_with_each_other"]
     if people:
-        lines.append(f"Two people agree with each other on {people['agreement']:.1%} of {people['doubles']} doubles.")
+        lines.append(
+            f"Two people agree with each other on {people['agreement']:.1%} of {people['doubles']} pairs of verdicts."
+        )
     longer, theirs = found["judge_prefers_longer"], found["people_prefer_longer"]
     if longer["low"] is not None and not longer["low"] <= theirs["mean"] <= longer["high"]:
-        lines.append(f"Prefers the longer answer on {_percent(longer)} of the pairs, people on {theirs['mean']:.1%}.")
+        lines.append(
+            f"The judge prefers the longer answer on {_percent(longer)} of the pairs, people on {theirs['mean']:.1%}."
+        )
     first = found["first_shown_wins"]
     if not first["low"] <= 0.5 <= first["high"]:
-        lines.append(f"Favours a place: the answer shown first wins on {_percent(first)} of the verdicts.")
-    return [*lines, _calibration(sure)]
+        lines.append(f"Position bias: the answer shown first wins {_percent(first)} of the verdicts.")
+    return [*lines, _calibration(fit)]
 
 
 def _against(gain: Mapping[str, Any]) -> str:
-    """Say whether the judge beats the rule of length, by the paired difference of the two."""
+    """Return a clause on whether the judge beats the length rule, from their paired difference."""
     if gain["low"] > 0:
         return ""
-    return ", which is better than this judge" if gain["high"] < 0 else ", which it does not surely beat"
+    return ", which is better than this judge" if gain["high"] < 0 else ", which it does not significantly beat"
 
 
-def _calibration(sure: Mapping[str, Any]) -> str:
-    error, tempered = sure["expected_calibration_error"], sure["tempered_expected_calibration_error"]
-    if sure["temperature_at_bound"] and sure["temperature"] > 1:
-        return "The size of its margins says nothing about people's choice: no finite temperature calibrates them."
+def _calibration(fit: Mapping[str, Any]) -> str:
+    error, tempered = fit["expected_calibration_error"], fit["tempered_expected_calibration_error"]
+    if fit["temperature_at_bound"] and fit["temperature"] > 1:
+        return "The size of the judge's margins does not predict people's choices: no finite temperature calibrates it."
     return (
-        f"Expected calibration error {error:.3f}; {tempered:.3f} with margins divided by {sure['temperature']:.2f} "
-        "(fitted on the same pairs)."
+        f"The expected calibration error is {error:.3f}, or {tempered:.3f} with margins divided by "
+        f"{fit['temperature']:.2f} (fitted on the same pairs)."
     )
 
 
-def _tables(found: Mapping[str, Any], sure: Mapping[str, Any] | None) -> list[Table]:
-    title = f"{found['pairs']} pairs: {found['decided_pairs']} decided, {found['people_ties']} ties of people"
+def _tables(found: Mapping[str, Any], fit: Mapping[str, Any] | None) -> list[Table]:
+    title = f"{found['pairs']} pairs: {found['decided_pairs']} with a preference, {found['people_ties']} human ties"
     title += f", {found['without_verdict']} without a score" * bool(found["without_verdict"])
     kappas = ("kappa", "kappa_with_ties")
     rows = [[text, _number(found[name]) if name in kappas else _percent(found[name])] for name, text in _ROWS.items()]
     change = found["largest_order_difference"]
-    rows.append(["largest change of a margin with the order", "none" if change is None else f"{change:.3g}"])
+    rows.append(["largest change of a margin between orders", "none" if change is None else f"{change:.3g}"])
     tables = [Table(title, ["measure", "value"], rows)]
     if len(found["by_source"]) > 1:
         groups = [[name, *_beside_length(one)] for name, one in found["by_source"].items()]
@@ -103,20 +107,20 @@ def _tables(found: Mapping[str, Any], sure: Mapping[str, Any] | None) -> list[Ta
         [f"{one['from_characters']:+,} to {one['to_characters']:+,}", *_beside_length(one)]
         for one in found["by_length"]
     ]
-    header = ["characters that people's choice is longer", "pairs", "accuracy", "longer answer"]
-    tables.append(Table("Accuracy by difference of length", header, lengths))
-    return [*tables, *([_reliability_table(sure)] if sure else [])]
+    header = ["extra characters of people's choice", "pairs", "accuracy", "longer answer"]
+    tables.append(Table("Accuracy by difference in length", header, lengths))
+    return [*tables, *([_reliability_table(fit)] if fit else [])]
 
 
 def _beside_length(one: Mapping[str, Any]) -> list[str]:
-    """Return pairs, accuracy, and the accuracy of the rule that the longer answer is better."""
+    """Return number of pairs, accuracy, and the accuracy of 'the longer answer is better'."""
     return [str(one["pairs"]), _percent(one), f"{one['length_only']:.1%}"]
 
 
-def _reliability_table(sure: Mapping[str, Any]) -> Table:
+def _reliability_table(fit: Mapping[str, Any]) -> Table:
     names = {"expected calibration error": "expected_calibration_error", "log loss (a coin: 0.693)": "log_loss"}
-    rows = [[text, f"{sure[name]:.3f}", f"{sure[f'tempered_{name}']:.3f}"] for text, name in names.items()]
-    return Table("Calibration", ["measure", "as scored", f"margins / {sure['temperature']:.2f}"], rows)
+    rows = [[text, f"{fit[name]:.3f}", f"{fit[f'tempered_{name}']:.3f}"] for text, name in names.items()]
+    return Table("Calibration", ["measure", "as scored", f"margins / {fit['temperature']:.2f}"], rows)
 
 
 def _percent(one: Mapping[str, Any]) -> str:
