@@ -55,7 +55,7 @@ CASES: list[tuple[str, int, dict[int, str]]] = [
     ("rank 1 raises", 70, {1: BOOM}),
     ("bad data", 65, {1: "rows.jsonl:3: prompt: is missing"}),
     ("full disk", 74, {0: "checkpoints: No space left on device"}),
-    ("early stop of rank 0", 75, {0: "stopped by SIGTERM; what was done is on disk: run it again"}),
+    ("early stop of rank 0", 75, {0: "stopped by SIGTERM; finished work is on disk: run the command again"}),
     ("both raise", 70, {0: BOOM, 1: BOOM}),
 ]
 

@@ -81,7 +81,7 @@ def test_two_nodes_share_each_layer(cluster: Cluster, undisturbed: Path) -> None
     assert manifest["extra"]["ranks"] == 2
     assert set(metrics(undisturbed, "slowest_host")) <= {"n1", "n2"}
     shown = console(undisturbed)
-    assert "nodes: 1 hosts, 2 ranks, 0 GPUs, one all-reduce: well" in shown
+    assert "nodes: 1 hosts, 2 ranks, 0 GPUs, one all-reduce: all good" in shown
     assert "training: " in shown and "sft: done after" in shown
     ranks = [(undisturbed / "logs" / f"rank_00{rank}.log").read_text() for rank in (0, 1)]
     assert "sft: done after" in ranks[0] and "sft: done after" not in ranks[1]

@@ -36,7 +36,7 @@ def test_good_nodes_pass() -> None:
         ({"versions": {}}, ConfigError, "(h1): torch is not installed, elsewhere 2.13.0; install the same everywhere"),
         ({"clock": 1e9 - 60}, ConfigError, "the clock is "),
         ({"shares_folder": False}, ConfigError, "(h1): run.dir is not the folder that rank 0 sees"),
-        ({"free_bytes": 2**30}, StorageError, "(h1): 1.0 GiB free for run.dir; 5 are wanted"),
+        ({"free_bytes": 2**30}, StorageError, "(h1): 1.0 GiB free for run.dir; at least 5 GiB are needed"),
         ({"gpus": 7}, AlignError, "(h1): 7 GPUs visible, elsewhere 8"),
         ({"problem": "GPU 1: ECC error"}, AlignError, "(h1), rank 2: GPU 1: ECC error"),
     ],

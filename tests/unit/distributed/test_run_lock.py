@@ -121,7 +121,7 @@ def test_a_silent_holder_elsewhere_is_dead_after_a_while(
     started = time.monotonic()
     with run_lock.run_lock(tmp_path, "sft"):
         assert 0.4 <= time.monotonic() - started < 5
-    assert "watching whether it lives" in caplog.text and "taken over" in caplog.text
+    assert "checking whether that job is alive" in caplog.text and "taken over" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 
