@@ -179,7 +179,7 @@ def test_what_would_fail_again_is_not_requeued(cluster: Cluster, rows: Path, mis
     end = cluster.wait(job)
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", f"{code}:0")
     shown = (cluster.folder / f"code_{code}.out").read_text()
-    assert f"exit code {code}: another attempt would end the same; not requeued" in shown
+    assert f"exit code {code}: another attempt would fail in the same way; not requeued" in shown
     assert "first error, rank" in shown
 
 
@@ -192,7 +192,7 @@ def test_a_crash_without_progress_is_given_up_after_three_attempts(cluster: Clus
     end = cluster.wait(job)
     assert (end["JobState"], end["Restarts"]) == ("FAILED", "2"), console(run)
     assert console(run).count(": requeued") == 2
-    assert "given up: 3 attempts in a row saved nothing new" in console(run)
+    assert "giving up: 3 attempts in a row saved nothing new" in console(run)
 
 
 def test_ranks_that_hang_are_ended_in_time_for_another_attempt(cluster: Cluster, rows: Path) -> None:
