@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 23
 	@echo
-	@echo '  One test file or test:   make test-fast PYTEST_ARGS="tests/unit/data -k packing"'
+	@echo '  One test file or test:   make test-fast PYTEST_ARGS="tests/unit/data -k pack"'
 	@echo '  GPU tests, on a GPU:     $(BIN)/pytest -m gpu'
 
 setup: $(READY) ## create .venv with the locked package versions (needs only Python 3.12)
