@@ -68,6 +68,25 @@ def test_a_rank_that_dies_after_its_answer_can_be_replaced(store: Any) -> None:
     assert found == ["session_1"]
 
 
+def test_a_question_for_the_next_session_is_not_answered_with_this_one(store: Any) -> None:
+    class Racing:
+        """Lets rank 1 arrive, and ask for its next session, right after rank 0 has looked for its arrival."""
+
+        def check(self, keys: list[str]) -> bool:
+            found: bool = store.check(keys)
+            if keys == ["session_1/came/1"] and not found:
+                store.set("session_1/came/1", "yes")
+                store.set("asks/1", "next")
+            return found
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+    store.set("asks/1", "first")
+    assert fresh_prefix(Racing(), 0, 2, 20) == "session_1"
+    assert not store.check(["answers/next"])
+
+
 @pytest.mark.parametrize(("rank", "missing"), [(0, 1), (1, 0)])
 def test_a_missing_rank_is_named(store: Any, rank: int, missing: int) -> None:
     with pytest.raises(AlignError, match=f"rank {missing} has not come within 0 s"):
