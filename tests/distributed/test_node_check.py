@@ -1,4 +1,4 @@
-"""The check of the nodes before a job, by real ranks over gloo, one of which has something wrong with it."""
+"""The node check before a job, with real ranks over gloo, one of which has a problem."""
 
 import re
 import socket
@@ -25,7 +25,10 @@ STOPS_LATER = "import os; check._reduce = lambda *_: os._exit(9)"
 
 
 def ranks(folder: Path, damage: list[str | None], *options: str) -> list[tuple[int, str]]:
-    """Run the check as so many ranks, each on a node of its own; None: it never comes. Returns codes and messages."""
+    """Run the check with one rank a node and return exit codes and messages.
+
+    `damage` has one program line for each rank; a rank with None does not start.
+    """
     port = str(*free_ports(1))
     processes = []
     for rank, what in enumerate(damage):
@@ -76,7 +79,7 @@ def test_good_nodes_pass(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_the_node_with_something_wrong_is_named(tmp_path: Path, damage: str, said: str) -> None:
+def test_the_node_with_a_problem_is_named(tmp_path: Path, damage: str, said: str) -> None:
     done = ranks(tmp_path, ["", damage, ""])
     assert [code for code, _ in done] == [78, 78, 78], done
     line = f"offline-align\\[rank 0\\]: error: {said.format(host=re.escape(socket.gethostname()))}\n"
