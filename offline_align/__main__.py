@@ -117,7 +117,7 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
 
 
 def _run(job: Job[Run], words: list[str], limit: Callable[[str | None], None]) -> int:
-    """Submit the job to Slurm, start its ranks, or run the stage in this process; return the exit code."""
+    """Submit the job, start its ranks, or run the stage in this process; return the exit code."""
     launcher, config = job.launcher, job.config
     if launcher is not None and _becomes_a_batch_job(launcher):
         return _submit(job, launcher, words)
@@ -145,12 +145,12 @@ def _problems(job: Job[Run]) -> list[str]:
 
 
 def _becomes_a_batch_job(launcher: LauncherSection) -> bool:
-    """Return whether the stage is to be submitted to Slurm: this process is not one of its ranks."""
+    """Return whether the stage is to be submitted to Slurm, because this is not one of its ranks."""
     return launcher.kind is LauncherKind.slurm and launched() is None
 
 
 def _submit(job: Job[Run], launcher: LauncherSection, words: list[str]) -> int:
-    """Submit the batch job unless the run is complete; with `dry_run=true`, only print its script."""
+    """Submit the batch job unless the run is complete; with `dry_run=true`, only print it."""
     from offline_align import launch_slurm
 
     text = launch_slurm.job_text(job.config, job.stage.name, words, on_gpus=not job.stage.one_process)
@@ -168,7 +168,7 @@ def _overview() -> str:
 
 
 def _log_to_files(config: Run) -> None:
-    """Under torchrun, make every rank write to its own file in the run folder, and rank 0 to the console too.
+    """Under torchrun, make every rank write to its own log file, and rank 0 to the console too.
 
     In a Slurm job srun does this. Raises OSError.
     """

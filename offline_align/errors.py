@@ -48,7 +48,7 @@ class ConfigError(AlignError):
 
 
 class FailedOnMainRank(AlignError):
-    """Rank 0 has failed and reports its error; this rank ends with the same exit code and no message."""
+    """Rank 0 has failed and reports its error; this rank ends silently with its exit code."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("")

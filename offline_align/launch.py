@@ -1,4 +1,4 @@
-"""Start ranks: torchrun command lines, torch's elastic launcher on this machine, and rank environments."""
+"""Start ranks: torchrun commands, torch's elastic launcher, and environment variables of ranks."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def needs_launch(launcher: LauncherSection) -> bool:
-    """Return whether this command must start ranks: several are requested and no launcher has started them."""
+    """Return whether this command must start several ranks, because no launcher has done so."""
     return launcher.nproc_per_node > 1 and launched() is None
 
 
@@ -67,7 +67,7 @@ def set_cuda_environment(parallel: ParallelSection) -> None:
 
 
 def set_openmp_environment() -> None:
-    """Make idle OpenMP threads sleep, unless the user has chosen; call this before torch loads libgomp.
+    """Make idle OpenMP threads sleep, unless the user has chosen; call before importing torch.
 
     By default they spin for milliseconds after each operation and take cores away from other
     commands on the machine. The setting does not change results.
@@ -77,7 +77,7 @@ def set_openmp_environment() -> None:
 
 
 def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
-    """Start the ranks of this machine with torch's elastic launcher and return the exit code of the stage.
+    """Start the ranks of this machine with torch's elastic launcher and return the exit code.
 
     If ranks fail, the code is that of the rank with the original error, so 65, 74, 75 and 78 keep
     their meaning. Raises AlignError naming the rank if a signal from outside has killed one.
@@ -126,7 +126,8 @@ def _common_exit_code(codes: dict[int, int]) -> int:
             f"rank {rank} was ended by {signal.Signals(number).name}, and all others after it; run the same command "
             "again to continue"
         )
-    # An early stop means that all ranks have stopped. If one has failed, a scheduler must not see an early stop.
+    # An early stop means that all ranks have stopped. If one has failed, a scheduler must not see
+    # an early stop.
     stopped = StoppedEarly.exit_code in codes.values() and AlignError.exit_code not in codes.values()
     return StoppedEarly.exit_code if stopped else AlignError.exit_code
 

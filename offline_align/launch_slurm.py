@@ -1,8 +1,8 @@
 """Run a stage as one Slurm job: generate its batch script from the launcher section, and submit it.
 
 The generated head depends on the configuration alone. The rest of the script is
-`scripts/slurm/stage.sbatch`: it starts the ranks, handles signals and requeues the job, and can also
-be submitted by hand.
+`scripts/slurm/stage.sbatch`: it starts the ranks, handles signals and requeues the job, and can
+also be submitted by hand.
 """
 
 import logging
@@ -22,8 +22,8 @@ from offline_align.errors import ConfigError, StorageError
 
 logger = logging.getLogger(__name__)
 _SAME_FOR_ALL = "# ---- The same for every job"
-# Values that need no quotes in an #SBATCH line. Slurm's quoting differs from a shell's: a backslash escapes the next
-# character inside both kinds of quotes.
+# Values that need no quotes in an #SBATCH line. Slurm's quoting differs from a shell's: a backslash
+# escapes the next character inside both kinds of quotes.
 _PLAIN = re.compile(r"[\w@%+=:,./\[\]-]+")
 # These settings configure the job; the ranks in it do not get them.
 _JOB_WORDS = ("launcher=", "launcher.", "dry_run=")
@@ -104,11 +104,11 @@ def submit(text: str, run_dir: str) -> str:
 def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that a new job inherits: all but those that launchers have set.
 
-    sbatch passes its environment to the job, and Slurm overwrites only the variables of options that
-    the job has. The others would keep the values of the allocation, container or rank that submits:
-    srun reads SLURM_MEM_PER_CPU, for example, and the batch script SLURM_RESTART_COUNT. Outside of an
-    allocation, SBATCH_ACCOUNT and the like are the user's settings; inside, they may belong to the
-    current job and are dropped.
+    sbatch passes its environment to the job, and Slurm overwrites only the variables of options
+    that the job has. The others would keep the values of the allocation, container or rank that
+    submits: srun reads SLURM_MEM_PER_CPU, for example, and the batch script SLURM_RESTART_COUNT.
+    Outside of an allocation, SBATCH_ACCOUNT and the like are the user's settings; inside, they may
+    belong to the current job and are dropped.
     """
     in_allocation = "SLURM_JOB_ID" in environment
     dropped = _LAUNCHER_PREFIXES + (_ALLOCATION_PREFIXES if in_allocation else ())
@@ -133,7 +133,7 @@ def _unfinished_job(record: Path) -> str | None:
 
 
 def _options(launcher: LauncherSection, stage: str, run_dir: str, gpus: int) -> Iterator[str]:
-    """Yield the options of sbatch; the user's own come last, because Slurm uses the last of equal options."""
+    """Yield the options of sbatch; the user's own come last, because the last one counts."""
     yield f"--job-name={launcher.job_name or f'offline-align-{stage}'}"
     yield f"--nodes={launcher.nodes}"
     yield f"--ntasks-per-node={launcher.nproc_per_node}"
@@ -176,12 +176,12 @@ def _container(launcher: LauncherSection) -> list[str]:
 
 
 def _python(launcher: LauncherSection) -> str:
-    """Return the Python that runs the ranks: the configured one, the image's, or the current one."""
+    """Return the Python for the ranks: the configured one, the image's, or the current one."""
     return launcher.python or (sys.executable if launcher.container_image is None else "python")
 
 
 def _body() -> str:
-    """Return the part of `stage.sbatch` below the head, from the installed package or the checkout."""
+    """Return `stage.sbatch` without its head, from the installed package or the checkout."""
     package = Path(__file__).resolve().parent
     packaged = package / "scripts" / "slurm" / "stage.sbatch"
     script = packaged if packaged.is_file() else package.parent / "scripts" / "slurm" / "stage.sbatch"

@@ -1,4 +1,4 @@
-"""Show the progress of long work: a live bar on a terminal, or lines with rate and time left in a log."""
+"""Show the progress of long work: a live bar on a terminal, or lines in a log."""
 
 import logging
 import sys

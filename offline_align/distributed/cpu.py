@@ -66,7 +66,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _type_name(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `Tensor.type` to report the CUDA type names that megatron's optimizer and clipping expect."""
+    """Wrap `Tensor.type` to return the CUDA type names that megatron's optimizer expects."""
 
     @functools.wraps(tensor_type)
     def named(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ def _type_name(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def enable() -> None:
-    """Make megatron-core work on CPU tensors for the rest of this process; a second call does nothing."""
+    """Make megatron-core work on CPU tensors in this process; a second call does nothing."""
     global _enabled
     if _enabled:
         return
@@ -156,7 +156,7 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 def _patch_device() -> None:
     cuda: Any = torch.cuda
-    # On a machine with a GPU, other libraries would otherwise query its properties by the answers below.
+    # On a machine with a GPU, other libraries would otherwise query it with the CPU device below.
     cuda.is_available = lambda: False
     cuda.current_device = lambda: _CPU
     cuda.synchronize = cuda.empty_cache = _nothing

@@ -122,8 +122,9 @@ class _Heartbeat(threading.Thread):
     def leave_together(self) -> None:
         """Mark this rank as done, and wait until the other ranks are done as well.
 
-        A launcher stops all ranks as soon as one exits, even before they have reported their errors.
-        And if rank 0 hosts the store, its exit would hide the recorded failure from the others.
+        A launcher stops all ranks as soon as one exits, even before they have reported their
+        errors. And if rank 0 hosts the store, its exit would hide the recorded failure from the
+        others.
         """
         self.leave()
         deadline = time.monotonic() + 2 * self._limit
@@ -142,8 +143,8 @@ class _Heartbeat(threading.Thread):
     def _exit_like(self, failed: int, exit_code: int) -> None:
         """Exit with the code of rank `failed`, unless this rank exits by itself in time.
 
-        The main thread may be waiting for the failed rank in a collective. After an early stop it
-        gets more time, because it may still be saving.
+        The main thread may be waiting for the failed rank in a collective. After an early stop this
+        rank gets more time, because it may still be saving.
         """
         stopped = exit_code == StoppedEarly.exit_code
         if self._ended.wait(self._limit if stopped else self._limit / 4):
@@ -153,7 +154,7 @@ class _Heartbeat(threading.Thread):
         exit_now(exit_code)
 
     def _end_all(self, silent: Process) -> None:
-        """End this process, and kill the silent one if it runs on this machine: neither can continue."""
+        """End this process, and the silent one if it runs here: neither can continue."""
         logger.error(
             "rank %d (%s) has shown no sign of life for %.0f s: all ranks end; run the same command again to continue",
             self._next,

@@ -68,7 +68,7 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched | None:
 
 
 def forget_leftovers(environment: MutableMapping[str, str] | None = None) -> str:
-    """Remove rank variables from the environment of a process that is not a rank; return them as text.
+    """Remove rank variables from the environment of a non-rank process; return them as text.
 
     Otherwise libraries would read them, and child processes would inherit them.
     """
@@ -99,7 +99,7 @@ def _launcher(variables: Mapping[str, str]) -> Launcher | None:
 
 
 def _require_complete(variables: Mapping[str, str]) -> None:
-    """Raise ConfigError unless the variables give a valid rank, world size and rendezvous address."""
+    """Raise ConfigError unless rank, world size and rendezvous address are complete and valid."""
     missing = [name for name in _NEEDED if not variables.get(name)]
     if missing:
         problem = f"{', '.join(missing)} missing, so this is not a rank of any launcher"

@@ -80,7 +80,7 @@ def check(run_dir: Path, limit: float, free_gib: float, rank: int, world: int) -
 
 
 def _store(rank: int, world: int, limit: float) -> Any:
-    """Return the store of all ranks, which rank 0 hosts unless torchrun does; a single rank needs no port."""
+    """Return the store of all ranks, which rank 0 hosts unless torchrun does."""
     import torch.distributed as dist
 
     if world == 1:
@@ -153,7 +153,7 @@ def _report(store: Any, rank: int, run_dir: Path, limit: float) -> None:
 
 
 def _appears(path: Path, seconds: float = 10.0) -> bool:
-    """Return whether a file exists; wait for it up to `seconds`, because network storage may show it late."""
+    """Return whether a file exists or appears in time: network storage may show it late."""
     deadline = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > deadline:
@@ -221,8 +221,8 @@ def _reduce(store: Any, rank: int, world: int, limit: float) -> None:
 def _await_reduction(store: Any, world: int, limit: float) -> None:
     """Wait for the all-reduce of all ranks.
 
-    Raises AlignError naming the nodes that did not start it, or else those that did not finish it or
-    got a wrong result.
+    Raises AlignError naming the nodes that did not start it, or else those that did not finish it
+    or got a wrong result.
     """
     late = _wait_for(store, [f"reduced/{r}" for r in range(world)], limit)
     absent = [r for r in range(world) if not store.check([f"entered/{r}"])]

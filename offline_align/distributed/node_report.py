@@ -37,9 +37,10 @@ def node_name(rank: int) -> str:
 
 
 def judge(reports: list[NodeReport], free_gib: float) -> None:
-    """Raise an error for the first kind of problem in the reports, with one line for each affected node.
+    """Raise an error for the first kind of problem in the reports, with one line a node.
 
-    Raises ConfigError (versions, clocks, run folder), StorageError (disk space) or AlignError (GPUs).
+    Raises ConfigError (versions, clocks, run folder), StorageError (disk space) or AlignError
+    (GPUs).
     """
     for error, lines in (
         (ConfigError, list(_different_versions(reports))),

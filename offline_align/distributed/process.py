@@ -9,14 +9,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process of this machine or another one, in a form that can be written to a file or store."""
+    """A process of this or another machine, in a form that can be written to a file or store."""
 
     host: str
     machine: str
     """Boot id and PID namespace: process ids are comparable only if these are equal."""
     pid: int
     born: str
-    """Start of the process in clock ticks after boot; tells it from a later one with the same id."""
+    """Start in clock ticks after boot, because process ids are reused."""
 
     @classmethod
     def this(cls) -> "Process":

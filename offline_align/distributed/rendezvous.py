@@ -101,11 +101,13 @@ def fresh_prefix(store: Any, rank: int, world_size: int, limit_seconds: float, w
     for awaited in range(1, world_size):
         answered = b""
         for _ in _pauses(limit_seconds, rank, missing):
-            # Read the token before looking for the arrival: a rank that has arrived may ask for its next session.
+            # Read the token before looking for the arrival: a rank that has arrived may ask for its
+            # next session.
             asked = store.get(f"asks/{awaited}") if store.check([f"asks/{awaited}"]) else answered
             if store.check([f"{prefix}/came/{awaited}"]):
                 break
-            # The first token may be left from a dead rank; the token of the living rank replaces it.
+            # The first token may be left from a dead rank; the token of the living rank replaces
+            # it.
             if asked != answered:
                 store.set(f"answers/{asked.decode()}", prefix)
                 answered = asked

@@ -1,8 +1,8 @@
-"""Lock a run folder for one job: refuse a second job and name the first, but replace a dead job's lock.
+"""Lock a run folder for one job: refuse a second job, but replace the lock of a dead one.
 
-The lock is the file `.lock`, which records the host, process and start of its holder. Creating it is
-atomic on network storage too. If the holder is on this machine, /proc tells whether it is alive, so
-after kill -9 a new job starts at once. A holder on another machine touches the file every few
+The lock is the file `.lock`, which records the host, process and start of its holder. Creating it
+is atomic on network storage too. If the holder is on this machine, /proc tells whether it is alive,
+so after kill -9 a new job starts at once. A holder on another machine touches the file every few
 seconds, so this job watches the file for changes. No clocks are compared.
 """
 
@@ -106,7 +106,7 @@ def _take(path: Path, own: Holder) -> Holder | None:
 
 
 def _clear(path: Path, dead: Holder) -> None:
-    """Remove the lock of a dead holder and log it, unless another job has locked the folder meanwhile."""
+    """Remove and log the lock of a dead holder, unless another job has taken it meanwhile."""
     aside = path.with_name(f"{FILE_NAME}.{uuid.uuid4().hex[:8]}")
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)
@@ -138,7 +138,7 @@ def _is_dead(path: Path, other: Holder) -> bool:
 
 
 def _beat(path: Path, own: Holder, ended: threading.Event) -> None:
-    """Touch the lock every few seconds, and end this process if another job has taken the lock over.
+    """Touch the lock every few seconds; end this process if another job has taken the lock.
 
     Two jobs must not write into one folder.
     """

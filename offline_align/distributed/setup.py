@@ -35,7 +35,7 @@ _streams: Any = torch.cuda
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks and group sizes of this process: data (`dp`), tensor (`tp`) and context (`cp`) parallel."""
+    """Ranks and group sizes of this process: data (`dp`), tensor (`tp`), context (`cp`) parallel."""
 
     rank: int
     world_size: int
@@ -159,7 +159,7 @@ def uses_bf16(precision: Precision, device: torch.device) -> bool:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Return whether this CPU has units for bf16 products, which are about twice as fast as fp32 ones."""
+    """Return whether this CPU has units for bf16 products, about twice as fast as fp32 ones."""
     # torch 2.11 has no such function.
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
@@ -167,7 +167,7 @@ def cpu_multiplies_bf16() -> bool:
 
 @contextlib.contextmanager
 def session(parallel: ParallelSection, run: RunSection) -> Iterator[Ranks]:
-    """Set up this rank (device, process groups, megatron's parallel state, seeds), and tear it down.
+    """Set up this rank (device, process groups, parallel state, seeds) and tear it down.
 
     An error on one rank ends all ranks with its exit code.
     """
@@ -214,7 +214,7 @@ def _model_parallel(parallel: ParallelSection) -> Iterator[None]:
 
 
 def _cores() -> int:
-    """Return how many cores this job may use; Slurm may allot cores without binding processes to them."""
+    """Return the number of cores for this job; Slurm may allot cores without binding to them."""
     allowed = len(os.sched_getaffinity(0))
     return min(allowed, int(os.environ.get("SLURM_CPUS_ON_NODE", allowed)))
 
@@ -254,7 +254,7 @@ def _ranks(device: torch.device) -> Ranks:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, torch and megatron's tensor parallel generators, equally on all data parallel ranks."""
+    """Seed Python, torch and megatron's generators, equally on all data parallel ranks."""
     from megatron.core import tensor_parallel
 
     random.seed(seed)

@@ -51,8 +51,8 @@ class StopRequest:
     def _handle(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGALRM:
             return  # the limit, which `reason` checks itself
-        # A second signal ends the process at once. No file is left half-written, because files are replaced whole.
-        # A process forked from this one has nothing to save.
+        # A second signal ends the process at once. No file is left half-written, because files are
+        # replaced whole. A process forked from this one has nothing to save.
         if self._signal is not None or os.getpid() != self._process:
             _end(number)
         self._signal = signal.Signals(number)
@@ -79,7 +79,8 @@ class StopVote:
         return self._newest is not None and self._newest()
 
 
-# Start of the current command. Limits count from here, so reading data and loading models is included.
+# Start of the current command. Limits count from here, so reading data and loading models is
+# included.
 _started: float | None = None
 
 
@@ -116,7 +117,8 @@ def interruptible() -> Iterator[Callable[[str | None], None]]:
     try:
         yield limit
     except Exception as error:
-        # If StoppedEarly was raised inside a library's callback, the library may have replaced it by its own error.
+        # If StoppedEarly was raised inside a library's callback, the library may have replaced it
+        # by its own error.
         if stopped and error is not stopped[0]:
             raise stopped[0] from error
         raise
@@ -129,7 +131,7 @@ def interruptible() -> Iterator[Callable[[str | None], None]]:
 
 @contextlib.contextmanager
 def stop_requests(max_time: str | None = None) -> Iterator[StopRequest]:
-    """Yield a StopRequest that SIGTERM, SIGINT, SIGUSR1 and the limit `max_time` set during the block."""
+    """Yield a StopRequest, set by SIGTERM, SIGINT, SIGUSR1 or the limit `max_time`."""
     request = StopRequest(parse_duration(max_time) if max_time else None, _started)
     previous = {s: signal.signal(s, request._handle) for s in (*_SIGNALS, signal.SIGALRM)}
     try:
@@ -146,7 +148,7 @@ def _end(number: int) -> None:
 
 
 def parse_duration(text: str, key: str = "trainer.max_time") -> float:
-    """Return the seconds in `3h50m`, `90s`, `HH:MM:SS` or a plain number. Raises ConfigError naming `key`."""
+    """Return the seconds in `3h50m`, `90s`, `HH:MM:SS` or a number, or raise ConfigError for `key`."""
     if re.fullmatch(r"\d+(\.\d+)?", text):
         return float(text)
     if re.fullmatch(r"\d+:\d{1,2}:\d{1,2}", text):

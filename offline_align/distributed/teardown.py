@@ -23,10 +23,11 @@ def before_teardown(callback: Callable[[], None]) -> None:
 
 
 def exit_process(exit_code: int) -> NoReturn:
-    """Exit with `exit_code`: normally, or at once if a callback of `before_teardown` is registered."""
+    """Exit with `exit_code`: normally, or at once if `before_teardown` has a callback."""
     if not _callbacks:
         sys.exit(exit_code)
-    # When the first rank ends, the launcher sends a signal to the others. It must not change the exit code.
+    # When the first rank ends, the launcher sends a signal to the others. It must not change the
+    # exit code.
     for number in _SIGNALS:
         signal.signal(number, lambda *_: exit_now(exit_code))
     for callback in _callbacks:

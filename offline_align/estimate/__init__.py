@@ -1,1 +1,1 @@
-"""Estimate the parameters, memory and time of a run without torch; `dry_run=true` prints the result."""
+"""Estimate parameters, memory and time of a run without torch, for `plan` and `dry_run=true`."""

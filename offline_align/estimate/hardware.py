@@ -26,7 +26,7 @@ def peak_flops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Node:
-    """A DGX node: its GPUs, the links between them and its network. Rates are for one GPU unless noted."""
+    """A DGX node: its GPUs, links and network. Rates are for one GPU unless noted."""
 
     gpu: str
     gpus: int
@@ -41,8 +41,8 @@ class Node:
     """All network adapters of the node together, bytes a second in one direction."""
 
 
-# From NVIDIA's data sheets, which state NVLink for both directions together. A DGX A100 has eight network
-# adapters of 200 Gb/s for computing, DGX H100 and H200 have eight of 400 Gb/s.
+# From NVIDIA's data sheets, which state NVLink for both directions together. A DGX A100 has eight
+# network adapters of 200 Gb/s for computing, DGX H100 and H200 have eight of 400 Gb/s.
 NODES = {
     "a100_40gb": Node("A100 40GB", 8, 312e12, 40e9, 1.555e12, 300e9, 200e9),
     "a100_80gb": Node("A100 80GB", 8, 312e12, 80e9, 2.039e12, 300e9, 200e9),

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from offline_align.config.sections import ModelSection, ParallelSection
 
-# Size of one piece of logits, in fp32, if they are not kept: more targets are computed in several pieces.
-# Large pieces keep a GPU busy; small pieces fit the caches of a CPU better.
+# Size of one piece of logits, in fp32, if they are not kept: more targets are computed in several
+# pieces. Large pieces keep a GPU busy; small pieces fit the caches of a CPU better.
 LOGITS_PIECE_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
-# Logits of a bin, in the model's precision, are kept for the backward pass up to this size. Larger ones
-# are recomputed.
+# Logits of a bin, in the model's precision, are kept for the backward pass up to this size. Larger
+# ones are recomputed.
 LOGITS_KEPT_BYTES = 2 * 2**30
 
 
@@ -56,7 +56,7 @@ class ModelSizes:
 
     @property
     def scalar_parameters(self) -> int:
-        """Parameters of the scalar head, which is always fp32 and replicated on tensor parallel ranks."""
+        """Parameters of the scalar head, which is fp32 and replicated on tensor parallel ranks."""
         return self.hidden if self.scalar_head else 0
 
     def rank_bytes(self, tensor: int, element: int, single: int = 4) -> float:
@@ -82,7 +82,7 @@ class ModelSizes:
 
 
 def model_sizes(model: ModelSection, vocab_size: int, scalar_head: bool = False) -> ModelSizes:
-    """Return the sizes of `model` for a tokenizer of `vocab_size` entries; `scalar_head` for a reward model."""
+    """Return the sizes of `model` with `vocab_size` tokens; `scalar_head` for a reward model."""
     return ModelSizes(
         hidden=model.hidden_size,
         head_dim=model.head_width,
@@ -163,8 +163,8 @@ def training_memory(
     - update: 4 for an fp32 copy of bf16 gradients; 0 for fp32 gradients or with `lean_optimizer`
 
     The distributed optimizer shards the last two over data parallel ranks. Activations are the
-    tensors that a layer keeps for its backward pass: inputs and outputs of both norms, queries, keys
-    and values, the attention output, and gate, up and product of a fused SwiGLU. With `full`
+    tensors that a layer keeps for its backward pass: inputs and outputs of both norms, queries,
+    keys and values, the attention output, and gate, up and product of a fused SwiGLU. With `full`
     recomputation they are the inputs of all layers and the activations of one layer.
     """
     shards = ranks.data * ranks.context if parallel.use_distributed_optimizer else 1

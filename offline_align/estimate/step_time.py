@@ -19,9 +19,9 @@ LINK_SHARE = 0.80
 MEMORY_SHARE = 0.70
 # Share of the memory that a plan may use; the allocator, NCCL and CUDA need the rest.
 _USABLE_MEMORY = 0.90
-# Bytes that an update moves for each parameter. AdamW reads main weight, two moments and gradient in fp32, and writes
-# three of them. Before it, the gradient is zeroed and copied to fp32 once a step, its norm is computed, and it is
-# scaled. After it, the weight is rounded to bf16.
+# Bytes that an update moves for each parameter. AdamW reads main weight, two moments and gradient
+# in fp32, and writes three of them. Before it, the gradient is zeroed and copied to fp32 once a
+# step, its norm is computed, and it is scaled. After it, the weight is rounded to bf16.
 _OPTIMIZER_BYTES = (4 * 4 + 3 * 4) + (2 + 6 + 4 + 8) + 6
 # All-reduces of a layer's activations in a forward and backward pass.
 _TENSOR_COLLECTIVES = 4
@@ -74,7 +74,7 @@ class Layout:
 def step_time(
     sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes, work: Work, node: Node, recompute: str = "none"
 ) -> StepTime:
-    """Return the estimated time of one optimizer step of training in bf16 on `ranks` GPUs of `node`s."""
+    """Return the estimated time of one optimizer step in bf16 on `ranks` GPUs of `node`s."""
     read = work.tokens if parallel.sequence_parallel else work.targets
     compute = sizes.train_flops(work.tokens, work.squared_lengths, work.targets, read)
     compute *= 4 / 3 if recompute == "full" else 1
@@ -91,7 +91,7 @@ def step_time(
 def _tensor_seconds(
     sizes: ModelSizes, ranks: ParallelSizes, tokens: int, read: int, node: Node, recompute: str
 ) -> float:
-    """Return the time of all-reducing bf16 activations [tokens, hidden], over NVLink or between nodes.
+    """Return the time to all-reduce bf16 activations [tokens, hidden] in or between nodes.
 
     Half of the last layer's collectives belong to its MLP, which processes only the `read` tokens.
     """
@@ -120,7 +120,8 @@ def _exposed_data_seconds(
     forward pass.
     """
     inside = ranks.world <= node.gpus
-    # The tensor parallel ranks of a node are in different data parallel groups, which share its network adapters.
+    # The tensor parallel ranks of a node are in different data parallel groups, which share its
+    # network adapters.
     bandwidth = node.link_bandwidth if inside else min(node.link_bandwidth, node.network_bandwidth / ranks.tensor)
     reduce, gather = (b / (bandwidth * LINK_SHARE) for b in data_bytes(sizes, parallel, ranks))
     hidden_reduce = bin_seconds * 2 / 3 if parallel.overlap_grad_reduce else 0.0
@@ -134,7 +135,7 @@ def _optimizer_seconds(sizes: ModelSizes, parallel: ParallelSection, ranks: Para
 
 
 def label_seconds(sizes: ModelSizes, tokens: int, squared_lengths: int, gpus: int, node: Node) -> float:
-    """Return the estimated seconds to score `tokens` on `gpus` GPUs: forward only, no output layer."""
+    """Return the seconds to score `tokens` on `gpus` GPUs: forward only, no output layer."""
     forward = sizes.train_flops(tokens, squared_lengths, 0, 0) / 3
     return forward / (gpus * node.peak_flops * COMPUTE_SHARE)
 

@@ -2,8 +2,9 @@
 
 A command counts from the start of its process, so imports, loading, waiting and saves are included.
 `part` names what the time of a block is spent on; of nested parts the innermost counts. Inside
-`recorded`, the attempts of a run are kept in `effort.json` in its folder, which is updated every few
-seconds, so a kill loses only the last seconds. The manifest of the finished run contains the total.
+`recorded`, the attempts of a run are kept in `effort.json` in its folder, which is updated every
+few seconds, so a kill loses only the last seconds. The manifest of the finished run contains the
+total.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from offline_align.lineage.files import write_atomically
 FILE_NAME = "effort.json"
 BEAT_SECONDS = 5.0
 START = "start"
-"""The part of all time outside named parts: imports, content keys, rendezvous, building the model."""
+"""The part for all other time: imports, content keys, rendezvous, building the model."""
 _LAUNCHED = "offline-align-"
 logger = logging.getLogger(__name__)
 
@@ -61,14 +62,15 @@ class _Record:
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
-        # The file may also have attempts with other settings, which were refused. They are kept apart by their keys.
+        # The file may also have attempts with other settings, which were refused. They are kept
+        # apart by their keys.
         self._runs = _read(path)
         self.earlier = self._runs.get(key, [])
         self.in_manifest = False
         """Whether the manifest contains these attempts, so the file is no longer needed."""
 
     def write(self) -> None:
-        """Write the file; a failing disk is not worth an error of its own here."""
+        """Write the file; a disk error is only logged, because it must not end the run."""
         runs = self._runs | {self.key: [*self.earlier, _clock.attempt()]}
         try:
             write_atomically(self.path, f"{json.dumps(runs)}\n".encode())
@@ -114,7 +116,7 @@ def part(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded(run_dir: Path, key: str) -> Iterator[None]:
-    """Keep the effort of the run with this key in its folder while the block runs; one at a time."""
+    """Keep the effort of a run in its folder while the block runs; one run at a time."""
     global _record
     record = _record = _Record(run_dir / FILE_NAME, key)
     ended = threading.Event()
@@ -193,7 +195,7 @@ def rank_seconds(extra: Mapping[str, Any]) -> float | None:
 
 
 def is_whole(extra: Mapping[str, Any]) -> bool:
-    """Return whether a manifest records whole commands; earlier versions counted only training steps."""
+    """Return whether a manifest counts whole commands; earlier versions only counted steps."""
     recorded_parts = extra.get("rank_seconds")
     return isinstance(recorded_parts, Mapping) and isinstance(recorded_parts.get("total"), int | float)
 
@@ -204,7 +206,7 @@ def parts(extra: Mapping[str, Any]) -> dict[str, float]:
 
 
 def in_words() -> str:
-    """Return the seconds of this command by part, for example `55 s (validation 21, start 14, steps 12)`."""
+    """Return the seconds of this command by part, such as `55 s (validation 21, start 14)`."""
     parts = _clock.attempt()["parts"]
     longest = sorted(parts.items(), key=lambda item: -item[1])
     return f"{sum(parts.values()):.0f} s ({', '.join(f'{name} {value:.0f}' for name, value in longest)})"

@@ -65,7 +65,7 @@ def hash_all(files: Sequence[Path]) -> list[str]:
 
 
 def real_path(path: Path) -> Path:
-    """Return the path with its folder resolved, but not the file: it may be a link to a file with another name."""
+    """Return the path with only its folder resolved: the file may be a link to another name."""
     return path.parent.resolve() / path.name
 
 
@@ -75,7 +75,7 @@ def file_size(path: Path) -> int:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file atomically: after a crash it has the old or the new content. Raises StorageError."""
+    """Replace a file atomically: a crash leaves the old or the new one. Raises StorageError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ def finished_key(key: str, changes: Sequence[Any]) -> str:
 
 
 def completed(run_dir: Path, stage: str, key: str) -> bool:
-    """Return whether `run_dir` has the finished run of `stage` with this key, and all outputs in full size.
+    """Return whether `run_dir` has the finished run with this key, and all outputs in full size.
 
     Contents are not hashed again; `verify` does that. Raises ConfigError if the folder has a
     finished run of another stage, other settings or other inputs, and StorageError if its manifest

@@ -41,8 +41,8 @@ class ParentRecord:
     """A folder that a run builds on; `part` is the checkpoint in it, if the run names one.
 
     `stage` is the stage in its manifest, or `checkpoint` or `huggingface` for a folder of weights
-    without a manifest. `content_sha256` is the SHA-256 of the names and contents of the files in the
-    part. It represents the parent in content keys, whether or not the parent's run has finished
+    without a manifest. `content_sha256` is the SHA-256 of the names and contents of the files in
+    the part. It represents the parent in content keys, whether or not the parent's run has finished
     since. `manifest_sha256` equals it if there is no manifest.
     """
 
@@ -78,7 +78,7 @@ def write_config(run_dir: Path, config: dict[str, Any]) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Hashes of everything that a run reads: its input files, and the models and runs it builds on."""
+    """Hashes of all that a run reads: input files, and the models and runs it builds on."""
 
     files: list[FileRecord]
     parents: dict[Path, ParentRecord]
@@ -159,7 +159,7 @@ def read_manifest(run_dir: Path) -> Manifest | None:
 
 
 def _checked[T: (FileRecord, ParentRecord)](record: T) -> T:
-    """Return `record`, or raise TypeError if its values cannot be valid: a manifest may be forged."""
+    """Return `record`, or raise TypeError if it is not valid: a manifest may be forged."""
     texts = {k: v for k, v in asdict(record).items() if k not in ("bytes", "part")}
     if not all(isinstance(v, str) for v in texts.values()) or "\0" in record.path or len(record.path) > LONGEST_PATH:
         raise TypeError(record)
@@ -191,7 +191,7 @@ def describe_parent(path: Path) -> ParentRecord:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that results depend on, and the git commit if the package is a checkout."""
+    """Return the versions that results depend on, and the commit if this is a git checkout."""
     found = {"python": platform.python_version()}
     for name in ("offline-align", "torch", "megatron-core"):
         try:
@@ -250,7 +250,7 @@ def _producers(inputs: Sequence[FileRecord]) -> Iterator[ParentRecord]:
 
 
 def _written(inputs: Sequence[FileRecord]) -> Iterator[tuple[FileRecord, Manifest, FileRecord]]:
-    """Yield each input that a finished run wrote, with the run's manifest and its record of the file."""
+    """Yield each input that a finished run wrote, with its manifest and its record there."""
     for file in inputs:
         path = Path(file.path)
         if manifest := read_manifest(path.parent):

@@ -49,7 +49,7 @@ class Verification:
     parents: tuple["Verification", ...] = ()
 
     def problems(self) -> list[str]:
-        """Return one line for each file or run of the chain that differs from its record; earliest run first."""
+        """Return one line for each file or run that differs from its record; earliest run first."""
         chain = reversed(list(self._chain()))
         return list(dict.fromkeys(line for report in chain for line in report._own_problems()))
 
@@ -91,7 +91,8 @@ class _Walk:
         if run_dir not in self._reports:
             if self._depth >= _MOST_GENERATIONS:
                 return Verification(run_dir, "", Status.damaged, f"is more than {_MOST_GENERATIONS} generations back")
-            # This entry is replaced after the walk. It ends the recursion if manifests name each other as parents.
+            # This entry is replaced after the walk. It ends the recursion if manifests name each
+            # other as parents.
             self._reports[run_dir] = Verification(run_dir, "", Status.damaged, "is its own ancestor")
             self._depth += 1
             self._reports[run_dir] = self._read(run_dir, claimed.stage if claimed else "")
