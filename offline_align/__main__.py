@@ -1,4 +1,4 @@
-"""`offline-align <stage> [key=value ...]`: one command line for every stage.
+"""The command line `offline-align <stage> [key=value ...]`, the same for every stage.
 
 offline-align                      the stages
 offline-align --version            the version
@@ -22,7 +22,7 @@ from offline_align.config.sections import LauncherKind, LauncherSection, LimitSe
 from offline_align.distributed.launched import Launcher, forget_leftovers, launched
 from offline_align.distributed.stopping import interruptible
 from offline_align.distributed.teardown import exit_process
-from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError, leave_for_launcher
+from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError, write_error_file
 from offline_align.launch import needs_launch, run_ranks, set_cuda_environment, set_openmp_environment
 from offline_align.lineage import effort
 from offline_align.stages.job import Job
@@ -33,14 +33,15 @@ _LOG_FORM, _LOG_TIME = "%(asctime)s %(message)s", "%H:%M:%S"
 
 
 def main() -> None:
-    """Run the command line of this process and exit with the code of its outcome."""
+    """Run the command line of this process and exit with its exit code."""
     exit_process(run(sys.argv[1:], whole_process=True))
 
 
 def run(arguments: list[str], whole_process: bool = False) -> int:
-    """Run one command; returns the exit code and prints errors as one line each, without a traceback.
+    """Run one command and return its exit code; print each error as one line, without a traceback.
 
-    `whole_process`: the process is there for this command alone, so that its start belongs to what the run costs.
+    `whole_process` says that the process runs only this command, so the run's cost includes the
+    start of the process.
     """
     debug = "debug=true" in arguments
     effort.begin(whole_process)
@@ -50,36 +51,36 @@ def run(arguments: list[str], whole_process: bool = False) -> int:
     except AlignError as error:
         if debug:
             traceback.print_exc()
-        leave_for_launcher(error.exit_code, str(error))
-        # All ranks stop together, so one of them says it.
+        write_error_file(error.exit_code, str(error))
+        # All ranks stop together, so only one of them reports it.
         if not isinstance(error, StoppedEarly) or os.environ.get("RANK", "0") == "0":
             for line in str(error).splitlines():
-                _say(line)
+                _print_error(line)
         return error.exit_code
     except BrokenPipeError:
-        # The reader of our output has left, as `head` does; that is no error of ours.
+        # The reader of our output has closed the pipe, as `head` does. That is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if debug:
             traceback.print_exc()
         message = f"{error.filename or 'storage'}: {error.strerror or error}"
-        leave_for_launcher(StorageError.exit_code, message)
-        _say(message)
+        write_error_file(StorageError.exit_code, message)
+        _print_error(message)
         return StorageError.exit_code
     except (SystemExit, KeyboardInterrupt):
         raise
-    except BaseException as error:  # the last resort, panics of Rust libraries too: a user is owed one line
+    except BaseException as error:  # panics of Rust libraries are BaseExceptions; they too become one line
         if debug:
             traceback.print_exc()
         first_line = str(error).partition("\n")[0]
         message = f"internal error: {type(error).__name__}: {first_line}; debug=true shows where"
-        leave_for_launcher(_INTERNAL, message)
-        _say(message)
+        write_error_file(_INTERNAL, message)
+        _print_error(message)
         return _INTERNAL
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
     rank = os.environ.get("RANK")
     prefix = f"offline-align[rank {rank}]" if rank is not None else "offline-align"
     print(f"{prefix}: error: {line}", file=sys.stderr, flush=True)
@@ -105,7 +106,7 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
     composed = stage.compose(words)
     _set_up_logging()
     if launched() is None and (leftovers := forget_leftovers()):
-        logging.getLogger(__name__).info("no launcher has started this process; not used: %s", leftovers)
+        logging.getLogger(__name__).info("no launcher has started this process; ignored: %s", leftovers)
     job = Job(stage, composed.config, composed.explicit)
     require(composed, _problems(job))
     if not job.config.dry_run:
@@ -117,7 +118,7 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
 
 
 def _run(job: Job[Run], words: list[str], limit: Callable[[str | None], None]) -> int:
-    """Submit the job, start its ranks, or do its work here; returns the exit code."""
+    """Submit the job, start its ranks, or run the stage in this process; return the exit code."""
     launcher, config = job.launcher, job.config
     if launcher is not None and _becomes_a_batch_job(launcher):
         return _submit(job, launcher, words)
@@ -126,7 +127,7 @@ def _run(job: Job[Run], words: list[str], limit: Callable[[str | None], None]) -
         set_cuda_environment(parallel)
     if launcher is not None and not config.dry_run and needs_launch(launcher):
         return 0 if job.is_finished() else run_ranks(launcher, job.stage.name, words)
-    _keep_output(config)
+    _log_to_files(config)
     trainer = section(config, LimitSection)
     if not job.stage.watches_the_clock:
         limit(trainer.max_time if trainer else None)
@@ -142,7 +143,7 @@ def _with_template_date(job: Job[Run], words: list[str]) -> list[str]:
 
 
 def _problems(job: Job[Run]) -> list[str]:
-    """Return everything wrong with a configuration that can be known before a process group exists."""
+    """Return all problems of a configuration that can be found before a process group exists."""
     from offline_align.config import checks
     from offline_align.stages import requirements
 
@@ -153,12 +154,12 @@ def _problems(job: Job[Run]) -> list[str]:
 
 
 def _becomes_a_batch_job(launcher: LauncherSection) -> bool:
-    """Whether the stage is for Slurm, and this is not one of its ranks."""
+    """Return whether the stage is to be submitted to Slurm, because this is not one of its ranks."""
     return launcher.kind is LauncherKind.slurm and launched() is None
 
 
 def _submit(job: Job[Run], launcher: LauncherSection, words: list[str]) -> int:
-    """Print the text of the batch job with `dry_run=true`, else submit it, unless the run is complete."""
+    """Submit the batch job unless the run is complete; with `dry_run=true`, only print it."""
     from offline_align import launch_slurm
 
     text = launch_slurm.job_text(job.config, job.stage.name, words, on_gpus=not job.stage.one_process)
@@ -175,15 +176,15 @@ def _overview() -> str:
     return "\n".join([head, *lines])
 
 
-def _keep_output(config: Run) -> None:
-    """Under torchrun, let every rank write into its own file of the run folder; rank 0 is heard on the console too.
+def _log_to_files(config: Run) -> None:
+    """Under torchrun, make every rank write to its own log file, and rank 0 to the console too.
 
-    In a Slurm job srun does it. Raises OSError.
+    In a Slurm job srun does this. Raises OSError.
     """
-    place = launched()
-    if config.dry_run or place is None or place.launcher is not Launcher.torchrun or place.world_size == 1:
+    started = launched()
+    if config.dry_run or started is None or started.launcher is not Launcher.torchrun or started.world_size == 1:
         return
-    rank = place.rank
+    rank = started.rank
     path = Path(config.run.dir) / "logs" / f"rank_{rank:03d}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     if rank == 0:
@@ -203,7 +204,7 @@ def _set_up_logging() -> None:
     level = logging.INFO if rank == "0" else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format=_LOG_FORM, datefmt=_LOG_TIME)
     logging.getLogger("offline_align").setLevel(level)
-    # Missing optional packages are said once by us, not at every import by others.
+    # Other libraries warn about missing optional packages at every import. We report them once.
     warnings.filterwarnings("ignore", module=r"megatron\..*|torch\..*|transformers\..*")
     warnings.simplefilter("ignore", SyntaxWarning)
     for noisy in ("megatron", "torch", "torch.utils.cpp_extension", "datasets"):

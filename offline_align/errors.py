@@ -1,6 +1,6 @@
-"""The errors that a user can meet, each with the exit code that the process ends with.
+"""The errors that a user can see, each with the exit code of the process.
 
-Codes 65, 70, 74, 75 and 78 are those of BSD's sysexits; 75 asks a scheduler to run the job again.
+Codes 65, 70, 74, 75 and 78 come from BSD's sysexits. 75 asks a scheduler to run the job again.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class AlignError(Exception):
-    """Base of all errors that are reported as one plain line instead of a traceback."""
+    """Base class of errors that are reported as one line instead of a traceback."""
 
     exit_code = 70
 
@@ -23,21 +23,21 @@ class DataError(AlignError):
 
 
 class StorageError(AlignError):
-    """A file could not be written or read back whole: disk full, read-only, damaged."""
+    """A file could not be written or read back in full: disk full, read-only, damaged."""
 
     exit_code = 74
 
 
 class StoppedEarly(AlignError):
-    """The run stopped before its end with everything saved: the same command continues it."""
+    """The run stopped before its end and has saved everything: the same command continues it."""
 
     exit_code = 75
 
 
 class ConfigError(AlignError):
-    """One or more settings are wrong; every problem found is a line of its own.
+    """One or more settings are wrong; the message has one line for each problem.
 
-    Found before a process group exists, and all problems at once.
+    All problems are reported at once, before a process group exists.
     """
 
     exit_code = 78
@@ -48,7 +48,7 @@ class ConfigError(AlignError):
 
 
 class FailedOnMainRank(AlignError):
-    """Rank 0 met an error and has reported it; this rank ends with the same exit code and says nothing."""
+    """Rank 0 has failed and reports its error; this rank ends silently with its exit code."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("")
@@ -56,16 +56,17 @@ class FailedOnMainRank(AlignError):
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Return the code that a process ends with after `error`."""
+    """Return the exit code of a process that fails with `error`."""
     if isinstance(error, AlignError):
         return error.exit_code
     return StorageError.exit_code if isinstance(error, OSError) else AlignError.exit_code
 
 
-def leave_for_launcher(exit_code: int, message: str) -> None:
-    """Write why this rank ends where its launcher asks for it, in torchrun's form: the first error is the cause.
+def write_error_file(exit_code: int, message: str) -> None:
+    """Write this rank's error to TORCHELASTIC_ERROR_FILE, in torchrun's format.
 
-    Does nothing where no launcher asks, or where the file cannot be written: the exit code says it too.
+    Launchers take the earliest of these files as the cause of a failure. Does nothing if the
+    variable is not set or the file cannot be written; the exit code still reports the failure.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path or not message:

@@ -1,4 +1,4 @@
-"""Starting ranks: torchrun arguments, torchrun's own launcher on this machine, and what ranks find set."""
+"""Start ranks: torchrun commands, torch's elastic launcher, and environment variables of ranks."""
 
 import logging
 import os
@@ -15,27 +15,28 @@ logger = logging.getLogger(__name__)
 
 
 def needs_launch(launcher: LauncherSection) -> bool:
-    """Whether ranks are still to be started: more than one is asked for and no launcher has done it."""
+    """Return whether this command must start several ranks, because no launcher has done so."""
     return launcher.nproc_per_node > 1 and launched() is None
 
 
 def contradictions(launcher: LauncherSection) -> list[str]:
-    """Return where the launcher section asks for other ranks than those that a launcher has started.
+    """Return one problem if the launcher section contradicts the ranks that a launcher has started.
 
-    The batch script was made from the section, and it hands none of it on.
+    Ranks of the batch script are not checked: the script was made from this section, and a
+    configuration file that is passed on to its ranks may still hold older values.
     """
-    place = launched()
-    if place is None or place.launcher is Launcher.batch_script:
+    started = launched()
+    if started is None or started.launcher is Launcher.batch_script:
         return []
-    there = f"{place.launcher} has started this process as rank {place.rank} of {place.world_size}"
-    mend = f"leave it to that launcher, or unset what it has set ({shown()})"
+    facts = f"{started.launcher} has started this process as rank {started.rank} of {started.world_size}"
+    fix = f"remove the setting, or unset the launcher's variables ({shown()})"
     if launcher.kind is LauncherKind.slurm:
-        return [f"launcher=slurm: {there}; {mend}"]
-    asked, started = launcher.nproc_per_node, place.local_world_size
-    if asked > 1 and (place.launcher is Launcher.other or asked != started):
-        return [f"launcher.nproc_per_node={asked}: {there}, {started} on this node; {mend}"]
-    if launcher.nodes > 1 and launcher.nodes * started != place.world_size:
-        return [f"launcher.nodes={launcher.nodes}: {there}, {started} on this node; {mend}"]
+        return [f"launcher=slurm: {facts}; {fix}"]
+    asked, per_node = launcher.nproc_per_node, started.local_world_size
+    if asked > 1 and (started.launcher is Launcher.other or asked != per_node):
+        return [f"launcher.nproc_per_node={asked}: {facts}, {per_node} on this node; {fix}"]
+    if launcher.nodes > 1 and launcher.nodes * per_node != started.world_size:
+        return [f"launcher.nodes={launcher.nodes}: {facts}, {per_node} on this node; {fix}"]
     return []
 
 
@@ -51,14 +52,14 @@ def torchrun_command(launcher: LauncherSection, stage: str, words: list[str]) ->
 
 
 def set_cuda_environment(parallel: ParallelSection) -> None:
-    """Set what a rank wants of CUDA, before it loads torch and where the user has not set it.
+    """Set CUDA variables of a rank before torch is imported, unless the user has set them.
 
-    Bins differ in length, and memory that can grow in place is not lost between them. With one hardware queue kernels
-    start in the order of their launches, so that the communication of tensor parallel ranks starts before the matrix
-    product that it is to overlap with; without such ranks more queues are better: gradients are reduced beside the
-    backward pass.
+    Bins differ in length; with expandable segments the allocator does not fragment memory between
+    them. One hardware queue starts kernels in launch order, so tensor parallel communication starts
+    before the matrix product that it overlaps with. Without tensor parallelism more queues are
+    better, because gradients are reduced during the backward pass.
     """
-    # The older name stands in many batch scripts.
+    # Many batch scripts still set the older name.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if parallel.tensor_model_parallel_size > 1:
@@ -66,20 +67,20 @@ def set_cuda_environment(parallel: ParallelSection) -> None:
 
 
 def set_openmp_environment() -> None:
-    """Let threads of OpenMP that have nothing to do sleep, before torch loads libgomp and if the user has not chosen.
+    """Make idle OpenMP threads sleep, unless the user has chosen; call before importing torch.
 
-    By default they spin for milliseconds at the end of each operation, and so take the cores from another command that
-    runs on them. Results do not depend on it.
+    By default they spin for milliseconds after each operation and take cores away from other
+    commands on the machine. The setting does not change results.
     """
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
-    """Start the ranks of this machine by torchrun's launcher, wait, and return the exit code of the stage.
+    """Start the ranks of this machine with torch's elastic launcher and return the exit code.
 
-    Where ranks fail, the code is that of the rank that knows why, so that 65, 74, 75 and 78 keep their meaning. Raises
-    AlignError naming the rank where a signal from outside has ended one.
+    If ranks fail, the code is that of the rank with the original error, so 65, 74, 75 and 78 keep
+    their meaning. Raises AlignError naming the rank if a signal from outside has killed one.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -90,7 +91,7 @@ def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
         max_nodes=1,
         nproc_per_node=launcher.nproc_per_node,
         rdzv_backend="c10d",
-        # Port 0: any free one, so that several runs on one machine do not meet.
+        # Port 0 selects a free port, so several runs on one machine do not collide.
         rdzv_endpoint="localhost:0",
         run_id=effort.launch_name(),
         max_restarts=0,
@@ -100,42 +101,44 @@ def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "offline_align", stage, *words)
     except ChildFailedError as error:
-        _say_first_error(*error.get_first_failure())
-        return _outcome({rank: failure.exitcode for rank, failure in error.failures.items()})
+        _log_first_error(*error.get_first_failure())
+        return _common_exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException:
-        # The ranks were sent the signal too, have saved what they had, and are gone.
+        # The launcher has passed the signal to the ranks, and they have saved and exited.
         return StoppedEarly.exit_code
     return 0
 
 
-def _outcome(codes: dict[int, int]) -> int:
-    """Return the exit code that failed ranks have in common, a signal being minus its number.
+def _common_exit_code(codes: dict[int, int]) -> int:
+    """Return one exit code for failed ranks; in `codes`, a signal is its negative number.
 
-    Most of them have lost another rank (70), or were ended by the launcher after it, which stops them as a scheduler
-    would (75): the others know why.
+    Most ranks exit because they have lost another rank (70) or because the launcher has stopped
+    them afterwards (75). Any other code tells the cause.
     """
-    ended_after_others = (AlignError.exit_code, StoppedEarly.exit_code)
-    known = [code for code in codes.values() if code > 0 and code not in ended_after_others]
-    if known:
-        return known[0]
+    consequences = (AlignError.exit_code, StoppedEarly.exit_code)
+    causes = [code for code in codes.values() if code > 0 and code not in consequences]
+    if causes:
+        return causes[0]
     killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
     if killed:
         rank, number = next(iter(killed.items()))
         raise AlignError(
-            f"rank {rank} was ended by {signal.Signals(number).name}, and with it all others; run the same command "
+            f"rank {rank} was ended by {signal.Signals(number).name}, and all others after it; run the same command "
             "again to continue"
         )
-    # Ranks stop early together: one that failed has not stopped, and a scheduler shall not take it for that.
+    # An early stop means that all ranks have stopped. If one has failed, a scheduler must not see
+    # an early stop.
     stopped = StoppedEarly.exit_code in codes.values() and AlignError.exit_code not in codes.values()
     return StoppedEarly.exit_code if stopped else AlignError.exit_code
 
 
-def _say_first_error(rank: int, failure: Any) -> None:
-    """Say what ended the ranks, where it was not rank 0, which has said it itself: the others write into files.
+def _log_first_error(rank: int, failure: Any) -> None:
+    """Log the first error of the ranks, unless rank 0 has reported it on the console itself.
 
-    A rank that was killed has said nothing; `_outcome` names it.
+    The other ranks write their errors into files. A killed rank has no message; `_common_exit_code`
+    names it.
     """
     if failure.exitcode == StoppedEarly.exit_code or failure.exitcode < 0 or rank == 0:
         return
-    said = failure.message
-    logger.error("first error, rank %d: %s", rank, said["message"] if isinstance(said, dict) else said)
+    message = failure.message
+    logger.error("first error, rank %d: %s", rank, message["message"] if isinstance(message, dict) else message)

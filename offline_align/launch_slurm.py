@@ -1,7 +1,8 @@
-"""A stage as one Slurm job: the launcher section as the head of `scripts/slurm/stage.sbatch`, and its submission.
+"""Run a stage as one Slurm job: generate its batch script from the launcher section, and submit it.
 
-The text is a pure function of the configuration. What runs in the job, its signals and its requeue stand in that
-script, which can also be submitted by hand.
+The generated head depends on the configuration alone. The rest of the script is
+`scripts/slurm/stage.sbatch`: it starts the ranks, handles signals and requeues the job, and can
+also be submitted by hand.
 """
 
 import logging
@@ -21,20 +22,24 @@ from offline_align.errors import ConfigError, StorageError
 
 logger = logging.getLogger(__name__)
 _SAME_FOR_ALL = "# ---- The same for every job"
-# Slurm reads options of a script in its own way: a backslash holds inside both kinds of quotes.
+# Values that need no quotes in an #SBATCH line. Slurm's quoting differs from a shell's: a backslash
+# escapes the next character inside both kinds of quotes.
 _PLAIN = re.compile(r"[\w@%+=:,./\[\]-]+")
-# Said by the launcher section for the job, and no business of the ranks in it.
-_OWN_WORDS = ("launcher=", "launcher.", "dry_run=")
+# These settings configure the job; the ranks in it do not get them.
+_JOB_WORDS = ("launcher=", "launcher.", "dry_run=")
 # Variables that Slurm, MPI and torchrun set for a job, a step or a rank.
 _LAUNCHER_PREFIXES = ("SLURM_", "SLURMD_", "PMI_", "PMIX_", "OMPI_", "MV2_COMM_", "TORCHELASTIC_", "OFFLINE_ALIGN_")
-# In an allocation these are of it as well.
+# Inside an allocation, these variables belong to it as well.
 _ALLOCATION_PREFIXES = ("SBATCH_", "SRUN_", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
-# How Slurm's programs find the cluster.
+# Variables by which Slurm's programs find the cluster.
 _CLIENT_SETTINGS = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CONF_SERVER", "SLURM_JWT"}
 
 
 def job_text(config: Run, stage: str, words: list[str], on_gpus: bool = True) -> str:
-    """Return the batch script that runs `stage`, whose command-line `words` gave `config`, which has a launcher."""
+    """Return the batch script that runs `stage` with the command-line `words`.
+
+    `config` is the composed configuration of these words and has a launcher section.
+    """
     launcher = section(config, LauncherSection)
     assert launcher is not None
     run_dir = config.run.dir
@@ -43,10 +48,10 @@ def job_text(config: Run, stage: str, words: list[str], on_gpus: bool = True) ->
         gpus = launcher.nproc_per_node if on_gpus and config.run.device is not Device.cpu else 0
     head = ["#!/usr/bin/env bash", *(f"#SBATCH {quoted(o)}" for o in _options(launcher, stage, run_dir, gpus))]
     exports = [f"export {name}={shlex.quote(str(value))}" for name, value in launcher.environment.items()]
-    own = [word for word in words if not word.startswith(_OWN_WORDS)]
+    stage_words = [word for word in words if not word.startswith(_JOB_WORDS)]
     settings = [
         "set -euo pipefail",
-        f"set -- {shlex.join([stage, *own])}",
+        f"set -- {shlex.join([stage, *stage_words])}",
         f"run_dir={shlex.quote(run_dir)}",
         f"python={shlex.quote(_python(launcher))}",
         f"container=({shlex.join(_container(launcher))})",
@@ -59,7 +64,7 @@ def job_text(config: Run, stage: str, words: list[str], on_gpus: bool = True) ->
 
 
 def quoted(option: str) -> str:
-    """Return an option as Slurm reads it from a line of the script."""
+    """Return an option quoted for an #SBATCH line."""
     name, equals, value = option.partition("=")
     if not equals or _PLAIN.fullmatch(value):
         return option
@@ -68,19 +73,19 @@ def quoted(option: str) -> str:
 
 
 def log_folder(run_dir: str) -> Path:
-    """Return the folder of the job's console and of each rank's output; Slurm does not make it."""
+    """Return the folder of the job's and each rank's output; Slurm does not create it."""
     return Path(run_dir) / "logs"
 
 
 def submit(text: str, run_dir: str) -> str:
-    """Submit the text of a job and return its id; one that is already there for the folder is not doubled.
+    """Submit a batch script and return the job id, or return the id of this folder's unfinished job.
 
-    Raises ConfigError where Slurm refuses it, StorageError where the log folder cannot be made.
+    Raises ConfigError if Slurm refuses the job, StorageError if the log folder cannot be created.
     """
     record = log_folder(run_dir) / "job"
-    if there := _waiting_or_running(record):
-        logger.info("%s: job %s is there already", run_dir, there)
-        return there
+    if unfinished := _unfinished_job(record):
+        logger.info("%s: job %s is already waiting or running", run_dir, unfinished)
+        return unfinished
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         command, environment = ["sbatch", "--parsable"], job_environment(os.environ)
@@ -97,12 +102,13 @@ def submit(text: str, run_dir: str) -> str:
 
 
 def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what a job inherits from the process that submits it: all variables but those of its launchers.
+    """Return the variables that a new job inherits: all but those that launchers have set.
 
-    sbatch hands its environment on. The new job sets only the variables of options that it was given, so that the
-    others would be those of the allocation, container or rank from which it is submitted: srun reads
-    SLURM_MEM_PER_CPU, and the batch script SLURM_RESTART_COUNT. Outside of an allocation SBATCH_ACCOUNT and its like
-    are settings of the user, and inside of one they may be those of the job that runs.
+    sbatch passes its environment to the job, and Slurm overwrites only the variables of options
+    that the job has. The others would keep the values of the allocation, container or rank that
+    submits: srun reads SLURM_MEM_PER_CPU, for example, and the batch script SLURM_RESTART_COUNT.
+    Outside of an allocation, SBATCH_ACCOUNT and the like are the user's settings; inside, they may
+    belong to the current job and are dropped.
     """
     in_allocation = "SLURM_JOB_ID" in environment
     dropped = _LAUNCHER_PREFIXES + (_ALLOCATION_PREFIXES if in_allocation else ())
@@ -113,8 +119,8 @@ def job_environment(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _waiting_or_running(record: Path) -> str | None:
-    """Return the job that was submitted before for the same folder, if Slurm still has it to do."""
+def _unfinished_job(record: Path) -> str | None:
+    """Return the job last submitted for the same folder if it still waits or runs."""
     if not record.is_file():
         return None
     job = record.read_text(encoding="utf-8").strip()
@@ -127,7 +133,7 @@ def _waiting_or_running(record: Path) -> str | None:
 
 
 def _options(launcher: LauncherSection, stage: str, run_dir: str, gpus: int) -> Iterator[str]:
-    """Yield the options of sbatch, the user's own last: of two the later holds."""
+    """Yield the options of sbatch; the user's own come last, because the last one counts."""
     yield f"--job-name={launcher.job_name or f'offline-align-{stage}'}"
     yield f"--nodes={launcher.nodes}"
     yield f"--ntasks-per-node={launcher.nproc_per_node}"
@@ -143,7 +149,7 @@ def _options(launcher: LauncherSection, stage: str, run_dir: str, gpus: int) -> 
     if launcher.dependency is not None:
         yield f"--dependency=afterok:{launcher.dependency}"
         yield "--kill-on-invalid-dep=yes"
-    # Slurm takes `%` in a file name for the start of a field.
+    # In a file name of Slurm, `%` starts a field and `%%` is a percent sign.
     yield f"--output={str(log_folder(run_dir)).replace('%', '%%')}/slurm-%j.out"
     yield "--open-mode=append"
     yield f"--signal=B:USR1@{launcher.signal_margin_seconds}"
@@ -153,7 +159,7 @@ def _options(launcher: LauncherSection, stage: str, run_dir: str, gpus: int) -> 
 
 
 def _slurm_time(text: str) -> str:
-    """Return a duration as Slurm reads it, which knows no `3h50m`."""
+    """Return a duration in Slurm's format; Slurm does not know `3h50m`."""
     if ":" in text:
         return text
     minutes = int(parse_duration(text, "launcher.time")) // 60
@@ -161,7 +167,7 @@ def _slurm_time(text: str) -> str:
 
 
 def _container(launcher: LauncherSection) -> list[str]:
-    """Return the words for srun of pyxis."""
+    """Return the options for srun's container plugin, pyxis."""
     if launcher.container_image is None:
         return []
     mounts = ",".join(launcher.container_mounts)
@@ -170,12 +176,13 @@ def _container(launcher: LauncherSection) -> list[str]:
 
 
 def _python(launcher: LauncherSection) -> str:
-    """Return what runs the ranks: this very Python, or that of the image."""
+    """Return the Python for the ranks: the configured one, the image's, or the current one."""
     return launcher.python or (sys.executable if launcher.container_image is None else "python")
 
 
 def _body() -> str:
+    """Return `stage.sbatch` without its head, from the installed package or the checkout."""
     package = Path(__file__).resolve().parent
-    carried = package / "scripts" / "slurm" / "stage.sbatch"
-    script = carried if carried.is_file() else package.parent / "scripts" / "slurm" / "stage.sbatch"
+    packaged = package / "scripts" / "slurm" / "stage.sbatch"
+    script = packaged if packaged.is_file() else package.parent / "scripts" / "slurm" / "stage.sbatch"
     return script.read_text(encoding="utf-8").partition(_SAME_FOR_ALL)[2]

@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar on a terminal, plain lines with rate and time left in a log."""
+"""Show the progress of long work: a live bar on a terminal, or lines in a log."""
 
 import logging
 import sys
@@ -12,9 +12,9 @@ _LINE_SECONDS = 15.0
 
 
 class Meter:
-    """Counts units of work that are done; silent where `enabled` is False (all ranks but one).
+    """Count finished units of work and show progress; pass `enabled=False` on all ranks but one.
 
-    Work of less than `least_seconds` leaves no line in a log.
+    Work that takes less than `least_seconds` writes no line to a log.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Units a second since the start of this process."""
+        """Units a second since the meter was created."""
         return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
 
     def advance(self, units: int = 1, note: str = "") -> None:
-        """Report `units` more as done, with a short note such as the current loss."""
+        """Count `units` more as done and show a short note, such as the current loss."""
         self.done += units
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=note)

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Which method is best, and is it more than luck? Every method is trained from the same start on one labelled file, with
-# the same number of tokens and several seeds; one page compares them with intervals over seeds.
+# Compare the methods over several seeds. Every method is trained from the same policy on one labelled file and for the
+# same number of tokens. The report compares them with confidence intervals over seeds.
 #
 #   RUNS=runs/bakeoff LABELLED=runs/label/labelled.jsonl INIT=runs/sft REWARD=runs/reward \
 #     PROMPTS=runs/prepare/prompts.jsonl SEEDS="1 2 3" scripts/bakeoff.sh
 #
-# After a crash or a time limit (exit code 75), run the same line again: what is finished is not done twice.
+# After a crash or a time limit (exit code 75), run the same line again: complete stages are skipped.
 set -euo pipefail
 
-RUNS=${RUNS:-runs/bakeoff}                     # every run gets a folder in here
+RUNS=${RUNS:-runs/bakeoff}                     # folder for all run folders
 LABELLED=${LABELLED:-runs/label/labelled.jsonl}
-INIT=${INIT:-runs/sft}                         # where all methods start
-REWARD=${REWARD:-runs/reward}                  # the judge
+INIT=${INIT:-runs/sft}                         # the policy from which all methods start
+REWARD=${REWARD:-runs/reward}                  # the reward model that judges the answers
 PROMPTS=${PROMPTS:-runs/prepare/prompts.jsonl} # held-out prompts
 SEEDS=${SEEDS:-1 2 3}
-METHODS=${METHODS:-sft fa rwr ca}              # sft: all labelled rows, whatever their reward
-TOKENS=${TOKENS:-}                             # of each training run; empty: once through the labelled file
+METHODS=${METHODS:-sft fa rwr ca}              # sft trains on all labelled rows, whatever their reward
+TOKENS=${TOKENS:-}                             # tokens of each training run; empty: one pass over the labelled file
 BATCH=${BATCH:-64}                             # rows a step (trainer.global_batch_size)
-TARGET_REWARD=${TARGET_REWARD:-5.0}            # what Conditional Alignment is asked for (the paper's)
+TARGET_REWARD=${TARGET_REWARD:-5.0}            # target reward for Conditional Alignment (the paper's)
 
-# Words for every training run, for generate, and for evaluate.
+# Options for every training run, for generate, and for evaluate.
 read -ra train <<<"${TRAIN_OPTIONS:-}"
 read -ra generate <<<"${GENERATE_OPTIONS:-}"
 read -ra evaluate <<<"${EVALUATE_OPTIONS:-}"
@@ -28,8 +28,8 @@ read -ra methods <<<"$METHODS"
 
 PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin:$PATH"
 
-# Rows differ in length between methods (FA keeps some, CA writes a condition into each), so equal tokens are other
-# numbers of steps. The planner counts them.
+# The mean row length differs between methods: FA keeps only some rows, and CA adds a condition to each. So the same
+# number of tokens is a different number of steps for each method. `plan` counts the tokens.
 offline-align plan run.dir="$RUNS/plan" data.input="$LABELLED"
 
 steps() {
@@ -39,11 +39,11 @@ import json, sys
 path, method, batch, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 plan = json.load(open(path))
 if plan["unit"] != "tokens":
-    sys.exit(f"bakeoff.sh: {path}: counted {plan['unit']}, not tokens; LABELLED must be the file of a `label` run")
+    sys.exit(f"bakeoff.sh: {path}: counted {plan['unit']}, not tokens; set LABELLED to the output of a `label` run")
 size, rows = plan["size"], plan["rows"]
 kept = plan["filtering"]
 if method == "fa" and not kept["rows"]:
-    sys.exit("bakeoff.sh: fa: no row has a reward above 0; leave it out of METHODS")
+    sys.exit("bakeoff.sh: fa: no row has a reward above 0; remove fa from METHODS")
 mean = {"fa": kept["size"] / max(1, kept["rows"]), "ca": (size + plan["conditional"]["extra_size"]) / rows}
 print(max(1, round((tokens or size) / (mean.get(method, size / rows) * batch))))
 PYTHON

@@ -1,4 +1,4 @@
-"""Make offline_align/data/assets/demo.model again, byte for byte: `python scripts/make_demo_tokenizer.py`."""
+"""Reproduce offline_align/data/assets/demo.model byte for byte: `python scripts/make_demo_tokenizer.py`."""
 
 import argparse
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from offline_align.data.sentencepiece_training import train_sentencepiece
 SEED = 1234
 NUM_ROWS = 6000
 VOCAB_SIZE = 640
-# Words of the templates and of conditions, often enough to become pieces.
+# Words of templates and conditions. `corpus` repeats them often enough to become pieces.
 TEMPLATE_WORDS = ("User:", "Assistant: ", "System:", "<rm_score>")
 
 
@@ -23,7 +23,7 @@ def corpus() -> Iterator[str]:
 
 
 def main() -> None:
-    """Write the model to the path given, by default where the package keeps it."""
+    """Write the model to the given path, by default to its place in the package."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", nargs="?", type=Path, default=demo_tokenizer_path())
     output = parser.parse_args().output

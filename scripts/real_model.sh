@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# A Hugging Face model in, an aligned one out, checked at every step; and answers of plain transformers at the end.
+# Align a Hugging Face model and export it again, with a check after every step. At the end, plain transformers
+# generates answers with the exported model.
 #
 #   MODEL=models/SmolLM2-135M DATA=my_rows scripts/real_model.sh             one GPU: an epoch, the paper's batch
 #   MODEL=models/SmolLM2-135M DATA=my_rows SIZE=small scripts/real_model.sh  a CPU: 20 steps, 200 labelled answers
 #
 # DATA is a folder with sft_train.jsonl, preferences_train.jsonl and preferences_valid.jsonl, as `prepare` writes them,
-# and eval_prompts.jsonl (or PROMPTS). Run it again to continue; a stage that is complete says so.
+# and eval_prompts.jsonl (or set PROMPTS). Run the same line again to continue: complete stages are skipped.
 set -euo pipefail
 
 MODEL=${MODEL:?set MODEL to a Hugging Face folder}
@@ -13,7 +14,7 @@ DATA=${DATA:?set DATA to a folder of prepared rows}
 RUNS=${RUNS:-runs/real_model}
 PROMPTS=${PROMPTS:-$DATA/eval_prompts.jsonl}
 TARGET=${TARGET:-2.0}
-# `chat` for a model that was tuned with its chat template, `paper` for any other.
+# `chat` for a model that was trained with its chat template, `paper` for any other.
 TEMPLATE=${TEMPLATE:-chat}
 SIZE=${SIZE:-full}
 
@@ -57,7 +58,7 @@ mkdir -p "$RUNS"
 head -n "$LABEL_PAIRS" "$DATA/preferences_train.jsonl" >"$RUNS/pairs_to_label.jsonl"
 head -n "$LABEL_PROMPTS" "$PROMPTS" >"$RUNS/prompts.jsonl"
 
-step "in and out again: the same bits, the same logits as transformers"
+step "round trip: import and export give the same bits, and the same logits as transformers"
 offline-align convert run.dir="$RUNS/in" init.from="$MODEL" convert.to=megatron convert.check=true
 offline-align convert run.dir="$RUNS/out" init.from="$RUNS/in" convert.check=true
 python - "$MODEL" "$RUNS/out" <<'PYTHON'
@@ -71,11 +72,11 @@ before, after = (
     {name: tensor for file in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(file).items()}
     for folder in sys.argv[1:3]
 )
-# A tied output layer may be stored a second time.
+# A tied output layer may be stored as a second copy.
 different = [name for name in after if not torch.equal(before[name], after[name])]
 absent = sorted(before.keys() - after.keys() - {"lm_head.weight"})
 assert not different and not absent, (different, absent)
-print(f"{len(after)} tensors are the same bits")
+print(f"{len(after)} tensors are bitwise equal")
 PYTHON
 
 step "SFT"
@@ -113,7 +114,7 @@ for row in rows:
     with torch.no_grad():
         differences.append(abs(float(model(ids).logits[0, 0]) - row["reward_raw"]))
 print(f"{len(rows)} scores: largest difference {max(differences):.2g}")
-# The labels of a GPU were computed in bf16.
+# On a GPU the labels were computed in bf16.
 assert max(differences) < (1e-4 if device == "cpu" else 5e-2)
 PYTHON
 
@@ -121,11 +122,11 @@ step "Conditional Alignment"
 offline-align ca run.dir="$RUNS/ca" init.from="$RUNS/sft" method.target_reward="$TARGET" \
     data.train="$RUNS/label/labelled.jsonl" "${align[@]}"
 
-step "out: a folder that any program reads"
+step "export: a folder in Hugging Face form"
 offline-align convert run.dir="$RUNS/aligned" init.from="$RUNS/ca" convert.check=true
 offline-align verify run.dir="$RUNS/aligned"
 
-step "answers: ours, and those of plain transformers from the folder alone"
+step "answers: from offline-align, and from plain transformers with the exported folder"
 offline-align generate run.dir="$RUNS/generate" init.from="$RUNS/ca" data.input="$RUNS/prompts.jsonl" "${generate[@]}"
 python - "$RUNS/aligned" "$RUNS/prompts.jsonl" "$RUNS/generate/generations.jsonl" <<'PYTHON'
 import json
@@ -148,7 +149,7 @@ for line, answer in list(zip(open(prompts, encoding="utf-8"), answers))[:8]:
     text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     same += answer["response"].startswith(text) or text.startswith(answer["response"])
     print(f"{turns[-1]['content'][:60]!r} -> {text[:100]!r}")
-print(f"{same} of {min(8, len(answers))} answers are ours")
+print(f"{same} of {min(8, len(answers))} answers are the same as those of offline-align")
 PYTHON
 
 printf '\n%s\n' "done after $((SECONDS - started)) s: $RUNS/aligned"

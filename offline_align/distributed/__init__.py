@@ -1,1 +1,1 @@
-"""Ranks: their arithmetic, process groups, and megatron-core on machines without a GPU."""
+"""Ranks: launchers, rendezvous, process groups, run locks, and megatron-core without a GPU."""

@@ -1,8 +1,9 @@
-"""megatron-core on CPU: the one place where globals are patched.
+"""Run megatron-core on CPU by patching torch and megatron globals.
 
-megatron-core 0.19 asks for CUDA by name in its schedules, optimizer and checkpoints. With the answers below the
-same code, collectives included, runs on CPU tensors over gloo, so that a laptop and CI exercise the production path.
-Switched on by `enable()` alone, which `distributed.setup` calls when the device is the CPU; never by import.
+megatron-core 0.19 calls CUDA by name in its schedules, optimizer and checkpoints. With the patches
+below the same code, collectives included, runs on CPU tensors over gloo, so a laptop and CI
+exercise the production path. Only `enable()` applies the patches, never an import;
+`distributed.setup` calls it if the device is the CPU.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ _enabled = False
 
 
 class _Stream:
-    """Stands for a CUDA stream: work on the CPU is done when the call returns."""
+    """Stand-in for a CUDA stream: work on the CPU is done when the call returns."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -53,7 +54,7 @@ def _no_stream(_: Any) -> Iterator[None]:
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Return `factory` with any request for a CUDA device answered by the CPU."""
+    """Return `factory` with CUDA devices in its arguments replaced by the CPU."""
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -65,7 +66,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _type_name(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `Tensor.type` that names CPU tensors as megatron's optimizer and clipping compare them."""
+    """Wrap `Tensor.type` to return the CUDA type names that megatron's optimizer expects."""
 
     @functools.wraps(tensor_type)
     def named(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -76,53 +77,54 @@ def _type_name(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def enable() -> None:
-    """Let megatron-core work on CPU tensors for the rest of this process; a second call does nothing."""
+    """Make megatron-core work on CPU tensors in this process; a second call does nothing."""
     global _enabled
     if _enabled:
         return
     _enabled = True
-    # `with torch.device(...)` knows factories by identity, from a list made at its first use: make it before they
-    # are replaced, or models that other libraries load under it keep uninitialised buffers.
+    # `with torch.device(...)` recognises factories by identity, from a list made at its first use.
+    # Make that list before the factories are replaced; otherwise models that other libraries load
+    # under it keep uninitialised buffers.
     with torch.device("meta"):
         torch.empty(0)
     _keep_freed_memory()
-    _keep_few_kernels()
+    _limit_kernel_cache()
     _skip_compilation()
     _patch_device()
-    _skip_lonely_collectives()
+    _skip_single_rank_collectives()
     _patch_random_state()
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse the memory of freed tensors instead of returning it to the system.
+    """Make glibc reuse the memory of freed tensors instead of returning it to the system.
 
-    A tensor of some megabytes is otherwise mapped and unmapped at every use, and touching its fresh pages costs more
-    than the arithmetic on them: several times the whole step on virtual machines.
+    Otherwise a tensor of some megabytes is mapped and unmapped at every use. Touching its fresh
+    pages costs more than the arithmetic on them: on virtual machines several times the whole step.
     """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # numbers of <malloc.h>
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # constants of <malloc.h>
     libc = ctypes.CDLL(None)
-    # Other C libraries have no such setting; nothing but speed depends on it.
+    # Other C libraries have no such setting. It affects speed only.
     with contextlib.suppress(AttributeError):
         libc.mallopt(mmap_threshold, 32 * 2**20)
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(top_pad, 64 * 2**20)
 
 
-def _keep_few_kernels() -> None:
-    """Let oneDNN, which multiplies in bf16, forget kernels of shapes that do not come again.
+def _limit_kernel_cache() -> None:
+    """Limit the kernels that oneDNN caches for bf16 products.
 
-    It generates one for each shape and keeps 1,024 of them, at a MiB each. Bins differ in length, so that only those of
-    the same bin are used again; a model asks for some 20 of a bin.
+    oneDNN generates one kernel a shape and keeps 1,024 of them, at a MiB each. Bins differ in
+    length, so only kernels of the current bin are used again, and a model needs some 20 of them.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 
 def _skip_compilation() -> None:
-    """Let megatron's fused functions run as they are written.
+    """Disable `torch.compile` for megatron's fused functions and the hooks of torch's optimizers.
 
-    It decorates them with `torch.compile` while it is imported, which loads the whole compiler; for the element-wise
-    functions concerned that costs a CPU process more than it can win. And torch's optimizers load the compiler to tell
-    it to leave their methods alone.
+    megatron decorates element-wise functions with `torch.compile` at import, which loads the whole
+    compiler. That costs a CPU process more than it can gain. torch's optimizers load the compiler
+    as well, only to exclude their own methods from compilation.
     """
     torch_module: Any = torch
     torch_module.compile = lambda function=None, **_: function if function is not None else (lambda f: f)
@@ -131,11 +133,11 @@ def _skip_compilation() -> None:
         setattr(torch.optim.Optimizer, name, getattr(method, "__wrapped__", method))
 
 
-def _skip_lonely_collectives() -> None:
-    """Let a rank that is alone in its group keep what it has.
+def _skip_single_rank_collectives() -> None:
+    """Skip in-place collectives in groups of one rank.
 
-    The distributed optimizer reduces gradients and gathers weights in place; gloo copies both, through a buffer of
-    their size, where there is nobody to talk to: a twentieth of a step of a small model.
+    The distributed optimizer reduces gradients and gathers weights in place. In a group of one,
+    gloo still copies both through a buffer of their size: a twentieth of a step of a small model.
     """
     for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
         setattr(dist, name, _unless_alone(getattr(dist, name)))
@@ -154,7 +156,7 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 def _patch_device() -> None:
     cuda: Any = torch.cuda
-    # Where there is a GPU all the same, other libraries would ask for its properties by what is answered here.
+    # On a machine with a GPU, other libraries would otherwise query it with the CPU device below.
     cuda.is_available = lambda: False
     cuda.current_device = lambda: _CPU
     cuda.synchronize = cuda.empty_cache = _nothing

@@ -1,9 +1,10 @@
-"""Whether a launcher has started this process as one of several ranks.
+"""Detect whether a launcher has started this process as one of several ranks.
 
-Containers (enroot, Kubeflow), batch scripts and outer jobs leave rank variables in the environment, so WORLD_SIZE alone
-is no proof. These count: torchrun, the tasks of our own batch script, and a complete set of `env://` variables for more
-than one rank. A world of one without a launcher is a leftover. Everything in between is refused, because a command that
-runs alone by mistake says nothing about it.
+Containers (enroot, Kubeflow), batch scripts and outer jobs leave rank variables in the environment,
+so WORLD_SIZE alone proves nothing. A process is a rank if torchrun has started it, if it is a task
+of our batch script, or if it has a complete set of `env://` variables for more than one rank.
+Variables of a world of one without a launcher are leftovers. Any other combination is refused,
+because a rank that runs alone by mistake would do so silently.
 """
 
 import os
@@ -14,7 +15,7 @@ from enum import StrEnum
 from offline_align.errors import ConfigError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""The variables of `env://`: torchrun and the batch script set all of them."""
+"""The variables of torch's `env://` method: torchrun and the batch script set all of them."""
 _TORCHRUN_VARIABLES = (
     "TORCHELASTIC_RUN_ID",
     "TORCHELASTIC_RESTART_COUNT",
@@ -23,7 +24,7 @@ _TORCHRUN_VARIABLES = (
     "TORCHELASTIC_ERROR_FILE",
 )
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Launchers that start copies of a command and set no `env://` variables: their rank and size.
+# Rank and size variables of launchers that start copies of a command without `env://` variables.
 _TASK_LAUNCHERS = {
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     "mpirun (Open MPI)": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -33,7 +34,7 @@ _TASK_LAUNCHERS = {
 
 
 class Launcher(StrEnum):
-    """What has started a rank."""
+    """The program that started a rank."""
 
     torchrun = "torchrun"
     batch_script = "scripts/slurm/stage.sbatch"
@@ -42,7 +43,7 @@ class Launcher(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """The place of this process among the ranks that a launcher has started."""
+    """The rank of this process and the sizes of its world, as its launcher set them."""
 
     launcher: Launcher
     rank: int
@@ -51,10 +52,10 @@ class Launched:
 
 
 def launched(environment: Mapping[str, str] | None = None) -> Launched | None:
-    """Return the place that a launcher gave to this process, or None if no launcher has started it as a rank.
+    """Return the launcher, rank and world size of this process, or None if it is not a rank.
 
-    Raises ConfigError with the variables and their values if they are incomplete or contradict each other, and if srun
-    or mpirun has started several copies of a command that are no ranks.
+    Raises ConfigError with the variables and their values if they are incomplete or contradict each
+    other, or if srun or mpirun has started several copies of a command that are not ranks.
     """
     variables = os.environ if environment is None else environment
     launcher = _launcher(variables)
@@ -67,9 +68,9 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched | None:
 
 
 def forget_leftovers(environment: MutableMapping[str, str] | None = None) -> str:
-    """Remove rank variables from the environment of a process that is no rank; returns them as text.
+    """Remove rank variables from the environment of a non-rank process; return them as text.
 
-    Libraries read them too, and processes that are started from here would inherit them.
+    Otherwise libraries would read them, and child processes would inherit them.
     """
     variables = os.environ if environment is None else environment
     text = shown(variables)
@@ -79,7 +80,7 @@ def forget_leftovers(environment: MutableMapping[str, str] | None = None) -> str
 
 
 def shown(variables: Mapping[str, str] | None = None) -> str:
-    """Return the rank variables that are set, as `RANK=0 WORLD_SIZE=1`."""
+    """Return the rank variables that are set, for example `RANK=0 WORLD_SIZE=1`."""
     found = os.environ if variables is None else variables
     return " ".join(f"{name}={found[name]}" for name in RANK_VARIABLES if name in found)
 
@@ -90,7 +91,7 @@ def _launcher(variables: Mapping[str, str]) -> Launcher | None:
         return Launcher.batch_script
     if "TORCHELASTIC_RUN_ID" in variables and "WORLD_SIZE" in variables:
         return Launcher.torchrun
-    # What containers set for a process that is alone, and what is left of it.
+    # Containers set these values for a single process, or leave some of them.
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     if all(variables.get(name, value) == value for name, value in alone.items()):
         return None
@@ -98,10 +99,10 @@ def _launcher(variables: Mapping[str, str]) -> Launcher | None:
 
 
 def _require_complete(variables: Mapping[str, str]) -> None:
-    """Raise ConfigError unless the variables name a rank and the place where all ranks meet."""
+    """Raise ConfigError unless rank, world size and rendezvous address are complete and valid."""
     missing = [name for name in _NEEDED if not variables.get(name)]
     if missing:
-        problem = f"{', '.join(missing)} missing, so that this is no rank of any launcher"
+        problem = f"{', '.join(missing)} missing, so this is not a rank of any launcher"
     elif not all(variables.get(n, "0").isdecimal() for n in (*RANK_VARIABLES[:4], "MASTER_PORT")):
         problem = "not all of them are whole numbers"
     elif not 0 < int(variables["MASTER_PORT"]) < 2**16:
@@ -120,11 +121,11 @@ def _refuse_copies(variables: Mapping[str, str]) -> None:
         if rank in variables and variables.get(size, "1") != "1":
             raise ConfigError(
                 f"{rank}={variables[rank]} {size}={variables[size]} in the environment: {launcher} has started copies "
-                "of this command, which would all do the same; use launcher.nproc_per_node, launcher=slurm or "
+                "of this command, which would all do the same work; use launcher.nproc_per_node, launcher=slurm or "
                 f"torchrun, or unset {rank} if this is the only copy"
             )
 
 
 def _unset(variables: Mapping[str, str]) -> str:
     names = " ".join(name for name in RANK_VARIABLES if name in variables)
-    return f"`unset {names}` if they are left from another job, else start the ranks with torchrun or launcher=slurm"
+    return f"`unset {names}` if they are left from another job; otherwise start ranks with torchrun or launcher=slurm"

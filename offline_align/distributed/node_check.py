@@ -1,8 +1,8 @@
-"""Whether the nodes of a job can do it, before it starts: `python -m offline_align.distributed.node_check RUN_DIR`.
+"""Check the nodes of a job before it starts: `python -m offline_align.distributed.node_check RUN_DIR`.
 
-Started as all ranks, by the Slurm job or by torchrun; started alone, it checks this machine. Every rank reports
-through a store; rank 0 compares, then all reduce one tensor together. Each wait has an end, and what is wrong is said
-once, with the name of the node.
+The Slurm job or torchrun starts it as all ranks; started alone, it checks this machine. Every rank
+reports about its node through a store, and rank 0 compares the reports. Then all ranks run one
+all-reduce. Every wait has a time limit. Each problem is reported once, with the name of the node.
 """
 
 import argparse
@@ -24,34 +24,34 @@ from typing import Any
 
 from offline_align.distributed.launched import forget_leftovers, launched
 from offline_align.distributed.node_report import NodeReport, judge, node_name
-from offline_align.errors import AlignError, FailedOnMainRank, StorageError, leave_for_launcher
+from offline_align.errors import AlignError, FailedOnMainRank, StorageError, write_error_file
 from offline_align.lineage.manifest import versions
 
 logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.05
-# Large enough to pass through every link of a ring, small enough to take no time.
+# Large enough to use every link of a ring, small enough to take no noticeable time.
 _REDUCED_ELEMENTS = 4 * 2**20
 
 
 def main(words: list[str]) -> int:
-    """Check as one rank of all; returns the exit code, and rank 0 says what is wrong."""
+    """Run the check on this rank and return the exit code; rank 0 reports the problems."""
     parser = argparse.ArgumentParser(prog="node_check", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="folder that all nodes write into")
-    parser.add_argument("--limit", type=float, default=180.0, help="longest wait for all ranks, in seconds")
-    parser.add_argument("--free-gib", type=float, default=5.0, help="least free space of the folder")
+    parser.add_argument("run_dir", type=Path, help="run folder, on storage that all nodes share")
+    parser.add_argument("--limit", type=float, default=180.0, help="longest wait for other ranks, in seconds")
+    parser.add_argument("--free-gib", type=float, default=5.0, help="required free space for the folder, in GiB")
     arguments = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format=f"offline-align[rank {os.environ.get('RANK', 0)}]: %(message)s")
     try:
-        place = launched()
-        if place is None:
+        started = launched()
+        if started is None:
             forget_leftovers()
-        rank, world = (place.rank, place.world_size) if place else (0, 1)
+        rank, world = (started.rank, started.world_size) if started else (0, 1)
         summary = check(arguments.run_dir, arguments.limit, arguments.free_gib, rank, world)
     except AlignError as error:
-        leave_for_launcher(error.exit_code, str(error))
+        write_error_file(error.exit_code, str(error))
         for line in str(error).splitlines():
             logger.error("error: %s", line)
-        # A thread may still wait in a collective that will never end.
+        # A thread may still be waiting in a collective that never ends.
         os._exit(error.exit_code)
     if rank == 0:
         logger.info("nodes: %s", summary)
@@ -59,10 +59,11 @@ def main(words: list[str]) -> int:
 
 
 def check(run_dir: Path, limit: float, free_gib: float, rank: int, world: int) -> str:
-    """Compare all nodes and reduce a tensor over all ranks; returns a summary.
+    """Compare all nodes, reduce a tensor over all ranks, and return a summary.
 
-    Raises ConfigError (versions, clocks, storage that is not shared), StorageError (space) or AlignError (a rank, a
-    GPU or the network), on rank 0 with the names of the nodes, on the others without a message.
+    Raises ConfigError (versions, clocks, storage that is not shared), StorageError (disk space) or
+    AlignError (a missing rank, a GPU or the network). The message names the nodes on rank 0 and is
+    empty on the other ranks.
     """
     store = _store(rank, world, limit)
     found: list[NodeReport] = []
@@ -75,28 +76,29 @@ def check(run_dir: Path, limit: float, free_gib: float, rank: int, world: int) -
     reduced.join(limit)
     _leave_together(store, rank, world)
     gpus = sum(Counter({r.host: r.gpus for r in found}).values())
-    return f"{len({r.host for r in found})} hosts, {world} ranks, {gpus} GPUs, one all-reduce: well"
+    return f"{len({r.host for r in found})} hosts, {world} ranks, {gpus} GPUs, one all-reduce: all good"
 
 
 def _store(rank: int, world: int, limit: float) -> Any:
-    """Return the store that all ranks see; rank 0 holds it unless torchrun does. One rank needs no port."""
+    """Return the store of all ranks, which rank 0 hosts unless torchrun does."""
     import torch.distributed as dist
 
     if world == 1:
         return dist.HashStore()  # type: ignore[attr-defined]
-    held = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         tcp_store: Any = dist.TCPStore  # type: ignore[attr-defined]
-        store = tcp_store(address, port, world, held, timedelta(seconds=limit), wait_for_workers=False)
+        store = tcp_store(address, port, world, hosts, timedelta(seconds=limit), wait_for_workers=False)
     except (RuntimeError, ValueError) as error:  # DistStoreError and DistNetworkError are RuntimeErrors
         why = str(error).partition("\n")[0]
-        raise AlignError(f"{node_name(rank)}: no way to rank 0 at {address}:{port} in {limit:.0f} s: {why}") from error
+        reason = f"no connection to rank 0 at {address}:{port} within {limit:.0f} s: {why}"
+        raise AlignError(f"{node_name(rank)}: {reason}") from error
     return dist.PrefixStore("node_check", store)  # type: ignore[attr-defined]
 
 
 def _agree(store: Any, what: str, rank: int, world: int, limit: float, judge: Callable[[], None]) -> None:
-    """Let rank 0 judge and all ranks end as it does."""
+    """Run `judge` on rank 0, and raise on all ranks if it raises an AlignError."""
     verdict = f"{what}/verdict"
     if rank == 0:
         try:
@@ -107,7 +109,7 @@ def _agree(store: Any, what: str, rank: int, world: int, limit: float, judge: Ca
             raise
         store.set(verdict, "0")
     elif _wait_for(store, [verdict], 2 * limit):
-        raise AlignError(f"{node_name(rank)}: no answer from rank 0 in {2 * limit:.0f} s")
+        raise AlignError(f"{node_name(rank)}: no answer from rank 0 within {2 * limit:.0f} s")
     elif code := int(store.get(verdict)):
         _leave_together(store, rank, world)
         raise FailedOnMainRank(code)
@@ -127,7 +129,7 @@ def _compare(store: Any, run_dir: Path, world: int, limit: float, free_gib: floa
         marker.unlink(missing_ok=True)
     if missing:
         ranks = [int(key.rpartition("/")[2]) for key in missing]
-        raise AlignError("\n".join(f"{node_name(r)}: did not come within {limit:.0f} s" for r in ranks))
+        raise AlignError("\n".join(f"{node_name(r)}: did not report within {limit:.0f} s" for r in ranks))
     found += [NodeReport(**json.loads(store.get(f"report/{r}"))) for r in range(world)]
     judge(found, free_gib)
 
@@ -151,7 +153,7 @@ def _report(store: Any, rank: int, run_dir: Path, limit: float) -> None:
 
 
 def _appears(path: Path, seconds: float = 10.0) -> bool:
-    """Whether a file is there, or comes while a network file system gets to know of it."""
+    """Return whether a file exists or appears in time: network storage may show it late."""
     deadline = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > deadline:
@@ -174,7 +176,7 @@ def _cuda_versions() -> dict[str, str]:
 
 
 def _gpu_problem() -> tuple[str | None, int]:
-    """Return what this rank's own GPU does wrong, and how many are visible."""
+    """Return the problem of this rank's own GPU, if any, and the number of visible GPUs."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -192,7 +194,10 @@ def _gpu_problem() -> tuple[str | None, int]:
 
 
 def _reduce(store: Any, rank: int, world: int, limit: float) -> None:
-    """Reduce a tensor over all ranks and say so in the store; runs beside the wait, since it may never end."""
+    """Reduce a tensor over all ranks and write the result into the store.
+
+    Runs in its own thread, because the all-reduce may never return.
+    """
     import torch
     import torch.distributed as dist
 
@@ -209,12 +214,16 @@ def _reduce(store: Any, rank: int, world: int, limit: float) -> None:
         good = bool((tensor == world * (world + 1) / 2).all())
         store.set(f"reduced/{rank}", "" if good else "the sum over all ranks is wrong")
         dist.destroy_process_group()
-    except Exception as error:  # what a network does wrong comes as many types
+    except Exception as error:  # network errors have many types
         store.set(f"reduced/{rank}", f"all-reduce: {str(error).partition(chr(10))[0]}")
 
 
 def _await_reduction(store: Any, world: int, limit: float) -> None:
-    """Raise AlignError naming the nodes that did not come to the all-reduce, else those that did not finish it."""
+    """Wait for the all-reduce of all ranks.
+
+    Raises AlignError naming the nodes that did not start it, or else those that did not finish it
+    or got a wrong result.
+    """
     late = _wait_for(store, [f"reduced/{r}" for r in range(world)], limit)
     absent = [r for r in range(world) if not store.check([f"entered/{r}"])]
     unfinished = absent or [int(key.rpartition("/")[2]) for key in late]
@@ -227,14 +236,14 @@ def _await_reduction(store: Any, world: int, limit: float) -> None:
 
 
 def _leave_together(store: Any, rank: int, world: int, seconds: float = 10.0) -> None:
-    """Let rank 0 go last: the store goes with it."""
+    """Make rank 0 exit last, because it may host the store."""
     store.set(f"left/{rank}", "")
     if rank == 0:
         _wait_for(store, [f"left/{r}" for r in range(world)], seconds)
 
 
 def _wait_for(store: Any, keys: list[str], seconds: float) -> list[str]:
-    """Return the keys that have not come within `seconds`."""
+    """Return the keys that do not appear in the store within `seconds`."""
     deadline = time.monotonic() + seconds
     missing = keys
     while missing := [key for key in missing if not store.check([key])]:

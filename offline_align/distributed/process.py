@@ -1,4 +1,4 @@
-"""Which process, on which machine, and whether it still lives."""
+"""Identify a process across machines, and tell whether it is still alive."""
 
 import os
 import socket
@@ -9,29 +9,29 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process of this machine or another one, as it writes itself down."""
+    """A process of this or another machine, in a form that can be written to a file or store."""
 
     host: str
     machine: str
-    """Boot and process namespace: process numbers mean the same where it is equal."""
+    """Boot id and PID namespace: process ids are comparable only if these are equal."""
     pid: int
     born: str
-    """Start of the process in ticks after the boot, since numbers of processes are used again."""
+    """Start in clock ticks after boot, because process ids are reused."""
 
     @classmethod
     def this(cls) -> "Process":
-        """Return the process that runs this."""
+        """Return the current process."""
         pid = os.getpid()
         return cls(socket.gethostname(), _machine(), pid, born(pid) or "")
 
     @property
     def is_here(self) -> bool:
-        """Whether it is a process of this machine, of which the system knows whether it lives."""
+        """Whether the process belongs to this machine, so that /proc shows whether it is alive."""
         return self.machine == _machine()
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is of this machine and known to be gone."""
+        """Whether the process belongs to this machine and has ended."""
         return self.is_here and born(self.pid) != self.born
 
     def __str__(self) -> str:
@@ -39,9 +39,9 @@ class Process:
 
 
 def born(pid: int) -> str | None:
-    """Return the start of a process of this machine in ticks after the boot, or None where it has ended."""
+    """Return the start of a local process in clock ticks after boot, or None if it has ended."""
     try:
-        # The name stands in brackets and may hold anything; state and the rest follow it.
+        # The process name is in brackets and may contain any character; the state follows it.
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
@@ -49,7 +49,7 @@ def born(pid: int) -> str | None:
 
 
 def seconds_since_birth(pid: int) -> float:
-    """Return how long a process of this machine has been there; 0 where the system does not tell."""
+    """Return the age of a local process in seconds, or 0 if the system does not know it."""
     ticks = born(pid)
     if ticks is None:
         return 0.0

@@ -1,8 +1,9 @@
-"""One job in a run folder: the second one is told who is there, and what a dead one has left is taken over.
+"""Lock a run folder for one job: refuse a second job, but replace the lock of a dead one.
 
-The lock is a file, `.lock`, with host, process and start of its holder. Its creation is atomic on network storage too.
-Whether the holder lives is asked of the system where it is on this machine, so that a job goes on at once after
-kill -9. Elsewhere it is watched: a living holder touches its file every few seconds. No clocks are compared.
+The lock is the file `.lock`, which records the host, process and start of its holder. Creating it
+is atomic on network storage too. If the holder is on this machine, /proc tells whether it is alive,
+so after kill -9 a new job starts at once. A holder on another machine touches the file every few
+seconds, so this job watches the file for changes. No clocks are compared.
 """
 
 import contextlib
@@ -24,14 +25,14 @@ from offline_align.errors import ConfigError, StorageError
 FILE_NAME = ".lock"
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0
-"""A holder on another machine that has not touched its file for so long, while it was watched, is dead."""
+"""If the lock of a holder on another machine does not change for this long, the holder is dead."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a run folder."""
+    """The job that holds a run folder."""
 
     stage: str
     process: Process
@@ -40,7 +41,7 @@ class Holder:
 
     @classmethod
     def this_process(cls, stage: str) -> "Holder":
-        """Return what this process writes into the lock."""
+        """Return the holder that this process writes into the lock, with a unique token."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(stage, Process.this(), now, uuid.uuid4().hex)
 
@@ -53,16 +54,17 @@ _UNKNOWN = Holder("?", Process("an unknown host", "", 0, ""), "?", "")
 
 @contextlib.contextmanager
 def run_lock(run_dir: Path, stage: str) -> Iterator[None]:
-    """Hold `run_dir` while the block runs; raises ConfigError where another job has it, StorageError.
+    """Lock `run_dir` while the block runs.
 
-    Where the holder is on another machine this watches it, for a beat if it lives and for a minute if not.
+    If the holder is on another machine, this waits for its next heartbeat, a minute at most.
+    Raises ConfigError if another job holds the folder, StorageError if it cannot be locked.
     """
     path = run_dir / FILE_NAME
     own = Holder.this_process(stage)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         while (other := _take(path, own)) is not None:
-            if not _falls_silent(path, other):
+            if not _is_dead(path, other):
                 raise ConfigError(
                     f"run.dir={run_dir}: is in use by another job ({other}); wait for it or stop it, "
                     f"or choose another folder"
@@ -80,12 +82,12 @@ def run_lock(run_dir: Path, stage: str) -> Iterator[None]:
         ended.set()
         beat.join()
         if _read(path) == own:
-            with contextlib.suppress(OSError):  # the next job will find its holder dead
+            with contextlib.suppress(OSError):  # the next job will see that the holder is dead
                 path.unlink()
 
 
 def _take(path: Path, own: Holder) -> Holder | None:
-    """Create the lock and return None, or return its holder."""
+    """Create the lock and return None, or return the current holder if there is one."""
     with _one_at_a_time(path.parent):
         other = _read(path)
         if other is not None and other.process.has_ended:
@@ -104,39 +106,46 @@ def _take(path: Path, own: Holder) -> Holder | None:
 
 
 def _clear(path: Path, dead: Holder) -> None:
-    """Remove the lock of a dead holder, and say so; a lock that somebody else has taken meanwhile stays."""
+    """Remove and log the lock of a dead holder, unless another job has taken it meanwhile."""
     aside = path.with_name(f"{FILE_NAME}.{uuid.uuid4().hex[:8]}")
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)
         if (_read(aside) or dead).token != dead.token:
             os.link(aside, path)
         else:
-            logger.warning("%s: was left by a job that is gone (%s): taken over", path, dead)
+            logger.warning("%s: left by a job that has ended (%s): taken over", path, dead)
         aside.unlink()
 
 
-def _falls_silent(path: Path, other: Holder) -> bool:
-    """Watch a holder: whether it shows no sign of life for a minute. One on this machine lives, or was cleared."""
+def _is_dead(path: Path, other: Holder) -> bool:
+    """Watch the lock for a minute and return whether its holder sends no heartbeat.
+
+    A holder on this machine is alive: `_take` has already removed the lock of a dead one.
+    """
     if other.process.is_here:
         return False
     first, pause = _last_beat(path), BEAT_SECONDS / 5
-    logger.warning("%s: held by %s: watching whether it lives", path, other)
-    for _ in range(round(SILENT_SECONDS / pause)):  # looks are counted, not time, in which this machine may have slept
+    logger.warning("%s: held by %s: checking whether that job is alive", path, other)
+    # Count pauses and not elapsed time, because this machine may be suspended in between.
+    for _ in range(round(SILENT_SECONDS / pause)):
         time.sleep(pause)
         seen = _last_beat(path)
         if seen is None:
-            return True  # it has just ended
+            return True  # the holder has just ended
         if seen != first:
             return False
     return True
 
 
 def _beat(path: Path, own: Holder, ended: threading.Event) -> None:
-    """Show that this process lives; where its lock was taken over, end it at once: two must not write."""
+    """Touch the lock every few seconds; end this process if another job has taken the lock.
+
+    Two jobs must not write into one folder.
+    """
     while not ended.wait(BEAT_SECONDS):
         held = _read(path)
         if held is not None and held.token != own.token:
-            logger.error("%s: taken over by %s, while this job stood still: it ends here", path, held)
+            logger.error("%s: taken over by %s while this job was stopped: this job ends", path, held)
             os._exit(StorageError.exit_code)
         with contextlib.suppress(OSError):
             os.utime(path)
@@ -144,14 +153,14 @@ def _beat(path: Path, own: Holder, ended: threading.Event) -> None:
 
 def _last_beat(path: Path) -> int | None:
     try:
-        with path.open("rb") as file:  # opening makes network storage ask its server
+        with path.open("rb") as file:  # opening the file makes NFS fetch its attributes from the server
             return os.fstat(file.fileno()).st_mtime_ns
     except OSError:
         return None
 
 
 def _read(path: Path) -> Holder | None:
-    """Return who holds the lock; None where nobody does or it is not readable."""
+    """Return the holder of the lock, or None if there is no lock or it is not readable."""
     try:
         values = json.loads(path.read_bytes())
         return Holder(**values | {"process": Process(**values["process"])})
@@ -161,7 +170,7 @@ def _read(path: Path) -> Holder | None:
 
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let processes of this machine come one after another; network storage may not know such locks."""
+    """Serialise processes of this machine with flock; network storage may not support it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

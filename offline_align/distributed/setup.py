@@ -1,7 +1,7 @@
-"""Process groups, device and seeds of this rank, and their orderly end.
+"""Set up and tear down a rank: device, process groups, megatron's parallel state and seeds.
 
-`with session(...) as ranks:` is the only way that a stage starts and leaves the distributed world; ranks are those
-that a launcher has started, or a world of one.
+Every stage uses torch.distributed through `with session(...) as ranks:` and in no other way. The
+ranks are those that a launcher has started, or a world of one.
 """
 
 import contextlib
@@ -20,22 +20,22 @@ import torch.distributed as dist
 from offline_align.config.sections import Device, ParallelSection, Precision, RunSection
 from offline_align.distributed.heartbeat import heartbeat
 from offline_align.distributed.launched import Launcher, launched, shown
-from offline_align.distributed.rendezvous import meet
+from offline_align.distributed.rendezvous import rendezvous
 from offline_align.errors import AlignError, ConfigError, DataError, FailedOnMainRank
 from offline_align.lineage import effort
 
 logger = logging.getLogger(__name__)
-# Long enough for a rank that writes or hashes a large checkpoint while the others wait; `heartbeat` ends them sooner
-# where a rank is silent.
+# Long enough for a rank to write or hash a large checkpoint while the others wait. If a rank is
+# lost, `heartbeat` ends the others sooner.
 _TIMEOUT = datetime.timedelta(minutes=30)
-# Torch declares no types for its stores and streams.
+# torch declares no types for its stores and streams.
 _stores: Any = dist
 _streams: Any = torch.cuda
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands; `dp` counts data parallel ranks, `tp` and `cp` tensor and context parallel ones."""
+    """Ranks and group sizes of this process: data (`dp`), tensor (`tp`), context (`cp`) parallel."""
 
     rank: int
     world_size: int
@@ -49,11 +49,11 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this is rank 0, which writes the files that exist once."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have reached the barrier."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -72,15 +72,15 @@ class Ranks:
         return values
 
     def any_rank(self, flag: bool) -> Callable[[], bool]:
-        """Ask all ranks whether `flag` holds on one of them; the function that is returned waits for the answer.
+        """Return a function that waits for, and returns, whether `flag` is true on any rank.
 
-        Every rank must ask. The answer is there once each device has come to the question; what was queued on this one
-        since then goes on meanwhile.
+        Every rank must call this. The reduction starts at once and runs beside the kernels that are
+        queued after it, so waiting for the answer does not wait for them.
         """
         vote = torch.full((1,), float(flag), device=self.device)
         asked = dist.all_reduce(vote, op=dist.ReduceOp.MAX, async_op=True)
         assert asked is not None
-        # Read in the model's own stream, the answer would come after all that was queued there since.
+        # In the model's stream, reading the answer would wait for every kernel queued since.
         beside = _streams.Stream(self.device) if self.device.type == "cuda" else None
 
         def answer() -> bool:
@@ -91,7 +91,10 @@ class Ranks:
         return answer
 
     def require_same(self, value: Hashable, what: str) -> None:
-        """Raise DataError on all ranks where one has another `value` than rank 0: they would wait for each other."""
+        """Raise DataError on all ranks if one of them has a different `value` than rank 0.
+
+        Ranks that read different rows would later wait for each other forever.
+        """
         found = self.gather((socket.gethostname(), value))
         others = [f"rank {r} on {host}" for r, (host, seen) in enumerate(found) if seen != found[0][1]]
         if not others:
@@ -104,7 +107,10 @@ class Ranks:
         )
 
     def from_main[T](self, work: Callable[[], T]) -> T:
-        """Return on all ranks what `work` gives on rank 0; an error there ends all ranks with its exit code."""
+        """Run `work` on rank 0 and return its result on all ranks.
+
+        If it raises an AlignError, all ranks end with its exit code.
+        """
         result: T | None = None
         error: AlignError | None = None
         if self.is_main:
@@ -121,9 +127,9 @@ class Ranks:
         return found
 
     def main_first[T](self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0, then on the others, which find what rank 0 has cached.
+        """Run `work` on rank 0, then on the other ranks, which find what rank 0 has cached.
 
-        An error of rank 0 ends all ranks with its exit code, so that nobody waits for a rank that has left.
+        If rank 0 raises an AlignError, all ranks end with its exit code.
         """
         made: list[T] = []
         self.from_main(lambda: made.append(work()))
@@ -131,7 +137,7 @@ class Ranks:
 
 
 def choose_device(device: Device) -> torch.device:
-    """Return the device of this rank; raises ConfigError where CUDA was asked for and is not there."""
+    """Return the device of this rank. Raises ConfigError if CUDA is requested but not available."""
     if device is Device.cuda and not torch.cuda.is_available():
         raise ConfigError("run.device=cuda: no CUDA device is visible; use run.device=cpu or auto")
     if device is Device.cpu or not torch.cuda.is_available():
@@ -140,12 +146,12 @@ def choose_device(device: Device) -> torch.device:
 
 
 def uses_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether the forward pass on `device` runs in bf16, with a warning where that is slow."""
+    """Return whether the forward pass on `device` runs in bf16; warn if bf16 is slow there."""
     found = precision.in_bf16(on_cuda=device.type == "cuda")
     if found and device.type == "cpu" and not cpu_multiplies_bf16():
         logger.warning(
-            "trainer.precision=%s: this CPU has no bf16 units (AVX512-BF16 or AMX) that torch %s knows of, and "
-            "emulates them many times slower than fp32",
+            "trainer.precision=%s: this CPU has no bf16 units (AVX512-BF16 or AMX) that torch %s knows of; "
+            "it emulates bf16, which is many times slower than fp32",
             precision,
             torch.__version__,
         )
@@ -153,17 +159,17 @@ def uses_bf16(precision: Precision, device: torch.device) -> bool:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this machine's CPU has units for products of bf16, which are about twice as fast as those of fp32."""
-    # torch 2.11 does not tell.
+    """Return whether this CPU has units for bf16 products, about twice as fast as fp32 ones."""
+    # torch 2.11 has no such function.
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 @contextlib.contextmanager
 def session(parallel: ParallelSection, run: RunSection) -> Iterator[Ranks]:
-    """Start this rank (device, process groups, megatron's parallel state, seeds) and end it whatever happens.
+    """Set up this rank (device, process groups, parallel state, seeds) and tear it down.
 
-    An error of one rank ends all of them, with its exit code.
+    An error on one rank ends all ranks with its exit code.
     """
     device = choose_device(run.device)
     if device.type == "cpu":
@@ -173,58 +179,59 @@ def session(parallel: ParallelSection, run: RunSection) -> Iterator[Ranks]:
         torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     else:
         torch.cuda.set_device(device)
-    place = _init_process_group(device)
+    prefix = _init_process_group(device)
     effort.used(dist.get_world_size(), device.type)
-    with heartbeat(parallel.silent_rank_seconds, place), _model_parallel(parallel):
+    with heartbeat(parallel.silent_rank_seconds, prefix), _model_parallel(parallel):
         seed_everything(run.seed)
         yield _ranks(device)
 
 
 @contextlib.contextmanager
 def _model_parallel(parallel: ParallelSection) -> Iterator[None]:
-    """Hold megatron's parallel state, and end all process groups with it.
+    """Create megatron's parallel state for the block, and destroy all process groups after it.
 
-    NCCL waits there for the other ranks. So the heart still beats then, and a rank that fails leaves its groups as they
-    are, for the others may be in a collective. Nor does it abort them: that would call NCCL in a state that nobody
-    knows, and the end of the process frees all that they hold.
+    Destroying an NCCL group waits for the other ranks, so heartbeats continue until that is done.
+    A rank that fails does not destroy its groups, because the other ranks may be in a collective.
+    It does not abort them either: that would call NCCL in an unknown state, and the end of the
+    process frees their resources anyway.
     """
     from megatron.core import parallel_state
 
-    ends = dist.get_world_size() == 1
+    destroy = dist.get_world_size() == 1
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
-            # Only a form of checkpoints that is not used would need them beside those of NCCL.
+            # Only checkpoint formats that are not used here need gloo groups beside the NCCL ones.
             create_gloo_process_groups=False,
         )
         yield
-        ends = True
+        destroy = True
     finally:
-        if ends:
+        if destroy:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
 
 
 def _cores() -> int:
-    """Return the cores of this machine that this job may use; Slurm may count them out without binding to them."""
+    """Return the number of cores for this job; Slurm may allot cores without binding to them."""
     allowed = len(os.sched_getaffinity(0))
     return min(allowed, int(os.environ.get("SLURM_CPUS_ON_NODE", allowed)))
 
 
 def _init_process_group(device: torch.device) -> str:
-    """Meet the other ranks; returns the place in the store that is this session's alone."""
+    """Initialise the default process group; return the key prefix of this session in the store."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     started = launched()
     if started is not None and started.world_size > 1:
         rank, world_size = started.rank, started.world_size
         if started.launcher is Launcher.other:
             logger.info("this is rank %d of %d, as the environment says: %s", rank, world_size, shown())
-        shared, place = meet(rank, world_size, _TIMEOUT.total_seconds())
-        own = _stores.PrefixStore(place, shared)
+        shared, prefix = rendezvous(rank, world_size, _TIMEOUT.total_seconds())
+        own = _stores.PrefixStore(prefix, shared)
         dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=_TIMEOUT)
-        return place
-    # A world of one needs no port: the store lives in this process.
+        return prefix
+    # A world of one needs no port, because its store lives in this process.
     store = _stores.HashStore()
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
     return ""
@@ -247,7 +254,7 @@ def _ranks(device: torch.device) -> Ranks:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, torch and megatron's tensor parallel generators, the same on all data parallel ranks."""
+    """Seed Python, torch and megatron's generators, equally on all data parallel ranks."""
     from megatron.core import tensor_parallel
 
     random.seed(seed)

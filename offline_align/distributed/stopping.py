@@ -1,7 +1,8 @@
-"""Stopping early without losing work: signals and wall-clock limits.
+"""Stop early without losing work: signals and wall-clock limits.
 
-A command is `interruptible`: whatever it does, a request ends it at once, since files appear whole or not at all. A
-loop with results that are not on disk yet listens by `stop_requests` instead, and saves before it leaves.
+A command runs inside `interruptible`: a stop request ends it at once, wherever it is. That is safe,
+because files are replaced whole or not at all. A loop with unsaved results uses `stop_requests`
+instead and saves them before it ends.
 """
 
 import contextlib
@@ -24,10 +25,10 @@ _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 class StopRequest:
-    """Why this rank should stop, if it should; a handler only sets the flag, the loop saves and leaves."""
+    """A request to stop: signal handlers set it, and the loop that polls it saves and ends."""
 
     def __init__(self, max_seconds: float | None = None, started: float | None = None) -> None:
-        """Count `max_seconds` from `started` (of the monotonic clock), or from now."""
+        """Set the limit to `max_seconds` after `started` (monotonic clock), or after now."""
         start = time.monotonic() if started is None else started
         self._deadline = None if max_seconds is None else start + max_seconds
         self._signal: signal.Signals | None = None
@@ -35,7 +36,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """The signal or limit that asks for an end, or None."""
+        """The signal or limit that requests a stop, or None."""
         if self._signal is not None:
             return self._signal.name
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -43,24 +44,25 @@ class StopRequest:
         return None
 
     def expect(self, seconds: float) -> None:
-        """Keep `seconds` in hand before the limit, for the step under way and the save after it."""
+        """Request a stop now if fewer than `seconds`, for the next step and the save, are left."""
         if self._deadline is not None and time.monotonic() + seconds >= self._deadline:
             self._deadline = time.monotonic()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGALRM:
-            return  # the limit, which `reason` knows of
-        # Asked twice, leave at once: files are replaced whole, so nothing half-written can be mistaken for one.
-        # A process forked from this one has nothing to save.
+            return  # the limit, which `reason` checks itself
+        # A second signal ends the process at once. No file is left half-written, because files are
+        # replaced whole. A process forked from this one has nothing to save.
         if self._signal is not None or os.getpid() != self._process:
             _end(number)
         self._signal = signal.Signals(number)
 
 
 class StopVote:
-    """Whether to stop, put to all ranks once a round: they hear of it a round later, and all in the same one.
+    """A vote of all ranks on stopping, once a round.
 
-    So nobody waits for the work of the newest round.
+    The result of a round is read one round later, so no rank waits for the work of the newest round
+    and all ranks stop after the same one.
     """
 
     def __init__(self, stop: StopRequest, ranks: "Ranks") -> None:
@@ -68,29 +70,30 @@ class StopVote:
         self._newest: Callable[[], bool] | None = None
 
     def __call__(self) -> bool:
-        """Vote in this round, and return whether the one before it has decided to stop."""
+        """Vote in this round, and return whether the previous round decided to stop."""
         before, self._newest = self._newest, self._ranks.any_rank(self._stop.reason is not None)
         return before is not None and before()
 
     def newest(self) -> bool:
-        """Return what the newest round has decided, after the last one."""
+        """Return the decision of the newest round; for use after the last round."""
         return self._newest is not None and self._newest()
 
 
-# When the command that runs now has started; limits count from there, through reading and loading.
+# Start of the current command. Limits count from here, so reading data and loading models is
+# included.
 _started: float | None = None
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[str | None], None]]:
-    """End the block with StoppedEarly, wherever it is, on SIGTERM, SIGINT, SIGUSR1 or at a limit.
+    """Raise StoppedEarly inside the block, wherever it is, on SIGTERM, SIGINT, SIGUSR1 or at a limit.
 
-    Gives a function that sets the limit, counted from the start of the block. A loop inside that listens by
-    `stop_requests` is asked instead.
+    Yields a function that sets the limit, which counts from the start of the block. While a loop
+    inside the block uses `stop_requests`, that loop receives the request instead.
     """
     global _started
     if threading.current_thread() is not threading.main_thread():
-        yield lambda max_time: None  # only the main thread hears signals
+        yield lambda max_time: None  # only the main thread receives signals
         return
     process, before = os.getpid(), _started
     _started = started = time.monotonic()
@@ -102,7 +105,7 @@ def interruptible() -> Iterator[Callable[[str | None], None]]:
         for again in _SIGNALS:
             signal.signal(again, signal.SIG_DFL)
         name = "trainer.max_time" if number == signal.SIGALRM else signal.Signals(number).name
-        stopped.append(StoppedEarly(f"stopped by {name}; what was done is on disk: run it again"))
+        stopped.append(StoppedEarly(f"stopped by {name}; finished work is on disk: run the command again"))
         raise stopped[0]
 
     def limit(max_time: str | None) -> None:
@@ -114,7 +117,8 @@ def interruptible() -> Iterator[Callable[[str | None], None]]:
     try:
         yield limit
     except Exception as error:
-        # Raised inside a library's callback, it may come out as an error of that library.
+        # If StoppedEarly was raised inside a library's callback, the library may have replaced it
+        # by its own error.
         if stopped and error is not stopped[0]:
             raise stopped[0] from error
         raise
@@ -127,7 +131,7 @@ def interruptible() -> Iterator[Callable[[str | None], None]]:
 
 @contextlib.contextmanager
 def stop_requests(max_time: str | None = None) -> Iterator[StopRequest]:
-    """Listen for SIGTERM, SIGINT, SIGUSR1 and the limit `max_time` while the block runs."""
+    """Yield a StopRequest, set by SIGTERM, SIGINT, SIGUSR1 or the limit `max_time`."""
     request = StopRequest(parse_duration(max_time) if max_time else None, _started)
     previous = {s: signal.signal(s, request._handle) for s in (*_SIGNALS, signal.SIGALRM)}
     try:
@@ -138,13 +142,13 @@ def stop_requests(max_time: str | None = None) -> Iterator[StopRequest]:
 
 
 def _end(number: int) -> None:
-    """End this process as if the signal had no handler."""
+    """End this process by the signal's default action."""
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
 
 
 def parse_duration(text: str, key: str = "trainer.max_time") -> float:
-    """Return seconds for `3h50m`, `90s`, `HH:MM:SS` or a plain number; raises ConfigError naming `key`."""
+    """Return the seconds in `3h50m`, `90s`, `HH:MM:SS` or a number, or raise ConfigError for `key`."""
     if re.fullmatch(r"\d+(\.\d+)?", text):
         return float(text)
     if re.fullmatch(r"\d+:\d{1,2}:\d{1,2}", text):

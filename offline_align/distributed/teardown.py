@@ -1,7 +1,7 @@
-"""How a process ends that is one of several ranks and has failed: at once, but not before all ranks have said why.
+"""Exit of a rank that has failed: immediate, but only after all ranks have reported their errors.
 
-Python's own way out would run what torch and NCCL do at the end of a process, and that may wait for ranks which never
-come: the launcher would see no end.
+A normal exit of Python runs the destructors of torch and NCCL. They may wait for ranks that never
+answer, and the launcher would wait with them.
 """
 
 import contextlib
@@ -18,15 +18,16 @@ _callbacks: list[Callable[[], None]] = []
 
 
 def before_teardown(callback: Callable[[], None]) -> None:
-    """Let `exit_process` end this process at once, after `callback`."""
+    """Make `exit_process` call `callback` and then end this process without running destructors."""
     _callbacks.append(callback)
 
 
 def exit_process(exit_code: int) -> NoReturn:
-    """End this process: as any other does, or at once where a session of several ranks has ended with an error."""
+    """Exit with `exit_code`: normally, or at once if `before_teardown` has a callback."""
     if not _callbacks:
         sys.exit(exit_code)
-    # The launcher stops the ranks that are left when the first one ends. What has happened keeps its code.
+    # When the first rank ends, the launcher sends a signal to the others. It must not change the
+    # exit code.
     for number in _SIGNALS:
         signal.signal(number, lambda *_: exit_now(exit_code))
     for callback in _callbacks:
@@ -39,7 +40,10 @@ def exit_process(exit_code: int) -> NoReturn:
 
 
 def exit_now(exit_code: int) -> NoReturn:
-    """End this process whatever its threads do, and those that it has started, as an engine may have."""
+    """End this process and its child processes at once, whatever its threads are doing.
+
+    A generation engine may have started child processes.
+    """
     for child in multiprocessing.active_children():
         child.terminate()
     os._exit(exit_code)

@@ -1,1 +1,1 @@
-"""Parameters, memory and time of a run by arithmetic, without torch: what `dry_run=true` prints."""
+"""Estimate parameters, memory and time of a run without torch, for `plan` and `dry_run=true`."""

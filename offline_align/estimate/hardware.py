@@ -1,4 +1,4 @@
-"""Published rates of accelerators: what a measured rate is compared with, and what a plan is made from."""
+"""Published rates of accelerators, for the reported `mfu` and for the estimates of `plan`."""
 
 from dataclasses import dataclass
 
@@ -20,13 +20,13 @@ _PEAK_BF16 = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the dense bf16 peak of the named device in FLOP/s, or None where it is not known."""
+    """Return the dense bf16 peak of the named device in FLOP/s, or None if it is not known."""
     return next((peak for name, peak in _PEAK_BF16.items() if name in device_name), None)
 
 
 @dataclass(frozen=True)
 class Node:
-    """A DGX node: its GPUs, the links between them and its network, in units of one GPU where not said otherwise."""
+    """A DGX node: its GPUs, links and network. Rates are for one GPU unless noted."""
 
     gpu: str
     gpus: int
@@ -41,8 +41,8 @@ class Node:
     """All network adapters of the node together, bytes a second in one direction."""
 
 
-# From NVIDIA's data sheets: NVLink is stated there for both directions together; DGX A100 has eight adapters of
-# 200 Gb/s for computing, DGX H100 and H200 eight of 400 Gb/s.
+# From NVIDIA's data sheets, which state NVLink for both directions together. A DGX A100 has eight
+# network adapters of 200 Gb/s for computing, DGX H100 and H200 have eight of 400 Gb/s.
 NODES = {
     "a100_40gb": Node("A100 40GB", 8, 312e12, 40e9, 1.555e12, 300e9, 200e9),
     "a100_80gb": Node("A100 80GB", 8, 312e12, 80e9, 2.039e12, 300e9, 200e9),

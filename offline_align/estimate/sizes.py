@@ -1,19 +1,20 @@
-"""Arithmetic of ranks, parameters and memory."""
+"""Compute parallel sizes, parameter counts, FLOPs and memory from the configuration."""
 
 from dataclasses import dataclass
 
 from offline_align.config.sections import ModelSection, ParallelSection
 
-# Logits, counted in fp32, that are in memory at once where they are not kept: longer lists of targets are computed in
-# pieces. Large ones keep a GPU busy; small ones stay near the caches of a CPU.
+# Size of one piece of logits, in fp32, if they are not kept: more targets are computed in several
+# pieces. Large pieces keep a GPU busy; small pieces fit the caches of a CPU better.
 LOGITS_PIECE_BYTES = {"cuda": 512 * 2**20, "cpu": 32 * 2**20}
-# Logits of a bin, in the model's precision, that are kept for the backward pass; more are computed again.
+# Logits of a bin, in the model's precision, are kept for the backward pass up to this size. Larger
+# ones are recomputed.
 LOGITS_KEPT_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
 class ParallelSizes:
-    """How the world is divided: `world = data * context * tensor`."""
+    """Parallel sizes, with `world = data * context * tensor`."""
 
     world: int
     tensor: int
@@ -21,7 +22,7 @@ class ParallelSizes:
 
     @property
     def data(self) -> int:
-        """Data parallel ranks: what remains."""
+        """Data parallel size."""
         return self.world // (self.tensor * self.context)
 
 
@@ -38,11 +39,11 @@ class ModelSizes:
     padded_vocab: int
     tied: bool
     scalar_head: bool = False
-    """Whether one number stands on top, as in a reward model, and no output layer over the vocabulary."""
+    """Whether the model has a scalar head, as a reward model, instead of an output layer."""
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of one transformer layer: attention, SwiGLU and two norms."""
+        """Parameters of one transformer layer: attention, SwiGLU MLP and two norms."""
         attention = self.hidden * (2 * self.query_width + 2 * self.kv_width)
         return attention + 3 * self.hidden * self.ffn + 2 * self.hidden
 
@@ -55,19 +56,23 @@ class ModelSizes:
 
     @property
     def scalar_parameters(self) -> int:
-        """Parameters of the scalar head: in fp32 whatever the precision, and whole on every tensor parallel rank."""
+        """Parameters of the scalar head, which is fp32 and replicated on tensor parallel ranks."""
         return self.hidden if self.scalar_head else 0
 
     def rank_bytes(self, tensor: int, element: int, single: int = 4) -> float:
-        """Return the bytes on one of `tensor` ranks at `element` bytes a parameter, `single` for those of fp32."""
+        """Return the bytes of all parameters on one of `tensor` ranks.
+
+        A parameter takes `element` bytes, and one of the fp32 scalar head takes `single` bytes.
+        """
         return (self.parameters - self.scalar_parameters) / tensor * element + self.scalar_parameters * single
 
     def train_flops(self, tokens: int, squared_lengths: int, target_tokens: int, read_tokens: int) -> float:
-        """Floating-point operations of a training step, forward and backward, attention counted causally.
+        """Return the floating-point operations of a training step, with causal attention.
 
-        `tokens` are those computed, `squared_lengths` is the sum of the squared segment lengths, `target_tokens` are
-        those that reach the output layer (a scalar head costs nothing), and `read_tokens` those that go through the
-        MLP of the last layer. Backward costs twice the forward pass.
+        `tokens` is the number of computed tokens, `squared_lengths` the sum of squared segment
+        lengths, `target_tokens` the tokens that reach the output layer (a scalar head counts as
+        free), and `read_tokens` the tokens that go through the last layer's MLP. The backward pass
+        costs twice the forward pass.
         """
         mlp = 3 * self.hidden * self.ffn
         matrices = (self.layers * (self.layer_parameters - 2 * self.hidden) - mlp) * tokens + mlp * read_tokens
@@ -77,7 +82,7 @@ class ModelSizes:
 
 
 def model_sizes(model: ModelSection, vocab_size: int, scalar_head: bool = False) -> ModelSizes:
-    """Return the widths of `model` with a tokenizer of `vocab_size` entries, with `scalar_head` as a reward model."""
+    """Return the sizes of `model` with `vocab_size` tokens; `scalar_head` for a reward model."""
     return ModelSizes(
         hidden=model.hidden_size,
         head_dim=model.head_width,
@@ -101,21 +106,21 @@ class MemoryEstimate:
     activations: float
     """Of one micro-batch, until its backward pass."""
     update: float
-    """Copies of gradients that the optimizer works with, when activations are gone."""
+    """Copies of gradients for the optimizer, which exist only after the activations are freed."""
 
     @property
     def total(self) -> float:
-        """The most at once."""
+        """The peak: activations and copies for the update do not exist at the same time."""
         return self.weights + self.gradients + self.optimizer + max(self.activations, self.update)
 
 
 def scoring_memory(
     sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes, tokens: int, bf16: bool
 ) -> MemoryEstimate:
-    """Estimate the bytes of one rank that scores bins of `tokens`: forward alone, one layer at a time.
+    """Estimate the memory of one rank that scores bins of `tokens`: forward only, one layer at a time.
 
-    The most is there in the MLP: what goes around it, its normed input, its output and that of all ranks together, and
-    gate, up, their activation and product.
+    The peak is in the MLP: the residual stream, the normed input, the output before and after the
+    reduction over ranks, and gate, up, their activation and their product.
     """
     element = 2 if bf16 else 4
     split = ranks.tensor if parallel.sequence_parallel else 1
@@ -130,10 +135,10 @@ def scoring_memory(
 
 
 def checkpoint_host_bytes(sizes: ModelSizes, ranks: ParallelSizes, bf16: bool) -> float:
-    """Return the bytes that one rank takes of its host's memory while a checkpoint is saved.
+    """Return the host memory in bytes that one rank needs while it saves a checkpoint.
 
-    That is a copy of what it writes: its share, among the data parallel ranks, of the weights and of main weights and
-    two moments in fp32.
+    This is a copy of what the rank writes: its data parallel share of the weights, and of main
+    weights and two moments in fp32.
     """
     return sizes.parameters / ranks.tensor / (ranks.data * ranks.context) * ((2 if bf16 else 4) + 12)
 
@@ -147,15 +152,20 @@ def training_memory(
     recompute: str,
     lean_optimizer: bool = False,
 ) -> MemoryEstimate:
-    """Estimate the bytes of one training rank with `tokens` in a micro-batch.
+    """Estimate the memory of one training rank with `tokens` in a micro-batch.
 
-    Weights 2 or 4 bytes, gradients 4 (fp32 reduction) or 2, optimizer 12 (main weight and two moments; 8 where the
-    weights are fp32 already; 6 with `lean_optimizer`, whose moments are bf16 and whose main weight is what bf16 lacks),
-    sharded over data parallel ranks by the distributed optimizer. Gradients in bf16 are copied to fp32 for the update,
-    sharded likewise, but for a lean optimizer. Activations are what the
-    backward pass of a layer keeps: inputs and outputs of both norms, queries, keys and values, the attention's output,
-    and gate, up and product of a fused SwiGLU. With `full` recomputation they are one input for each layer and the
-    inside of one.
+    Bytes a parameter:
+
+    - weights: 2 in bf16 or 4 in fp32
+    - gradients: 4 with fp32 reduction or for fp32 weights, otherwise 2
+    - optimizer: 12 for main weight and two moments; 8 if the weights are fp32; 6 with
+      `lean_optimizer`, which has bf16 moments and only the lower 16 bits of the main weight
+    - update: 4 for an fp32 copy of bf16 gradients; 0 for fp32 gradients or with `lean_optimizer`
+
+    The distributed optimizer shards the last two over data parallel ranks. Activations are the
+    tensors that a layer keeps for its backward pass: inputs and outputs of both norms, queries,
+    keys and values, the attention output, and gate, up and product of a fused SwiGLU. With `full`
+    recomputation they are the inputs of all layers and the activations of one layer.
     """
     shards = ranks.data * ranks.context if parallel.use_distributed_optimizer else 1
     element = 2 if bf16 else 4
@@ -164,8 +174,8 @@ def training_memory(
     kept = 4 * sizes.hidden / split + (2 * sizes.query_width + 2 * sizes.kv_width + 3 * sizes.ffn) / ranks.tensor
     layers = kept * sizes.layers if recompute != "full" else sizes.hidden / split * sizes.layers + kept
     targets = 0 if sizes.scalar_head else sizes.padded_vocab / ranks.tensor * tokens / ranks.context
-    # All of them are kept, and become gradients in place, or a piece at a time; then comes what autograd is handed as
-    # the gradient of the output layer.
+    # Logits are either all kept, and overwritten by their gradients, or exist one piece at a time.
+    # Afterwards the gradient of the output layer is materialised for autograd.
     keeps = element * targets <= LOGITS_KEPT_BYTES
     logits = element * (targets if keeps else min(targets, LOGITS_PIECE_BYTES["cuda"] / 4))
     if targets:

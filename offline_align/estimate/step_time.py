@@ -1,7 +1,8 @@
-"""Step time by arithmetic: compute, tensor parallel and data parallel communication, optimizer. No torch, no GPU.
+"""Estimate step time from compute, tensor and data parallel communication, and the optimizer.
 
-A model with three attained shares of published peaks, not a measurement. They are stated here once and checked against
-published runs and against steps that were measured on one H100 in `tests/unit/distributed/test_step_time.py`.
+This is a cost model without torch or a GPU, not a measurement. It assumes that a run attains three
+fixed shares of published peaks. `tests/unit/estimate/test_step_time.py` checks them against
+published runs and against steps measured on one H100.
 """
 
 from dataclasses import dataclass, replace
@@ -10,17 +11,17 @@ from offline_align.config.sections import ParallelSection
 from offline_align.estimate.hardware import Node
 from offline_align.estimate.sizes import ModelSizes, ParallelSizes, training_memory
 
-# Share of the bf16 peak that matrix products of large models attain, attention included.
+# Share of the bf16 peak that the matrix products of large models attain, attention included.
 COMPUTE_SHARE = 0.60
 # Share of a link's one-directional rate that NCCL's ring collectives attain on large messages.
 LINK_SHARE = 0.80
 # Share of the memory bandwidth that a fused optimizer attains.
 MEMORY_SHARE = 0.70
-# Memory that may be planned for: the rest is for the allocator, NCCL and CUDA.
+# Share of the memory that a plan may use; the allocator, NCCL and CUDA need the rest.
 _USABLE_MEMORY = 0.90
-# Of an update, for each parameter: AdamW reads main weight, two moments and gradient in fp32 and writes three of them;
-# before it the gradient is set to zero and copied to fp32 once a step, its norm is taken and it is multiplied; after it
-# the weight is rounded to bf16.
+# Bytes that an update moves for each parameter. AdamW reads main weight, two moments and gradient
+# in fp32, and writes three of them. Before it, the gradient is zeroed and copied to fp32 once a
+# step, its norm is computed, and it is scaled. After it, the weight is rounded to bf16.
 _OPTIMIZER_BYTES = (4 * 4 + 3 * 4) + (2 + 6 + 4 + 8) + 6
 # All-reduces of a layer's activations in a forward and backward pass.
 _TENSOR_COLLECTIVES = 4
@@ -32,13 +33,13 @@ class Work:
 
     tokens: int
     squared_lengths: int
-    """Sum of squared row lengths, for attention."""
+    """Sum of squared row lengths, which determines the cost of attention."""
     targets: int
     """Tokens that reach the output layer; 0 for a reward model."""
     micro_batch_tokens: int
     """Tokens of one bin on one rank."""
     lean_optimizer: bool = False
-    """Whether moments are kept in bf16."""
+    """Whether the optimizer keeps its moments in bf16."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class StepTime:
     compute: float
     tensor_communication: float
     data_communication: float
-    """What the backward and the next forward pass cannot hide."""
+    """Only the part that the backward pass and the next forward pass do not hide."""
     optimizer: float
 
     @property
@@ -59,7 +60,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to divide the GPUs, with what it costs."""
+    """A parallel layout with its memory and step time."""
 
     parallel: ParallelSection
     recompute: str
@@ -73,7 +74,7 @@ class Layout:
 def step_time(
     sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes, work: Work, node: Node, recompute: str = "none"
 ) -> StepTime:
-    """Return the estimated time of one optimizer step of training in bf16 on `ranks` GPUs of `node`s."""
+    """Return the estimated time of one optimizer step in bf16 on `ranks` GPUs of `node`s."""
     read = work.tokens if parallel.sequence_parallel else work.targets
     compute = sizes.train_flops(work.tokens, work.squared_lengths, work.targets, read)
     compute *= 4 / 3 if recompute == "full" else 1
@@ -90,9 +91,9 @@ def step_time(
 def _tensor_seconds(
     sizes: ModelSizes, ranks: ParallelSizes, tokens: int, read: int, node: Node, recompute: str
 ) -> float:
-    """All-reduces of bf16 activations [tokens, hidden] over NVLink, or over the network beyond a node.
+    """Return the time to all-reduce bf16 activations [tokens, hidden] in or between nodes.
 
-    Half of those of the last layer belong to its MLP, which sees the tokens that are read.
+    Half of the last layer's collectives belong to its MLP, which processes only the `read` tokens.
     """
     t = ranks.tensor
     bandwidth = node.link_bandwidth if t <= node.gpus else node.network_bandwidth / node.gpus
@@ -102,7 +103,7 @@ def _tensor_seconds(
 
 
 def data_bytes(sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes) -> tuple[float, float]:
-    """Return the bytes that each rank sends in a step to reduce gradients, and to gather updated weights."""
+    """Return the bytes that each rank sends in a step to reduce gradients and to gather weights."""
     share = (ranks.data - 1) / ranks.data * sizes.parameters / ranks.tensor
     gradient = 4 if parallel.grad_reduce_in_fp32 else 2
     if parallel.use_distributed_optimizer:
@@ -113,9 +114,14 @@ def data_bytes(sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSize
 def _exposed_data_seconds(
     sizes: ModelSizes, parallel: ParallelSection, ranks: ParallelSizes, node: Node, bin_seconds: float
 ) -> float:
-    """Reduction hides behind the last backward pass, gathering behind the first forward pass, where overlap is on."""
+    """Return the data parallel communication time that computation does not hide.
+
+    With overlap, reduction hides behind the last backward pass and gathering behind the first
+    forward pass.
+    """
     inside = ranks.world <= node.gpus
-    # Tensor parallel neighbours belong to other data parallel groups, which share the node's adapters.
+    # The tensor parallel ranks of a node are in different data parallel groups, which share its
+    # network adapters.
     bandwidth = node.link_bandwidth if inside else min(node.link_bandwidth, node.network_bandwidth / ranks.tensor)
     reduce, gather = (b / (bandwidth * LINK_SHARE) for b in data_bytes(sizes, parallel, ranks))
     hidden_reduce = bin_seconds * 2 / 3 if parallel.overlap_grad_reduce else 0.0
@@ -129,13 +135,13 @@ def _optimizer_seconds(sizes: ModelSizes, parallel: ParallelSection, ranks: Para
 
 
 def label_seconds(sizes: ModelSizes, tokens: int, squared_lengths: int, gpus: int, node: Node) -> float:
-    """Return the estimated time of scoring `tokens` on `gpus` data parallel GPUs: forward only, no output layer."""
+    """Return the seconds to score `tokens` on `gpus` GPUs: forward only, no output layer."""
     forward = sizes.train_flops(tokens, squared_lengths, 0, 0) / 3
     return forward / (gpus * node.peak_flops * COMPUTE_SHARE)
 
 
 def layout(sizes: ModelSizes, parallel: ParallelSection, recompute: str, world: int, work: Work, node: Node) -> Layout:
-    """Return memory and time of one way to divide `world` GPUs."""
+    """Return the memory and step time of one parallel layout of `world` GPUs."""
     ranks = ParallelSizes(world, parallel.tensor_model_parallel_size, parallel.context_parallel_size)
     memory = training_memory(
         sizes, parallel, ranks, work.micro_batch_tokens, True, recompute, work.lean_optimizer
@@ -148,10 +154,11 @@ def layout(sizes: ModelSizes, parallel: ParallelSection, recompute: str, world: 
 def fastest_layout(
     sizes: ModelSizes, parallel: ParallelSection, recompute: str, world: int, work: Work, node: Node, groups: int
 ) -> Layout | None:
-    """Return the fastest layout that fits, or None where none does.
+    """Return the fastest layout that fits into memory, or None if none does.
 
-    Tried are tensor parallel groups that divide the key/value `groups` and stay inside a node, with sequence
-    parallelism; gradients as they are set and in bf16; activations kept as they are set and computed again.
+    The candidates are tensor parallel sizes that divide the key/value `groups` and fit into a node
+    (with sequence parallelism), gradients reduced as configured or in bf16, and activations
+    recomputed as configured or fully.
     """
     widths = [t for t in (1, 2, 4, 8) if t <= node.gpus and world % t == 0 and groups % t == 0]
     candidates = [
@@ -161,7 +168,7 @@ def fastest_layout(
         for how in dict.fromkeys((recompute, "full"))
     ]
     fitting = [c for c in candidates if c.fits]
-    # The first of equals is the one that changes least.
+    # Among equally fast layouts, min() returns the first, which changes the configuration least.
     return min(fitting, key=lambda c: c.time.total) if fitting else None
 
 

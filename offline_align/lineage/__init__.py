@@ -1,9 +1,10 @@
-"""What made a run folder, and whether it is still what was made: `config.yaml` and `manifest.json`.
+"""Record how a run folder was made, and verify it: `config.yaml` and `manifest.json`.
 
-A manifest names the stage, the SHA-256 of every input and output and the runs that it builds on. Those
-runs have manifests of their own, so the chain reaches back to the first data file. Paths of outputs are
-relative to the run folder. Paths of inputs and parents are relative to it too, unless they share nothing
-but the root of the file system: a whole tree of data and runs can be moved and still be verified.
+A manifest names the stage, the SHA-256 of every input and output, and the runs that the run builds
+on. Those runs have manifests too, so the chain reaches back to the first data file. Paths of
+outputs are relative to the run folder. So are paths of inputs and parents, unless they share only
+the root of the file system with it. A whole tree of data and runs can therefore be moved and still
+be verified.
 """
 
 from offline_align.lineage.files import FileRecord, file_sha256, folder_sha256, text_sha256, write_atomically

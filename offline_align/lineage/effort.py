@@ -1,8 +1,10 @@
-"""What a run costs: the time of its whole commands, over all attempts, by part.
+"""Measure what a run costs: the time of its commands over all attempts, split into parts.
 
-A command counts from the start of its process, so that imports, loading, waiting and saves are in it. `part` names what
-the time between goes to; innermost counts. While a run is `recorded`, its attempts stand in `effort.json` of its
-folder, brought up to date every few seconds, so that a kill loses no more than those. The manifest takes them over.
+A command counts from the start of its process, so imports, loading, waiting and saves are included.
+`part` names what the time of a block is spent on; of nested parts the innermost counts. Inside
+`recorded`, the attempts of a run are kept in `effort.json` in its folder, which is updated every
+few seconds, so a kill loses only the last seconds. The manifest of the finished run contains the
+total.
 """
 
 import contextlib
@@ -22,13 +24,13 @@ from offline_align.lineage.files import write_atomically
 FILE_NAME = "effort.json"
 BEAT_SECONDS = 5.0
 START = "start"
-"""Everything before, between and after the named parts: imports, keys, meeting of the ranks, building of the model."""
+"""The part for all other time: imports, content keys, rendezvous, building the model."""
 _LAUNCHED = "offline-align-"
 logger = logging.getLogger(__name__)
 
 
 class _Clock:
-    """The seconds of one command, each given to one part."""
+    """The seconds of one command, each counted for one part."""
 
     def __init__(self, started: float) -> None:
         self._since, self._part = started, START
@@ -37,37 +39,38 @@ class _Clock:
         self.ranks, self.device = 1, "cpu"
 
     def switch(self, part: str) -> str:
-        """Count for `part` from now on; returns the part until now."""
+        """Count for `part` from now on, and return the previous part."""
         with self._lock:
-            self._bring_up_to_date()
+            self._update()
             before, self._part = self._part, part
             return before
 
     def attempt(self) -> dict[str, Any]:
-        """Return what has been used so far."""
+        """Return the record of this attempt so far: ranks, device and seconds by part."""
         with self._lock:
-            self._bring_up_to_date()
+            self._update()
             return {"ranks": self.ranks, "device": self.device, "parts": dict(self._seconds)}
 
-    def _bring_up_to_date(self) -> None:
+    def _update(self) -> None:
         now = time.monotonic()
         self._seconds[self._part] = self._seconds.get(self._part, 0.0) + now - self._since
         self._since = now
 
 
 class _Record:
-    """The attempts of one run, in its folder."""
+    """The attempts of one run, stored in its folder."""
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
-        # A run with other settings may have been asked for in between, and refused.
+        # The file may also have attempts with other settings, which were refused. They are kept
+        # apart by their keys.
         self._runs = _read(path)
         self.earlier = self._runs.get(key, [])
-        self.taken_over = False
-        """Whether the manifest has it."""
+        self.in_manifest = False
+        """Whether the manifest contains these attempts, so the file is no longer needed."""
 
     def write(self) -> None:
-        """Bring the file up to date; a disk that fails is not worth a second error."""
+        """Write the file; a disk error is only logged, because it must not end the run."""
         runs = self._runs | {self.key: [*self.earlier, _clock.attempt()]}
         try:
             write_atomically(self.path, f"{json.dumps(runs)}\n".encode())
@@ -80,9 +83,9 @@ _record: _Record | None = None
 
 
 def begin(whole_process: bool) -> None:
-    """Count a command from now, or from the start of the process that is there for it alone.
+    """Start to count a command: from now, or from the start of its process if that runs nothing else.
 
-    Ranks that this program's own launcher has started count from the start of that one.
+    Ranks that this program's own launcher has started count from the start of the launcher.
     """
     global _clock
     launcher = os.environ.get("TORCHELASTIC_RUN_ID", "")
@@ -92,18 +95,18 @@ def begin(whole_process: bool) -> None:
 
 
 def launch_name() -> str:
-    """Return the name of the ranks that this process launches, by which they know it."""
+    """Return the torchrun run id by which ranks recognise this process as their launcher."""
     return f"{_LAUNCHED}{os.getpid()}"
 
 
 def used(ranks: int, device: str) -> None:
-    """Say how many processes this command has, and on what device."""
+    """Record how many ranks this command has, and on what device."""
     _clock.ranks, _clock.device = ranks, device
 
 
 @contextlib.contextmanager
 def part(name: str) -> Iterator[None]:
-    """Count the time of the block for `name`, but for parts inside it."""
+    """Count the time of the block for `name`, except for parts inside it."""
     before = _clock.switch(name)
     try:
         yield
@@ -113,7 +116,7 @@ def part(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded(run_dir: Path, key: str) -> Iterator[None]:
-    """Keep the effort of the run with this key in its folder while the block runs; for one process at a time."""
+    """Keep the effort of a run in its folder while the block runs; one run at a time."""
     global _record
     record = _record = _Record(run_dir / FILE_NAME, key)
     ended = threading.Event()
@@ -125,7 +128,7 @@ def recorded(run_dir: Path, key: str) -> Iterator[None]:
         ended.set()
         beat.join()
         _record = None
-        if record.taken_over:
+        if record.in_manifest:
             forget(run_dir)
         else:
             record.write()
@@ -137,13 +140,13 @@ def _beat(record: _Record, ended: threading.Event) -> None:
 
 
 def forget(run_dir: Path) -> None:
-    """Remove the file of a run that is finished."""
+    """Remove the file of a finished run."""
     with contextlib.suppress(OSError):
         (run_dir / FILE_NAME).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the attempts in a file by the key of their run; none where there is no such file, or not a whole one."""
+    """Return the attempts in a file by run key; empty if the file is missing or damaged."""
     try:
         found: dict[str, list[dict[str, Any]]] = json.loads(path.read_bytes())
         for attempts in found.values():
@@ -154,10 +157,10 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def for_manifest() -> dict[str, Any]:
-    """Return what the manifest, which is about to be written, says of the effort; nothing where none is recorded."""
+    """Return the effort for the manifest that is about to be written; empty outside `recorded`."""
     if _record is None:
         return {}
-    _record.taken_over = True
+    _record.in_manifest = True
     return _summary([*_record.earlier, _clock.attempt()])
 
 
@@ -180,9 +183,9 @@ def _summary(attempts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def rank_seconds(extra: Mapping[str, Any]) -> float | None:
-    """Return the seconds of all ranks that a manifest records in its `extra`, or None where it records none.
+    """Return the rank-seconds in a manifest's `extra`, or None if it has none.
 
-    Of a run of an earlier version they are not all of them, see `is_whole`.
+    A manifest of an earlier version has only a part of them, see `is_whole`.
     """
     if is_whole(extra):
         return float(extra["rank_seconds"]["total"])
@@ -192,18 +195,18 @@ def rank_seconds(extra: Mapping[str, Any]) -> float | None:
 
 
 def is_whole(extra: Mapping[str, Any]) -> bool:
-    """Whether a manifest records whole commands. Earlier versions did not: of training they counted steps alone."""
+    """Return whether a manifest counts whole commands; earlier versions only counted steps."""
     recorded_parts = extra.get("rank_seconds")
     return isinstance(recorded_parts, Mapping) and isinstance(recorded_parts.get("total"), int | float)
 
 
 def parts(extra: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of all ranks by part that a manifest records in its `extra`; none of an earlier version."""
+    """Return the rank-seconds by part in a manifest's `extra`; empty for an earlier version."""
     return {n: float(s) for n, s in extra["rank_seconds"].items() if n != "total"} if is_whole(extra) else {}
 
 
 def in_words() -> str:
-    """Return the seconds of this command so far and its longest parts: `55 s (validation 21, start 14, steps 12)`."""
+    """Return the seconds of this command by part, such as `55 s (validation 21, start 14)`."""
     parts = _clock.attempt()["parts"]
     longest = sorted(parts.items(), key=lambda item: -item[1])
     return f"{sum(parts.values()):.0f} s ({', '.join(f'{name} {value:.0f}' for name, value in longest)})"

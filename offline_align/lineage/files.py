@@ -1,4 +1,4 @@
-"""Hashing files and folders, and replacing a file so that a crash leaves the old or the new one."""
+"""Hash files and folders, and replace files atomically."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from offline_align.errors import StorageError
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One file as it was: path, SHA-256 in hexadecimal, size in bytes."""
+    """The path, SHA-256 in hexadecimal and size in bytes of one file."""
 
     path: str
     sha256: str
@@ -22,7 +22,7 @@ class FileRecord:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal, read in pieces. Raises StorageError."""
+    """Return the SHA-256 of a file in hexadecimal. Raises StorageError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -39,19 +39,19 @@ def folder_sha256(folder: Path) -> str:
 
 
 def named_sha256(hashes: dict[str, str]) -> str:
-    """Return the SHA-256 of a folder, given those of its files by their paths in it."""
+    """Return the SHA-256 of a folder from the SHA-256 of its files, by their paths in the folder."""
     return text_sha256(canonical_json(hashes))
 
 
 def record_files(paths: Sequence[Path]) -> list[FileRecord]:
-    """Return a record of each file, and of all files of each folder, under its absolute path."""
+    """Return a record, with absolute path, of each file and of all files in each folder."""
     files = expand(paths)
     hashes = hash_all(files)
     return [FileRecord(str(f), h, file_size(f)) for f, h in zip(files, hashes, strict=True)]
 
 
 def expand(paths: Iterable[Path]) -> list[Path]:
-    """Return absolute paths of files; a folder stands for all files in it.
+    """Return the absolute paths of files, with each folder replaced by all files in it.
 
     Hidden folders (caches, unfinished checkpoints) and links to folders are left out.
     """
@@ -59,23 +59,23 @@ def expand(paths: Iterable[Path]) -> list[Path]:
 
 
 def hash_all(files: Sequence[Path]) -> list[str]:
-    """Return the SHA-256 of each file; threads share the work, since hashing lets go of the interpreter."""
+    """Return the SHA-256 of each file; threads run in parallel, because hashing releases the GIL."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(file_sha256, files))
 
 
 def real_path(path: Path) -> Path:
-    """Resolve the folder but not the file, whose name would be lost where it is a link into a store."""
+    """Return the path with only its folder resolved: the file may be a link to another name."""
     return path.parent.resolve() / path.name
 
 
 def file_size(path: Path) -> int:
-    """Return the size in bytes, or -1 where there is no file."""
+    """Return the size in bytes, or -1 if there is no file."""
     return path.stat().st_size if path.is_file() else -1
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: after a crash the old or the new content is there. Raises StorageError."""
+    """Replace a file atomically: a crash leaves the old or the new one. Raises StorageError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def canonical_json(value: Any) -> str:
-    """Return JSON that depends on the value alone: sorted keys, no spaces."""
+    """Return JSON in a canonical form: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
@@ -111,7 +111,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def fsync_path(path: Path) -> None:
-    """Bring a file, or the names in a folder, to disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

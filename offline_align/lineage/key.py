@@ -1,4 +1,4 @@
-"""Content keys: what a stage would produce, known before it is produced."""
+"""Content keys: identify the result of a stage before it is computed."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +14,12 @@ from offline_align.lineage.manifest import CONFIG, Manifest, Sources, read_manif
 _LATER_KEYS = {"data.template_date"}
 
 CHANGES = "changed_settings"
-"""What the manifest calls the changes of a run that was continued with other settings."""
+"""Key in the manifest for the changed settings of a continued run."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """All that determines what a run produces; names of files are replaced by their content."""
+    """Everything that determines the result of a run; file names are replaced by content hashes."""
 
     stage: str
     config: dict[str, Any]
@@ -33,28 +33,31 @@ class RunSettings:
 
     @property
     def continuation(self) -> str:
-        """Key of what may not change while a run is unfinished: that of the steps, scores and answers done so far."""
+        """Key of the settings that must not change when an unfinished run is continued.
+
+        It marks the steps, scores and answers that are done so far.
+        """
         fixed = {name: value for name, value in self.flat().items() if change_class(name) is Change.refuse}
         return text_sha256(canonical_json([self.stage, fixed]))
 
     def flat(self) -> dict[str, Any]:
-        """Return the values by dotted keys."""
+        """Return the settings by dotted key, with the hashes of inputs and parents."""
         return flat(self.config) | {"inputs": self.inputs, "parents": self.parents}
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings by dotted keys."""
+    """Return the leaves of nested mappings by dotted key."""
     if not isinstance(node, dict):
         return {prefix: node}
     return {k: v for name, value in node.items() for k, v in flat(value, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 def run_settings(stage: str, config: dict[str, Any], sources: Sources) -> RunSettings:
-    """Return everything that determines what a stage produces.
+    """Return everything that determines the result of a stage.
 
-    That is the stage, the settings that change results, and the content of the inputs and of the parents. A
-    setting that names one of these files is replaced by its content, so that data and runs may be moved or
-    renamed.
+    That is the stage, the settings that change results, and the content of inputs and parents. A
+    setting that names one of these files is replaced by its content hash, so data and runs can be
+    moved or renamed.
     """
     digests = {record.path: record.sha256 for record in sources.files}
     for path, parent in sources.parents.items():
@@ -65,16 +68,19 @@ def run_settings(stage: str, config: dict[str, Any], sources: Sources) -> RunSet
 
 
 def finished_key(key: str, changes: Sequence[Any]) -> str:
-    """Return the key of a finished run whose settings were changed on the way: it is not what either set gives."""
+    """Return the key of a finished run, which includes the settings that were changed on the way.
+
+    Neither set of settings alone gives the result of such a run.
+    """
     return text_sha256(canonical_json([key, list(changes)])) if changes else key
 
 
 def completed(run_dir: Path, stage: str, key: str) -> bool:
-    """Return whether `run_dir` holds the finished run of `stage` with this key, all outputs in full length.
+    """Return whether `run_dir` has the finished run with this key, and all outputs in full size.
 
-    False means that there is work to do. Contents are not read again: that is what `verify` is for. Raises
-    ConfigError where the folder holds a finished run of another stage, other settings or other inputs, and
-    StorageError where its manifest is damaged.
+    Contents are not hashed again; `verify` does that. Raises ConfigError if the folder has a
+    finished run of another stage, other settings or other inputs, and StorageError if its manifest
+    is damaged.
     """
     manifest = read_manifest(run_dir)
     if manifest is None:
@@ -90,13 +96,13 @@ def completed(run_dir: Path, stage: str, key: str) -> bool:
 
 
 def incomplete_outputs(run_dir: Path, manifest: Manifest | None) -> list[str]:
-    """Return the outputs that a manifest names and that are missing or not of their length."""
+    """Return the outputs in a manifest that are missing or have another size."""
     outputs = manifest.outputs if manifest else ()
     return [record.path for record in outputs if file_size(run_dir / record.path) != record.bytes]
 
 
 def _relevant(node: Any, digests: dict[str, str], key: str = "") -> Any:
-    """Return the settings that change results, with the content in place of the names of known files."""
+    """Return the settings that change results, with known file names replaced by content hashes."""
     if isinstance(node, dict):
         dotted = {name: f"{key}.{name}".lstrip(".") for name in node}
         values = {

@@ -1,4 +1,4 @@
-"""`manifest.json`: the record that a stage leaves as the last thing it does."""
+"""Write and read `manifest.json`, the record of a finished run."""
 
 import json
 import os
@@ -30,19 +30,20 @@ from offline_align.lineage.files import (
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 LONGEST_PATH = 4096
-"""Characters of a path; Linux takes no longer ones."""
+"""The longest path that Linux accepts, in characters."""
 
-# A folder of weights that no run of ours wrote is known by the file that describes its model.
+# A folder of weights without a run is recognised by the file that describes its model.
 BARE_MODELS = {"checkpoint": "model.json", "huggingface": "config.json"}
 
 
 @dataclass(frozen=True, slots=True)
 class ParentRecord:
-    """A folder that a run built on; `part` is the checkpoint in it that was named, if one was.
+    """A folder that a run builds on; `part` is the checkpoint in it, if the run names one.
 
-    `stage` is that of its manifest, or `checkpoint` or `huggingface` for a bare folder of weights, whose
-    `manifest_sha256` is its `content_sha256`. That is the SHA-256 of the names and contents of the files in
-    the part: it stands for the parent in content keys, whether its run has finished by now or not.
+    `stage` is the stage in its manifest, or `checkpoint` or `huggingface` for a folder of weights
+    without a manifest. `content_sha256` is the SHA-256 of the names and contents of the files in
+    the part. It represents the parent in content keys, whether or not the parent's run has finished
+    since. `manifest_sha256` equals it if there is no manifest.
     """
 
     path: str
@@ -54,7 +55,7 @@ class ParentRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The content of `manifest.json`; `extra` is what the stage adds."""
+    """The content of `manifest.json`; `extra` has the entries that the stage adds."""
 
     stage: str
     key: str
@@ -77,19 +78,19 @@ def write_config(run_dir: Path, config: dict[str, Any]) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What a run reads, hashed once: its input files, and the models and runs that it builds on."""
+    """Hashes of all that a run reads: input files, and the models and runs it builds on."""
 
     files: list[FileRecord]
     parents: dict[Path, ParentRecord]
-    """By the path that the run was given."""
+    """By the path in the configuration."""
 
 
 def read_sources(inputs: Sequence[Path], parents: Sequence[Path]) -> Sources:
-    """Hash every file of `inputs` and describe every folder of `parents`.
+    """Return the hashes of every file in `inputs` and the record of every folder in `parents`.
 
-    `inputs` are files, or folders that stand for all files in them. Raises ConfigError for a parent that is neither a
-    finished run nor a model, DataError for an input that is not what its run wrote, StorageError for an unreadable
-    file.
+    A folder in `inputs` means all files in it. Raises ConfigError for a parent that is neither a
+    finished run nor a model, DataError for an input that was edited after its run had written it,
+    and StorageError for an unreadable file.
     """
     files = record_files(inputs)
     check_unedited(files)
@@ -99,11 +100,12 @@ def read_sources(inputs: Sequence[Path], parents: Sequence[Path]) -> Sources:
 def write_manifest(
     run_dir: Path, stage: str, key: str, sources: Sources, outputs: Sequence[Path], extra: Mapping[str, Any]
 ) -> Path:
-    """Write `manifest.json`, which declares the run finished: the last thing that a stage does.
+    """Write `manifest.json`, which marks the run as finished: the last action of a stage.
 
-    `outputs` are files, or folders that stand for all files in them. `config.yaml` is an output by itself, and a
-    finished run that wrote one of the inputs is a parent by itself. `extra` is kept as it is, beside what the run has
-    cost (`effort`). Raises StorageError, and ValueError for an output outside the run folder.
+    A folder in `outputs` means all files in it. `config.yaml` is added to the outputs, and each
+    finished run that wrote one of the inputs is added to the parents. The manifest keeps `extra`
+    unchanged, and adds the cost of the run (`effort`). Raises StorageError, and ValueError for an
+    output outside the run folder.
     """
     root = run_dir.resolve()
     if (root / CONFIG).is_file():
@@ -127,9 +129,9 @@ def write_manifest(
 
 
 def read_manifest(run_dir: Path) -> Manifest | None:
-    """Return the manifest of a folder, or None where there is none or it is another program's.
+    """Return the manifest of a folder, or None if there is none or another program wrote it.
 
-    Raises StorageError where it is damaged.
+    Raises StorageError if it is damaged.
     """
     path = run_dir / MANIFEST
     if not path.is_file():
@@ -157,7 +159,7 @@ def read_manifest(run_dir: Path) -> Manifest | None:
 
 
 def _checked[T: (FileRecord, ParentRecord)](record: T) -> T:
-    """Return a record whose path can be one; TypeError for any other, since a manifest may be anybody's."""
+    """Return `record`, or raise TypeError if it is not valid: a manifest may be forged."""
     texts = {k: v for k, v in asdict(record).items() if k not in ("bytes", "part")}
     if not all(isinstance(v, str) for v in texts.values()) or "\0" in record.path or len(record.path) > LONGEST_PATH:
         raise TypeError(record)
@@ -165,9 +167,10 @@ def _checked[T: (FileRecord, ParentRecord)](record: T) -> T:
 
 
 def describe_parent(path: Path) -> ParentRecord:
-    """Return the record of a run folder, of a checkpoint in one, or of a folder of weights (absolute path).
+    """Return the record of a run folder, a checkpoint in a run folder, or a folder of weights.
 
-    Raises ConfigError where it is none of these: a run that has not finished is no parent yet.
+    Its path is absolute. Raises ConfigError if the folder is none of these, for example a run that
+    has not finished.
     """
     folder = path.resolve()
     for run_dir in (folder, *folder.parents[:2]):
@@ -183,12 +186,12 @@ def describe_parent(path: Path) -> ParentRecord:
             return ParentRecord(str(folder), stage, seen, seen)
     raise ConfigError(
         f"{path}: is neither a finished run (no {MANIFEST}) nor a model (no model.json or config.json); "
-        f"finish that run first, or name one of its checkpoint folders"
+        f"finish that run first, or give one of its checkpoint folders"
     )
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that results depend on, and the commit where the package runs from a checkout."""
+    """Return the versions that results depend on, and the commit if this is a git checkout."""
     found = {"python": platform.python_version()}
     for name in ("offline-align", "torch", "megatron-core"):
         try:
@@ -200,7 +203,7 @@ def versions() -> dict[str, str]:
 
 
 def _git_commit(checkout: Path) -> str | None:
-    """Return the commit, ending in `-dirty` where files differ from it."""
+    """Return the commit of a checkout, with the suffix `-dirty` if tracked files differ from it."""
     if not (checkout / ".git").exists():
         return None
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -220,15 +223,16 @@ def _record_outputs(outputs: Sequence[Path], run_dir: Path) -> list[FileRecord]:
 
 
 def _content(manifest: Manifest, run_dir: Path, folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of the outputs in a folder of a run, by their paths in that folder."""
+    """Return the SHA-256 of a run's outputs in `folder`, by their paths in that folder."""
     files = {run_dir / record.path: record.sha256 for record in manifest.outputs}
     return {f.relative_to(folder).as_posix(): h for f, h in files.items() if f.is_relative_to(folder)}
 
 
 def check_unedited(inputs: Sequence[FileRecord]) -> None:
-    """Raise DataError where a file lies in the folder of a finished run and is not what that run wrote.
+    """Raise DataError if a file in the folder of a finished run is not the file that the run wrote.
 
-    What came of it would name that run as its parent, whose record says other things about the file.
+    A result of such a file would name that run as its parent, although the run's manifest records
+    other content.
     """
     for file, manifest, written in _written(inputs):
         if file.sha256 != written.sha256:
@@ -240,13 +244,13 @@ def check_unedited(inputs: Sequence[FileRecord]) -> None:
 
 
 def _producers(inputs: Sequence[FileRecord]) -> Iterator[ParentRecord]:
-    """Yield the finished runs that wrote the inputs."""
+    """Yield records of the finished runs that wrote the inputs."""
     for file, _, _ in _written(inputs):
         yield describe_parent(Path(file.path).parent)
 
 
 def _written(inputs: Sequence[FileRecord]) -> Iterator[tuple[FileRecord, Manifest, FileRecord]]:
-    """Yield the inputs that lie beside the manifest of a finished run which names them, with both its records."""
+    """Yield each input that a finished run wrote, with its manifest and its record there."""
     for file in inputs:
         path = Path(file.path)
         if manifest := read_manifest(path.parent):
@@ -254,16 +258,17 @@ def _written(inputs: Sequence[FileRecord]) -> Iterator[tuple[FileRecord, Manifes
 
 
 def _portable(path: Path, run_dir: Path) -> str:
+    """Return a path relative to the run folder, or absolute if they share only the root."""
     shares_root_only = path.parts[1:2] != run_dir.parts[1:2]
     return str(path) if shares_root_only else os.path.relpath(path, run_dir)
 
 
 def _sealed(manifest: dict[str, Any]) -> bytes:
-    """Return a manifest as text with its own SHA-256 at the end."""
+    """Return a manifest as JSON with its own SHA-256 as the last entry."""
     plain = json.loads(json.dumps(manifest, default=str))
     sealed = plain | {"sha256": text_sha256(canonical_json(plain))}
     return (json.dumps(sealed, indent=2) + "\n").encode()
 
 
 def _damaged(path: Path) -> StorageError:
-    return StorageError(f"{path}: is not as it was written: restore it from a copy, or run the stage again")
+    return StorageError(f"{path}: is damaged or was edited: restore it from a copy, or run the stage again")

@@ -1,4 +1,4 @@
-"""Whether a run folder is what its manifest says, and so on through the runs that it came from."""
+"""Verify a run folder against its manifest, and likewise every run that it builds on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from offline_align.errors import StorageError
 from offline_align.lineage.files import FileRecord, file_sha256, folder_sha256
 from offline_align.lineage.manifest import BARE_MODELS, MANIFEST, Manifest, ParentRecord, read_manifest
 
-# No chain of stages is as long; one that is was made to exhaust whoever walks it.
+# No real chain of stages is this long. The limit protects against forged manifests.
 _MOST_GENERATIONS = 100
 
 
@@ -18,15 +18,15 @@ class Status(StrEnum):
 
     whole = "whole"
     damaged = "damaged"
-    """It is not what its own run wrote."""
+    """It differs from what its own run wrote."""
     changed = "changed"
-    """It is not what a later run read."""
+    """It differs from what a later run read."""
     missing = "missing"
 
 
 @dataclass(frozen=True, slots=True)
 class FileCheck:
-    """A recorded file and what became of it."""
+    """The status of one recorded file."""
 
     path: str
     status: Status
@@ -35,9 +35,9 @@ class FileCheck:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """A run folder or a folder of weights, its files, and the same for each of its parents.
+    """The status of a run folder or a folder of weights, of its files, and of each of its parents.
 
-    `status` is about the folder itself: its manifest, then its outputs, then its inputs.
+    `status` is that of the folder itself: the first problem among its manifest, outputs and inputs.
     """
 
     run_dir: Path
@@ -49,7 +49,7 @@ class Verification:
     parents: tuple["Verification", ...] = ()
 
     def problems(self) -> list[str]:
-        """Return one line for each file or run of the chain that is not as recorded; earliest run first."""
+        """Return one line for each file or run that differs from its record; earliest run first."""
         chain = reversed(list(self._chain()))
         return list(dict.fromkeys(line for report in chain for line in report._own_problems()))
 
@@ -61,7 +61,7 @@ class Verification:
                 yield f"{self.run_dir}: {check.path}: {check.status}: {check.reason}"
 
     def _chain(self) -> Iterator["Verification"]:
-        """Every report once: runs often share a parent."""
+        """Yield every report of the chain once, although several runs may share a parent."""
         seen: set[int] = set()
         queue = [self]
         while queue:
@@ -73,15 +73,15 @@ class Verification:
 
 
 def verify(run_dir: Path) -> Verification:
-    """Return what became of a run folder and of everything it came from; every file is read again.
+    """Verify a run folder and everything that it builds on; every file is hashed again.
 
-    Nothing raises: what cannot be read is in the report.
+    Never raises an error for a file: the report includes files that cannot be read.
     """
     return _Walk().run(run_dir.resolve(), claimed=None)
 
 
 class _Walk:
-    """One walk along the chain; a run that several others share is read once."""
+    """One walk along the chain, which reads a shared parent only once."""
 
     def __init__(self) -> None:
         self._reports: dict[Path, Verification] = {}
@@ -91,7 +91,8 @@ class _Walk:
         if run_dir not in self._reports:
             if self._depth >= _MOST_GENERATIONS:
                 return Verification(run_dir, "", Status.damaged, f"is more than {_MOST_GENERATIONS} generations back")
-            # Stands while the parents are walked, so that manifests that name each other come to an end.
+            # This entry is replaced after the walk. It ends the recursion if manifests name each
+            # other as parents.
             self._reports[run_dir] = Verification(run_dir, "", Status.damaged, "is its own ancestor")
             self._depth += 1
             self._reports[run_dir] = self._read(run_dir, claimed.stage if claimed else "")
@@ -123,7 +124,7 @@ class _Walk:
 
 
 def _against_claim(report: Verification, claimed: ParentRecord) -> Verification:
-    """Compare a run with what its child saw of it."""
+    """Compare a run with the record of it in its child's manifest."""
     bare = claimed.stage in BARE_MODELS
     try:
         digest = folder_sha256(report.run_dir) if bare else file_sha256(report.run_dir / MANIFEST)

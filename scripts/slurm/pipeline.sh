@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The chain of scripts/pipeline.sh as Slurm jobs: each starts when the jobs have ended well whose folders it reads, so
-# that FA, RWR and CA run side by side. Every stage has its own nodes and layout:
+# Run scripts/pipeline.sh as a chain of Slurm jobs. Each job starts after the jobs whose folders it reads have succeeded,
+# so FA, RWR and CA run in parallel. Every stage has its own nodes and layout:
 #
 #   RUNS=/data/runs DATA=/data/raw/rows.jsonl PROMPTS=/data/raw/prompts.jsonl MODEL=llama3_8b INIT=/models/llama3_8b \
 #     SLURM_OPTIONS='launcher.partition=dgx launcher.account=me launcher.time=4h' \
@@ -8,19 +8,19 @@
 #     LABEL_OPTIONS='launcher.nodes=4 launcher.nproc_per_node=8' GENERATE_OPTIONS='launcher.nproc_per_node=8' \
 #     scripts/slurm/pipeline.sh [--dry-run | --wait]
 #
-# --dry-run checks all settings and prints the graph; --wait stays until the last job and prints the table. The same
-# line again submits what is not complete and not in the queue.
+# --dry-run checks all settings and prints the graph. --wait waits for the last job and prints the report. Run the same
+# line again to submit the stages that are neither complete nor in the queue.
 set -euo pipefail
 
 mode=${1:-}
-[[ "$mode" =~ ^(--dry-run|--wait|)$ ]] || { echo "pipeline.sh: $mode: only --dry-run or --wait" >&2 && exit 78; }
+[[ "$mode" =~ ^(--dry-run|--wait|)$ ]] || { echo "pipeline.sh: $mode: use --dry-run or --wait" >&2 && exit 78; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-read -ra slurm <<<"${SLURM_OPTIONS:-}"         # for every job; the options of a stage win over them
+read -ra slurm <<<"${SLURM_OPTIONS:-}"         # options for every job; the options of a stage override them
 
-folders=()                                     # in the order of the chain
-declare -A job=()                              # run folder: the job that fills it
+folders=()                                     # run folders in the order of the chain
+declare -A job=()                              # run folder: id of the job that writes it
 
-# Stands in for the command in scripts/pipeline.sh: submits the stage instead of running it.
+# Replaces the offline-align command in scripts/pipeline.sh: submits the stage instead of running it.
 offline-align() {
     local stage=$1 run_dir='' word folder after=() names=()
     shift
@@ -46,7 +46,7 @@ offline-align() {
     printf '%-9s %-24s %s\n' "$stage" "$run_dir" "${job[$run_dir]:+job ${job[$run_dir]}${after[*]:+, after ${after[*]}}}"
 }
 
-# One line of the graph: the stage, its ranks, what it waits for, and whether there is anything left to do.
+# Print one line of the graph: the stage, its ranks, the stages it waits for, and whether it is complete.
 draw() {
     local stage=$1 run_dir=$2 behind=$3 nodes=1 ranks=1 tensor=1 word
     for word in "${@:4}"; do
@@ -77,5 +77,5 @@ if [[ "$mode" == --wait ]]; then
     done
     cat "$report/report.md"
 else
-    echo "the table will be $report/report.md, and at the end of $report/logs/slurm-${job[$report]:-*}.out"
+    echo "the report will be in $report/report.md, and at the end of $report/logs/slurm-${job[$report]:-*}.out"
 fi

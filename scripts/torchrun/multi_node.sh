@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# One stage on several machines: run the same line on each of them, with the same MASTER_ADDR.
+# Run one stage on several machines: run the same line on each of them, with the same MASTER_ADDR.
 #   NNODES=4 MASTER_ADDR=node0 scripts/torchrun/multi_node.sh sft run.dir=/shared/runs/sft parallel=tp4 ...
-# The run folder must be on storage that all machines share. Ranks find each other through the rendezvous, so that
-# machines need no numbers and a restarted one may join again.
+# The run folder must be on storage that all machines share. Ranks find each other through torchrun's rendezvous, so
+# machines need no numbers, and a restarted machine can join again.
 set -euo pipefail
 
 : "${NNODES:?set NNODES to the number of machines}"
 : "${MASTER_ADDR:?set MASTER_ADDR to the name of one of the machines}"
 MASTER_PORT=${MASTER_PORT:-29500}
-# Machines that work on the same run agree on this name; two runs at once on one machine need two.
+# All machines of a run use the same RUN_ID. Two runs at the same time on one machine need different ones.
 RUN_ID=${RUN_ID:-offline-align}
 NPROC_PER_NODE=${NPROC_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)}
 [[ "$NPROC_PER_NODE" -gt 0 ]] || NPROC_PER_NODE=1

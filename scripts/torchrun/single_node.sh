@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One stage on all GPUs of this machine, without `offline-align`'s own launcher:
+# Run one stage on all GPUs of this machine with torchrun instead of `offline-align`'s own launcher:
 #   scripts/torchrun/single_node.sh sft run.dir=runs/sft parallel=tp4 data.train=sft_train.jsonl
 set -euo pipefail
 

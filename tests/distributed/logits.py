@@ -1,4 +1,4 @@
-"""Logits of Hugging Face folders at a tensor parallel size, under torchrun:
+"""Write the logits of Hugging Face folders, computed with tensor parallelism under torchrun:
 
 torchrun --nproc-per-node=2 -m tests.distributed.logits rows.json out.safetensors folder [folder ...]
 """
@@ -19,7 +19,7 @@ from offline_align.distributed.setup import Ranks, session
 
 
 def logits(folder: Path, rows: list[list[int]], parallel: ParallelSection, ranks: Ranks) -> torch.Tensor:
-    """Return [T, V] logits over the whole vocabulary, padding removed, on every rank."""
+    """Return logits [T, V] over the whole vocabulary, without padding, on every rank."""
     from megatron.core import parallel_state
 
     from offline_align.model.build import build_model
@@ -40,7 +40,7 @@ def logits(folder: Path, rows: list[list[int]], parallel: ParallelSection, ranks
 
 
 def main(rows_file: str, target: str, *folders: str) -> None:
-    """Write the logits of every folder, by its number."""
+    """Write the logits of every folder under its index."""
     rows = json.loads(Path(rows_file).read_text())
     parallel = ParallelSection(tensor_model_parallel_size=int(os.environ["WORLD_SIZE"]))
     with session(parallel, RunSection(dir="unused", device=Device.cpu)) as ranks:

@@ -1,4 +1,4 @@
-"""Bytes that ranks send in a step, counted at the collectives, against the formulas that plans are made with."""
+"""Bytes that ranks send in a step, counted at the collectives, compared with the formulas of the cost model."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from offline_align.estimate.step_time import data_bytes
 
 pytestmark = pytest.mark.distributed
 
-# What is logged and the norm: a few numbers a step.
+# Logged metrics and the gradient norm: a few numbers a step.
 BOOKKEEPING_BYTES = 200
 FP32 = 4
 
@@ -35,19 +35,19 @@ def test_data_parallel_ranks_send_gradients_once_and_weights_once() -> None:
     )
     reduce, gather = data_bytes(model_sizes(model, VOCABULARY), ParallelSection(), ParallelSizes(2, 1, 1))
     assert found["reduce_scatter_tensor"] == pytest.approx(reduce, rel=0.02)
-    # The formula is for bf16 weights, which the CPU run has in fp32.
+    # The formula assumes bf16 weights, but the CPU run has fp32 weights.
     assert found["all_gather_into_tensor"] == pytest.approx(gather * 2, rel=0.02)
     assert found["all_reduce"] < BOOKKEEPING_BYTES
 
 
 def test_tensor_parallel_ranks_send_four_activations_a_layer() -> None:
     found = counted("tp")
-    # Two ranks: an all-reduce sends a buffer once. Four in each layer, one for the embedding's output. Two of the last
-    # layer are those of its MLP, which sees targets alone, filled up to sixteens.
+    # With two ranks an all-reduce sends a buffer once. There are four in each layer and one for the embedding's output.
+    # Two of the last layer belong to its MLP, which processes only targets, padded to a multiple of 16.
     read = -(-found["targets"] // 16) * 16
     activations = ((4 * LAYERS - 1) * found["tokens"] + 2 * read) * HIDDEN * FP32
-    # The output layer: the gradient of the hidden states of targets, and three numbers a target.
+    # The output layer sends the gradient of the targets' hidden states, and three numbers a target.
     head = found["targets"] * (HIDDEN + 3) * FP32
-    # Norms are whole on every rank and see the whole sequence, so that none of them is sent.
+    # Norms are replicated and process the whole sequence, so nothing is sent for them.
     assert found["all_reduce"] == pytest.approx(activations + head, abs=BOOKKEEPING_BYTES)
     assert found.get("all_gather_into_tensor", 0) == found.get("reduce_scatter_tensor", 0) == 0

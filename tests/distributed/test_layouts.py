@@ -1,4 +1,4 @@
-"""The same run at other layouts, by real ranks over gloo: same rows, same losses, same scores, same weights."""
+"""The same run at several parallel layouts, with real ranks over gloo: same rows, losses, scores and weights."""
 
 import json
 import os
@@ -31,7 +31,7 @@ LAYOUTS = {
 
 
 def command(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, as a user does in a container that sets rank variables."""
+    """Run the command line in its own process, with the rank variables that some containers set."""
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "61007"}
     environment = os.environ | place
     return subprocess.run(
@@ -51,12 +51,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Path:
-    """The run that all layouts are compared with."""
+    """Return the run on one rank that all layouts are compared with."""
     return train("sft", folder / "alone", write_jsonl(folder / "rows.jsonl", samples()))
 
 
 def weights_of(run: Path) -> dict[str, list[float]]:
-    """Return all weights of a run's policy, gathered at one rank."""
+    """Return all weights of a run's policy, loaded on one rank."""
     from offline_align.config.sections import ParallelSection, RunSection
     from offline_align.distributed.setup import session
     from offline_align.model.build import build_model
@@ -82,7 +82,7 @@ def ranks_of(words: list[str]) -> int:
 
 
 def by_ranks(forks: Forks, *words: str) -> None:
-    """Run a command by ranks that a launcher would have started."""
+    """Run a command on as many ranks as its launcher options ask for, without the launcher."""
     own = [word for word in words if not word.startswith("launcher.")]
     ended = forks.run(own, world=ranks_of(list(words)))
     assert not any(ended.codes), ended.said
@@ -123,8 +123,8 @@ def test_only_matrices_decay(folder: Path, forks: Forks, alone: Path, optimizer:
 
 
 @pytest.mark.parametrize("layout", ["tp2_sequence", "cp2_tp2"])
-def test_training_goes_on_after_a_validation_with_larger_bins(folder: Path, forks: Forks, layout: str) -> None:
-    """What is kept from pass to pass, such as the buffer of a gathered sequence, grows with the first of them."""
+def test_training_continues_after_a_validation_with_larger_bins(folder: Path, forks: Forks, layout: str) -> None:
+    """Buffers that are reused, such as the one for a gathered sequence, must grow with the larger bins."""
     rows = write_jsonl(folder / "few.jsonl", samples())
     longer = [{**row, "id": f"v{row['id']}", "prompt": f"{row['prompt']} " * 9} for row in samples()]
     valid = write_jsonl(folder / "longer.jsonl", longer)
@@ -139,12 +139,12 @@ def test_training_goes_on_after_a_validation_with_larger_bins(folder: Path, fork
 
 
 def computed_tokens(run: Path) -> float:
-    """Return the tokens of rows that the steps of a run computed."""
+    """Return the number of row tokens that the steps of a run computed."""
     return sum(r * s for r, s in zip(metrics(run, "tokens_per_second"), metrics(run, "step_seconds"), strict=True))
 
 
 def test_reward_model_and_labels_agree_between_layouts(folder: Path, forks: Forks, alone: Path) -> None:
-    # Long enough that both answers of a pair share it.
+    # The prompts are long enough to be shared by both answers of a pair.
     data = write_jsonl(folder / "pairs.jsonl", [{**row, "prompt": f"{row['prompt']} " * 12} for row in pairs()])
     words = ["trainer.global_batch_size=4", "trainer.max_steps=5", "optim.lr=1e-3", f"data.valid={data}"]
     one = train("reward", folder / "reward", data, *words, model=continued(alone))
@@ -157,7 +157,7 @@ def test_reward_model_and_labels_agree_between_layouts(folder: Path, forks: Fork
     for name in ("valid_accuracy", "valid_ties", "valid_count"):
         assert metrics(split, name) == metrics(one, name)
     assert metrics(one, "valid_count") == [12]
-    # Trained at TP=2, labelled at TP=1 on one and at TP=2 on four ranks.
+    # The model was trained at TP=2; it labels at TP=1 on one rank and at TP=2 on four ranks.
     both = f"data.input=[{data},{folder / 'rows.jsonl'}]"
     scores = {}
     for name, layout in (("one", []), ("four", LAYOUTS["tp2_dp2"])):
@@ -175,7 +175,7 @@ def test_reward_model_and_labels_agree_between_layouts(folder: Path, forks: Fork
 
 @pytest.mark.parametrize("stage", ["rwr", "ca"])
 def test_methods_compute_a_prompt_once_for_the_answers_of_a_step(folder: Path, forks: Forks, stage: str) -> None:
-    # Three answers to each prompt, apart from one another in the file.
+    # Three answers to each prompt, which are not adjacent in the file.
     rows = [
         {**row, "prompt": f"Say {WORDS[i % 5]} " * 12} for i, row in enumerate(labelled([i / 3 for i in range(15)]))
     ]
@@ -248,8 +248,8 @@ def test_a_bad_layout_is_refused_before_ranks_are_started(folder: Path) -> None:
     assert not (folder / "never").exists()
 
 
-def test_torchrun_of_the_user_is_taken_over(folder: Path) -> None:
-    """`torchrun -m offline_align` starts the ranks itself; the launcher section has nothing left to do."""
+def test_ranks_of_the_users_torchrun_are_used(folder: Path) -> None:
+    """`torchrun -m offline_align` starts the ranks itself, so the launcher section starts none."""
     data = write_jsonl(folder / "labelled.jsonl", labelled([float(i % 3) for i in range(14)]))
     run = folder / "torchrun"
     words = ["rwr", f"run.dir={run}", f"data.train={data}", *TINY, *STEPS, "trainer.max_steps=2"]
@@ -277,7 +277,7 @@ def test_torchrun_of_the_user_is_taken_over(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_to_the_launcher_saves_and_exits_75(folder: Path, alone: Path, name: str) -> None:
-    """The launcher passes it on; the ranks finish their step, save, and the same command goes on to the end."""
+    """The launcher passes the signal on, and the ranks finish their step and save."""
     run = folder / f"stopped_{name}"
     words = ["sft", f"run.dir={run}", f"data.train={folder / 'rows.jsonl'}", *TINY[:-1], *STEPS, *LAYOUTS["dp2"]]
     words += ["trainer.max_steps=4000", "optim.lr_decay_steps=4000"]

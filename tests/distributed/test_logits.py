@@ -1,4 +1,4 @@
-"""Weights read straight into tensor parallel shards compute what transformers computes from the whole."""
+"""Weights loaded into tensor parallel shards give the same logits as transformers with the whole model."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from tests.unit.convert.conftest import FAMILIES, SIZES
 
 pytestmark = pytest.mark.distributed
 ROWS = [[7, 5, *range(30, 52), 2], [9, 8, 250, 300, 2], [*range(100, 141), 2]]
-# The shape of SmolLM2: nine heads in three groups divide among three ranks, not among two.
+# The shape of SmolLM2: nine heads in three groups, which divide among three ranks but not among two.
 NINE_HEADS = ("Llama", {"hidden_size": 72, "intermediate_size": 96, "num_attention_heads": 9, "num_key_value_heads": 3})
 
 
@@ -31,7 +31,7 @@ def save(folder: Path, prefix: str, special: dict[str, Any]) -> Path:
 
 
 def ours(folders: Sequence[Path], rows: list[list[int]], tp_size: int, scratch: Path) -> list[torch.Tensor]:
-    """Return the logits of every folder at a tensor parallel size, computed by that many ranks."""
+    """Return the logits of every folder, computed on `tp_size` tensor parallel ranks."""
     (scratch / "rows.json").write_text(json.dumps(rows))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp_size}"]
     words = ["-m", "tests.distributed.logits", str(scratch / "rows.json"), str(scratch / "out.safetensors")]

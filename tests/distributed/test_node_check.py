@@ -1,4 +1,4 @@
-"""The check of the nodes before a job, by real ranks over gloo, one of which has something wrong with it."""
+"""The node check before a job, with real ranks over gloo, one of which has a problem."""
 
 import re
 import socket
@@ -25,7 +25,10 @@ STOPS_LATER = "import os; check._reduce = lambda *_: os._exit(9)"
 
 
 def ranks(folder: Path, damage: list[str | None], *options: str) -> list[tuple[int, str]]:
-    """Run the check as so many ranks, each on a node of its own; None: it never comes. Returns codes and messages."""
+    """Run the check with one rank a node and return exit codes and messages.
+
+    `damage` has one program line for each rank; a rank with None does not start.
+    """
     port = str(*free_ports(1))
     processes = []
     for rank, what in enumerate(damage):
@@ -62,7 +65,7 @@ def test_one_machine_is_checked_alone(tmp_path: Path) -> None:
 def test_good_nodes_pass(tmp_path: Path) -> None:
     done = ranks(tmp_path, ["", ""])
     assert [code for code, _ in done] == [0, 0], done
-    assert "2 ranks, 0 GPUs, one all-reduce: well" in done[0][1]
+    assert "2 ranks, 0 GPUs, one all-reduce: all good" in done[0][1]
     assert list((tmp_path / "logs").iterdir()) == []
 
 
@@ -72,11 +75,11 @@ def test_good_nodes_pass(tmp_path: Path) -> None:
         (OTHER_VERSION, r"node dgx1 \({host}\): torch is 1.0, elsewhere 2.*; install the same everywhere"),
         (
             LATE_CLOCK,
-            r"node dgx1 \({host}\): the clock is -3[56]\d\d s from that of the others; start its time service",
+            r"node dgx1 \({host}\): the clock is -3[56]\d\d s off the others; start its time service",
         ),
     ],
 )
-def test_the_node_with_something_wrong_is_named(tmp_path: Path, damage: str, said: str) -> None:
+def test_the_node_with_a_problem_is_named(tmp_path: Path, damage: str, said: str) -> None:
     done = ranks(tmp_path, ["", damage, ""])
     assert [code for code, _ in done] == [78, 78, 78], done
     line = f"offline-align\\[rank 0\\]: error: {said.format(host=re.escape(socket.gethostname()))}\n"
@@ -84,21 +87,21 @@ def test_the_node_with_something_wrong_is_named(tmp_path: Path, damage: str, sai
     assert [text for _, text in done[1:]] == ["", ""]
 
 
-def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     started = time.monotonic()
     ((code, said),) = ranks(tmp_path, ["", None], "--limit=3")
-    assert (code, said) == (70, "offline-align[rank 0]: error: node dgx1, rank 1: did not come within 3 s\n")
+    assert (code, said) == (70, "offline-align[rank 0]: error: node dgx1, rank 1: did not report within 3 s\n")
     assert time.monotonic() - started < 60
 
 
-def test_a_rank_that_leaves_before_the_all_reduce_is_named(tmp_path: Path) -> None:
+def test_a_rank_that_exits_before_the_all_reduce_is_named(tmp_path: Path) -> None:
     (code, said), _ = ranks(tmp_path, ["", STOPS_LATER], "--limit=5")
     assert code == 70
     assert "node dgx1, rank 1: no all-reduce over 2 ranks within 5 s" in said
     assert "dgx0" not in said
 
 
-def test_an_address_that_nobody_listens_at_is_named(tmp_path: Path) -> None:
+def test_a_missing_rank_0_is_named_with_its_address(tmp_path: Path) -> None:
     ((code, said),) = ranks(tmp_path, [None, ""], "--limit=3")
     assert code == 70
-    assert "node dgx1, rank 1: no way to rank 0 at 127.0.0.1:" in said
+    assert "node dgx1, rank 1: no connection to rank 0 at 127.0.0.1:" in said

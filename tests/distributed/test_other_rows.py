@@ -1,4 +1,4 @@
-"""Nodes that do not see the same files: nobody waits for ever, and nobody learns from other rows."""
+"""Nodes that do not see the same files: no rank waits forever, and no rank trains on other rows."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.distributed
 
 
 def ranks(folder: Path, counts: list[int], *words: str) -> list[subprocess.CompletedProcess[str]]:
-    """Train with a rank on each of two nodes, whose file of the same name has so many rows."""
+    """Train with one rank on each of two nodes; their files of the same name have `counts` rows."""
     port = str(*free_ports(1))
     processes = []
     for rank, count in enumerate(counts):

@@ -1,4 +1,4 @@
-"""Checkpoints with optimizer state, saved at one layout of four ranks and continued at another."""
+"""Checkpoints with optimizer state, saved at one layout of four ranks and loaded at another."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def words(stage: str, given: Path, run_dir: Path, tensor_parallel: int) -> list[
 
 
 def stopped(forks: Forks, given: Path, stage: str, tensor_parallel: int) -> Path:
-    """Return a run that was stopped after two steps at a layout; it runs once."""
+    """Return a run that was stopped after two steps at a layout; it runs only once."""
     run_dir = given / f"{stage} at {tensor_parallel}"
     if not run_dir.exists():
         stop = ("at", ["step", 2, [signal.SIGTERM], 0])
@@ -54,7 +54,7 @@ def stopped(forks: Forks, given: Path, stage: str, tensor_parallel: int) -> Path
 
 
 def test_ranks_share_the_writing(forks: Forks, given: Path) -> None:
-    """Tensor parallel ranks have other tensors, data parallel ranks the same: all four write about as much."""
+    """All four ranks write about the same amount, although data parallel ranks have the same tensors."""
     checkpoint = stopped(forks, given, "sft", 2) / "checkpoints" / "latest"
     sizes = [file.stat().st_size for file in checkpoint.resolve().glob("*.distcp")]
     assert len(sizes) == 4
@@ -79,19 +79,19 @@ def tensors(checkpoint: Path) -> dict[str, Any]:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Return whether two checkpoints hold the same tensors, to the bit; both hold moments."""
+    """Return whether the tensors of two checkpoints are bitwise equal; assert that they include moments."""
     import torch
 
     before, after = tensors(one), tensors(other)
-    # Beside the tensors there are the groups of the optimizer.
+    # A checkpoint also has the optimizer's parameter groups, which are not tensors.
     held = [name for name, tensor in before.items() if isinstance(tensor, torch.Tensor)]
     assert sum("exp_avg" in name for name in held) >= 2
     return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in held)
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_megatrons_own_form_holds_the_same_tensors(given: Path, forks: Forks, tensor_parallel: int) -> None:
-    """Ours is loaded and saved by megatron's own code for any layout, and that by ours again."""
+def test_megatrons_own_format_has_the_same_tensors(given: Path, forks: Forks, tensor_parallel: int) -> None:
+    """Our checkpoint is saved again in megatron's own format for any layout, and that one in ours."""
     source = stopped(forks, given, "sft", tensor_parallel)
     step = max((source / "checkpoints").glob("step_*"))
     for by_megatron in (True, False):
@@ -106,7 +106,7 @@ def test_megatrons_own_form_holds_the_same_tensors(given: Path, forks: Forks, te
 
 
 @pytest.mark.parametrize(("saved_at", "loaded_at"), CHANGES if ALL else [(4, 2), (2, 1), (1, 4)])
-def test_another_layout_goes_on_from_the_same_numbers(given: Path, forks: Forks, saved_at: int, loaded_at: int) -> None:
+def test_another_layout_continues_with_the_same_state(given: Path, forks: Forks, saved_at: int, loaded_at: int) -> None:
     source = stopped(forks, given, "sft", saved_at)
     step = max((source / "checkpoints").glob("step_*"))
     run_dir, copy = given / f"{saved_at} to {loaded_at}", given / f"{saved_at} to {loaded_at} again"

@@ -1,4 +1,4 @@
-"""Sessions that share a store: several in one process, as `evaluate` with two reward models has them, and restarts."""
+"""Sessions that share a store: restarts, and several in one process, as in `evaluate` with two reward models."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from offline_align.distributed.setup import session
 
 parallel = ParallelSection(tensor_model_parallel_size=2)
 for number in range(4):
-    # The first to come would find what the others left in the store at their last session.
+    # Without a fresh prefix, the first rank would find keys from the previous session of the others.
     time.sleep(0.4 * ((int(os.environ["RANK"]) + number) % 4))
     with session(parallel, RunSection(dir="unused", device=Device.cpu)) as ranks:
         assert ranks.gather(ranks.rank) == [0, 1, 2, 3]
@@ -28,12 +28,12 @@ from offline_align.config.sections import Device, ParallelSection, RunSection
 from offline_align.distributed.setup import session
 
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-# Another rank is the first to come, each time.
+# A different rank arrives first in each attempt.
 time.sleep(0.4 * ((rank + attempt) % 2))
 with session(ParallelSection(), RunSection(dir="unused", device=Device.cpu)) as ranks:
     assert ranks.gather(rank) == [0, 1]
     if attempt < 2 and rank == 1:
-        # No callback to the others, as a kill has none.
+        # Exit without telling the other ranks, as after a kill.
         os._exit(1)
     ranks.barrier()
 """
@@ -47,12 +47,12 @@ def start(program: str, *options: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.slow
-def test_a_session_finds_nothing_of_the_one_before() -> None:
+def test_a_session_ignores_keys_of_the_previous_one() -> None:
     done = start(PROGRAM, "--nproc-per-node=4")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-def test_a_restart_finds_nothing_of_the_attempt_before() -> None:
+def test_a_restart_ignores_keys_of_the_previous_attempt() -> None:
     done = start(CRASHING, "--nproc-per-node=2", "--max-restarts=2")
     assert done.returncode == 0, done.stderr

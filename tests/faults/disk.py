@@ -1,4 +1,4 @@
-"""A disk that fails at the n-th change, for whole commands. It needs a C compiler."""
+"""Run whole commands on a disk that fails at the n-th change. This needs a C compiler."""
 
 import subprocess
 from pathlib import Path
@@ -10,7 +10,7 @@ SOURCE = Path(__file__).with_name("failing_disk.c")
 
 
 class FailingDisk(Forks):
-    """Runs commands of offline-align on a disk that fails below `root`."""
+    """Run commands of offline-align on a disk that fails below `root`."""
 
     def __init__(self, folder: Path, root: Path) -> None:
         self.root = root
@@ -23,5 +23,5 @@ class FailingDisk(Forks):
         return self
 
     def on_disk(self, words: list[str], failing: int = NEVER, error: int = 0, times: int = NEVER) -> Ended:
-        """Run a command; changes number `failing` (from 0) and the `times - 1` after it fail with `error`."""
+        """Run a command in which `times` changes, from number `failing` (counted from 0), fail with `error`."""
         return self.run(words, disk=(str(self.root), failing, error, times))

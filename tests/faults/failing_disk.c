@@ -1,7 +1,7 @@
-/* Preloaded into a process: from the n-th call that changes a file below a folder on, the disk fails.
+/* A library for LD_PRELOAD that makes the disk fail at the n-th call that changes a file below a folder.
  *
- * fail_from(root, n, error, times) arms it; changes() tells how many such calls there were. Counted are opens for
- * writing, writes, truncations, syncs, renames, links and new folders; deleting always works, as on a full disk.
+ * fail_from(root, n, error, times) arms it; changes() returns the number of such calls. It counts opens for writing,
+ * writes, truncations, syncs, renames, links and new folders. Deleting always works, as on a full disk.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

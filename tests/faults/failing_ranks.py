@@ -1,6 +1,7 @@
-"""One of two ranks of a command in which one fails: `python -m tests.faults.failing_ranks CASE`.
+"""Run one rank of a two-rank command in which a rank fails: `python -m tests.faults.failing_ranks CASE`.
 
-Ending the process groups waits for the other rank, as NCCL does and gloo does not, and so does the end of Python.
+Gloo groups are patched to behave like NCCL: destroying them, and the exit of Python, wait for the
+other rank.
 """
 
 import atexit
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from offline_align import __main__ as entrance
+from offline_align import __main__ as command_line
 from offline_align.config.sections import Device, ParallelSection, RunSection
 from offline_align.distributed.setup import Ranks, session
 from offline_align.errors import ConfigError, DataError
@@ -23,11 +24,14 @@ from offline_align.errors import ConfigError, DataError
 RANK = int(os.environ["RANK"])
 SILENT_SECONDS = 4.0
 UNWINDING_SECONDS = 3.0
-"""Longer than a rank that fails waits for another one to follow it."""
+"""Longer than the other ranks wait before they exit after a failed one."""
 
 
 def end_as_nccl_does() -> None:
-    """Let process groups, and a process that has some, end when the other rank does so too; no signal is heard."""
+    """Make the end of process groups, and of a process that has some, wait for the other rank.
+
+    Signal handlers do not run during this wait.
+    """
     torch_dist: Any = dist
     destroy, begun = torch_dist.destroy_process_group, itertools.count()
 
@@ -50,7 +54,7 @@ def end_as_nccl_does() -> None:
 
 
 def others(ranks: Ranks) -> None:
-    """Wait for a rank that does not come."""
+    """Wait for a rank that never arrives."""
     ranks.barrier()
 
 
@@ -72,7 +76,7 @@ def stop(ranks: Ranks) -> None:
 
 
 def leave(ranks: Ranks) -> None:
-    """Come to the end of the session, where the groups are ended."""
+    """Reach the end of the session, where the process groups are destroyed."""
 
 
 def leave_later(ranks: Ranks) -> None:
@@ -80,7 +84,7 @@ def leave_later(ranks: Ranks) -> None:
 
 
 def refuse(ranks: Ranks) -> None:
-    """Meet an error of rank 0 together; rank 0 has something to finish before it says why."""
+    """Fail on all ranks with an error of rank 0, which takes some time before it reports the error."""
 
     def work() -> None:
         raise ConfigError("model=huge: is too large")
@@ -110,7 +114,7 @@ def main(case: str) -> None:
     parallel = ParallelSection(silent_rank_seconds=SILENT_SECONDS)
 
     def dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
-        # A second session, for places in the store must not be those of the first.
+        # Two sessions, because the second must not use the keys of the first in the store.
         for work in (leave, CASES[case][RANK]):
             with session(parallel, RunSection(dir="unused", device=Device.cpu)) as ranks:
                 ranks.barrier()
@@ -118,8 +122,8 @@ def main(case: str) -> None:
         return 0
 
     end_as_nccl_does()
-    entrance._dispatch = dispatch
-    entrance.main()
+    command_line._dispatch = dispatch
+    command_line.main()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Whole commands in forks of a process that has everything imported: they start at once, and can be killed.
+"""Run whole commands in forks of a server process that has imported everything.
 
-Run as a module it is that process: one JSON request a line, one JSON reply a line. A request may ask for several
-ranks, which find each other as those of torchrun do, for SIGKILL or another signal after some seconds, and for a disk
+Commands start at once this way, and can be killed. Run as a module, this file is the server: it reads
+one JSON request a line and writes one JSON reply a line. A request may ask for several ranks with
+rank variables as torchrun sets them, for SIGKILL or another signal after some seconds, and for a disk
 that fails (see `disk`).
 """
 
@@ -22,30 +23,30 @@ from typing import IO, Any
 from tests.support import free_ports
 
 NEVER = 1 << 40
-_SECONDS_TO_FAIL_TOGETHER = 5.0
+_GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """A command: its words, ranks, and what befalls it."""
+    """A command: its words, its ranks, and the faults to inject."""
 
     words: list[str]
     said: str
-    """File for what the ranks say."""
+    """File for the output of all ranks."""
     world: int = 1
     signal_after_seconds: float | None = None
     signal_number: int = signal.SIGKILL
     victims: list[int] | None = None
-    """Ranks that get the signal; None: all."""
+    """Ranks that get the signal; None for all."""
     disk: tuple[str, int, int, int] | None = None
-    """Folder, number of the first change that fails, error, and how many fail."""
+    """Folder, number of the first change that fails, error number, and how many changes fail."""
     sabotage: tuple[str, list[Any]] | None = None
-    """A function of `tests.faults.sabotage` that every rank calls first, and its arguments."""
+    """A function of `tests.faults.sabotage`, which every rank calls first, and its arguments."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: exit code of each rank, what they said, and how often rank 0 changed a file."""
+    """The result of a command: exit codes, output of all ranks, and number of file changes by rank 0."""
 
     codes: list[int]
     said: str
@@ -59,12 +60,12 @@ class Ended:
 
 
 class Forks:
-    """Runs commands of offline-align in forks of one server."""
+    """Run commands of offline-align in forks of one server."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None, engine: bool = False) -> None:
-        """Start the server, with Transformer Engine installed if wanted (see `tests.engine_on_cpu`)."""
+        """Start the server; `engine` installs the stand-in for Transformer Engine (`tests.engine_on_cpu`)."""
         self._said = folder / "said"
-        # One thread a rank: so many ranks share few cores, and results do not depend on how many they are.
+        # One thread a rank: many ranks share few cores, and results do not depend on the number of cores.
         more = {"OMP_NUM_THREADS": "1", **(environment or {})}
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.forks", *(["engine"] if engine else [])],
@@ -95,7 +96,7 @@ def _serve(requests: IO[str], replies: IO[str], engine: bool) -> None:
     if engine:
         from tests import engine_on_cpu
 
-        # Before megatron is imported, which looks for it then.
+        # Before megatron is imported, because it looks for Transformer Engine at import.
         engine_on_cpu.install()
     _import_everything()
     for line in requests:
@@ -128,10 +129,10 @@ def _fork(request: Request, writing: int) -> list[int]:
 
 
 def _wait(request: Request, ranks: list[int]) -> list[int]:
-    """Send the signal when it is due and return the exit codes.
+    """Send the signal when it is due, and return the exit codes.
 
-    Where a rank was killed, the others are too; where one has failed they have a moment to say so themselves, as a
-    launcher grants.
+    As a launcher does, kill the other ranks at once if a rank was killed, and after a grace period
+    if a rank has failed.
     """
     victims = [ranks[k] for k in request.victims or range(len(ranks))]
     due = None if request.signal_after_seconds is None else time.monotonic() + request.signal_after_seconds
@@ -143,7 +144,7 @@ def _wait(request: Request, ranks: list[int]) -> list[int]:
             if done:
                 code = codes[rank] = os.waitstatus_to_exitcode(status)
                 if code not in (0, 75):
-                    moment = 0.0 if code < 0 else _SECONDS_TO_FAIL_TOGETHER
+                    moment = 0.0 if code < 0 else _GRACE_SECONDS
                     last_moment = min(last_moment, time.monotonic() + moment)
         if due is not None and time.monotonic() >= due:
             _signal([r for r in victims if r not in codes], request.signal_number)
@@ -184,7 +185,7 @@ def _command(request: Request, rank: int, writing: int) -> int:
 
 
 def _import_everything() -> None:
-    """Import what commands import, so that a forked one starts at once; nothing may start a thread."""
+    """Import everything that commands import, so that a fork starts at once; no import may start a thread."""
     import datasets
     import matplotlib.figure
     import pyarrow.parquet
@@ -205,7 +206,7 @@ def _import_everything() -> None:
     import offline_align.train.trainer  # noqa: F401
     from offline_align.distributed import setup
 
-    # One thread a rank, however many there are: with other threads the last bit of a sum may be another.
+    # One thread a rank, however many cores there are: the number of threads may change the last bit of a sum.
     setup._cores = lambda: 1
 
     del datasets, matplotlib, pyarrow, sentencepiece

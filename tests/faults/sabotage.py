@@ -1,4 +1,4 @@
-"""What can be done to a run from inside, at a place that a clock would rarely hit."""
+"""Faults injected from inside a run, at exact places that a signal after some seconds would rarely hit."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from offline_align.train.step import TrainStep
 
 
 def at(place: str, number: int, signals: list[int], rank: int | None = None) -> None:
-    """Send this process `signals` when it comes to `place` for the `number`-th time (from 1)."""
+    """Send this process `signals` when it reaches `place` for the `number`-th time (from 1)."""
     if rank is not None and int(os.environ.get("RANK", "0")) != rank:
         return
     left = [number]
@@ -34,13 +34,13 @@ def at(place: str, number: int, signals: list[int], rank: int | None = None) -> 
         if left[0] == 0:
             for each in signals:
                 os.kill(os.getpid(), each)
-                _until_heard(each)
+                _until_handled(each)
 
     _PATCHES[place](strike)
 
 
-def _until_heard(number: int) -> None:
-    """Wait until the main thread has taken a signal: of two that wait together, it takes the lower number first."""
+def _until_handled(number: int) -> None:
+    """Wait until the main thread has handled a signal: of two pending ones it handles the lower number first."""
     request = getattr(signal.getsignal(number), "__self__", None)
     deadline = time.monotonic() + 20
     while isinstance(request, StopRequest) and request.reason is None and time.monotonic() < deadline:
@@ -61,7 +61,7 @@ def _before(owner: Any, name: str) -> Callable[[Callable[[], None]], None]:
 
 
 def _mid_shard(strike: Callable[[], None]) -> None:
-    """Strike when some tensors of a shard are in its file, and others are not."""
+    """Strike when only some tensors of a shard are in its file."""
     original, written = filesystem_async._write_item, [0]
 
     @functools.wraps(original)
@@ -89,7 +89,7 @@ def _before_latest(strike: Callable[[], None]) -> None:
 
 
 def _during_delete(strike: Callable[[], None]) -> None:
-    """Strike when half of the files of an old checkpoint are gone."""
+    """Strike when half of the files of an old checkpoint are deleted."""
     original = shutil.rmtree
 
     def rmtree(path: Any, *arguments: Any, **more: Any) -> Any:
@@ -116,7 +116,7 @@ _PATCHES: dict[str, Callable[[Callable[[], None]], None]] = {
 
 
 def not_finite(what: str, value: float, rank: int, first: int, steps: int) -> None:
-    """Let one rank meet `value` in its loss or in its gradient, in `steps` optimizer steps from `first` (from 1)."""
+    """Multiply the loss or gradient of one rank by `value` in `steps` optimizer steps from `first` (from 1)."""
     if int(os.environ.get("RANK", "0")) != rank:
         return
     original, call, now = TrainStep._forward_step, TrainStep.__call__, [0]
@@ -145,7 +145,7 @@ def not_finite(what: str, value: float, rank: int, first: int, steps: int) -> No
 
 
 def slow_shards(steps: int) -> None:
-    """Let a save in the background write nothing before so many more steps are done, or somebody waits for it."""
+    """Delay the writing of a background save until `steps` more steps are done, or the trainer waits for it."""
     original, finish, update = saving._PendingSave.write, saving.Saver.finish, TrainStep._update
     done = threading.Semaphore(0)
 
@@ -171,7 +171,7 @@ def slow_shards(steps: int) -> None:
 
 
 def weights_at_end(folder: str) -> None:
-    """Let each rank leave the hash of its own weights in `folder` when its training ends, however it does."""
+    """Make each rank write the hash of its own weights to `folder` when its training ends or fails."""
     original, rank = trainer.Trainer.fit, os.environ.get("RANK", "0")
 
     def fit(self: trainer.Trainer, *arguments: Any) -> Any:
@@ -187,13 +187,13 @@ def weights_at_end(folder: str) -> None:
 
 
 def not_finite_and_weights(folder: str, *poison: Any) -> None:
-    """Do both of the above."""
+    """Apply `weights_at_end` and `not_finite`."""
     weights_at_end(folder)
     not_finite(*poison)
 
 
 def built_from_engine(without_first_update: bool = False, attention: str = "unfused") -> None:
-    """Build models from the layers of Transformer Engine, where `Forks` has installed it."""
+    """Build models from the layers of Transformer Engine, which `Forks` must have installed."""
     from tests.engine_on_cpu import build_from_its_layers
 
     build_from_its_layers(attention)
@@ -202,7 +202,7 @@ def built_from_engine(without_first_update: bool = False, attention: str = "unfu
 
 
 def updates_recorded(folder: str, from_engine: bool = False) -> None:
-    """Let each rank write its updates to `folder`; if asked for, of a model built `from_engine`."""
+    """Make each rank write its updates to `folder`; `from_engine` uses Transformer Engine's layers."""
     from tests import updates
 
     if from_engine:
@@ -211,7 +211,10 @@ def updates_recorded(folder: str, from_engine: bool = False) -> None:
 
 
 def saves_send_no_tensors() -> None:
-    """Let collectives of tensors fail while a save is planned; objects go by torch's own names of them."""
+    """Make collectives of tensors fail while a save is planned.
+
+    Collectives of objects still work, because torch calls its own references to these functions.
+    """
     begin = saving.Saver._begin
 
     def fail(*_: Any, **__: Any) -> Any:
@@ -233,7 +236,7 @@ def saves_send_no_tensors() -> None:
 
 
 def saved_again(run_dir: str, by_megatron: bool = False) -> None:
-    """Save what has been loaded at once, into another run folder; in megatron's own form where asked for."""
+    """Save a loaded checkpoint at once into another run folder; `by_megatron` uses megatron's own format."""
     if by_megatron:
         use_megatrons_form()
     original = trainer.Trainer._resume
@@ -247,5 +250,5 @@ def saved_again(run_dir: str, by_megatron: bool = False) -> None:
 
 
 def little_space(free_bytes: int) -> None:
-    """Let the disk say that it has so many bytes left."""
+    """Make the disk report `free_bytes` of free space."""
     saving.shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10**12, 10**12 - free_bytes, free_bytes)  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""A disk that fails at any change of a file: one line, exit 74, whole files only, and the next attempt finishes.
+"""A disk that fails at some file change: one error line, exit code 74, only whole files, and a retry that succeeds.
 
-`FAULTS=all` tries every change of every command; without it a few of each are tried.
+`FAULTS=all` lets every change of every command fail. Without it, a few changes of each command fail.
 """
 
 import errno
@@ -28,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the commands read."""
+    """Return a folder with the inputs of all commands."""
     folder = tmp_path_factory.mktemp("disk")
     rows = write_jsonl(folder / "rows.jsonl", samples(6))
     (folder / "bad.jsonl").write_text(rows.read_text() + "nonsense\n")
@@ -68,7 +68,7 @@ def words(command: str, given: Path) -> list[str]:
 
 
 def lasting(folder: Path) -> dict[str, bytes]:
-    """Return the files of a run that are the same in every attempt: no time stamps, in or as names, no caches."""
+    """Return the files of a run that are equal in every attempt: no caches, and no time stamps in names or content."""
     files = (path for path in folder.rglob("*") if path.is_file())
     named = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
     varying = ("manifest.json", "config.yaml", "quarantine.jsonl")
@@ -92,7 +92,7 @@ def test_a_disk_that_fails_costs_nothing(command: str, given: Path, disk: Failin
             ended = disk.on_disk(words(command, given), point, error, times)
             place = f"{command}, change {point}, {errno.errorcode[error]}: {ended}"
             said = [line for line in ended.said.splitlines() if "error:" in line]
-            # One failure where nothing depends on it, such as making a folder that is there, costs nothing.
+            # A single failure may have no effect, for example when a folder is created that already exists.
             assert ended.code == 74 or (ended.code == 0 and times == 1), place
             assert len(said) == (ended.code == 74), place
             assert all(str(given / "out") in line and "internal" not in line for line in said), place
@@ -101,13 +101,13 @@ def test_a_disk_that_fails_costs_nothing(command: str, given: Path, disk: Failin
             assert all(content == expected[name] for name, content in found.items() if name in expected), place
             assert disk.on_disk(words(command, given)).code == 0, place
             assert lasting(run_dir) == expected, place
-            # Attempts that failed leave no curves behind that a board would show too.
+            # Failed attempts leave no event files behind, which TensorBoard would show as further curves.
             assert len(list(run_dir.glob("tensorboard/*"))) <= 1, place
             shutil.rmtree(run_dir)
 
 
 def test_a_small_file_system_that_grows(given: Path) -> None:
-    """The same on a real one, where it can be mounted."""
+    """The same on a real file system, if this user may mount one."""
     folder = given / "small"
     folder.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)

@@ -1,4 +1,4 @@
-"""A rank that fails while the others wait for it where NCCL would: its error is said, and all end with its code."""
+"""A rank fails while the others wait for it as in NCCL: its error is reported, and all ranks exit with its code."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from tests.support import free_ports
 ALL = os.environ.get("FAULTS") == "all"
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 GONE_SECONDS = 150
-"""With the start of two ranks on a busy machine; they would wait for ten minutes."""
+"""Includes the start of two ranks on a busy machine. Ranks that wait for each other would take ten minutes."""
 BOOM = "internal error: RuntimeError: boom; debug=true shows where"
 
 
 def start(case: str, folder: Path) -> list["subprocess.CompletedProcess[str]"]:
-    """Run two ranks as srun does, without anybody who would end one after the other: rank 0 holds the store."""
+    """Run two ranks as srun does: rank 0 hosts the store, and no launcher ends one rank after the other."""
     (port,) = free_ports(1)
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = []
@@ -48,14 +48,14 @@ def errors(rank: "subprocess.CompletedProcess[str]") -> list[str]:
 
 CASES: list[tuple[str, int, dict[int, str]]] = [
     ("rank 0 raises", 70, {0: BOOM}),
-    # Rank 0 alone says why ranks have stopped.
+    # Only rank 0 reports an early stop.
     ("early stop", 75, {}),
     ("raises after the others", 70, {1: BOOM}),
     ("rank 0 refuses", 78, {0: "model=huge: is too large"}),
     ("rank 1 raises", 70, {1: BOOM}),
     ("bad data", 65, {1: "rows.jsonl:3: prompt: is missing"}),
     ("full disk", 74, {0: "checkpoints: No space left on device"}),
-    ("early stop of rank 0", 75, {0: "stopped by SIGTERM; what was done is on disk: run it again"}),
+    ("early stop of rank 0", 75, {0: "stopped by SIGTERM; finished work is on disk: run the command again"}),
     ("both raise", 70, {0: BOOM, 1: BOOM}),
 ]
 
@@ -69,11 +69,11 @@ def test_all_ranks_end_with_the_code_of_the_one_that_fails(
     assert {number: lines[0] for number, rank in enumerate(ranks) if (lines := errors(rank))} == said
     records = [json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())]
     assert {record["message"]["errorCode"] for record in records} == {code}
-    # A rank that has only followed is not the first error of a job.
+    # A rank that only follows another one writes no error file.
     assert len(records) == (len(said) or 1)
 
 
-def test_ranks_that_end_well_wait_for_each_other(tmp_path: Path) -> None:
+def test_ranks_that_succeed_wait_for_each_other(tmp_path: Path) -> None:
     ranks = start("nobody fails", tmp_path)
     assert [(rank.returncode, errors(rank)) for rank in ranks] == [(0, []), (0, [])], [rank.stderr for rank in ranks]
     assert "has ended with exit code" not in ranks[0].stderr + ranks[1].stderr

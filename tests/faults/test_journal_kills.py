@@ -1,6 +1,7 @@
-"""`label` and `generate` killed again and again, on changing numbers of ranks: every row once, the same to the byte.
+"""Kill `label` and `generate` repeatedly, on changing numbers of ranks: the output is the same to the byte.
 
-A kill counts where it left results in the journal and work to do: fifty of each sort with `FAULTS=all`, two without.
+A kill counts if it leaves results in the journal and work to do. `FAULTS=all` needs fifty such kills
+of each kind, otherwise two.
 """
 
 import json
@@ -61,12 +62,12 @@ def generate(given: Path) -> Words:
 def killed_to_the_end(
     forks: Forks, words: list[str], output: Path, expected: bytes, seconds: float, seed: int, worlds: list[int]
 ) -> tuple[int, int]:
-    """Kill a command at random moments until it is done; return kills, and those that left results behind."""
+    """Kill a command at random moments until it is done; return all kills, and those that left results behind."""
     draw = random.Random(seed)
     useful = 0
     for attempt in range(400):
         world = worlds[attempt % len(worlds)]
-        # Later and later, so that it comes to an end; one victim or all.
+        # Kill later and later, so that the command finishes in the end. Kill one rank or all.
         after = seconds * (1 + world / 4) * draw.uniform(0.2, 0.9 + attempt / 20)
         victims = [draw.randrange(world)] if draw.random() < 0.5 else None
         ended = forks.run(words, world=world, signal_after_seconds=after, victims=victims)
@@ -78,11 +79,11 @@ def killed_to_the_end(
         useful += any(path.stat().st_size for path in output.parent.glob("journal/*/part_*.jsonl"))
         if draw.random() < 0.2:
             _damage(output.parent, draw)
-    raise AssertionError("never came to an end")
+    raise AssertionError("the command never finished")
 
 
 def _damage(run_dir: Path, draw: random.Random) -> None:
-    """Do to a journal what a bad disk may do."""
+    """Damage a journal as a bad disk may do: flip a bit and cut the end."""
     parts = [path for path in sorted(run_dir.glob("journal/*/part_*.jsonl")) if path.stat().st_size > 20]
     if parts:
         path = draw.choice(parts)
@@ -93,7 +94,7 @@ def _damage(run_dir: Path, draw: random.Random) -> None:
 
 @pytest.mark.parametrize("command", ["label", "generate"])
 @pytest.mark.parametrize("worlds", [[1, 2, 4], *([[1], [2]] if ALL else [])], ids=str)
-def test_killed_at_random_each_row_comes_once(
+def test_after_random_kills_each_row_is_there_once(
     request: pytest.FixtureRequest, given: Path, forks: Forks, command: str, worlds: list[int]
 ) -> None:
     words: Words = request.getfixturevalue(command)
@@ -136,10 +137,10 @@ def test_a_signal_at_any_moment_ends_with_75(
 
 
 @pytest.mark.parametrize(("world", "tensor_parallel"), [(2, 1), (2, 2), *([(4, 2)] if ALL else [])])
-def test_one_rank_asks_and_all_leave_after_the_same_bin(
+def test_a_signal_to_one_rank_stops_all_after_the_same_bin(
     given: Path, forks: Forks, label: Words, world: int, tensor_parallel: int
 ) -> None:
-    """What was computed by then is in the journal, and the next attempt makes the file of an uninterrupted run."""
+    """The journal has all results so far, and the next attempt writes the file of an uninterrupted run."""
     layout = [f"parallel.tensor_model_parallel_size={tensor_parallel}"]
     straight, cut = (given / f"label {name} {world} {tensor_parallel}" for name in ("straight", "cut"))
     assert not any(forks.run([*label(str(straight)), *layout], world=world).codes)

@@ -1,6 +1,7 @@
-"""A rank that is killed, stands still or raises: all ranks are gone soon, the rank is named, a restart goes on.
+"""A rank is killed, stopped or raises: all ranks end soon, the lost rank is named, and a restart continues.
 
-It happens in the rank itself, after its third step or batch, by the progress meter that all loops have.
+The fault is injected into the rank after its third step or batch, through the progress meter that all
+loops use.
 """
 
 import json
@@ -90,7 +91,7 @@ def start(given: Path, launcher: str, arguments: list[str], fault: str) -> "subp
 
 
 def left_over(test: str) -> list[str]:
-    """Return the processes of a test that still live."""
+    """Return the processes of a test that are still alive."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -117,7 +118,7 @@ if ALL:
 
 
 @pytest.mark.parametrize(("command", "launcher", "kind", "rank"), CASES)
-def test_all_ranks_go_the_lost_one_is_named_and_a_restart_goes_on(
+def test_all_ranks_end_the_lost_one_is_named_and_a_restart_continues(
     given: Path, tmp_path: Path, command: str, launcher: str, kind: str, rank: int
 ) -> None:
     arguments = [*words(command, given), f"run.dir={tmp_path / 'run'}"]
@@ -125,9 +126,9 @@ def test_all_ranks_go_the_lost_one_is_named_and_a_restart_goes_on(
     done = start(given, launcher, arguments, f"{kind}:{rank}:{marker}:once")
     seconds = time.time() - float(marker.read_text())
     assert seconds < GONE_SECONDS, done.stderr
-    # torchrun hands no code on.
+    # torchrun does not pass on the exit codes of ranks.
     assert done.returncode == (70 if launcher == "own" else 1), done.stderr
-    # Ranks other than 0 speak into files of their own.
+    # Ranks other than 0 write to their own log files.
     said = done.stderr + "".join(log.read_text() for log in sorted((tmp_path / "run").glob("logs/*.log")))
     assert named(said, kind, rank), said
     assert launcher == "torchrun" or "Traceback" not in done.stderr, done.stderr
@@ -152,15 +153,15 @@ def named(said: str, kind: str, rank: int) -> bool:
 
 
 def rows(path: Path) -> list[object]:
-    """Return rows, scores to five digits: ranks have other numbers of threads, which add up in another order."""
+    """Return rows with scores to five digits: the number of threads changes the order of sums."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: pytest.approx(v, abs=1e-5) if isinstance(v, float) else v for k, v in row.items()} for row in found]
 
 
 @pytest.mark.skipif(not ALL, reason="three attempts of two ranks: with FAULTS=all")
-def test_a_crash_that_comes_again_ends_after_the_restarts_that_were_allowed(given: Path, tmp_path: Path) -> None:
+def test_a_repeated_crash_ends_after_the_allowed_restarts(given: Path, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
-    # Every attempt saves two steps more: enough of them for all.
+    # Every attempt saves two more steps, so there must be enough steps for all attempts.
     arguments = [*words("sft", given), f"run.dir={tmp_path / 'run'}", "trainer.max_steps=12"]
     command = LAUNCHERS["torchrun"]
     LAUNCHERS["restarting"] = [*command[:5], "--max-restarts=2", *command[5:]]

@@ -1,6 +1,6 @@
-"""A disk that fails at any change that training makes: 74 and one line, whole checkpoints, and the same run after it.
+"""A disk that fails during training: exit code 74 and one line, whole checkpoints, and the same result afterwards.
 
-`FAULTS=all` fails every fifth change, the three errors in turn; without it a few are tried.
+`FAULTS=all` lets every fifth change fail, with three errors in turn. Without it, a few changes fail.
 """
 
 import errno
@@ -49,14 +49,14 @@ def test_a_disk_that_fails_costs_no_checkpoint(given: Path, disk: FailingDisk, m
     assert whole.code == 0, whole.said
     expected = trainings.result(run_dir)
     count, failed = whole.changes, 0
-    # Most changes are the many small writes of a shard: with a stride that is prime to 3, all errors meet all kinds.
+    # Most changes are small writes of a shard. The stride is coprime to 3, so each error hits each kind of change.
     points = range(0, count, 5) if ALL else [(2 * k + 1) * count // (2 * POINTS) for k in range(POINTS)]
     for point in points:
         shutil.rmtree(run_dir)
         error, times = ERRORS[point % 3]
         ended = disk.on_disk(words, point, error, times)
         place = f"change {point} of {count}, {errno.errorcode[error]}: {ended}"
-        # One failure where nothing depends on it costs nothing.
+        # A single failure may have no effect.
         assert ended.code == 74 or (ended.code == 0 and times == 1), place
         said = [line for line in ended.said.splitlines() if "error:" in line]
         assert len(said) == (ended.code == 74), place

@@ -1,6 +1,6 @@
-"""Damaged checkpoints, signals, time limits, numbers that are not finite: what a training run makes of them.
+"""Training with damaged checkpoints, signals, time limits and losses or gradients that are not finite.
 
-`FAULTS=all` tries every combination; without it a few are tried.
+`FAULTS=all` tests every combination, otherwise a few.
 """
 
 import os
@@ -38,7 +38,7 @@ def forks(given: Path) -> Iterator[Forks]:
 
 @pytest.fixture(scope="module")
 def expected(given: Path, forks: Forks) -> dict[str, Any]:
-    """What the uninterrupted run leaves."""
+    """Return the result of an uninterrupted run."""
     ended = forks.run(trainings.words("sft", given, given / "whole"))
     assert ended.code == 0, ended.said
     return trainings.result(given / "whole")
@@ -46,7 +46,7 @@ def expected(given: Path, forks: Forks) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def unfinished(given: Path, forks: Forks, expected: dict[str, Any]) -> Path:
-    """A run that was killed in its eighth step, with checkpoints of steps 4 and 6."""
+    """Return a run that was killed in its eighth step, with checkpoints of steps 4 and 6."""
     words = trainings.words("sft", given, given / "unfinished")
     assert forks.run(words, sabotage=("at", ["step", 8, [signal.SIGKILL]])).code == -signal.SIGKILL
     steps = sorted(path.name for path in (given / "unfinished" / "checkpoints").glob("step_*"))
@@ -67,7 +67,7 @@ def harm(path: Path, damage: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("world", [1, 2])
-def test_the_checkpoint_before_a_damaged_one_takes_its_place(
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
     given: Path, forks: Forks, unfinished: Path, expected: dict[str, Any], kind: str, damage: str, world: int
 ) -> None:
     if not ALL and (KINDS.index(kind) + 3 * DAMAGES.index(damage) + 5 * world) % 14:
@@ -89,7 +89,7 @@ def test_the_checkpoint_before_a_damaged_one_takes_its_place(
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_no_whole_checkpoint_is_an_error_and_no_new_start(
+def test_without_a_whole_checkpoint_the_run_fails_and_does_not_start_again(
     given: Path, forks: Forks, unfinished: Path, world: int
 ) -> None:
     run_dir = given / "lost"
@@ -111,9 +111,10 @@ def test_no_whole_checkpoint_is_an_error_and_no_new_start(
 
 
 def stopped_in_the_last_validation(expected: dict[str, Any]) -> dict[str, Any]:
-    """Return what the run leaves then: all the same, but the last checkpoint is from before that validation.
+    """Return the expected result of such a run: only the state in the last checkpoint differs.
 
-    The continuation validates, moves the link to the best checkpoint, and saves nothing more.
+    That checkpoint was saved before the validation. The continuation validates, moves the link to the
+    best checkpoint, and saves no further checkpoint.
     """
     step = expected["state"]["step"]
     losses = {
@@ -139,7 +140,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize(("place", "number", "signals", "world"), CALLS if ALL else CALLS[:4])
-def test_a_signal_saves_and_a_second_one_leaves_at_once(
+def test_a_signal_saves_and_a_second_one_ends_the_run_at_once(
     given: Path,
     forks: Forks,
     expected: dict[str, Any],
@@ -174,14 +175,14 @@ def test_many_short_attempts_make_the_same_run(given: Path, forks: Forks, expect
     while not codes or codes[-1] == 75:
         assert len(codes) < 20
         codes.append(forks.run(words).code)
-    # A step each, and one for the validation after the last, which the last checkpoint was saved without.
+    # One attempt a step, and one for the last validation, which came after the last checkpoint.
     assert codes == [75] * 11 + [0]
     assert trainings.result(given / "chain") == stopped_in_the_last_validation(expected)
 
 
 @pytest.mark.skipif(not ALL, reason="FAULTS=all tries it")
 def test_a_limit_is_kept(given: Path, forks: Forks, expected: dict[str, Any]) -> None:
-    """A limit in the middle of the run: stopped before it, with two steps and a save in hand."""
+    """With a limit in the middle of the run, the run stops while there is time for two steps and a save."""
     whole = forks.run(trainings.words("sft", given, given / "timed"))
     limit = 0.7 * whole.seconds
     words = trainings.words("sft", given, given / "limited", f"trainer.max_time={limit:.2f}")
@@ -202,7 +203,7 @@ POISONS = [
 
 
 @pytest.mark.parametrize(("what", "value", "world", "precision"), POISONS if ALL else POISONS[:2])
-def test_what_is_not_finite_on_one_rank_is_skipped_on_all(
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     given: Path, forks: Forks, what: str, value: str, world: int, precision: str
 ) -> None:
     run_dir = given / f"{what} {value} {world} {precision}"
@@ -220,7 +221,7 @@ def test_what_is_not_finite_on_one_rank_is_skipped_on_all(
     assert len(hashes) == 1
 
 
-def test_three_in_a_row_end_the_run_and_a_continuation_counts_on(given: Path, forks: Forks) -> None:
+def test_three_such_steps_in_a_row_end_the_run_across_a_continuation(given: Path, forks: Forks) -> None:
     run_dir = given / "three"
     run_dir.mkdir()
     words = trainings.words("sft", given, run_dir, "trainer.save_interval=1")
@@ -230,7 +231,7 @@ def test_three_in_a_row_end_the_run_and_a_continuation_counts_on(given: Path, fo
     assert "3 steps in a row were not finite, up to step 6" in ended.said
     assert (run_dir / "weights_0").read_text() == (run_dir / "weights_1").read_text()
     assert sorted(path.name for path in run_dir.glob("checkpoints/step_*"))[-1] == "step_00000005"
-    # Two were skipped before that checkpoint was saved: one more is enough.
+    # Two steps were skipped before that checkpoint was saved, so one more ends the run.
     poison = [str(run_dir), "gradient", float("nan"), 1, 1, 1]
     ended = forks.run(words, world=2, sabotage=("not_finite_and_weights", poison))
     assert ended.codes == [70, 70], ended
@@ -239,14 +240,14 @@ def test_three_in_a_row_end_the_run_and_a_continuation_counts_on(given: Path, fo
 
 @pytest.mark.parametrize(("before", "after"), [("true", "false"), ("false", "true")])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_goes_on_from_before_its_first_update(
+def test_a_run_continues_from_a_checkpoint_before_its_first_update(
     given: Path, forks: Forks, before: str, after: str, precision: str
 ) -> None:
-    """There are no moments yet where it was skipped; the state may be divided among ranks before or after."""
+    """If the first update was skipped there are no moments yet, with or without a distributed optimizer."""
     run_dir = given / f"first {before} {precision}"
     run_dir.mkdir()
     more = [f"trainer.precision={precision}", "trainer.save_interval=1", "trainer.keep_checkpoints=20"]
-    # The two sum norms in another order: clipped by them, weights would now and then be rounded to the other side.
+    # The two optimizers sum norms in a different order. With clipping, bf16 weights would sometimes round differently.
     more += ["optim.clip_grad=0"] if precision == "bf16" else []
     words = trainings.words("sft", given, run_dir, *more)
     poison = ["gradient", float("nan"), 1, 1, 1]
@@ -266,7 +267,7 @@ def test_a_run_goes_on_from_before_its_first_update(
         assert found[1:] == pytest.approx(values[1:], rel=1e-6)
 
 
-def test_no_room_for_checkpoints_is_said_before_the_first_step(given: Path, forks: Forks) -> None:
+def test_missing_space_for_checkpoints_is_reported_before_the_first_step(given: Path, forks: Forks) -> None:
     words = trainings.words("sft", given, given / "narrow")
     ended = forks.run(words, world=2, sabotage=("little_space", [3_000_000]))
     assert ended.codes == [74, 74]
@@ -277,7 +278,7 @@ def test_no_room_for_checkpoints_is_said_before_the_first_step(given: Path, fork
 
 
 def test_the_newest_checkpoint_is_always_whole(given: Path, forks: Forks, expected: dict[str, Any]) -> None:
-    """With one checkpoint kept and a save a step, somebody who looks all the time always finds one that is whole."""
+    """With one checkpoint kept and a save after every step, an observer always finds a whole checkpoint."""
     import threading
 
     from tests.faults.watching import alone
@@ -290,7 +291,7 @@ def test_the_newest_checkpoint_is_always_whole(given: Path, forks: Forks, expect
         while not over.wait(0.01):
             there = checkpoint.newest(run_dir)
             names = checkpoint.damage(there, alone()) if there else []
-            # One that has gone meanwhile was replaced by a newer one.
+            # A checkpoint that has disappeared meanwhile was replaced by a newer one.
             if there and names and there.exists():
                 bad.append(f"{there.name}: {names}")
             looks += there is not None
@@ -309,11 +310,11 @@ def test_the_newest_checkpoint_is_always_whole(given: Path, forks: Forks, expect
 def test_a_save_in_the_background_holds_the_state_of_its_request(
     given: Path, forks: Forks, expected: dict[str, Any]
 ) -> None:
-    """Shards that are written steps later, or when the next save waits for them, are those of the request."""
+    """Shards written steps later, or when the next save waits for them, have the state at the request."""
     kept = ["trainer.keep_checkpoints=20", "trainer.eval_interval=100"]
     whole, late = given / "kept", given / "late"
     assert forks.run(trainings.words("sft", given, whole, *kept)).code == 0
-    for steps in (1, 3):  # written a step later; and not before the next save asks for it
+    for steps in (1, 3):  # written one step later, and only when the next save waits for it
         shutil.rmtree(late, ignore_errors=True)
         words = trainings.words("sft", given, late, *kept, "trainer.async_save=true")
         ended = forks.run(words, sabotage=("slow_shards", [steps]))

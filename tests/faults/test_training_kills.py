@@ -1,6 +1,7 @@
-"""Training killed in every phase of a save and at random moments: the same losses and the same weights to the bit.
+"""Kill training in every phase of a save and at random moments: losses and weights stay bitwise equal.
 
-`FAULTS=all` kills all five trainers in every phase, at once and in the background, and some hundred times at random.
+`FAULTS=all` kills all five training stages in every phase, with synchronous and background saves, and
+some hundred times at random.
 """
 
 import os
@@ -39,7 +40,7 @@ _straight: dict[tuple[str, int], tuple[dict[str, Any], float]] = {}
 
 
 def straight(forks: Forks, given: Path, stage: str, world: int = 1) -> tuple[dict[str, Any], float]:
-    """Return what the uninterrupted run leaves, and its seconds; it runs once."""
+    """Return the result of an uninterrupted run and its seconds; it runs only once."""
     if (stage, world) not in _straight:
         run_dir = given / f"{stage}_whole_{world}"
         ended = forks.run(trainings.words(stage, given, run_dir), world=world)
@@ -51,7 +52,7 @@ def straight(forks: Forks, given: Path, stage: str, world: int = 1) -> tuple[dic
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("stage", trainings.TRAINERS)
 @pytest.mark.parametrize("more", [[], *([["trainer.async_save=true"]] if ALL else [])], ids=str)
-def test_killed_in_a_save_the_old_or_the_new_checkpoint_is_there(
+def test_after_a_kill_in_a_save_the_old_or_the_new_checkpoint_is_whole(
     given: Path, forks: Forks, place: str, stage: str, more: list[str]
 ) -> None:
     if not ALL and PLACES.index(place) % 5 != trainings.TRAINERS.index(stage):
@@ -60,7 +61,7 @@ def test_killed_in_a_save_the_old_or_the_new_checkpoint_is_there(
     run_dir = given / f"{stage}_{place}_{len(more)}".replace(" ", "_")
     words = trainings.words(stage, given, run_dir, *more)
     for number in (2, 1):
-        # The second time in the run, then the first time in the continuation.
+        # Kill at the second save of the run, then at the first save of the continuation.
         ended = forks.run(words, sabotage=("at", [place, number, [signal.SIGKILL]]))
         assert ended.code == -signal.SIGKILL, ended
     ended = forks.run(words)

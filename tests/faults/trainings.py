@@ -1,4 +1,4 @@
-"""Small runs of the five trainers, for faults: what they are given, and whether two ended alike to the bit."""
+"""Small runs of the five training stages for the fault tests: their inputs, commands and results."""
 
 import json
 from pathlib import Path
@@ -11,27 +11,27 @@ TRAINERS = ("sft", "reward", "fa", "rwr", "ca")
 _WORDS = [word for word in TINY if word != "debug=true"]
 _WORDS += ["trainer.global_batch_size=4", "trainer.max_epochs=3", "optim.lr=1e-2", "trainer.save_interval=2"]
 _WORDS += ["trainer.eval_interval=3"]
-# What a step took, and where, differs from run to run.
+# Metrics about time, memory and hosts, which differ from run to run.
 _VARYING = ("seconds", "per_second", "memory", "mfu", "slowest")
 
 
 def write_rows(folder: Path) -> None:
-    """Write the rows of all trainers."""
+    """Write the input rows of all training stages."""
     write_jsonl(folder / "samples.jsonl", samples())
     write_jsonl(folder / "pairs.jsonl", pairs(14))
     write_jsonl(folder / "labelled.jsonl", labelled([-1.0, *(0.5 * (k % 7) + 0.1 for k in range(13))]))
 
 
 def words(stage: str, folder: Path, run_dir: Path, *more: str) -> list[str]:
-    """Return the command of a trainer in `run_dir`, on the rows in `folder`."""
+    """Return the command of a training stage in `run_dir` on the rows in `folder`."""
     rows = folder / ({"sft": "samples", "reward": "pairs"}.get(stage, "labelled") + ".jsonl")
     return [stage, f"run.dir={run_dir}", f"data.train={rows}", f"data.valid={rows}", *_WORDS, *more]
 
 
 def result(run_dir: Path) -> dict[str, Any]:
-    """Return all that an interruption must not change: every metric of every step, and the last checkpoint's files.
+    """Return everything that an interruption must not change: metrics of all steps and the last checkpoint.
 
-    Each step occurs once, and its validation once, in order.
+    Asserts that each step and each validation occurs once, in order.
     """
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     keys = [(row["step"], "valid_count" in row) for row in rows]
@@ -44,7 +44,7 @@ def result(run_dir: Path) -> dict[str, Any]:
     state = json.loads((last / "state.json").read_text()) | {"seconds": 0}
     return {
         "metrics": [{k: v for k, v in row.items() if not any(name in k for name in _VARYING)} for row in rows],
-        # Weights and moments; the record beside them lists the same tensors.
+        # Hashes of weights and moments.
         "shards": {name: entry["sha256"] for name, entry in files.items() if name.endswith(".distcp")},
         "best": best.name,
         "state": state,

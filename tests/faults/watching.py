@@ -1,4 +1,4 @@
-"""A world of one without process groups, for looking at checkpoints from outside."""
+"""A world of one without process groups, to inspect checkpoints while a run writes them."""
 
 import torch
 

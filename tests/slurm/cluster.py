@@ -15,9 +15,9 @@ from pathlib import Path
 from tests.support import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
-# What Slurm gives a requeued job to settle.
+# Slurm starts a requeued job only after this delay.
 _REQUEUE_SECONDS = 120
-# Debian keeps daemons where a plain user has no PATH to.
+# Debian installs daemons in folders that are not on the PATH of a plain user.
 SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
 
 CONFIGURATION = """
@@ -60,7 +60,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptM
 
 
 class Cluster:
-    """Starts with `start()`, and leaves no process behind after `stop()`."""
+    """A cluster that runs between `start()` and `stop()`, and leaves no process behind."""
 
     def __init__(self, folder: Path, cpus: int = 2) -> None:
         self.folder = folder
@@ -85,7 +85,7 @@ class Cluster:
         self._start(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """Kill the daemon of a node and the ranks on it; the step's own daemon lives on to report them."""
+        """Kill the daemon of a node and the ranks on it; the daemon of the job step stays and reports them."""
         for process in [*self._started_by(node), self._daemons[node].pid]:
             _signal(process, signal.SIGKILL)
         self._daemons.pop(node).wait()
@@ -108,7 +108,7 @@ class Cluster:
             _signal(process, signal.SIGKILL)
 
     def run(self, *words: str, check: bool = True, more: dict[str, str] | None = None) -> str:
-        """Return what a command prints in the environment of the cluster, with `more` variables."""
+        """Run a command in the cluster's environment, with `more` variables, and return its output."""
         done = subprocess.run(
             words, env=self.environment | (more or {}), capture_output=True, text=True, timeout=600, check=False
         )
@@ -131,9 +131,10 @@ class Cluster:
         return self.job(job).get("JobState", "")
 
     def start_now(self, job: str) -> None:
-        """Let a requeued job start soon instead of after two minutes.
+        """Make a requeued job start a few seconds later instead of after two minutes.
 
-        Not at once: a node refuses what was signed in the second in which the attempt before was revoked.
+        It must not start at once: a node refuses a credential from the second in which it revoked
+        the previous attempt.
         """
         found = self.job(job)
         if found.get("JobState") != "PENDING" or found.get("Reason") != "BeginTime":
@@ -143,7 +144,7 @@ class Cluster:
             self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def wait(self, job: str, seconds: float = 600) -> dict[str, str]:
-        """Wait for the end of a job, through all its attempts, and return its fields."""
+        """Wait for the end of a job and of all its attempts, and return its fields."""
         unfinished = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "")
         deadline = time.monotonic() + seconds
         while self.state(job) in unfinished:
@@ -174,7 +175,7 @@ class Cluster:
     def _munge_words(self) -> list[str]:
         names = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         files = [f"--{option}={self.folder}/munge.{suffix}" for option, suffix in names.items()]
-        # The folder may stand in a temporary one that all may write to.
+        # --force: munged otherwise refuses a folder below /tmp, which everybody may write to.
         return ["munged", "--foreground", "--force", "--num-threads=2", *files]
 
     def _start(self, name: str, *words: str) -> None:
@@ -184,7 +185,7 @@ class Cluster:
             )
 
     def _started_by(self, node: str | None) -> list[int]:
-        """Return the processes that a node of this cluster has started, or with None all that belong to the cluster."""
+        """Return the processes that `node` has started, or all processes of the cluster for None."""
         import psutil  # type: ignore[import-untyped]
 
         found: list[int] = []
@@ -197,7 +198,7 @@ class Cluster:
 
 
 def missing_programs() -> list[str]:
-    """Return what a private Slurm needs and this machine lacks."""
+    """Return the programs for a private Slurm that this machine does not have."""
     return [program for program in PROGRAMS if shutil.which(program, path=SEARCHED) is None]
 
 

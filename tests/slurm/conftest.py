@@ -1,4 +1,4 @@
-"""One private cluster for all tests of this folder; `make test-slurm` asks for them."""
+"""One private cluster for all tests of this folder. They run only with `make test-slurm`."""
 
 import os
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     reason = None
     if ASKED not in os.environ:
-        reason = "starts daemons: run make test-slurm"
+        reason = "the tests start daemons: run make test-slurm"
     elif missing := missing_programs():
-        reason = f"no {', '.join(missing)} here: install slurm-wlm and munge"
+        reason = f"missing programs: {', '.join(missing)}; install slurm-wlm and munge"
     for item in items:
         if reason is not None and here in item.path.parents:
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -20,7 +20,7 @@ TRAINING = [
     "trainer.global_batch_size=16",
     "trainer.save_interval=20",
     "optim.lr=1e-3",
-    # The same for all lengths.
+    # The same learning rates, whatever the number of steps.
     "optim.lr_decay_steps=5000",
 ]
 TWO_NODES = ["launcher=slurm", "launcher.nodes=2", "parallel=tp2", "launcher.check=false"]
@@ -36,7 +36,7 @@ def offline_align(cluster: Cluster, *words: str, check: bool = True) -> str:
 
 
 def submit(cluster: Cluster, run: Path, rows: Path, *words: str, steps: int = STEPS) -> str:
-    """Submit the training that all these tests disturb in their way; returns the job id."""
+    """Submit the training run that each test interrupts in its own way, and return the job id."""
     own = [f"run.dir={run}", f"data.train={rows}", f"trainer.max_steps={steps}"]
     job = offline_align(cluster, "sft", *own, *TRAINING, *TWO_NODES, *words)
     assert re.fullmatch(r"\d+", job), job
@@ -44,12 +44,12 @@ def submit(cluster: Cluster, run: Path, rows: Path, *words: str, steps: int = ST
 
 
 def console(run: Path) -> str:
-    """Return what the jobs of a run folder have shown."""
+    """Return the console output of all jobs of a run folder."""
     return "".join(path.read_text() for path in sorted((run / "logs").glob("slurm-*.out")))
 
 
 def until(what: Callable[[], bool], cluster: Cluster, job: str, seconds: float = 600) -> None:
-    """Wait for something that a running or requeued job will do."""
+    """Wait for a condition that a running or requeued job will fulfil."""
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, cluster.job(job)
@@ -63,7 +63,7 @@ def steps_done(run: Path) -> int:
 
 
 def is_undisturbed(run: Path, undisturbed: Path) -> bool:
-    """Whether the curve is that of the undisturbed run, bit by bit and step by step."""
+    """Return whether the metrics of every step are bitwise equal to those of the undisturbed run."""
     assert metrics(run, "step") == list(range(1, len(metrics(undisturbed)) + 1))
     return all(metrics(run, name) == metrics(undisturbed, name) for name in ("loss", "grad_norm", "lr"))
 
@@ -81,7 +81,7 @@ def test_two_nodes_share_each_layer(cluster: Cluster, undisturbed: Path) -> None
     assert manifest["extra"]["ranks"] == 2
     assert set(metrics(undisturbed, "slowest_host")) <= {"n1", "n2"}
     shown = console(undisturbed)
-    assert "nodes: 1 hosts, 2 ranks, 0 GPUs, one all-reduce: well" in shown
+    assert "nodes: 1 hosts, 2 ranks, 0 GPUs, one all-reduce: all good" in shown
     assert "training: " in shown and "sft: done after" in shown
     ranks = [(undisturbed / "logs" / f"rank_00{rank}.log").read_text() for rank in (0, 1)]
     assert "sft: done after" in ranks[0] and "sft: done after" not in ranks[1]
@@ -93,13 +93,13 @@ def test_a_complete_run_is_not_submitted_again(cluster: Cluster, undisturbed: Pa
 
 
 def test_three_time_limits_change_nothing(cluster: Cluster, undisturbed: Path, rows: Path) -> None:
-    """An attempt of two minutes has some fifty seconds of steps: so many steps that three of them are too short."""
+    """An attempt of two minutes spends some fifty seconds on steps; the run is too long for three attempts."""
     steps = round(3.5 * 50 / statistics.median(metrics(undisturbed, "step_seconds")))
     partner, run = cluster.folder / "no_limit", cluster.folder / "limits"
     other = submit(cluster, partner, rows, steps=steps)
     limits = ["launcher.time=2m", "launcher.signal_margin_seconds=20", "launcher.attempts=9"]
     job = submit(cluster, run, rows, *limits, steps=steps)
-    # Said by rank 0; the end of the console may repeat it as the first error.
+    # Count the lines of rank 0 only; the batch script may repeat them as the first error.
     stopped = "offline-align[rank 0]: error: stopped by SIGUSR1 after step"
     until(lambda: console(run).count(stopped) == 3, cluster, job, 1200)
     until(lambda: cluster.state(job) == "PENDING", cluster, job)
@@ -111,7 +111,7 @@ def test_three_time_limits_change_nothing(cluster: Cluster, undisturbed: Path, r
     print(f"\n{steps} steps, {end['Restarts']} restarts, the same curve")
 
 
-def test_scancel_with_sigterm_saves_and_goes_on(cluster: Cluster, undisturbed: Path, rows: Path) -> None:
+def test_scancel_with_sigterm_saves_and_continues(cluster: Cluster, undisturbed: Path, rows: Path) -> None:
     run = cluster.folder / "sigterm"
     job = submit(cluster, run, rows)
     until(lambda: steps_done(run) > 10, cluster, job)
@@ -122,7 +122,7 @@ def test_scancel_with_sigterm_saves_and_goes_on(cluster: Cluster, undisturbed: P
     assert is_undisturbed(run, undisturbed)
 
 
-def test_a_preempted_job_saves_and_goes_on(cluster: Cluster, undisturbed: Path, rows: Path) -> None:
+def test_a_preempted_job_saves_and_continues(cluster: Cluster, undisturbed: Path, rows: Path) -> None:
     run = cluster.folder / "preempted"
     job = submit(cluster, run, rows)
     until(lambda: steps_done(run) > 10, cluster, job)
@@ -144,7 +144,7 @@ def test_a_plain_scancel_ends_the_job(cluster: Cluster, rows: Path) -> None:
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0"), console(run)
 
 
-def test_a_dead_node_costs_no_more_than_the_steps_since_the_last_save(
+def test_a_dead_node_costs_only_the_steps_since_the_last_save(
     cluster: Cluster, undisturbed: Path, rows: Path, node: str = "n2"
 ) -> None:
     run = cluster.folder / f"dead_{node}"
@@ -159,7 +159,7 @@ def test_a_dead_node_costs_no_more_than_the_steps_since_the_last_save(
     assert is_undisturbed(run, undisturbed)
 
 
-def test_a_bad_key_is_refused_before_the_queue(cluster: Cluster, rows: Path) -> None:
+def test_a_bad_key_is_refused_before_submission(cluster: Cluster, rows: Path) -> None:
     run = cluster.folder / "bad_key"
     words = [f"run.dir={run}", f"data.train={rows}", *TRAINING, *TWO_NODES, "optim.lrr=1"]
     assert offline_align(cluster, "sft", *words, check=False) == ""
@@ -167,8 +167,8 @@ def test_a_bad_key_is_refused_before_the_queue(cluster: Cluster, rows: Path) -> 
 
 
 @pytest.mark.parametrize(("mistake", "code"), [("optim.lrr=1", 78), ("data.train=BAD", 65)])
-def test_what_would_fail_again_is_not_requeued(cluster: Cluster, rows: Path, mistake: str, code: int) -> None:
-    """By hand, where no command has looked at the words before the queue."""
+def test_a_job_that_would_fail_again_is_not_requeued(cluster: Cluster, rows: Path, mistake: str, code: int) -> None:
+    """The script is submitted by hand, so no command checks the settings before submission."""
     run = cluster.folder / f"code_{code}"
     bad = write_jsonl(cluster.folder / "bad.jsonl", [{"prompt": "no answer"}])
     words = [f"run.dir={run}", f"data.train={rows}", *TRAINING, "parallel=tp2", mistake.replace("BAD", str(bad))]
@@ -179,11 +179,11 @@ def test_what_would_fail_again_is_not_requeued(cluster: Cluster, rows: Path, mis
     end = cluster.wait(job)
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", f"{code}:0")
     shown = (cluster.folder / f"code_{code}.out").read_text()
-    assert f"exit code {code}: another attempt would end the same; not requeued" in shown
+    assert f"exit code {code}: another attempt would fail in the same way; not requeued" in shown
     assert "first error, rank" in shown
 
 
-def test_a_crash_without_progress_is_given_up_after_three_attempts(cluster: Cluster, rows: Path) -> None:
+def test_a_job_gives_up_after_three_crashes_without_progress(cluster: Cluster, rows: Path) -> None:
     run = cluster.folder / "crash"
     crashing = cluster.folder / "crashing python"
     crashing.write_text("#!/bin/sh\nkill -KILL $$\n")
@@ -192,10 +192,10 @@ def test_a_crash_without_progress_is_given_up_after_three_attempts(cluster: Clus
     end = cluster.wait(job)
     assert (end["JobState"], end["Restarts"]) == ("FAILED", "2"), console(run)
     assert console(run).count(": requeued") == 2
-    assert "given up: 3 attempts in a row saved nothing new" in console(run)
+    assert "giving up: 3 attempts in a row saved nothing new" in console(run)
 
 
-def test_ranks_that_hang_are_ended_in_time_for_another_attempt(cluster: Cluster, rows: Path) -> None:
+def test_ranks_that_hang_are_killed_in_time_for_a_requeue(cluster: Cluster, rows: Path) -> None:
     run = cluster.folder / "hang"
     hanging = cluster.folder / "hanging_python"
     hanging.write_text("#!/bin/bash\ntrap '' USR1 TERM\necho hangs\nwhile :; do sleep 1; done\n")
@@ -208,7 +208,7 @@ def test_ranks_that_hang_are_ended_in_time_for_another_attempt(cluster: Cluster,
     cluster.run("scancel", job)
 
 
-def test_names_that_a_shell_would_take_apart(cluster: Cluster, tmp_path: Path) -> None:
+def test_names_with_special_characters_of_the_shell(cluster: Cluster, tmp_path: Path) -> None:
     run = tmp_path / "a b" / "50% of 'it' $HOME"
     name = "one \\\\ \"two\" 'three' #4"
     words = [f'run.dir="{run}"', "data.input=demo", "prepare.demo_sft_rows=20", "prepare.demo_preference_rows=20"]

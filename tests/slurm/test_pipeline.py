@@ -1,4 +1,4 @@
-"""The whole chain as dependent jobs of a real Slurm: data, two models, labels, three methods, answers, one table."""
+"""The whole pipeline as dependent jobs of a real Slurm: data, two models, labels, three methods, answers, report."""
 
 import json
 import time
@@ -13,7 +13,7 @@ TWO_NODES = "parallel=tp2 launcher.nodes=2"
 
 
 def settings(runs: Path) -> dict[str, str]:
-    """The demo of scripts/pipeline.sh with fewer rows; training shares each layer between two nodes."""
+    """Return settings for the demo with fewer rows; training uses tensor parallelism over two nodes."""
     return {
         "RUNS": str(runs),
         "SLURM_OPTIONS": "launcher.time=1h",

@@ -76,7 +76,7 @@ def test_a_rank_that_waits_for_another_reports_it_and_stops_at_once(
     place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(rendezvous, "_FIRST_WORD_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous, "_FIRST_MESSAGE_SECONDS", 0.05)
 
     said: list[str] = []
 

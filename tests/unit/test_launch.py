@@ -1,4 +1,4 @@
-"""The environment in which ranks are started."""
+"""Environment variables that are set for ranks."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNE
         (4, {"PYTORCH_ALLOC_CONF": "", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}, {}),
     ],
 )
-def test_a_layout_sets_cuda_variables_unless_the_user_has(
+def test_the_layout_sets_cuda_variables_unless_the_user_has(
     monkeypatch: pytest.MonkeyPatch, tensor: int, given: dict[str, str], expected: dict[str, str]
 ) -> None:
     monkeypatch.setattr(os, "environ", dict(given))
@@ -46,7 +46,7 @@ def test_idle_openmp_threads_sleep_unless_the_user_has_chosen(
     assert os.environ == given | added
 
 
-def test_openmp_variables_are_set_before_torch_is_imported() -> None:
+def test_openmp_is_set_up_before_torch_is_imported() -> None:
     """libgomp reads its settings when it is loaded."""
     look = "import sys; from offline_align import launch; set_up = launch.set_openmp_environment\n"
     look += "launch.set_openmp_environment = lambda: (print('torch' in sys.modules), set_up())\n"

@@ -1,4 +1,4 @@
-"""The batch script made from a configuration, as text. In tests/slurm, a real Slurm runs it."""
+"""The batch script for a configuration, as text; tests/slurm submits it to a real Slurm."""
 
 import shlex
 import subprocess
@@ -50,7 +50,7 @@ def test_the_launcher_section_becomes_options() -> None:
     ]
 
 
-def test_launcher_words_are_not_passed_to_the_job() -> None:
+def test_launcher_options_are_not_passed_to_the_ranks() -> None:
     text = text_of("launcher.nodes=2", "dry_run=true", "optim.lr=1e-5")
     assert "set -- sft run.dir=/data/run data.train=/data/rows.jsonl optim.lr=1e-5\n" in text
 
@@ -65,7 +65,7 @@ def test_launcher_words_are_not_passed_to_the_job() -> None:
         (["launcher.gpus_per_node=8"], "8"),
     ],
 )
-def test_gpus_are_requested_only_if_they_are_used(words: list[str], gpus: str | None) -> None:
+def test_gpus_are_requested_if_they_are_used(words: list[str], gpus: str | None) -> None:
     asked = [o for o in options(text_of(*words)) if o.startswith("--gpus")]
     assert asked == ([f"--gpus-per-node={gpus}"] if gpus else [])
 
@@ -75,7 +75,7 @@ def test_prepare_requests_no_gpu() -> None:
     assert not any(o.startswith("--gpus") for o in options(text))
 
 
-def test_environment_variables_of_the_user_are_exported() -> None:
+def test_variables_of_the_launcher_section_are_exported() -> None:
     assert "export NCCL_IB_HCA=mlx5\n" in text_of("launcher.environment.NCCL_IB_HCA=mlx5")
     assert "export A='b $HOME'\n" in text_of("launcher.environment.A='b $HOME'")
 
@@ -95,7 +95,7 @@ HOSTILE = ["$(touch hit)", "`touch hit`", "a; touch hit", "'; touch hit; '", '";
 
 @pytest.mark.parametrize("value", HOSTILE)
 def test_a_value_is_never_executed(tmp_path: Path, value: str) -> None:
-    """A shell runs the head of the script, up to its first action."""
+    """A shell runs the generated head of the script."""
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     given = [f'run.dir="/x/{escaped}"', f'launcher.account="{escaped}"', f'launcher.environment.A="{escaped}"']
     head = text_of(*given, f'launcher.container_image="{escaped}"').partition("# ---- The same")[0]
@@ -111,7 +111,7 @@ def test_options_are_quoted_as_slurm_reads_them() -> None:
     assert quoted("--comment=it's #1 \"\\") == '--comment="it\'s #1 \\"\\\\"'
 
 
-def test_a_line_break_cannot_add_an_option(tmp_path: Path, capsys: Any) -> None:
+def test_a_line_break_cannot_inject_an_option(tmp_path: Path, capsys: Any) -> None:
     words = [f"run.dir={tmp_path / 'out'}", "data.input=demo", "launcher=slurm"]
     assert run(["prepare", *words, 'launcher.job_name="a\n#SBATCH --uid=0"']) == 78
     assert "launcher.job_name: must not contain line breaks" in capsys.readouterr().err
@@ -134,7 +134,7 @@ def fake(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
-def test_the_job_id_is_printed_and_the_job_is_not_submitted_twice(
+def test_the_job_id_is_printed_and_the_job_not_submitted_twice(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake(tmp_path / "bin", "sbatch", f"cat > {tmp_path}/job; echo '42;cluster'", monkeypatch)
@@ -155,7 +155,7 @@ OTHERS = {"PMI_SIZE": "1", "OMPI_MCA_x": "1", "SLURM_RESTART_COUNT": "2", "OFFLI
 USER = {"HF_HOME": "/data/hf", "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "4", "SLURM_CONF": "/etc/slurm.conf"}
 
 
-def test_a_job_inherits_nothing_from_the_submitting_allocation(
+def test_a_job_inherits_nothing_from_the_allocation_that_submits_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     fake(tmp_path / "bin", "sbatch", f"cat > /dev/null; env > {tmp_path}/seen; echo 42", monkeypatch)
@@ -169,31 +169,31 @@ def test_a_job_inherits_nothing_from_the_submitting_allocation(
     assert USER.items() <= seen.items()
 
 
-def test_outside_an_allocation_the_users_sbatch_and_gpu_variables_stay() -> None:
+def test_outside_an_allocation_variables_of_sbatch_and_gpus_are_kept() -> None:
     given = {"SBATCH_ACCOUNT": "me", "CUDA_VISIBLE_DEVICES": "3", "HOME": "/home/me"}
     assert job_environment(given | RANK) == given
 
 
-def test_an_error_of_sbatch_is_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_by_sbatch_is_one_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(tmp_path / "bin", "sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1", monkeypatch)
     words = ["prepare", f"run.dir={tmp_path / 'out'}", "data.input=demo", "launcher=slurm", "launcher.partition=x"]
     assert run(words) == 78
     assert "sbatch refuses the job: sbatch: error: invalid partition" in capsys.readouterr().err
 
 
-def test_missing_slurm_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_sbatch_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(Exception, match="sbatch is not on PATH"):
         submit("", str(tmp_path / "run"))
 
 
-def test_prepare_is_one_process(tmp_path: Path, capsys: Any) -> None:
+def test_prepare_refuses_several_processes(tmp_path: Path, capsys: Any) -> None:
     words = [f"run.dir={tmp_path / 'out'}", "data.input=demo", "launcher=slurm", "launcher.nproc_per_node=2"]
     assert run(["prepare", *words]) == 78
     assert "`prepare` is one process" in capsys.readouterr().err
 
 
-def test_files_of_earlier_jobs_need_not_exist(tmp_path: Path, capsys: Any) -> None:
+def test_outputs_of_earlier_jobs_need_not_exist_yet(tmp_path: Path, capsys: Any) -> None:
     words = [f"run.dir={tmp_path / 'out'}", f"data.train={tmp_path / 'none'}", f"init.from={tmp_path / 'no'}"]
     assert run(["fa", *words, "launcher=slurm", "dry_run=true"]) == 78
     assert run(["fa", *words, "launcher=slurm", "dry_run=true", "launcher.dependency=7"]) == 0

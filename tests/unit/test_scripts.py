@@ -163,8 +163,8 @@ def test_three_crashes_without_progress_end_the_job(tmp_path: Path) -> None:
     shown = [job.attempt(restarts) for restarts in range(3)]
     assert [code for code, _ in shown] == [70, 70, 70]
     assert job.requeues == 2
-    assert "given up: 3 attempts in a row saved nothing new" in shown[2][1]
-    # A newly submitted job starts a new count.
+    assert "giving up: 3 attempts in a row saved nothing new" in shown[2][1]
+    # A job that is submitted anew counts anew.
     job.attempt(0)
     assert job.requeues == 3
 
@@ -196,7 +196,7 @@ def test_attempts_ended_by_slurm_count_too(tmp_path: Path) -> None:
         process.communicate(timeout=60)
     code, shown = job.attempt(3)
     assert (code, job.requeues) == (70, 0)
-    assert "given up: 3 attempts in a row saved nothing new" in shown
+    assert "giving up: 3 attempts in a row saved nothing new" in shown
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -216,7 +216,7 @@ def test_a_job_ended_by_slurm_is_not_requeued(tmp_path: Path) -> None:
     job = Job(tmp_path, "exit 75")
     code, shown = job.attempt(STATE="COMPLETING")
     assert (code, job.requeues) == (75, 0)
-    assert "not requeued: Slurm ends this job (COMPLETING)" in shown
+    assert "not requeued: Slurm is ending this job (COMPLETING)" in shown
 
 
 def test_requeue_can_be_left_to_the_user(tmp_path: Path) -> None:

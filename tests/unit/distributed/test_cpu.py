@@ -1,4 +1,4 @@
-"""The CPU in place of CUDA: a rank that is alone keeps what it has, few kernels stay, and cores are shared."""
+"""Patches for the CPU: collectives of one rank, oneDNN's kernel cache, and the number of threads."""
 
 import os
 from typing import Any
@@ -13,7 +13,7 @@ from offline_align.distributed.setup import _cores
 @pytest.mark.parametrize(
     ("ranks", "in_place", "called"), [(1, True, False), (1, False, True), (2, True, True), (2, False, True)]
 )
-def test_only_what_would_copy_onto_itself_is_left_out(
+def test_only_in_place_collectives_of_one_rank_are_skipped(
     monkeypatch: pytest.MonkeyPatch, ranks: int, in_place: bool, called: bool
 ) -> None:
     calls = []
@@ -32,27 +32,27 @@ def test_only_what_would_copy_onto_itself_is_left_out(
         assert calls[0][1] == {"group": "some", "async_op": True}
 
 
-def test_a_slice_of_a_buffer_is_not_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first shard begins where the buffer does, and is shorter."""
+def test_a_collective_on_a_slice_of_its_buffer_is_not_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first shard starts at the address of the buffer, but is shorter."""
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 1)
     buffer = torch.arange(4.0)
     assert cpu._unless_alone(lambda *_, **__: "handle")(buffer[:2], buffer) == "handle"
 
 
 @pytest.mark.parametrize(("given", "kept"), [(None, "32"), ("7", "7")])
-def test_few_kernels_are_kept_unless_somebody_wants_more(
+def test_the_kernel_cache_is_limited_unless_the_user_sets_it(
     monkeypatch: pytest.MonkeyPatch, given: str | None, kept: str
 ) -> None:
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.setenv(name, given or "")
     if given is None:
         monkeypatch.delenv(name)
-    cpu._keep_few_kernels()
+    cpu._limit_kernel_cache()
     assert os.environ[name] == kept
 
 
-def test_a_job_takes_the_cores_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two jobs of a shared node would otherwise each start a thread for every core of it."""
+def test_a_job_uses_the_cores_that_it_was_allotted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise two jobs on a shared node would each start a thread for every core."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("SLURM_CPUS_ON_NODE", raising=False)
     assert _cores() == 8

@@ -1,4 +1,4 @@
-"""What is wrong with nodes, from what their ranks report."""
+"""Problems of nodes, judged from the reports of their ranks."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reports(**wrong: object) -> list[NodeReport]:
-    """Four ranks on two nodes; those of the second have something wrong."""
+    """Return reports of four ranks on two nodes; the second node has the values in `wrong`."""
     good = [replace(GOOD, rank=rank, host=f"h{rank // 2}") for rank in range(4)]
     return [*good[:2], *(replace(r, **wrong) for r in good[2:])]  # type: ignore[arg-type]
 
@@ -36,12 +36,12 @@ def test_good_nodes_pass() -> None:
         ({"versions": {}}, ConfigError, "(h1): torch is not installed, elsewhere 2.13.0; install the same everywhere"),
         ({"clock": 1e9 - 60}, ConfigError, "the clock is "),
         ({"shares_folder": False}, ConfigError, "(h1): run.dir is not the folder that rank 0 sees"),
-        ({"free_bytes": 2**30}, StorageError, "(h1): 1.0 GiB free for run.dir; 5 are wanted"),
+        ({"free_bytes": 2**30}, StorageError, "(h1): 1.0 GiB free for run.dir; at least 5 GiB are needed"),
         ({"gpus": 7}, AlignError, "(h1): 7 GPUs visible, elsewhere 8"),
         ({"problem": "GPU 1: ECC error"}, AlignError, "(h1), rank 2: GPU 1: ECC error"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_node(wrong: dict[str, object], error: type[AlignError], said: str) -> None:
+def test_a_problem_is_reported_with_its_node(wrong: dict[str, object], error: type[AlignError], said: str) -> None:
     with pytest.raises(error) as raised:
         judge(reports(**wrong), 5)
     assert type(raised.value) is error
@@ -50,13 +50,13 @@ def test_what_is_wrong_is_named_with_its_node(wrong: dict[str, object], error: t
         assert "dgx0" not in str(raised.value)
 
 
-def test_a_problem_of_a_node_is_said_once() -> None:
+def test_a_problem_of_a_node_is_reported_once() -> None:
     with pytest.raises(StorageError) as raised:
         judge(reports(free_bytes=0), 5)
     assert str(raised.value).count("\n") == 0
 
 
-def test_ranks_have_nodes_even_where_nobody_has_named_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_without_names_get_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert node_name(3) == "node dgx1, rank 3"
     monkeypatch.delenv("OFFLINE_ALIGN_NODES")
     assert node_name(3) == "node 1, rank 3"

@@ -1,4 +1,4 @@
-"""Which numbers a forward pass has, by what was asked for and the device."""
+"""The precision of a forward pass, by setting and device."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from offline_align.distributed.setup import uses_bf16
         ("bf16", "cuda", True),
         ("fp32", "cpu", False),
         ("fp32", "cuda", False),
-        # Linear layers multiply in fp8, everything else is bf16.
+        # Linear layers multiply in fp8; everything else is bf16.
         ("fp8", "cuda", True),
     ],
 )
@@ -36,7 +36,7 @@ def test_bf16_on_a_cpu_without_units_for_it(
     assert ("no bf16 units" in caplog.text) is warns
 
 
-def test_a_torch_that_does_not_tell(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_torch_without_get_capabilities(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert uses_bf16(Precision.bf16, torch.device("cpu"))
     assert "no bf16 units" in caplog.text

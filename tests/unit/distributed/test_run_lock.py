@@ -1,4 +1,4 @@
-"""Who may write into a run folder: one job, told apart from dead ones on this machine and on others."""
+"""The run lock: one job writes into a run folder, and locks of dead jobs are replaced."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def hold(run_dir: Path, start: float = 0.0) -> "subprocess.Popen[str]":
 
 
 def dead(**changes: Any) -> Holder:
-    """Return a holder whose number belongs to another process by now."""
+    """Return a holder that has ended: its process id now belongs to another process."""
     own = Holder.this_process("sft")
     return replace(own, process=replace(own.process, **{"born": "1", **changes}))
 
@@ -50,7 +50,7 @@ def put(run_dir: Path, holder: Holder) -> Path:
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Holder:
-    """A holder on another machine; signs of life are looked for in quick succession."""
+    """Return a holder on another machine, with short intervals between heartbeats."""
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(run_lock, "SILENT_SECONDS", 0.4)
     return dead(host="node7", machine="another boot")
@@ -60,7 +60,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Holder:
 def test_of_two_jobs_started_at_once_one_wins_twenty_times(tmp_path: Path) -> None:
     for attempt in range(20):
         run_dir = tmp_path / str(attempt)
-        if attempt % 2:  # with a lock that kill -9 has left
+        if attempt % 2:  # every second time with a lock left by kill -9
             run_dir.mkdir()
             put(run_dir, dead())
         jobs = [hold(run_dir, time.time() + 0.5) for _ in range(2)]
@@ -74,13 +74,13 @@ def test_of_two_jobs_started_at_once_one_wins_twenty_times(tmp_path: Path) -> No
         assert list(run_dir.iterdir()) == []
 
 
-def test_what_kill_9_has_left_is_taken_over_at_once(tmp_path: Path, caplog: Any) -> None:
+def test_a_lock_left_by_kill_9_is_taken_over_at_once(tmp_path: Path, caplog: Any) -> None:
     job = hold(tmp_path)
     assert job.stdout is not None and job.stdout.readline() == "won\n"
     said = rf"process {job.pid} on .*, since 2\d\d\d-.*wait for it or stop it"
     with pytest.raises(ConfigError, match=said), run_lock.run_lock(tmp_path, "sft"):
         pass
-    job.kill()  # and not waited for: a zombie is dead too
+    job.kill()  # and not waited for: a zombie counts as dead
     while born(job.pid) is not None:
         time.sleep(0.01)
     started = time.monotonic()
@@ -91,7 +91,7 @@ def test_what_kill_9_has_left_is_taken_over_at_once(tmp_path: Path, caplog: Any)
     job.communicate()
 
 
-def test_a_number_that_is_used_again_is_another_process(tmp_path: Path) -> None:
+def test_a_reused_process_id_is_another_process(tmp_path: Path) -> None:
     put(tmp_path, dead(pid=1))
     with run_lock.run_lock(tmp_path, "sft"):
         pass
@@ -112,7 +112,7 @@ def test_a_living_holder_elsewhere_is_respected(tmp_path: Path, elsewhere: Holde
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_silent_holder_elsewhere_is_dead_after_a_while(
+def test_a_holder_elsewhere_without_heartbeat_is_dead_after_a_while(
     tmp_path: Path, elsewhere: Holder, torn: bool, caplog: Any
 ) -> None:
     path = put(tmp_path, elsewhere)
@@ -121,19 +121,19 @@ def test_a_silent_holder_elsewhere_is_dead_after_a_while(
     started = time.monotonic()
     with run_lock.run_lock(tmp_path, "sft"):
         assert 0.4 <= time.monotonic() - started < 5
-    assert "watching whether it lives" in caplog.text and "taken over" in caplog.text
+    assert "checking whether that job is alive" in caplog.text and "taken over" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_holder_shows_that_it_lives(tmp_path: Path, elsewhere: Holder) -> None:
+def test_the_holder_touches_its_lock(tmp_path: Path, elsewhere: Holder) -> None:
     with run_lock.run_lock(tmp_path, "sft"):
         before = run_lock._last_beat(tmp_path / FILE_NAME)
         time.sleep(0.3)
         assert before != run_lock._last_beat(tmp_path / FILE_NAME)
 
 
-def test_a_holder_that_stood_still_and_was_replaced_ends(tmp_path: Path) -> None:
-    """Else both would write."""
+def test_a_holder_that_was_stopped_and_replaced_ends(tmp_path: Path) -> None:
+    """Otherwise both jobs would write."""
     code = HOLD.replace(
         "run_dir, start", "import offline_align.distributed.run_lock as l; l.BEAT_SECONDS = 0.05\nrun_dir, start"
     )
@@ -151,7 +151,7 @@ def test_a_holder_that_stood_still_and_was_replaced_ends(tmp_path: Path) -> None
     job.communicate()
 
 
-def test_another_lock_is_not_removed_at_the_end(tmp_path: Path) -> None:
+def test_the_lock_of_another_job_is_not_removed_at_the_end(tmp_path: Path) -> None:
     with run_lock.run_lock(tmp_path, "sft"):
         other = put(tmp_path, Holder.this_process("fa"))
     assert other.exists()

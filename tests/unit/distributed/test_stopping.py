@@ -1,4 +1,4 @@
-"""Signals and limits set a flag; handlers are put back."""
+"""Stop requests by signals and limits, votes of all ranks, and durations."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ def test_bad_durations(text: str) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_a_reason_and_handlers_return(number: signal.Signals) -> None:
+def test_a_signal_is_the_reason_and_handlers_are_restored(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_requests() as stop:
         assert stop.reason is None
@@ -39,7 +39,7 @@ def test_a_signal_is_a_reason_and_handlers_return(number: signal.Signals) -> Non
     assert signal.getsignal(number) is before
 
 
-def test_a_limit_is_kept_with_time_in_hand() -> None:
+def test_a_limit_keeps_time_for_the_next_step() -> None:
     with stop_requests("100") as stop:
         stop.expect(50)
         assert stop.reason is None
@@ -47,7 +47,7 @@ def test_a_limit_is_kept_with_time_in_hand() -> None:
         assert stop.reason == "trainer.max_time"
 
 
-def test_a_vote_is_heard_one_round_late_and_at_the_end() -> None:
+def test_a_vote_is_read_one_round_later_and_at_the_end() -> None:
     heard: list[int] = []
 
     class Ranks:
@@ -74,7 +74,7 @@ def test_a_vote_is_heard_one_round_late_and_at_the_end() -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_command_ends_where_it_is_unless_a_loop_listens(number: signal.Signals) -> None:
+def test_a_signal_ends_a_command_at_once_unless_a_loop_handles_it(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with pytest.raises(StoppedEarly, match=number.name), interruptible():
         with stop_requests() as stop:
@@ -85,7 +85,7 @@ def test_a_command_ends_where_it_is_unless_a_loop_listens(number: signal.Signals
     assert signal.getsignal(number) is before
 
 
-def test_a_library_that_turns_the_stop_into_its_own_error_is_seen_through() -> None:
+def test_a_stop_that_a_library_turns_into_its_own_error_is_recognised() -> None:
     def draw() -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -126,7 +126,7 @@ def test_the_second_signal_ends_the_process() -> None:
 
 @pytest.mark.parametrize("listening", [False, True])
 def test_a_worker_forked_from_a_command_dies_of_the_signal(listening: bool) -> None:
-    """It has nothing to save, and whoever waits for it would wait for ever."""
+    """It has nothing to save, and its parent would wait for it forever."""
     ready, tell = os.pipe()
     with interruptible(), stop_requests() if listening else interruptible():
         child = os.fork()
@@ -134,7 +134,7 @@ def test_a_worker_forked_from_a_command_dies_of_the_signal(listening: bool) -> N
             os.write(tell, b"!")
             time.sleep(20)
             os._exit(0)
-        # Python forgets signals that come before its own work after a fork is done.
+        # Python drops signals that arrive before it has finished its own work after a fork.
         os.read(ready, 1)
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM

@@ -1,4 +1,4 @@
-"""How a process ends after an error among several ranks: at once, with its code, after its callback."""
+"""Exit after an error among several ranks: at once, with the right code, after the callback."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from offline_align.errors import (
     exit_code_of,
 )
 
-FAREWELL = """
+PROGRAM = """
 import atexit, multiprocessing, os, signal, sys, threading, time
 from offline_align.distributed import teardown
 
@@ -37,15 +37,15 @@ teardown.exit_process(74)
 
 
 @pytest.mark.parametrize(("word", "said"), [("none", "callback\n"), ("signal", "")])
-def test_nothing_holds_up_a_rank_that_has_failed(word: str, said: str) -> None:
-    # The child has our pipes: they are at their end once it has ended too.
+def test_nothing_delays_the_exit_of_a_failed_rank(word: str, said: str) -> None:
+    # The child process inherits the pipes, so `run` returns only after the child has ended as well.
     done = subprocess.run(
-        [sys.executable, "-c", FAREWELL, word], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", PROGRAM, word], capture_output=True, text=True, timeout=30, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (74, said, "an error ")
 
 
-def test_any_other_process_ends_as_python_does() -> None:
+def test_any_other_process_exits_normally() -> None:
     with pytest.raises(SystemExit) as ended:
         exit_process(78)
     assert ended.value.code == 78
@@ -65,5 +65,5 @@ def test_any_other_process_ends_as_python_does() -> None:
         (FailedOnMainRank(65), 65),
     ],
 )
-def test_the_other_ranks_are_told_the_code_of_an_error(error: BaseException, code: int) -> None:
+def test_the_exit_code_of_an_error(error: BaseException, code: int) -> None:
     assert exit_code_of(error) == code

@@ -1,4 +1,4 @@
-"""The chain that the tests of this room look at and spoil."""
+"""A chain of runs that the tests of this folder verify and damage."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.unit.lineage.chains import make_run
 
 @pytest.fixture
 def chain(tmp_path: Path) -> Path:
-    """raw.jsonl -> prepare -> sft -> generate, all under one folder."""
+    """Make raw.jsonl -> prepare -> sft -> generate in one folder."""
     root = tmp_path / "tree"
     (root / "data").mkdir(parents=True)
     raw = root / "data" / "raw.jsonl"

@@ -1,4 +1,4 @@
-"""Verification up the chain of parents."""
+"""Verification of a run and of the chain of its parents."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def test_verify_finds_changed_inputs(chain: Path) -> None:
     assert "changed: other content" in report.problems()[0]
 
 
-def test_verify_finds_a_parent_that_was_made_again(chain: Path) -> None:
+def test_verify_finds_a_parent_that_was_replaced(chain: Path) -> None:
     shutil.rmtree(chain / "runs/prepare")
     raw = chain / "data/raw.jsonl"
     raw.write_text("new\n")
@@ -91,7 +91,7 @@ def test_verify_checks_a_bare_folder_of_weights(tmp_path: Path) -> None:
 
 
 def reseal(run_dir: Path, change: dict[str, Any]) -> None:
-    """Write a manifest that is whole but lies."""
+    """Forge a manifest: change entries and seal it with a valid hash."""
     from offline_align.lineage.files import canonical_json, text_sha256
 
     raw = json.loads((run_dir / "manifest.json").read_text()) | change
@@ -111,12 +111,12 @@ def test_outputs_outside_the_run_folder_are_not_read(chain: Path, name: str) -> 
     assert "outside the run folder" in check.reason
 
 
-def test_runs_that_name_each_other_come_to_an_end(chain: Path) -> None:
+def test_verify_ends_if_runs_name_each_other_as_parents(chain: Path) -> None:
     link = {"path": "../sft", "stage": "sft", "manifest_sha256": "0" * 64, "content_sha256": "0" * 64}
     reseal(chain / "runs/prepare", {"parents": [link]})
     assert verify(chain / "runs/sft").problems()
 
 
-def test_malformed_entries_are_damage(chain: Path) -> None:
+def test_a_manifest_with_malformed_entries_is_damaged(chain: Path) -> None:
     reseal(chain / "runs/prepare", {"outputs": [{"file": "x"}]})
     assert verify(chain / "runs/prepare").status is Status.damaged

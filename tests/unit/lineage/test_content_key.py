@@ -1,4 +1,4 @@
-"""Content keys, and which finished runs they stand for."""
+"""Content keys, and the finished runs that they identify."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def key_with(tmp_path: Path, key: str, value: Any) -> str:
         ("trainer.max_time", "1h"),
     ],
 )
-def test_key_ignores_where_and_how_fast(tmp_path: Path, key: str, value: Any) -> None:
+def test_key_ignores_settings_that_do_not_change_results(tmp_path: Path, key: str, value: Any) -> None:
     assert key_with(tmp_path, key, value) == content_key("sft", CONFIG, [], [])
 
 
@@ -43,7 +43,7 @@ def test_key_ignores_where_and_how_fast(tmp_path: Path, key: str, value: Any) ->
     ("key", "value"),
     [("run.seed", 2), ("optim.lr", 2e-5), ("trainer.max_steps", 5), ("method.beta", 1.0)],
 )
-def test_key_depends_on_what_is_computed(tmp_path: Path, key: str, value: Any) -> None:
+def test_key_depends_on_settings_that_change_results(tmp_path: Path, key: str, value: Any) -> None:
     assert key_with(tmp_path, key, value) != content_key("sft", CONFIG, [], [])
 
 
@@ -56,7 +56,7 @@ def test_key_does_not_depend_on_the_order_of_settings() -> None:
     assert content_key("sft", turned, [], []) == content_key("sft", CONFIG, [], [])
 
 
-def test_key_follows_content_not_names(tmp_path: Path) -> None:
+def test_key_depends_on_the_content_of_inputs_not_on_names(tmp_path: Path) -> None:
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     one.write_text("a")
     two.write_text("a")
@@ -78,7 +78,7 @@ def test_key_tells_training_from_validation_data(tmp_path: Path) -> None:
     assert len(keys) == 2
 
 
-def test_key_follows_the_parent(chain: Path) -> None:
+def test_key_depends_on_the_content_of_the_parent(chain: Path) -> None:
     config = CONFIG | {"init": {"from": str(chain / "runs/sft")}}
     before = content_key("ca", config, [], [chain / "runs/sft"])
     manifest = read_manifest(chain / "runs/sft")
@@ -131,7 +131,7 @@ def test_completed_refuses_another_stage_and_another_key(chain: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_completed_is_false_where_an_output_is_not_whole(chain: Path, damage: str) -> None:
+def test_completed_is_false_if_an_output_is_incomplete(chain: Path, damage: str) -> None:
     output = chain / "runs/prepare/out.jsonl"
     if damage == "cut":
         output.write_text("p")
@@ -141,6 +141,6 @@ def test_completed_is_false_where_an_output_is_not_whole(chain: Path, damage: st
     assert not completed(chain / "runs/prepare", "prepare", key)
 
 
-def test_a_folder_that_is_no_model_is_no_parent(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_cannot_be_a_parent(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a finished run"):
         content_key("sft", CONFIG, [], [tmp_path])

@@ -1,4 +1,4 @@
-"""What a run costs: whole commands, all attempts, all ranks, by part."""
+"""The cost of a run: whole commands, all attempts and all ranks, by part."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.runs import write_manifest
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that the test sets."""
 
     now = 100.0
 
@@ -35,7 +35,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 
 def attempt(clock: Clock, run_dir: Path, key: str, seconds: float, ranks: int, finish: bool = False) -> None:
-    """Run for so many seconds, half of them saving, a tenth of those validating."""
+    """Run for `seconds`: 40 % of them in saves, 10 % in a validation inside the saves, the rest in no part."""
     effort.begin(whole_process=False)
     effort.used(ranks, "cuda")
     with effort.recorded(run_dir, key):
@@ -54,10 +54,10 @@ def extra_of(run_dir: Path) -> dict[str, Any]:
     return manifest.extra
 
 
-def test_all_attempts_count_with_the_ranks_that_each_had(clock: Clock, tmp_path: Path) -> None:
+def test_each_attempt_counts_with_its_number_of_ranks(clock: Clock, tmp_path: Path) -> None:
     attempt(clock, tmp_path, "a", 10.0, ranks=2)
-    clock.now += 1000  # nobody works in between
-    attempt(clock, tmp_path, "b", 7.0, ranks=1)  # other settings, which were refused
+    clock.now += 1000  # time between attempts does not count
+    attempt(clock, tmp_path, "b", 7.0, ranks=1)  # an attempt with other settings, which were refused
     attempt(clock, tmp_path, "a", 20.0, ranks=4, finish=True)
     extra = extra_of(tmp_path)
     assert (extra["method"], extra["seconds"], extra["ranks"], extra["device"]) == ("sft", 30.0, 4, "cuda")
@@ -68,18 +68,18 @@ def test_all_attempts_count_with_the_ranks_that_each_had(clock: Clock, tmp_path:
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"a": [{"ranks": 1}]}', '{"a": 3}'])
-def test_a_damaged_record_is_begun_anew(clock: Clock, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_record_is_replaced(clock: Clock, tmp_path: Path, damage: str) -> None:
     (tmp_path / effort.FILE_NAME).write_text(damage)
     attempt(clock, tmp_path, "a", 20.0, ranks=1, finish=True)
     assert (extra_of(tmp_path)["seconds"], extra_of(tmp_path)["attempts"]) == (20.0, 1)
 
 
-def test_a_manifest_outside_a_recorded_run_says_what_it_was_given(tmp_path: Path) -> None:
+def test_a_manifest_outside_a_recorded_run_gets_no_effort(tmp_path: Path) -> None:
     write_manifest(tmp_path, "sft", "key", [], [], [], {"seconds": 1.0})
     assert extra_of(tmp_path) == {"seconds": 1.0}
 
 
-def test_manifests_of_earlier_versions_are_known_as_such() -> None:
+def test_manifests_of_earlier_versions_are_recognised() -> None:
     assert effort.rank_seconds({"seconds": 1800.0, "ranks": 4}) == 7200.0
     assert effort.rank_seconds({"seconds": 3600.0}) == 3600.0
     assert effort.rank_seconds({"rows": 3}) is None
@@ -87,8 +87,8 @@ def test_manifests_of_earlier_versions_are_known_as_such() -> None:
     assert effort.parts({"seconds": 1800.0}) == {}
 
 
-def test_an_attempt_that_is_killed_counts_to_its_last_beat(tmp_path: Path) -> None:
-    """With what it took to start, which is before any line of this program."""
+def test_a_killed_attempt_counts_up_to_its_last_update(tmp_path: Path) -> None:
+    """The start of the process, before the first line of the program, is included."""
     program = f"""
 import os, signal, time
 time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Hashes of files, and files that are replaced as a whole."""
+"""Hashes of files, and atomic replacement of files."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from offline_align.lineage import (
 )
 
 
-def test_file_sha256_is_the_published_one(tmp_path: Path) -> None:
+def test_file_sha256_of_a_known_text(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert file_sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 

@@ -1,4 +1,4 @@
-"""What a manifest records, and what damages it."""
+"""Writing and reading manifests, and damage to them."""
 
 from pathlib import Path
 
@@ -37,8 +37,8 @@ def test_a_parent_named_twice_is_recorded_once(chain: Path) -> None:
     assert len(manifest.parents) == 1
 
 
-def test_an_input_that_its_run_did_not_write_so_is_refused(chain: Path) -> None:
-    """It would be recorded as that run's work; moved out of the folder it is data of its own."""
+def test_an_input_that_was_edited_after_its_run_is_refused(chain: Path) -> None:
+    """It would be recorded as that run's output. After a move out of the folder it counts as new data."""
     rows = chain / "runs/prepare/out.jsonl"
     rows.write_text("edited\n")
     said = rf"{rows}: is not the file that `prepare` wrote into {rows.parent}: run `prepare` again, or move it"
@@ -62,7 +62,7 @@ def test_a_checkpoint_as_parent_keeps_its_name(chain: Path) -> None:
     assert verify(chain / "runs/x").problems() == []
 
 
-def test_output_outside_the_run_folder_is_our_bug(tmp_path: Path) -> None:
+def test_an_output_outside_the_run_folder_is_an_internal_error(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "elsewhere").write_text("x")
     with pytest.raises(ValueError, match="elsewhere"):
@@ -77,14 +77,14 @@ def test_every_flipped_bit_of_a_manifest_is_found(chain: Path) -> None:
         flipped[position] ^= 1 << position % 8
         path.write_bytes(flipped)
         try:
-            # White space may change; nothing that is read from the file may.
+            # A flipped bit may change white space, but no value that is read from the file.
             assert read_manifest(chain / "runs/prepare") == manifest
         except StorageError as error:
             assert "manifest.json" in str(error)
 
 
 @pytest.mark.parametrize("length", [0, 1, 100])
-def test_a_truncated_manifest_is_damage(chain: Path, length: int) -> None:
+def test_a_truncated_manifest_is_damaged(chain: Path, length: int) -> None:
     path = chain / "runs/prepare/manifest.json"
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(StorageError, match=r"manifest\.json"):
@@ -92,7 +92,7 @@ def test_a_truncated_manifest_is_damage(chain: Path, length: int) -> None:
     assert verify(chain / "runs/prepare").status is Status.damaged
 
 
-def test_manifest_of_another_program_is_not_ours(tmp_path: Path) -> None:
+def test_a_manifest_of_another_program_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"name": "web app"}')
     assert read_manifest(tmp_path) is None
 
