@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from offline_align.config.durations import parse_duration
 from offline_align.config.runs import Run, section
 from offline_align.config.sections import Device, LauncherSection
 from offline_align.distributed.launched import RANK_VARIABLES
-from offline_align.distributed.stopping import parse_duration
 from offline_align.errors import ConfigError, StorageError
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from offline_align.config import sections as s
+from offline_align.config.durations import parse_duration
 from offline_align.config.runs import Run, section
+from offline_align.errors import ConfigError
 
 _SLURM_TIME = re.compile(r"(\d+-)?\d{1,3}:\d{2}:\d{2}|(\d+[dhm])+")
 
@@ -109,9 +111,6 @@ def template_date(given: str | None) -> list[str]:
 
 
 def _limit(trainer: s.LimitSection) -> list[str]:
-    from offline_align.distributed.stopping import parse_duration
-    from offline_align.errors import ConfigError
-
     try:
         seconds = None if trainer.max_time is None else parse_duration(trainer.max_time)
     except ConfigError as error:

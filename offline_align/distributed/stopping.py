@@ -7,7 +7,6 @@ instead and saves them before it ends.
 
 import contextlib
 import os
-import re
 import signal
 import threading
 import time
@@ -15,13 +14,13 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from offline_align.errors import ConfigError, StoppedEarly
+from offline_align.config.durations import parse_duration
+from offline_align.errors import StoppedEarly
 
 if TYPE_CHECKING:
     from offline_align.distributed.setup import Ranks
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 class StopRequest:
@@ -145,15 +144,3 @@ def _end(number: int) -> None:
     """End this process by the signal's default action."""
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
-
-
-def parse_duration(text: str, key: str = "trainer.max_time") -> float:
-    """Return the seconds in `3h50m`, `90s`, `HH:MM:SS` or a number, or raise ConfigError for `key`."""
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        return float(text)
-    if re.fullmatch(r"\d+:\d{1,2}:\d{1,2}", text):
-        hours, minutes, seconds = (int(p) for p in text.split(":"))
-        return hours * 3600 + minutes * 60 + seconds
-    if re.fullmatch(r"(\d+[dhms])+", text):
-        return float(sum(int(n) * _UNITS[u] for n, u in re.findall(r"(\d+)([dhms])", text)))
-    raise ConfigError(f"{key}={text}: not a duration; write 3h50m, 03:50:00 or seconds")

@@ -1,4 +1,4 @@
-"""Stop requests by signals and limits, votes of all ranks, and durations."""
+"""Stop requests by signals and limits and votes of all ranks."""
 
 import os
 import signal
@@ -8,24 +8,10 @@ from typing import Any
 
 import pytest
 
-from offline_align.distributed.stopping import StopVote, interruptible, parse_duration, stop_requests
-from offline_align.errors import ConfigError, StoppedEarly
+from offline_align.distributed.stopping import StopVote, interruptible, stop_requests
+from offline_align.errors import StoppedEarly
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90", 90), ("90s", 90), ("3h50m", 13800), ("01:30:00", 5400), ("1d", 86400), ("0.5", 0.5)],
-)
-def test_durations(text: str, seconds: float) -> None:
-    assert parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "soon", "3x", "1:2", "-5", "h"])
-def test_bad_durations(text: str) -> None:
-    with pytest.raises(ConfigError, match="trainer.max_time"):
-        parse_duration(text)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
