@@ -1,4 +1,4 @@
-"""Compare saving and loading of a training state with megatron's own fully resharding format.
+"""Compare saving and loading of a training state with megatron's `fully_reshardable` format.
 
     python -m benchmarks.checkpoints [--ranks 4] [--layers 6] [--rounds 3]
 
@@ -131,7 +131,7 @@ def _rank(layers: int, contender: str, action: str, folder: str) -> None:
 
 
 def use_megatrons_form() -> None:
-    """Make megatron use its fully resharding format for the optimizer state in this process."""
+    """Make megatron use its `fully_reshardable` format for the optimizer state in this process."""
     from offline_align.train import optimizer_state
 
     form = dict(optimizer_state.FORM)
