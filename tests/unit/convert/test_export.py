@@ -322,7 +322,7 @@ def test_the_model_card_says_if_the_tokenizer_is_replaced(
     folder = export(sentencepiece, family)
     stock, text = transformers.AutoTokenizer.from_pretrained(folder), " two  spaces\nand 日本 "
     replaced = stock.encode(text, add_special_tokens=False) != sentencepiece.encode(text)
-    assert ("takes the tokenizer class of the model's family" in (folder / "README.md").read_text()) is replaced
+    assert ("uses the tokenizer class of the model's family" in (folder / "README.md").read_text()) is replaced
     exact = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     assert exact.encode(text, add_special_tokens=False) == sentencepiece.encode(text)
     assert replaced is (family == "qwen2")

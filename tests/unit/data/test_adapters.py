@@ -109,7 +109,7 @@ def test_sets_like_dolly_may_call_the_context_input() -> None:
         ("Add these.\n\n2 and 3", "5"),
         ("Add these.\n\n2 and 3", "5"),
     ]
-    with pytest.raises(DataError, match=r"f\.jsonl:1: input: a text beside a context; join the two"):
+    with pytest.raises(DataError, match=r"f\.jsonl:1: input: present in addition to context; join the two"):
         converted(row | {"context": "c"})
 
 
@@ -327,7 +327,7 @@ def test_how_columns_were_used_is_said(caplog: pytest.LogCaptureFixture) -> None
     assert [record.message for record in caplog.records] == [
         "f: 1 rows of the form dolly: read instruction, context, response; kept category",
         "f: 1 rows of the form self_instruct: read instruction, input, output; left out text",
-        "f: kept, but no part of prompt or answer: system",
+        "f: kept, but not part of prompt or answer: system",
     ]
 
 

@@ -70,7 +70,7 @@ def test_integers_are_ids_as_text(tmp_path: Path) -> None:
 def test_rows_are_rejected_by_their_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", {"no": "row"}, SAMPLE, PAIR, SAMPLE | {"response": "other"}, {"prompt": "b"})
     reasons = {"p": "second", "s": "first", "absent": "none"}
-    with pytest.raises(DataError, match=rf"^{path}:2: first; mend the row"):
+    with pytest.raises(DataError, match=rf"^{path}:2: first; fix the row"):
         reject_rows([path], None, reasons, STRICT)
     skipping = BadRows(OnBadRow.skip, tmp_path / "quarantine.jsonl")
     reject_rows([path], None, reasons, skipping)

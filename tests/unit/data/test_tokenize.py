@@ -294,7 +294,7 @@ def test_rows_that_the_template_refuses(
     refusing = Renderer(load_tokenizer(write_hugging_face(tmp_path, chat_template=REFUSING)), Template.chat)
     rows = [training_row(0, "yes"), training_row(1, "no"), training_row(2, "well")]
     data = DataSection()
-    with pytest.raises(DataError, match=r"row row-1: chat template: never; mend the row"):
+    with pytest.raises(DataError, match=r"row row-1: chat template: never; fix the row"):
         tokenize_samples(rows, refusing, data, cache)
     told: list[dict[str, str]] = []
     made = tokenize_samples(rows, refusing, data, cache, told.append)

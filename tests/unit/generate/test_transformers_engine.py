@@ -159,5 +159,5 @@ def test_vllm_is_refused_a_folder_that_it_would_read_otherwise(
 ) -> None:
     folder = shutil.copytree(policy, tmp_path / "both")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json lies beside model\.safetensors"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json is beside model\.safetensors"):
         load(folder, tokenizer, name=Engine.vllm)
