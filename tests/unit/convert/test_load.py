@@ -63,7 +63,7 @@ def test_shards_of_two_ranks_join_to_the_whole(
     for name, tensor in whole.items():
         axis = next((axis for part, axis in axes.items() if part in name), None)
         if "linear_fc1" in name:
-            # Each rank stacks its own gate over its own up.
+            # Each rank stacks its own part of gate and up.
             gates, ups = zip(first[name].chunk(2), second[name].chunk(2), strict=True)
             joined = torch.cat([*gates, *ups])
         elif axis is None:
@@ -85,10 +85,10 @@ def test_sharded_files_give_the_same_tensors(save_model: Save, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("shards_are_there", [True, False])
-def test_a_whole_file_goes_before_an_index(
+def test_a_single_file_takes_precedence_over_an_index(
     save_model: Save, read_tensors: Read, caplog: pytest.LogCaptureFixture, shards_are_there: bool
 ) -> None:
-    """As `transformers` has it: an index is left over where a folder was saved again in one piece."""
+    """As in `transformers`: an index is left over if a folder was saved again as a single file."""
     folder = save_model("llama", max_shard_size="40KB")
     shards = list(folder.glob("*.safetensors"))
     whole = {name: tensor + 1.0 for name, tensor in read_tensors(folder).items()}
