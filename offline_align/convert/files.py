@@ -59,10 +59,10 @@ def _inside(folder: Path, name: str) -> Path:
     """Return `folder/name`; raises ConfigError if it is missing or leads out of the folder."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or "\0" in name or relative.suffix != ".safetensors":
-        raise ConfigError(f"init.from: {folder / INDEX} names {name!r}, which is no safetensors file inside it")
+        raise ConfigError(f"init.from: {folder / INDEX} names {name!r}, which is not a safetensors file inside it")
     path = (folder / name).resolve()
     if not any(path.is_relative_to(allowed) for allowed in _allowed_roots(folder.resolve())):
-        raise ConfigError(f"init.from: {folder / name} is a link to {path}, outside of the folder; copy it there")
+        raise ConfigError(f"init.from: {folder / name} is a link to {path}, outside the folder; copy it there")
     if not path.is_file():
         raise ConfigError(f"init.from: {folder / name} is missing; download the folder again")
     return path

@@ -91,7 +91,8 @@ def padding(tokenizer: Tokenizer, folder: Path, kind: Kind, last: frozenset[int]
     `transformers` reads a reward at the last token that is not padding, so padding must not be a token
     that a row can end with. The choice is a special token, preferably the tokenizer's own padding. If every
     special token can end a row, a policy is padded with end of sequence, because nothing is read from it
-    that way. A reward model is padded with the longest token of its vocabulary, which is very rare in text.
+    that way. A reward model is padded with the longest token of its vocabulary: from then on its text means
+    padding, but so long a token is very rare in real text.
     """
     vocabulary, special = _vocabulary(folder)
     own = {text: token for text, token in vocabulary.items() if token not in last}

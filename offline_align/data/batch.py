@@ -20,7 +20,7 @@ class AttentionSlice:
     """
 
     key_range: tuple[int, int]
-    """First and last (exclusive) position of the keys in the bin, or in `SharedKeys.index` if rows share."""
+    """First and last (exclusive) position of the keys in the bin, or among the K keys of `SharedKeys`."""
     cu_seqlens_q: Tensor
     """[rows + 1] int32: boundaries of the queries of each row."""
     cu_seqlens_k: Tensor

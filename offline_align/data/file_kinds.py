@@ -15,9 +15,9 @@ _FETCH = "not the data; fetch the file itself"
 # First bytes; kind, problem and fix. UTF-32 starts with the bytes of UTF-16, so it comes first.
 _SIGNATURES = (
     (GZIP, "gzip: compressed twice; unpack it once"),
-    (b"\x28\xb5\x2f\xfd", "zstd: this compression is not read; unpack the file with `zstd -d`"),
-    (b"BZh", "bzip2: this compression is not read; unpack the file with `bunzip2`"),
-    (b"\xfd7zXZ", "xz: this compression is not read; unpack the file with `unxz`"),
+    (b"\x28\xb5\x2f\xfd", "zstd: this compression is not supported; unpack the file with `zstd -d`"),
+    (b"BZh", "bzip2: this compression is not supported; unpack the file with `bunzip2`"),
+    (b"\xfd7zXZ", "xz: this compression is not supported; unpack the file with `unxz`"),
     (b"PK\x03\x04", "zip: an archive or a spreadsheet, not JSONL; unpack it, or export its rows as JSONL"),
     (PARQUET, "parquet: not JSONL; `prepare` reads Parquet that is not gzipped, and writes JSONL"),
     (b"ARROW1", _ARROW),

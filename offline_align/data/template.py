@@ -64,7 +64,7 @@ class Reading:
             return None
         pad_id = values.get("pad_id") if isinstance(values, dict) else values
         if not isinstance(values, dict) or not (pad_id is None or type(pad_id) is int):
-            raise ValueError(f"the reading {values!r} cannot be used")
+            raise ValueError(f"the reading {values!r} is invalid")
         return cls(pad_id)
 
 

@@ -53,11 +53,11 @@ class StoredTokens:
     left_out: list[tuple[int, str]]
     """Index and status of each dropped row."""
     truncated: int
-    """Rows whose prompt was cut."""
+    """Number of rows whose prompt was truncated."""
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Rows left out, by reason."""
+        """Number of dropped rows by reason."""
         return dict(Counter(status.partition(":")[0] for _, status in self.left_out))
 
     @property

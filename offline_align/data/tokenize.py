@@ -77,9 +77,9 @@ class TokenizedRows:
     row_ids: list[str]
     """[n] id of each row."""
     dropped: dict[str, int]
-    """Rows left out, by reason."""
+    """Number of rows left out, by reason."""
     truncated: int
-    """Rows whose prompt was cut."""
+    """Number of rows whose prompt was truncated."""
     condition_length: npt.NDArray[np.int32] | int = 0
     """[n] tokens of the condition at the end of each context; 0 if no row has a condition."""
     places: list[int] = field(default_factory=list)
@@ -212,7 +212,7 @@ def _report_refused(refused: dict[str, str], on_refused: OnRefused | None) -> No
 def _check_some_left(tokens: StoredTokens, asked: int, data: DataSection) -> None:
     kept = len(tokens.rows)
     out = f", left out: {reasons(tokens.dropped)}" if tokens.dropped else ""
-    _log.info("%d of %d rows, %d cut%s", kept, asked, tokens.truncated, out)
+    _log.info("%d of %d rows, %d truncated%s", kept, asked, tokens.truncated, out)
     if not kept:
         raise DataError(
             f"none of {asked} rows is left: {reasons(tokens.dropped)}; see data.max_length={data.max_length}"
@@ -226,7 +226,7 @@ def reasons(dropped: Mapping[str, int]) -> str:
 
 def _cached(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits, cache_dir: Path) -> StoredTokens:
     if not dialogues:
-        raise DataError("no row to tokenise; the files of data.* have none of this form")
+        raise DataError("no row to tokenise; the files of data.* have no rows of this kind")
     folder = cache_dir / f"tokens-{_key(dialogues, renderer, limits)[:32]}"
     return stored(folder, lambda: _tokenize(dialogues, renderer, limits))
 

@@ -106,7 +106,7 @@ def build_requests(
     if not requests:
         raise DataError(f"data.input: no prompt is left of {len(prompts)}: {dict(dropped)}")
     if dropped or truncated:
-        logger.warning("%d prompts: %d cut from the left, left out: %s", len(prompts), truncated, dict(dropped))
+        logger.warning("%d prompts: %d truncated on the left, left out: %s", len(prompts), truncated, dict(dropped))
     return Workload(requests, dict(dropped), truncated)
 
 

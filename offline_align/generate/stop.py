@@ -50,5 +50,5 @@ def first_stop(text: str, stop: Sequence[str]) -> int | None:
 
 
 def window_tokens(stop: Sequence[str]) -> int:
-    """Return a number of last tokens that surely contain a just completed stop string: one per byte, plus 2."""
+    """Return how many last tokens always contain a stop string that was just completed: one per byte, plus 2."""
     return max((len(string.encode()) for string in stop), default=0) + 2

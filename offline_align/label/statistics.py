@@ -84,7 +84,7 @@ def normalise(raw: ArrayLike, stats: RewardStats) -> NDArray[np.float64]:
 def _finite_rewards(raw: ArrayLike) -> NDArray[np.float64]:
     rewards = np.asarray(raw, dtype=np.float64).reshape(-1)
     if rewards.size == 0:
-        raise DataError("reward_raw: no rows to take statistics of; label at least one row")
+        raise DataError("reward_raw: no rows to compute statistics from; label at least one row")
     bad = np.flatnonzero(~np.isfinite(rewards))
     if bad.size:
         raise DataError(
@@ -98,7 +98,7 @@ def _warn_far_out(rewards: NDArray[np.float64], normalised: NDArray[np.float64])
     row = int(np.abs(normalised).argmax())
     if abs(normalised[row]) > FAR_OUT:
         log.warning(
-            "row %d: reward_raw %g lies %.0f standard deviations from the mean and squeezes all others",
+            "row %d: reward_raw %g is %.0f standard deviations from the mean and compresses all other rewards",
             row,
             rewards[row],
             abs(normalised[row]),

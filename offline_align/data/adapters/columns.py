@@ -58,5 +58,5 @@ def further(columns: dict[str, Any], read: Sequence[str], texts: Sequence[str]) 
         value = rest.pop(name)
         repeats = name in COPIES and isinstance(value, str) and all(text in value for text in texts)
         if not is_blank(value) and not repeats:
-            raise RowError(f"{name}: may belong to the prompt or the answer, but is not read beside {', '.join(read)}")
+            raise RowError(f"{name}: may belong to the prompt or the answer, but only {', '.join(read)} are read")
     return rest

@@ -65,7 +65,7 @@ def _own(line: Line, form: Form, counts: InputCounts) -> Converted:
     assert form.own is not None
     others = [name for name in ANSWERS if name not in form.reads and is_blank(line.value.get(name))]
     if form.own is Sample and (pair := {"chosen", "rejected"} & line.value.keys() - {*others}):
-        raise RowError(f"{min(pair)}: makes the row a preference pair; set prepare.format=preference, or take it out")
+        raise RowError(f"{min(pair)}: makes the row a preference pair; set prepare.format=preference, or remove it")
     row = parse_row(without(line.value, *others), form.own, f"{counts.name}:{line.number}")
     counts.note(form.name, row.columns, (*form.reads, "id"), row.columns)
     counts.rows_made += 1

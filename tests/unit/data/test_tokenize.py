@@ -118,7 +118,7 @@ def test_long_prompts_are_dropped_on_request(renderer: Renderer, cache: Path, ca
     rows = [training_row(0, "word " * 90), training_row(1)]
     made = tokenize_samples(rows, renderer, DataSection(max_length=32, too_long=TooLong.drop), cache)
     tokenize_samples(rows[1:], renderer, DataSection(max_length=32), cache)
-    assert caplog.messages == ["1 of 2 rows, 0 cut, left out: 1 too_long", "1 of 1 rows, 0 cut"]
+    assert caplog.messages == ["1 of 2 rows, 0 truncated, left out: 1 too_long", "1 of 1 rows, 0 truncated"]
     assert made.row_ids == ["row-1"]
     assert made.dropped == {"too_long": 1}
     assert made.weight.tolist() == [1 / 8]
