@@ -30,8 +30,8 @@ _REQUIRED = (
 class Architecture:
     """The model of a Hugging Face folder: its family, policy or reward model, and our model section.
 
-    `extra` is the part that our exporter adds to `config.json` (template, condition, method); it is empty
-    for a third-party model. `pad_token_id` is the padding token, at which no reward is read.
+    `extra` is the part that our exporter adds to `config.json` (template, condition, method); it is
+    empty for a third-party model. `pad_token_id` is the padding token, at which no reward is read.
     """
 
     family: Family
@@ -109,7 +109,7 @@ def _attention_types(config: Mapping[str, Any]) -> set[str]:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings (`rope_type`, `rope_theta`, ...) from `rope_parameters` or the old keys."""
+    """Return the rotary settings (`rope_type`, `rope_theta`, ...) from the new or the old keys."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     old_type = rope.pop("type", "default")
     rope.setdefault("rope_type", old_type)
@@ -168,7 +168,8 @@ def _model(family: Family, config: Mapping[str, Any]) -> ModelSection:
 def huggingface_config(model: ModelSection, kind: Kind, dtype: str) -> dict[str, Any]:
     """Return the `config.json` of `model` without token ids, with the keys of transformers 4 and 5.
 
-    Version 4 reads `rope_theta`, `rope_scaling` and `torch_dtype`; version 5 `rope_parameters` and `dtype`.
+    Version 4 reads `rope_theta`, `rope_scaling` and `torch_dtype`; version 5 `rope_parameters` and
+    `dtype`.
     """
     family = names.family_of(model)
     scaling = dict(model.rope_scaling)

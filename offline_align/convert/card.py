@@ -19,8 +19,8 @@ def model_card(
 ) -> str:
     """Return the text of README.md.
 
-    `condition` is the reward text that generation uses, or empty. `recipe` is code that encodes dialogues
-    as in training; it is empty if `apply_chat_template` does so.
+    `condition` is the reward text that generation uses, or empty. `recipe` is code that encodes
+    dialogues as in training; it is empty if `apply_chat_template` does so.
     """
     method = _METHODS.get(description.method, description.method or "no training: converted weights")
     task = "text-generation" if description.kind == "policy" else "text-classification"

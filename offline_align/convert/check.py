@@ -18,7 +18,7 @@ from offline_align.data.template import Renderer
 from offline_align.errors import AlignError
 
 TOLERANCE = 1e-4
-"""Largest difference that passes, relative to the largest value; fp32 rounds to 6e-8 in each of many layers."""
+"""Largest difference that passes, relative to the largest value; fp32 rounds to 6e-8 in each layer."""
 
 _DIALOGUES = (
     ((Message("user", "What is the capital of France?"),), "Paris."),
@@ -63,10 +63,10 @@ class Difference:
 def compare(folder: Path, renderer: Renderer, device: torch.device) -> Difference:
     """Return the difference in logits (policy) or scores (reward model) on a few dialogues.
 
-    One more row has ids from the whole vocabulary. For a folder that we wrote, scores are also compared
-    in padded batches, because padding determines where `transformers` reads them. Needs a session of one
-    rank, and memory for each model in fp32, one after the other. Raises AlignError if the difference
-    exceeds rounding.
+    One more row has ids from the whole vocabulary. For a folder that we wrote, scores are also
+    compared in padded batches, because padding determines where `transformers` reads them. Needs a
+    session of one rank, and memory for each model in fp32, one after the other. Raises AlignError
+    if the difference exceeds rounding.
     """
     found = read_architecture(folder)
     assert found.model.vocab_size is not None
@@ -74,8 +74,8 @@ def compare(folder: Path, renderer: Renderer, device: torch.device) -> Differenc
     last = min(found.model.vocab_size, renderer.tokenizer.vocab_size) - 1
     spread = [k * last // (_VOCABULARY_TOKENS - 1) for k in range(_VOCABULARY_TOKENS)]
     rows.append([token for token in spread if token != renderer.tokenizer.eos_id] + [renderer.tokenizer.eos_id])
-    theirs = _numbers_of_transformers(found, folder, rows, device)
-    ours = _numbers_of_ours(found, folder, rows, device)
+    theirs = _transformers_outputs(found, folder, rows, device)
+    ours = _our_outputs(found, folder, rows, device)
     difference = Difference(
         what="logits" if found.kind == "policy" else "scores",
         largest=float((ours - theirs).abs().max()),
@@ -88,13 +88,13 @@ def compare(folder: Path, renderer: Renderer, device: torch.device) -> Differenc
 
 
 @torch.inference_mode()
-def _numbers_of_transformers(
+def _transformers_outputs(
     found: Architecture, folder: Path, rows: Sequence[Sequence[int]], device: torch.device
 ) -> Tensor:
     """Return [1, T, V] logits of all tokens or [1, S] scores, computed row by row without padding.
 
-    For a reward model that we exported, return [3, S]: also the scores of left-padded and right-padded
-    batches.
+    For a reward model that we exported, return [3, S]: also the scores of left-padded and
+    right-padded batches.
     """
     import transformers
 
@@ -108,7 +108,7 @@ def _numbers_of_transformers(
     )
     model = model.to(device).eval()
     together = _padded_scores(model, folder, rows) if found.kind == "reward_model" and found.extra else []
-    # Without padding the score is read at the last token of a row, even if it is the folder's padding token.
+    # Without a padding id, the score is read at the last token, even if that is the padding token.
     model.config.pad_token_id = None
     logits = [model(torch.tensor([row], device=device)).logits[0] for row in rows]
     return torch.stack([torch.cat(logits), *together])
@@ -126,7 +126,7 @@ def _padded_scores(model: Any, folder: Path, rows: Sequence[Sequence[int]]) -> l
 
 
 @torch.inference_mode()
-def _numbers_of_ours(found: Architecture, folder: Path, rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def _our_outputs(found: Architecture, folder: Path, rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Return the same for our model, also row by row: matrix products of equal shapes round equally."""
     from offline_align.model.build import build_model
     from offline_align.model.heads import Policy

@@ -48,15 +48,15 @@ def export_huggingface(
 ) -> list[Path]:
     """Write a folder that `transformers` and vLLM can load, and return its files.
 
-    `state` yields whole tensors (gathered over tensor parallel ranks) under our names. `known` goes into
-    the model card. Raises ConfigError for a model that no family can represent and for missing or unknown
-    tensors, and StorageError if writing fails.
+    `state` yields whole tensors (gathered over tensor parallel ranks) under our names. `known` goes
+    into the model card. Raises ConfigError for a model that no family can represent and for missing
+    or unknown tensors, and StorageError if writing fails.
     """
     max_shard_bytes = parse_size(max_shard_size)
     tensors = huggingface_tensors(state, description.model, description.kind)
     first = next(tensors)
     dtype = str(first[1].dtype).removeprefix("torch.")
-    with _moved_when_whole(target) as work:
+    with _atomic_folder(target) as work:
         write_weights(itertools.chain([first], tensors), work, max_shard_bytes)
         written = _write_tokenizer(description, tokenizer, work)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": written.pad_id}
@@ -70,7 +70,7 @@ def export_huggingface(
 
 
 @contextmanager
-def _moved_when_whole(target: Path) -> Iterator[Path]:
+def _atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a work folder inside `target`; its files are moved to `target` once all are on disk."""
     work: Path | None = None
     try:
@@ -95,7 +95,7 @@ def _moved_when_whole(target: Path) -> Iterator[Path]:
 
 
 def _weights_in(folder: Path) -> set[str]:
-    """Return the names of weight files in `folder`, which a reader could load by mistake if they are stale."""
+    """Return the names of weight files in `folder`; a reader could load stale ones by mistake."""
     return {path.name for pattern in (SINGLE, INDEX, "model-*.safetensors") for path in folder.glob(pattern)}
 
 

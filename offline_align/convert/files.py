@@ -20,9 +20,9 @@ SINGLE = "model.safetensors"
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of `folder`, after checking that each is inside it.
 
-    A single file takes precedence over an index, as in `transformers`; a warning names the ignored index.
-    Raises ConfigError if there are none (pickled weights are refused, because loading them runs code), or
-    if the index names a path outside the folder.
+    A single file takes precedence over an index, as in `transformers`; a warning names the ignored
+    index. Raises ConfigError if there are none (pickled weights are refused, because loading them
+    runs code), or if the index names a path outside the folder.
     """
     if (folder / SINGLE).is_file():
         if ignored_index(folder) is not None:
@@ -79,7 +79,8 @@ def _allowed_roots(folder: Path) -> list[Path]:
 def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield every tensor of `folder` by name as a safetensors slice, whose data is not read yet.
 
-    Raises ConfigError (see `weight_files`, and for a tensor in two files), StorageError for a damaged file.
+    Raises ConfigError (see `weight_files`, and for a tensor in two files), StorageError for a
+    damaged file.
     """
     with ExitStack() as stack:
         slices: dict[str, Any] = {}

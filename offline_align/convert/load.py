@@ -57,9 +57,9 @@ def load_huggingface(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (our tensor name, shard of `tp_rank`) for every tensor, in the dtype of the file.
 
-    Everything is checked before the first tensor is read. Raises ConfigError for an unknown architecture,
-    missing or unexpected tensors, wrong shapes, or a tensor parallel size that does not divide the model;
-    StorageError for a damaged file.
+    Everything is checked before the first tensor is read. Raises ConfigError for an unknown
+    architecture, missing or unexpected tensors, wrong shapes, or a tensor parallel size that does
+    not divide the model; StorageError for a damaged file.
     """
     architecture = read_architecture(folder)
     model = replace(architecture.model, make_vocab_size_divisible_by=make_vocab_size_divisible_by)

@@ -1,7 +1,7 @@
 """Hugging Face tensor names and ours: one table per family, with shapes and tensor-parallel axes.
 
-A row of a table joins the Hugging Face tensors `parts` into our tensor `ours`. Shapes use symbolic names,
-whose values `sizes` returns, so a file can be checked before its tensors are read.
+A row of a table joins the Hugging Face tensors `parts` into our tensor `ours`. Shapes use symbolic
+names, whose values `sizes` returns, so a file can be checked before its tensors are read.
 """
 
 from collections.abc import Iterator

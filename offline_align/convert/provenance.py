@@ -43,7 +43,7 @@ class SourceRun:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The table of an `evaluate` run; `own` are the names that stand for this model in it."""
+    """The table of an `evaluate` run; `own` are the names under which it lists this model."""
 
     judge: str
     prompts: int
@@ -54,7 +54,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Everything in a model card that is not about the model itself."""
+    """Facts for a model card from the runs behind the model."""
 
     training: Rows
     reward_model: Rows
@@ -69,8 +69,8 @@ UNKNOWN = Provenance([], [], [])
 def provenance(model_folder: Path, evaluation: Path | None = None) -> Provenance:
     """Return the provenance of a checkpoint or Hugging Face folder; unknown parts are empty.
 
-    `evaluation` is the folder of an `evaluate` run. Raises ConfigError, naming `convert.evaluation`, if it
-    is not such a run or compares no answers of this model.
+    `evaluation` is the folder of an `evaluate` run. Raises ConfigError, naming
+    `convert.evaluation`, if it is not such a run or compares no answers of this model.
     """
     runs = list(_runs_behind(model_folder))
     compared = _evaluation(evaluation, model_folder) if evaluation is not None else None
@@ -80,7 +80,7 @@ def provenance(model_folder: Path, evaluation: Path | None = None) -> Provenance
 
 
 def _runs_behind(model_folder: Path) -> Iterator[SourceRun]:
-    """Yield the runs behind a folder, depth first; parents that no longer exist or are no runs are skipped."""
+    """Yield the runs behind a folder, depth first; parents that are no longer runs are skipped."""
     folder = model_folder.resolve()
     for run_dir in (folder, *folder.parents[:2]):
         found = list(_walk(run_dir, 0))

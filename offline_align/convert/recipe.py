@@ -1,7 +1,7 @@
 """Python code for the model card that encodes a dialogue with `transformers` exactly as in training.
 
-Context, condition and response were encoded separately. A tokenizer that gets the whole text can join
-their ends into one token, so this code encodes them separately too.
+Context, condition and response were encoded separately. A tokenizer that gets the whole text can
+join their ends into one token, so this code encodes them separately too.
 """
 
 import json
@@ -64,13 +64,13 @@ def _behind(tokenizer: Tokenizer) -> list[str]:
     return [
         "",
         "",
-        "def behind(text):  # encode text that follows other text, without the space added at the start of a text",
+        "def behind(text):  # ids of text that follows other text, without a space added at its start",
         f"    return encode({_literal(mark + '%s')} % text)[len(encode({_literal(mark)})) :]",
     ]
 
 
 def _shows_text_behind(tokenizer: Tokenizer, mark: str) -> bool:
-    """Return whether the ids after `mark` are those of text that follows other text: no token crosses its end."""
+    """Return whether ids after `mark` are those of text after text: no token crosses the end of `mark`."""
     length = len(tokenizer.encode(mark))
     return all(tokenizer.encode(mark + text)[length:] == tokenizer.encode(text, after=After.text) for text in _PROBES)
 

@@ -85,9 +85,9 @@ def open_model(
     """Return the model that the setting `key` names: a run folder, a checkpoint or a Hugging Face folder.
 
     `template` and `template_date` apply only to a model that does not state its own. `tokenizer`
-    replaces the tokenizer of a Hugging Face folder. Raises ConfigError, naming `key`, if the folder is
-    not a supported model or the tokenizer has more entries than the model; StorageError for a damaged
-    checkpoint.
+    replaces the tokenizer of a Hugging Face folder. Raises ConfigError, naming `key`, if the folder
+    is not a supported model or the tokenizer has more entries than the model; StorageError for a
+    damaged checkpoint.
     """
     folder = find_model(path, key)
     try:
@@ -123,8 +123,8 @@ def _from_huggingface(folder: Path, given: Path | None) -> ModelSource:
 def _description(architecture: Architecture, tokenizer: Tokenizer) -> ModelDescription:
     """Return the description that our exporter wrote into `config.json`, or the one of a third-party model.
 
-    Third-party reward models were trained with their chat template, if they have one, and read text as
-    in `transformers`. Raises TypeError and ValueError for a damaged record.
+    Third-party reward models were trained with their chat template, if they have one, and read text
+    as in `transformers`. Raises TypeError and ValueError for a damaged record.
     """
     extra = architecture.extra
     foreign = architecture.kind == "reward_model" and not extra

@@ -13,7 +13,7 @@ _KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check_token_ids(folder: Path, model: ModelSection, tokenizer: Tokenizer, tokenizer_key: str = "init.from") -> None:
-    """Raise ConfigError if an id of `tokenizer` or of the JSON files of `folder` has no row in the embedding.
+    """Raise ConfigError if an id of `tokenizer` or of the folder's JSON files has no embedding row.
 
     Rows without a token are allowed, because many embeddings are larger than their tokenizer.
     """

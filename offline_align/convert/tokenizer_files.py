@@ -16,10 +16,10 @@ from offline_align.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 logger = logging.getLogger(__name__)
 
 _CLASS = "PreTrainedTokenizerFast"
-"""Loads `tokenizer.json` unchanged in transformers 4 and 5; other classes exist in only one or rebuild parts."""
+"""Loads `tokenizer.json` unchanged in transformers 4 and 5, unlike other tokenizer classes."""
 
 # Keys that record how one version loaded the tokenizer, or name classes of one version.
-_OF_ONE_VERSION = {"auto_map", "backend", "is_local", "local_files_only", "name_or_path", "processor_class"}
+_VERSION_KEYS = {"auto_map", "backend", "is_local", "local_files_only", "name_or_path", "processor_class"}
 
 _DIALOGUES = (
     (Message("user", "What is the capital of France?"),),
@@ -42,8 +42,8 @@ def write_tokenizer(
 ) -> Written:
     """Write the tokenizer with its `tokenizer_config.json` into `folder`.
 
-    A SentencePiece model also gets a `tokenizer.json`, if one can reproduce its ids. `last` are ids that
-    rows can end with, see `padding`.
+    A SentencePiece model also gets a `tokenizer.json`, if one can reproduce its ids. `last` are ids
+    that rows can end with, see `padding`.
     """
     tokenizer.save(folder)
     if not (folder / HUGGING_FACE_FILE).is_file():
@@ -70,7 +70,7 @@ def _settings(folder: Path, max_length: int) -> dict[str, Any]:
         found["extra_special_tokens"] = extra
     elif extra:  # version 5 saves a list, which version 4 knows only by its older name
         found["additional_special_tokens"] = extra
-    return {key: value for key, value in found.items() if key not in _OF_ONE_VERSION} | {"tokenizer_class": _CLASS}
+    return {key: value for key, value in found.items() if key not in _VERSION_KEYS} | {"tokenizer_class": _CLASS}
 
 
 def _write_fast_form(folder: Path) -> None:
@@ -88,11 +88,11 @@ def _write_fast_form(folder: Path) -> None:
 def padding(tokenizer: Tokenizer, folder: Path, kind: Kind, last: frozenset[int]) -> tuple[str, int]:
     """Return text and id of a padding token for the tokenizer files in `folder` that is not in `last`.
 
-    `transformers` reads a reward at the last token that is not padding, so padding must not be a token
-    that a row can end with. The choice is a special token, preferably the tokenizer's own padding. If every
-    special token can end a row, a policy is padded with end of sequence, because nothing is read from it
-    that way. A reward model is padded with the longest token of its vocabulary: from then on its text means
-    padding, but so long a token is very rare in real text.
+    `transformers` reads a reward at the last token that is not padding, so padding must not be a
+    token that a row can end with. The choice is a special token, preferably the tokenizer's own
+    padding. If every special token can end a row, a policy is padded with end of sequence, because
+    nothing is read from it that way. A reward model is padded with the longest token of its
+    vocabulary: from then on its text means padding, but so long a token is very rare in real text.
     """
     vocabulary, special = _vocabulary(folder)
     own = {text: token for text, token in vocabulary.items() if token not in last}
@@ -125,8 +125,8 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], set[str]]:
 def first_prompt_difference(folder: Path, renderer: Renderer, condition: str) -> str | None:
     """Return the first sample dialogue that `transformers` encodes differently from `renderer`, or None.
 
-    They differ if a token of the exported tokenizer crosses the boundary between two turns, or between
-    prompt and condition, because we encode these separately.
+    They differ if a token of the exported tokenizer crosses the boundary between two turns, or
+    between prompt and condition, because we encode these separately.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -142,8 +142,8 @@ def first_prompt_difference(folder: Path, renderer: Renderer, condition: str) ->
 def is_replaced(folder: Path, tokenizer: Tokenizer) -> bool:
     """Return whether the ids of `AutoTokenizer` differ from those of the `tokenizer.json` in `folder`.
 
-    For some families (Qwen2), version 5 uses the family's tokenizer class whatever `tokenizer_config.json`
-    names, and that class reads only vocabulary and merges from the file.
+    For some families (Qwen2), version 5 uses the family's tokenizer class whatever
+    `tokenizer_config.json` names, and that class reads only vocabulary and merges from the file.
     """
     from transformers import AutoTokenizer
 

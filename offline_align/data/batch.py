@@ -1,7 +1,8 @@
 """One packed micro-batch, ready for the model.
 
 Shape legend: T tokens of the bin, S segments (rows) in it, N target tokens, P pairs. Under context
-parallelism a rank holds its slices of the bin: T and N count its own tokens, S counts the whole bin.
+parallelism a rank holds its slices of the bin: T and N count its own tokens, S counts the whole
+bin.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Sources of rows to pack (tokenised samples or pairs) and the bins they form.
 
-Adjacent rows of a bin that have the same prompt can share it: the first row contains the prompt, and
-the others attend to its tokens. The result does not change, because in a causal model a token never
-depends on later tokens.
+Adjacent rows of a bin that have the same prompt can share it: the first row contains the prompt,
+and the others attend to its tokens. The result does not change, because in a causal model a token
+never depends on later tokens.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ _LEAST_SHARED = 16
 MOST_KEYS_IN_TRAINING = 4.0
 """Limit on attended keys per computed token in a prefix group; sharing saves at most three quarters.
 
-Training keeps the keys of every row for the gradient, so memory would grow with the number of answers
-without a limit.
+Training keeps the keys of every row for the gradient, so memory would grow with the number of
+answers without a limit.
 """
 
 
@@ -50,8 +50,8 @@ class BinSize:
 class PrefixGroup:
     """Rows that share one prompt: the first row contains it, the others follow it.
 
-    `sequences` are the sequences of the first row. If `shares` is false, nothing is shared, not even
-    between the sequences of one row.
+    `sequences` are the sequences of the first row. If `shares` is false, nothing is shared, not
+    even between the sequences of one row.
     """
 
     def __init__(self, prompt: bytes, row: int, sequences: Sequence[Ids], shares: bool) -> None:
@@ -59,13 +59,13 @@ class PrefixGroup:
         """The common prompt; if it is empty, no other row can join."""
         self.rows = [row]
         self._head, *others = sequences
-        self.sequences = [(self._head, 0), *((ids, _common_beginning(self._head, ids, shares)) for ids in others)]
+        self.sequences = [(self._head, 0), *((ids, _shared_prefix(self._head, ids, shares)) for ids in others)]
         """The ids of each sequence, and the length of the prefix it shares with the first one."""
         self.tokens, self._keys, self.squared_lengths = _costs(self.sequences)
 
     def joined_by(self, row: int, sequences: Sequence[Ids], capacity: float, most_keys: float) -> bool:
-        """Add `row` unless that exceeds `capacity` tokens or the limit on keys; return whether it was added."""
-        added = [(ids, _common_beginning(self._head, ids)) for ids in sequences]
+        """Add `row` if it fits `capacity` tokens and the limit on keys; return whether it did."""
+        added = [(ids, _shared_prefix(self._head, ids)) for ids in sequences]
         tokens, keys, squared_lengths = _costs(added)
         tokens, keys = self.tokens + tokens, self._keys + keys
         if tokens > capacity or keys > most_keys * tokens:
@@ -96,8 +96,8 @@ class RowSource(ABC):
     """Rows to pack, of one sequence each (samples) or two (pairs).
 
     With `share_prompts`, rows with the same prompt share it as long as they attend to at most
-    `most_keys` keys per computed token. `prompted` are the rows, or one side of the pairs, from which
-    the prompts are read.
+    `most_keys` keys per computed token. `prompted` are the rows, or one side of the pairs, from
+    which the prompts are read.
     """
 
     def __init__(self, prompted: TokenizedRows, share_prompts: bool, most_keys: float) -> None:
@@ -123,11 +123,11 @@ class RowSource(ABC):
     def _sequences(self, row: int) -> list[Ids]: ...
 
     def groups(self, rows: Sequence[int], capacity: int) -> list[PrefixGroup]:
-        """Return `rows` as groups that must stay in one bin: rows of one prompt, up to `capacity` tokens."""
+        """Return `rows` as groups of one prompt, each of at most `capacity` tokens, to pack as units."""
         found: list[PrefixGroup] = []
         latest: dict[bytes, PrefixGroup] = {}
         for row in rows:
-            prompt = self._common(row)
+            prompt = self._shared_prompt(row)
             group = latest.get(prompt)
             if group is None or not self._join(group, row, capacity):
                 latest[prompt] = self._begin(prompt, row)
@@ -175,13 +175,13 @@ class RowSource(ABC):
         """Return the rows of a bin as groups of adjacent rows that share a prompt."""
         found: list[PrefixGroup] = []
         for row in rows:
-            prompt = self._common(row)
+            prompt = self._shared_prompt(row)
             last = found[-1] if found else None
             if last is None or last.prompt != prompt or not self._join(last, row, math.inf):
                 found.append(self._begin(prompt, row))
         return found
 
-    def _common(self, row: int) -> bytes:
+    def _shared_prompt(self, row: int) -> bytes:
         """Return the prompt as bytes if it is worth sharing, else empty bytes."""
         if not self.share_prompts:
             return b""
@@ -228,7 +228,7 @@ class PairSource(RowSource):
         self.pairs = pairs
 
     def num_tokens(self) -> int:
-        """Return the number of tokens of all pairs; with `share_prompts`, each pair counts its prompt once."""
+        """Return the number of tokens of all pairs; with `share_prompts`, a pair has its prompt once."""
         both = sum(int(side.offsets[-1] - side.offsets[0]) for side in (self.pairs.chosen, self.pairs.rejected))
         return both - (int(self.pairs.chosen.prompt_length.sum()) if self.share_prompts else 0)
 
@@ -250,7 +250,7 @@ def _ids(rows: TokenizedRows, row: int) -> Ids:
     return rows.ids[rows.offsets[row] : rows.offsets[row + 1]]
 
 
-def _common_beginning(head: Ids, ids: Ids, shares: bool = True) -> int:
+def _shared_prefix(head: Ids, ids: Ids, shares: bool = True) -> int:
     """Return the length of the prefix that `ids` shares with `head`; 0 if it is short or `shares` is false.
 
     The last token is never shared, because a score is read there.

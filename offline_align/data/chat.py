@@ -1,8 +1,8 @@
 """Chat templates in Jinja, rendered in a sandbox with the names that `transformers` provides.
 
 A template may name special tokens, a message may not. If a message contains the text of a special
-token, a private-use character replaces that text while the template runs, and the text becomes plain
-text in the rendering. Every other dialogue gets exactly the rendering of `transformers`.
+token, a private-use character replaces that text while the template runs, and the text becomes
+plain text in the rendering. Every other dialogue gets exactly the rendering of `transformers`.
 """
 
 import json
@@ -83,8 +83,8 @@ class ChatTemplate:
     def answer(self, messages: Sequence[Message], response: str) -> list[Piece]:
         """Return the pieces that the template writes after `prompt(messages)` for this response.
 
-        Raises DataError if the template refuses the dialogue, and ConfigError if the rendering of the
-        whole dialogue does not begin with the rendering of the prompt.
+        Raises DataError if the template refuses the dialogue, and ConfigError if the rendering of
+        the whole dialogue does not begin with the rendering of the prompt.
         """
         shielded, shields = self._shield([*messages, Message("assistant", response)])
         context = self._prompt_text(tuple(shielded[:-1]))
@@ -97,7 +97,7 @@ class ChatTemplate:
         return _pieces(whole[len(context) :], shields)
 
     def _shield(self, messages: Sequence[Message]) -> tuple[Sequence[Message], dict[str, str]]:
-        """Replace each special text by a private-use character; return the messages and the replacements."""
+        """Return the messages with special texts replaced by private-use characters, and the inverse map."""
         pattern = self._special_texts
         text = "".join(message.content for message in messages)
         if pattern is None or not pattern.search(text):
@@ -155,14 +155,14 @@ def with_day(source: str, day: date) -> str | None:
     ]
     if not all(len(args) == 1 and isinstance(args[0], nodes.Const) for args in calls):
         return None
-    forms = {args[0].value: _on(day)(args[0].value) for args in calls if isinstance(args[0], nodes.Const)}
+    forms = {args[0].value: _strftime_on(day)(args[0].value) for args in calls if isinstance(args[0], nodes.Const)}
     written = json.dumps(forms, ensure_ascii=False)
     return f"{{%- macro {_CLOCK}(form) -%}}{{{{ {written}[form] }}}}{{%- endmacro -%}}\n{source}"
 
 
 def _compile(source: str, day: date | None) -> Template:
     environment = _environment()
-    environment.globals[_CLOCK] = _strftime_now if day is None else _on(day)
+    environment.globals[_CLOCK] = _strftime_now if day is None else _strftime_on(day)
     _parsed(environment, source)
     return environment.from_string(source)
 
@@ -191,7 +191,7 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _on(day: date) -> Callable[[str], str]:
+def _strftime_on(day: date) -> Callable[[str], str]:
     """Return `strftime` for midnight at the beginning of `day`."""
     return datetime.combine(day, time()).strftime
 

@@ -1,6 +1,7 @@
 """Collate rows into a bin: concatenated tokens, and the keys that rows share.
 
-Shape legend: S segments (rows of a bin, two for a pair), T tokens of the bin, K keys of its rows, N targets.
+Shape legend: S segments (rows of a bin, two for a pair), T tokens of the bin, K keys of its rows, N
+targets.
 """
 
 from dataclasses import dataclass

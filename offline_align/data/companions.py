@@ -88,7 +88,7 @@ def _same(token: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
 
 
 def added_tokens(config: Mapping[str, Any], files: Mapping[str, bytes]) -> list[dict[str, Any]]:
-    """Return the added tokens of the companions (`id`, `content` and flags), sorted by id; raises ValueError."""
+    """Return the companions' added tokens (`id`, `content`, flags), sorted by id; raises ValueError."""
     try:
         return sorted(_added(config, files), key=lambda token: int(token["id"]))
     except (AttributeError, TypeError, LookupError) as error:

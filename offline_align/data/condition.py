@@ -24,7 +24,7 @@ class Condition:
 
     @classmethod
     def from_values(cls, values: Any) -> "Condition | None":
-        """Return the condition stored in a file, or None if it has none; raises ValueError if it is invalid."""
+        """Return the condition stored in a file, or None; raises ValueError if it is invalid."""
         if not values:
             return None
         try:

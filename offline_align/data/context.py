@@ -1,9 +1,9 @@
 """Context parallelism: the positions of a bin that each rank of a group computes.
 
-A bin is cut into 2c equal slices for a group of c ranks; rank r takes slices r and 2c - 1 - r. Later
-positions attend to more keys, so pairing a late slice with an early one balances the ranks. Positions
-still count from the start of each row, and queries attend to all earlier keys of their row, whichever
-rank computes them.
+A bin is cut into 2c equal slices for a group of c ranks; rank r takes slices r and 2c - 1 - r.
+Later positions attend to more keys, so pairing a late slice with an early one balances the ranks.
+Positions still count from the start of each row, and queries attend to all earlier keys of their
+row, whichever rank computes them.
 """
 
 from dataclasses import replace
@@ -27,8 +27,8 @@ def slices_of_rank(tokens: int, rank: int, size: int) -> list[tuple[int, int]]:
 def share_of_context(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
     """Return the part of a bin that rank `rank` of `size` computes; the bin itself if `size` is 1.
 
-    A target belongs to the rank that computes its position. Pairs belong to rank 0, because every rank
-    gets all scores.
+    A target belongs to the rank that computes its position. Pairs belong to rank 0, because every
+    rank gets all scores.
     """
     if size == 1:
         return batch

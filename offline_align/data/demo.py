@@ -1,9 +1,9 @@
 """The demo corpus: answers to the questions of `demo_language` by annotators of varying care.
 
 A transformer of less than a million parameters learns it in seconds on a CPU. It is still a real
-preference problem: quality is graded, and a good answer depends on the prompt (which animal, which of
-its facts). The traits of a better answer (a greeting, all facts, a friendly end, nothing else) are
-traits that a reward model of that size can learn to see. The seed determines everything.
+preference problem: quality is graded, and a good answer depends on the prompt (which animal, which
+of its facts). The traits of a better answer (a greeting, all facts, a friendly end, nothing else)
+are traits that a reward model of that size can learn to see. The seed determines everything.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,7 +148,7 @@ def demo_samples(count: int, seed: int, held_out: int) -> Iterator[dict[str, Any
 
 
 def demo_pairs(count: int, seed: int, held_out: int) -> Iterator[dict[str, Any]]:
-    """Yield preference pairs: the truly better answer is chosen, except for a share LABEL_NOISE of pairs."""
+    """Yield preference pairs; the truly better answer is chosen, except in a share LABEL_NOISE."""
     evaluation, random = _held_out_texts(held_out, seed), Random(f"demo pairs {seed}")
     for number in range(1, count + 1):
         prompt, better, worse = _two_answers(evaluation, random)

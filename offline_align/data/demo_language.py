@@ -1,7 +1,7 @@
 """The language of the demo corpus: a visitor asks an animal park about an animal.
 
-Prompts and answers are plain English with fewer than 150 different words. A prompt can be parsed back
-from its text, so the true quality of any answer is known.
+Prompts and answers are plain English with fewer than 150 different words. A prompt can be parsed
+back from its text, so the true quality of any answer is known.
 """
 
 import re
@@ -115,11 +115,11 @@ def is_demo_prompt(text: str) -> bool:
 def true_quality(prompt: Sequence[Message] | str, response: str) -> float:
     """Return the true quality of a response, 0 to 10, from the texts alone.
 
-    Let f be the share of requested facts stated correctly, minus half of the share stated wrongly, and
-    at least 0. The quality is 6 f, plus 1.5 if the first sentence is a greeting, 1 if the last sentence
-    is friendly, and 1.5 f if there is no fault. Each fault (a repeated sentence, a fact that was not
-    requested or is about another animal, a greeting elsewhere, anything vague, rude or cut off) costs
-    0.5. Raises ValueError if the prompt is not from this corpus.
+    Let f be the share of requested facts stated correctly, minus half of the share stated wrongly,
+    and at least 0. The quality is 6 f, plus 1.5 if the first sentence is a greeting, 1 if the last
+    sentence is friendly, and 1.5 f if there is no fault. Each fault (a repeated sentence, a fact
+    that was not requested or is about another animal, a greeting elsewhere, anything vague, rude or
+    cut off) costs 0.5. Raises ValueError if the prompt is not from this corpus.
     """
     text = prompt if isinstance(prompt, str) else prompt[-1].content
     request = parse_prompt(text)

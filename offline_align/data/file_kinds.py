@@ -38,7 +38,7 @@ _TABLES = {".csv": "commas", ".tsv": "tabs"}
 
 
 def refuse_other_kinds(path: Path, head: bytes) -> None:
-    """Raise DataError `file:1: kind: problem; fix` if a file is not JSONL; `head` is its decompressed start."""
+    """Raise DataError `file:1: kind: problem; fix` if `head`, a file's start, is not JSONL."""
     problem = _problem(path, head[:HEAD_BYTES])
     if problem is not None:
         raise DataError(f"{path}:1: {problem}")

@@ -1,9 +1,9 @@
 """Journals: append-only files, one per rank, that save the results of long work as they are computed.
 
 An entry is one line with a JSON object and a checksum, which also covers the name of the journal's
-folder. Folders are named after content keys. A line that was truncated by a kill, damaged on disk or
-copied from a run with other settings is therefore recognised and skipped, and its result is computed
-again. Nothing needs to be repaired by hand.
+folder. Folders are named after content keys. A line that was truncated by a kill, damaged on disk
+or copied from a run with other settings is therefore recognised and skipped, and its result is
+computed again. Nothing needs to be repaired by hand.
 """
 
 import json

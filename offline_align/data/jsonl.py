@@ -110,7 +110,7 @@ def read_objects(paths: Sequence[Path], bad_rows: BadRows) -> Iterator[Line]:
 
 
 def is_empty(paths: Sequence[Path]) -> bool:
-    """Return whether the files have only blank lines; raises DataError if one is not JSONL, StorageError."""
+    """Return whether the files have only blank lines; raises DataError (not JSONL), StorageError."""
     found = BadRows(OnBadRow.skip, None)
     return not any(raw.strip() for path in paths for _, raw in _numbered_lines(path, found)) and not found.counts
 

@@ -1,8 +1,8 @@
 """The rows of each optimizer step, packed into batches for one data parallel rank.
 
-The order of rows is a pure function of (seed, epoch, index), and of the prompts if rows are ordered by
-prompt. There is no generator state, so a run can resume at any step, with any number of ranks, and
-get the same rows.
+The order of rows is a pure function of (seed, epoch, index), and of the prompts if rows are ordered
+by prompt. There is no generator state, so a run can resume at any step, with any number of ranks,
+and get the same rows.
 """
 
 from collections.abc import Generator

@@ -14,8 +14,9 @@ def pack(lengths: Sequence[int], capacity: int, multiple_of: int = 1) -> list[li
 
     The number of bins is what first-fit-decreasing needs, rounded up to a multiple of `multiple_of`
     (data parallel ranks), and more if the balanced assignment does not fit. Rows go to the emptiest
-    bin, longest first, so that ranks finish together. Some bins are empty if there are fewer rows than
-    ranks. Bin `b` belongs to rank `b % multiple_of`. Raises ValueError for a row longer than `capacity`.
+    bin, longest first, so that ranks finish together. Some bins are empty if there are fewer rows
+    than ranks. Bin `b` belongs to rank `b % multiple_of`. Raises ValueError for a row longer than
+    `capacity`.
     """
     longest = max(lengths, default=0)
     if longest > capacity:
@@ -56,5 +57,5 @@ def _spread(order: list[int], lengths: Sequence[int], capacity: int, count: int)
 
 
 def padding_multiple(tensor: int, context: int, sequence_parallel: bool, fp8: bool = False) -> int:
-    """Return the multiple to which bins are padded: ranks need equal parts, fp8 products multiples of 16."""
+    """Return the multiple to which bins are padded: equal parts for ranks, 16 for fp8 products."""
     return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1) * (16 if fp8 else 1)

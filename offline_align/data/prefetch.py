@@ -9,8 +9,8 @@ from itertools import islice
 def prefetch[A, T](make: Callable[[A], T], items: Iterable[A], depth: int = 2) -> Generator[T]:
     """Yield `make(item)` for each of `items`, in order, computing up to `depth` results in advance.
 
-    An error in `make` is raised in place of its result. A single thread calls `make`, so the order is
-    that of `items`; numpy, torch and the tokenizers release the GIL while they work. `items` is
+    An error in `make` is raised in place of its result. A single thread calls `make`, so the order
+    is that of `items`; numpy, torch and the tokenizers release the GIL while they work. `items` is
     iterated in the consumer's thread.
     """
     with ThreadPoolExecutor(1, "ahead") as pool:

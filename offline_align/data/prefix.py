@@ -124,7 +124,7 @@ class Prefixed(ABC):
     prefix_rule: PrefixRule
     """Where a space is added to the start of a text."""
     _strips: bool
-    """Whether white space at the ends of a text is lost; the prefix then stands for a space between two texts."""
+    """Whether encoding strips white space; the prefix then represents the space between two texts."""
     _breaks: dict[bool, Breaks]
     """The tokens after which text starts anew, by whether special tokens are matched."""
 

@@ -46,7 +46,7 @@ class Preparation:
 
 
 def prepare_rows(sources: Iterable[Source], settings: PrepareSection, seed: int, bad_rows: BadRows) -> Preparation:
-    """Return the rows of all inputs without duplicates, by output file; raises DataError if none is left."""
+    """Return the rows of all inputs without duplicates; raises DataError if there are none."""
     result = Preparation()
     for source in sources:
         counts = InputCounts(source.name)

@@ -1,7 +1,7 @@
 """The rows that stages exchange: SFT samples, preference pairs, labelled samples and prompts.
 
-Rows are validated strictly. A prompt is a string (one user message) or a list of messages: an optional
-system message, then user and assistant messages in turn, ending with a user message.
+Rows are validated strictly. A prompt is a string (one user message) or a list of messages: an
+optional system message, then user and assistant messages in turn, ending with a user message.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """A prompt with a preferred and a rejected response; `margin` is the strength of the preference, if known."""
+    """A prompt with a preferred and a rejected response; `margin` is how much better, if known."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -103,9 +103,9 @@ class Prompt:
 def read_rows[T](paths: Sequence[Path], kind: type[T], bad_rows: BadRows) -> Iterator[T]:
     """Yield the rows of the files as `kind`, one of the classes above, in order.
 
-    A missing id becomes `<file name>:<line number>`. Ids must be unique over all files, including the
-    ids of the two answers of a pair, `<id>/chosen` and `<id>/rejected`. Raises DataError for a bad row
-    (unless bad rows are skipped) and if there is no usable row at all.
+    A missing id becomes `<file name>:<line number>`. Ids must be unique over all files, including
+    the ids of the two answers of a pair, `<id>/chosen` and `<id>/rejected`. Raises DataError for a
+    bad row (unless bad rows are skipped) and if there is no usable row at all.
     """
     return _read(paths, bad_rows, lambda columns, row_id: parse_row(columns, kind, row_id))
 
@@ -116,10 +116,10 @@ def read_samples_and_pairs(paths: Sequence[Path], bad_rows: BadRows) -> Iterator
 
 
 def reject_rows(paths: Sequence[Path], kind: type | None, reasons: Mapping[str, str], bad_rows: BadRows) -> None:
-    """Reject the rows whose ids are in `reasons`, naming file and line; None as `kind` means samples and pairs.
+    """Reject the rows whose ids are in `reasons`, naming file and line.
 
-    Raises DataError as `BadRows.reject`. The files are read again, because rows do not store their
-    line numbers.
+    A `kind` of None stands for samples and pairs. Raises DataError as `BadRows.reject`. The files
+    are read again, because rows do not store their line numbers.
     """
     if not reasons:
         return
@@ -156,14 +156,14 @@ def _accepted[T](
         name = line.path.name if names[line.path.name] == 1 else str(line.path)
         try:
             row = parse(line.value, f"{name}:{line.number}")
-            _check_ids(_names(row), line.raw, seen)
+            _check_ids(_occupied_ids(row), line.raw, seen)
         except RowError as error:
             line.reject(bad_rows, str(error))
         else:
             yield line, row
 
 
-def _names(row: Any) -> list[str]:
+def _occupied_ids(row: Any) -> list[str]:
     """Return the ids that a row occupies: its own and, for a pair, the ids of its labelled answers."""
     return [row.id, f"{row.id}/chosen", f"{row.id}/rejected"] if isinstance(row, PreferencePair) else [row.id]
 
@@ -177,7 +177,7 @@ def _check_ids(names: list[str], raw: bytes, seen: dict[str, bytes]) -> None:
 
 
 def parse_row[T](columns: dict[str, Any], kind: type[T], default_id: str) -> T:
-    """Return a JSON object as `kind`, with ids as text; raises RowError `field: reason` if it is invalid."""
+    """Return a JSON object as `kind`, with ids as text; raises RowError if it is invalid."""
     parse = _PARSERS[kind]
     numbered = [name for name in ("id", "source_id") if type(columns.get(name)) is int]
     columns = columns | {name: text_id(columns[name]) for name in numbered} if numbered else columns
@@ -194,7 +194,7 @@ def _sample(columns: dict[str, Any], row_id: str, prompt: tuple[Message, ...]) -
 
 
 def _answer_id(columns: dict[str, Any], row_id: str) -> str:
-    """Return the id of a row; for rows of `generate`, with condition and sample index, which tell answers apart."""
+    """Return the id of a row; condition and sample index make ids of `generate` answers unique."""
     if "finish_reason" not in columns:
         return row_id
     place = (columns.get("condition"), columns.get("sample_index"))

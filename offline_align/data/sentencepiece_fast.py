@@ -47,9 +47,9 @@ def convert(path: Path) -> Tokenizer | None:
 def faithful(model: bytes, prefix: str | None) -> Tokenizer | None:
     """Return a fast tokenizer for a SentencePiece model as in `transformers`, or None as `convert` does.
 
-    User-defined symbols become added tokens; those that look like markers are special. `prefix` says when
-    a space is added to the start of a text ("always": also after added tokens; "first"; "never"); None
-    keeps the model's own rule.
+    User-defined symbols become added tokens; those that look like markers are special. `prefix`
+    says when a space is added to the start of a text ("always": also after added tokens; "first";
+    "never"); None keeps the model's own rule.
     """
     proto = _parsed(model)
     if not _convertible(proto) or _first_difference(model, _build(proto)) is not None:

@@ -16,11 +16,11 @@ _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 def with_tokenizer_json(model: bytes, companions: Mapping[str, bytes]) -> dict[str, bytes] | None:
     """Return the companions with a `tokenizer.json` that replaces the SentencePiece model.
 
-    Texts get SentencePiece's ids. The Llama tokenizer classes have their own rules for the space at the
-    start of a text (`add_prefix_space`, `legacy`) and split off user-defined symbols first.
+    Texts get SentencePiece's ids. The Llama tokenizer classes have their own rules for the space at
+    the start of a text (`add_prefix_space`, `legacy`) and split off user-defined symbols first.
 
-    Some models have no faithful `tokenizer.json`. The result is then None, or ValueError is raised if the
-    companions add tokens or change the end of sequence.
+    Some models have no faithful `tokenizer.json`. The result is then None, or ValueError is raised
+    if the companions add tokens or change the end of sequence.
     """
     config = settings(companions)
     own = _own_roles(model)

@@ -23,9 +23,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     """Return a serialised SentencePiece model with `vocab_size` entries; training is deterministic.
 
     Text is not normalised and gets no added spaces. Every digit is a separate piece, and characters
-    outside the vocabulary become bytes. Ids: unknown 0, begin 1, end 2, padding 3. Raises ConfigError,
-    naming `tokenizer.vocab_size`, if the texts do not allow that many entries, and DataError if there is
-    no text.
+    outside the vocabulary become bytes. Ids: unknown 0, begin 1, end 2, padding 3. Raises
+    ConfigError, naming `tokenizer.vocab_size`, if the texts do not allow that many entries, and
+    DataError if there is no text.
     """
     lines = _lines(texts)
     first = next(lines, None)

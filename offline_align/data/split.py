@@ -10,7 +10,7 @@ def normalised(text: str) -> str:
 
 
 def answers(row: dict[str, Any]) -> dict[str, str]:
-    """Return the answers of a row by column; in a pair, `response` is not an answer and can have any type."""
+    """Return the answers of a row by column; a `response` in a pair is not an answer."""
     return {name: row[name] for name in ("chosen", "rejected") if name in row} or {"response": row["response"]}
 
 
@@ -35,8 +35,8 @@ def first_user_message(row: dict[str, Any]) -> str:
 def is_validation(row: dict[str, Any], seed: int, valid_fraction: float) -> bool:
     """Return whether a row belongs to validation, which depends only on seed and first user message.
 
-    All rows of a dialogue or prompt, SFT rows and pairs alike, are therefore on the same side, on every
-    machine and whatever else is read.
+    All rows of a dialogue or prompt, SFT rows and pairs alike, are therefore on the same side, on
+    every machine and whatever else is read.
     """
     text = normalised(first_user_message(row))
     digest = hashlib.sha256(f"{seed}\0{text}".encode()).digest()

@@ -1,10 +1,11 @@
 """Turn dialogues into token ids with the paper's template or the tokenizer's chat template.
 
 The paper's template (section 4) is `User:{instruction}Assistant: {response}`. Earlier answers end
-with end of sequence, a system message comes first as `System:{text}`, and Conditional Alignment puts
-its condition between `Assistant: ` and the response (Eq. 6). Context, condition and response are
-encoded separately, in training and in generation, so no token crosses a boundary between them. Text
-that follows other text is encoded without the space that some tokenizers add to the start of a text.
+with end of sequence, a system message comes first as `System:{text}`, and Conditional Alignment
+puts its condition between `Assistant: ` and the response (Eq. 6). Context, condition and response
+are encoded separately, in training and in generation, so no token crosses a boundary between them.
+Text that follows other text is encoded without the space that some tokenizers add to the start of a
+text.
 
 Third-party reward models get the same ids as in `transformers`, see `Reading`.
 
@@ -50,8 +51,8 @@ class Reading:
     """How a third-party reward model reads a dialogue.
 
     The ids are those of `apply_chat_template(prompt and answer, tokenize=True)`, which encodes the
-    whole text at once. `AutoModelForSequenceClassification` takes the score from the last token that
-    is not padding.
+    whole text at once. `AutoModelForSequenceClassification` takes the score from the last token
+    that is not padding.
     """
 
     pad_id: int | None
@@ -59,7 +60,7 @@ class Reading:
 
     @classmethod
     def from_values(cls, values: Any) -> "Reading | None":
-        """Return the reading stored in a file, or None if it has none; raises ValueError if it is invalid."""
+        """Return the reading stored in a file, or None; raises ValueError if it is invalid."""
         if values is None:
             return None
         pad_id = values.get("pad_id") if isinstance(values, dict) else values
@@ -103,7 +104,7 @@ class Renderer:
         return self.rows(self.encode(self.spans(prompt, [response], condition)))[0]
 
     def spans(self, prompt: Sequence[Message], responses: Sequence[str], condition: str = "") -> list[Span]:
-        """Return the spans from which `encode` and then `rows` make the context and target of each response.
+        """Return the spans of context and responses, the input of `encode`, whose result `rows` splits.
 
         Raises DataError and ConfigError as `ChatTemplate.answer` does.
         """
@@ -192,7 +193,7 @@ class Renderer:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Ids that end an answer: end of sequence, and the special token with which the template closes answers."""
+        """Ids that end an answer: end of sequence, and the special token that closes it in the template."""
         before, behind = self._chat.around(_QUESTION) if self._chat else ("", "")
         end = self._chat.first_special(behind)[1] if self._chat else None
         ids = self.tokenizer.encode(end, special=True, after=After.text) if end and end not in before else []
@@ -228,7 +229,7 @@ class Renderer:
 
 
 def writes_date(tokenizer: Tokenizer, template: Template) -> bool:
-    """Return whether the rendered text depends on the date; raises ConfigError for an invalid chat template."""
+    """Return whether the template writes the date; raises ConfigError for an invalid chat template."""
     source = tokenizer.chat_template if template is Template.chat else None
     return source is not None and uses_date(source)
 

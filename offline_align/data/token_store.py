@@ -1,7 +1,7 @@
 """The store of token ids: one folder for each set of rows, written atomically and memory-mapped.
 
-`tokens.arrow` is one Arrow record batch, so that every column is one flat array. `summary.json` has its
-size and the rows that were left out. Several processes may request the same folder at once.
+`tokens.arrow` is one Arrow record batch, so that every column is one flat array. `summary.json` has
+its size and the rows that were left out. Several processes may request the same folder at once.
 """
 
 import json
@@ -67,12 +67,12 @@ class StoredTokens:
 
 
 def stored(folder: Path, tokenize: Callable[[], Iterable[Fresh]]) -> StoredTokens:
-    """Return the tokens in `folder`; if it is missing or incomplete, write it from the batches of `tokenize()`.
+    """Return the tokens in `folder`, after writing the batches of `tokenize()` if it is incomplete.
 
     Raises StorageError.
     """
     try:
-        if not _whole(folder):
+        if not _is_complete(folder):
             _build(folder, tokenize)
         return _load(folder)
     except Exception as error:
@@ -83,7 +83,7 @@ def stored(folder: Path, tokenize: Callable[[], Iterable[Fresh]]) -> StoredToken
 
 
 def _storage_failure(error: BaseException | None) -> OSError | None:
-    """Return the failed write behind an error, which Arrow may hide behind a second one when it closes the file."""
+    """Return the failed write behind an error; Arrow may raise a second error when it closes the file."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
@@ -96,7 +96,7 @@ def responses(sides: Sequence[tuple[list[int], int]]) -> Responses:
     return Responses(flat, lengths, np.array([start for _, start in sides], dtype=np.int32))
 
 
-def _whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     """Return whether the cache folder exists and is complete."""
     try:
         size = json.loads((folder / SUMMARY_FILE).read_bytes())["bytes"]
@@ -115,12 +115,12 @@ def _build(folder: Path, tokenize: Callable[[], Iterable[Fresh]]) -> None:
         ready = work / "ready"
         ready.mkdir()
         _write(tokenize(), ready)
-        if folder.exists() and not _whole(folder):
+        if folder.exists() and not _is_complete(folder):
             shutil.rmtree(folder, ignore_errors=True)
         try:
             ready.rename(folder)
         except OSError:
-            if not _whole(folder):
+            if not _is_complete(folder):
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)

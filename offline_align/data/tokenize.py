@@ -1,7 +1,7 @@
 """Tokenise rows once, into an Arrow cache keyed by everything that determines the token ids.
 
-Row weights and row ids stay outside the cache, so a change of `method.beta` does not tokenise again.
-Shapes: n rows, T tokens of all rows together.
+Row weights and row ids stay outside the cache, so a change of `method.beta` does not tokenise
+again. Shapes: n rows, T tokens of all rows together.
 """
 
 import hashlib
@@ -124,10 +124,10 @@ def tokenize_samples(
     """Return the token ids of the rows, in order, from the cache if it has them.
 
     Rows over `data.max_length` are truncated or left out (`dropped`: too_long, response_too_long).
-    Rows whose target is end of sequence alone are left out (no_target) unless `empty_answers` is set:
-    such a row can be scored, but there is nothing to learn from it. Rows that the chat template
-    refuses are left out and handed to `on_refused`. A row with `Sample.beside` is truncated or left
-    out together with that other answer, because both share one context.
+    Rows whose target is end of sequence alone are left out (no_target) unless `empty_answers` is
+    set: such a row can be scored, but there is nothing to learn from it. Rows that the chat
+    template refuses are left out and handed to `on_refused`. A row with `Sample.beside` is
+    truncated or left out together with that other answer, because both share one context.
 
     Raises DataError if the chat template refuses a row and `on_refused` is None, or if no row is
     left; ConfigError for an unusable chat template; StorageError if the cache cannot be written.
@@ -256,8 +256,9 @@ def _key(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) ->
 def _tokenize(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) -> Iterator[Fresh]:
     """Yield batches: the status of every dialogue, and the tokens of those that are kept.
 
-    One thread encodes, on all cores, while this one renders the next rows and fits the encoded ones.
-    Templates are third-party code and run in this thread, so that a signal can interrupt them.
+    One thread encodes, on all cores, while this one renders the next rows and fits the encoded
+    ones. Templates are third-party code and run in this thread, so that a signal can interrupt
+    them.
     """
 
     def encode(rows: list[_Rendered]) -> tuple[list[_Rendered], list[list[int]]]:
@@ -297,8 +298,9 @@ def _fitted(rows: Sequence[_Rendered], ids: Iterable[list[int]], renderer: Rende
 
 
 def _fit(ids: list[list[int]], condition: str, renderer: Renderer, limits: _Limits) -> tuple[list[_Side], str]:
-    """Return each side of one row in at most `limits.max_length` tokens, and its status; no sides if left out.
+    """Return each side of one row in at most `limits.max_length` tokens, and the row's status.
 
+    There are no sides if the row is left out.
     Truncation removes tokens from the left of the context. Begin of sequence, the generation prompt
     and the condition stay.
     """
@@ -318,7 +320,7 @@ def _cut(context: list[int], room: int, start: list[int]) -> list[int]:
 
 
 def left_out(context: int, target: int, renderer: Renderer, data: DataSection) -> str | None:
-    """Return why training leaves out a row with these token counts and no condition; None if it keeps it."""
+    """Return why training drops a row with these token counts and no condition, or None if it does not."""
     status = _status(context, [target], "", renderer, _Limits(data.max_length, data.too_long))
     return None if status in (KEPT, TRUNCATED) else status
 

@@ -1,8 +1,8 @@
 """Tokenizers: SentencePiece `.model` files and Hugging Face `tokenizer.json` files, read as data only.
 
-No code that comes with a tokenizer is run, and nothing is unpickled. User text never becomes a special
-token: a literal `</s>` or `<|im_end|>` in a row is encoded as plain characters. Only text from a
-template may name special tokens (`special=True`).
+No code that comes with a tokenizer is run, and nothing is unpickled. User text never becomes a
+special token: a literal `</s>` or `<|im_end|>` in a row is encoded as plain characters. Only text
+from a template may name special tokens (`special=True`).
 """
 
 import hashlib
@@ -86,9 +86,9 @@ class Tokenizer(Protocol):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Return the tokenizer of a `.model` or `tokenizer.json` file, or of a folder with either of them.
 
-    If a folder has both, `tokenizer.json` is used, as in Hugging Face. Companion files are applied to a
-    `tokenizer.json` and to the `.model` of a folder; a `.model` file that is given by its own path is
-    read without them. Raises ConfigError naming `model.tokenizer`.
+    If a folder has both, `tokenizer.json` is used, as in Hugging Face. Companion files are applied
+    to a `tokenizer.json` and to the `.model` of a folder; a `.model` file that is given by its own
+    path is read without them. Raises ConfigError naming `model.tokenizer`.
     """
     found = _find(Path(path))
     try:
@@ -116,7 +116,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether an error is a panic of a Rust library; it is no `Exception`, and its class is not exported."""
+    """Return whether an error is a panic of a Rust library, whose class is private and no `Exception`."""
     return type(error).__name__ == "PanicException"
 
 
@@ -157,9 +157,9 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 class SentencePieceTokenizer(Prefixed):
     """A SentencePiece model. Its file has no chat template and no rule that adds begin of sequence.
 
-    SentencePiece never matches control symbols in text, but it does match user-defined symbols. Those
-    that look like markers (`<name>`, `[NAME]`) are therefore disabled for plain text; others, such as
-    runs of spaces, stay enabled.
+    SentencePiece never matches control symbols in text, but it does match user-defined symbols.
+    Those that look like markers (`<name>`, `[NAME]`) are therefore disabled for plain text; others,
+    such as runs of spaces, stay enabled.
     """
 
     chat_template: str | None = None
@@ -226,8 +226,8 @@ def _present(token_id: int) -> int | None:
 class HuggingFaceTokenizer(Prefixed):
     """A `tokenizer.json` with the special tokens and the chat template of its companions.
 
-    A token is special if `tokenizer.json` flags it or if a companion names it in a role. Truncation and
-    padding that were saved with the file are disabled.
+    A token is special if `tokenizer.json` flags it or if a companion names it in a role. Truncation
+    and padding that were saved with the file are disabled.
     """
 
     def __init__(self, files: Mapping[str, bytes]) -> None:

@@ -1,7 +1,7 @@
 """Store answers in the journal of a run, and merge them into its output.
 
-An answer is identified by prompt, condition and sample, not by rank, so a run can continue with another
-number of ranks.
+An answer is identified by prompt, condition and sample, not by rank, so a run can continue with
+another number of ranks.
 """
 
 from collections.abc import Collection, Iterable, Sequence

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def choose_engine(name: EngineName, device: Device) -> EngineName:
     """Return the engine to use; raises ConfigError, naming `generate.engine`, if vLLM cannot run.
 
-    Each build of vLLM supports one kind of device. The build for CPUs is used only on request, not by `auto`.
+    Each build of vLLM supports one kind of device. The build for CPUs is used only on request, not
+    by `auto`.
     """
     import torch
 

@@ -51,7 +51,7 @@ class Engine(Protocol):
     """Preferred number of requests per call."""
 
     def answers(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
-        """Yield the answers in batches as they finish, one per request; closing the iterator stops the work."""
+        """Yield answers in batches as they finish, one per request; closing the iterator stops the work."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,13 @@ def build_requests(
     generate: GenerateSection,
     on_refused: OnRefused,
 ) -> Workload:
-    """Return `generate.n` requests for each prompt under each of `conditions` (one, empty, for most policies).
+    """Return `generate.n` requests for each prompt under each condition.
 
-    Prompt and answer share `data.max_length` tokens, of which a quarter (or `max_new_tokens`, if that is
-    less) is reserved for the answer. Longer prompts are truncated on the left or left out, depending on
-    `data.too_long`. Prompts that the chat template refuses are left out and passed to `on_refused`, as a
-    map from id to the template's message. Raises DataError if no prompt is left.
+    Most policies have one condition, the empty text. Prompt and answer share `data.max_length`
+    tokens, of which a quarter (or `max_new_tokens`, if that is less) is reserved for the answer.
+    Longer prompts are truncated on the left or left out, depending on `data.too_long`. Prompts that
+    the chat template refuses are left out and passed to `on_refused`, as a map from id to the
+    template's message. Raises DataError if no prompt is left.
     """
     requests: list[Request] = []
     refused: dict[str, str] = {}

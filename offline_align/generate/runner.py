@@ -18,10 +18,12 @@ _WINDOW_BATCHES = 32
 
 
 def batches(requests: Sequence[Request], batch_size: int) -> list[list[Request]]:
-    """Return batches of similar context length, the longest of a window first, so that OOM errors come early.
+    """Return batches of similar context length, the longest first, so that OOM errors occur early.
 
-    Batches depend only on the requests, not on ranks or existing answers. An answer is therefore the same
-    to the bit in a run that was interrupted.
+    Requests are sorted within a window of batches.
+
+    Batches depend only on the requests, not on ranks or existing answers. An answer is therefore
+    the same to the bit in a run that was interrupted.
     """
     window = batch_size * _WINDOW_BATCHES
     found = []
@@ -44,8 +46,8 @@ def answer_all(
 ) -> bool:
     """Answer the batches and journal the answers; return False if a stop was requested before the last one.
 
-    A stop request on one rank reaches the others through a file in the journal, without a collective per
-    batch.
+    A stop request on one rank reaches the others through a file in the journal, without a
+    collective per batch.
     """
     tokens, total = 0, sum(map(len, own))
     with Meter("generate", total, "rows", enabled=show_progress) as meter:

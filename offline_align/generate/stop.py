@@ -35,7 +35,8 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int], after: After) -> str:
 def is_stopped(request: Request, ids: Sequence[int], tokenizer: Tokenizer, stop: Sequence[str]) -> bool:
     """Return whether the answer in the `ids` generated so far contains a stop string.
 
-    Checking the last tokens is enough in most calls. The template's text before the answer does not count.
+    Checking the last tokens is enough in most calls. The template's text before the answer does not
+    count.
     """
     if first_stop(decode(tokenizer, ids[-window_tokens(stop) :], After.text), stop) is None:
         return False
@@ -50,5 +51,5 @@ def first_stop(text: str, stop: Sequence[str]) -> int | None:
 
 
 def window_tokens(stop: Sequence[str]) -> int:
-    """Return how many last tokens always contain a stop string that was just completed: one per byte, plus 2."""
+    """Return how many last tokens always contain a stop string that just ended: one per byte, plus 2."""
     return max((len(string.encode()) for string in stop), default=0) + 2

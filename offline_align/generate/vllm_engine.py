@@ -19,7 +19,7 @@ from offline_align.generate.stop import finish
 # vLLM batches internally; few large calls leave the device idle less often.
 _REQUESTS_A_CALL = 4096
 # Answers are yielded, and therefore written to disk, at most this often.
-_HAND_ON_SECONDS = 1.0
+_SECONDS_BETWEEN_YIELDS = 1.0
 # Variables of torchrun, which vLLM would use for its own processes.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -43,9 +43,9 @@ class VllmEngine:
         from vllm import LLM
 
         self._tokenizer, self._settings, self._eos_ids, self._seed = tokenizer, settings, eos_ids, seed
-        # vLLM finds stop strings with its own tokenizer. Without one it continues, and `finish` cuts the answer.
+        # vLLM finds stop strings with its own tokenizer. Without one, only `finish` cuts the answer.
         self._stops_itself = bool(settings.stop) and (folder / HUGGING_FACE_FILE).is_file()
-        with _environment_of_one(device):
+        with _single_rank_environment(device):
             self._llm = LLM(
                 model=str(folder),
                 skip_tokenizer_init=not self._stops_itself,
@@ -74,7 +74,7 @@ class VllmEngine:
             while waiting:
                 ended = [output for output in engine.step() if output.finished]
                 ready += [self._finish(waiting.pop(one.request_id), one.outputs[0].token_ids) for one in ended]
-                if ready and (not waiting or time.monotonic() - since > _HAND_ON_SECONDS):
+                if ready and (not waiting or time.monotonic() - since > _SECONDS_BETWEEN_YIELDS):
                     yield ready
                     ready, since = [], time.monotonic()
         finally:
@@ -104,7 +104,7 @@ class VllmEngine:
 
 
 @contextlib.contextmanager
-def _environment_of_one(device: torch.device) -> Iterator[None]:
+def _single_rank_environment(device: torch.device) -> Iterator[None]:
     """Limit the process that vLLM starts to this rank's GPU, and hide the other ranks from it."""
     before = dict(os.environ)
     if device.type == "cuda":

@@ -38,21 +38,21 @@ def leave_out_unscorable(
 ) -> list[Sample | PreferencePair]:
     """Return the rows of `files` whose answers can all be scored; the others become bad rows.
 
-    A pair is left out as a whole. Raises DataError, naming file and line, for the first bad row unless
-    bad rows are skipped, and if no row is left.
+    A pair is left out as a whole. Raises DataError, naming file and line, for the first bad row
+    unless bad rows are skipped, and if no row is left.
     """
     reasons: dict[str, str] = {}
     answers = [(row.id, answer) for row in rows for answer in single_answers([row])]
     found = unusable_samples([TrainingRow(a) for _, a in answers], renderer, data, cache_dir, empty_answers=True)
     for place, status in found.items():
-        reasons.setdefault(answers[place][0], _in_words(status, data))
+        reasons.setdefault(answers[place][0], _reason(status, data))
     reject_rows(files, None, reasons, bad_rows)
     if len(reasons) == len(rows):
         raise DataError(f"{', '.join(map(str, files))}: no row can be scored; see data.max_length={data.max_length}")
     return [row for row in rows if row.id not in reasons]
 
 
-def _in_words(status: str, data: DataSection) -> str:
+def _reason(status: str, data: DataSection) -> str:
     """Return why a row cannot be scored, and the fix."""
     if status == "response_too_long":
         return f"response: too long to be scored, raise data.max_length={data.max_length}"

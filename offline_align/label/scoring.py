@@ -1,8 +1,8 @@
 """Score many rows with a reward model, packed and data parallel.
 
 The assignment of rows to bins is a pure function of the rows. It depends neither on the number of
-ranks nor on the progress of earlier attempts, so a row's score is the same to the bit in every run on
-the same kind of machine.
+ranks nor on the progress of earlier attempts, so a row's score is the same to the bit in every run
+on the same kind of machine.
 """
 
 import logging
@@ -153,7 +153,7 @@ def plan_bins(source: SampleSource, capacity: int) -> list[list[int]]:
 
 
 def score_all(model: "RewardModel", source: SampleSource, bins: Sequence[list[int]], ranks: Ranks) -> dict[int, float]:
-    """Return the score of every row of `bins`, which are distributed over the ranks; all ranks must call it."""
+    """Return the score of every row of `bins`, distributed over the ranks; all ranks must call it."""
     own = dict(chain.from_iterable(score_bins(model, source, bins[ranks.dp_rank :: ranks.dp_size], ranks)))
     return {row: score for part in ranks.gather(own) for row, score in part.items()}
 

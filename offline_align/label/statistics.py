@@ -45,10 +45,10 @@ class RewardStats:
 def fit(raw: ArrayLike) -> RewardStats:
     """Return the statistics of raw rewards [rows], computed in float64.
 
-    Finite rewards do not overflow: sums run on values scaled by a power of two, which changes no bit
-    of the result. Outliers are kept, as in the paper. One reward of 1e30 among n rows normalises to
-    sqrt(n - 1), and all others to about -1/sqrt(n); `normalise` then warns.
-    Raises DataError if there are no rows, or naming the first row (from 0) that is not finite.
+    Finite rewards do not overflow: sums run on values scaled by a power of two, which changes no
+    bit of the result. Outliers are kept, as in the paper. One reward of 1e30 among n rows
+    normalises to sqrt(n - 1), and all others to about -1/sqrt(n); `normalise` then warns. Raises
+    DataError if there are no rows, or naming the first row (from 0) that is not finite.
     """
     rewards = _finite_rewards(raw)
     exponent = int(np.frexp(np.abs(rewards).max())[1])

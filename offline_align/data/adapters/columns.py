@@ -50,8 +50,8 @@ def without(columns: dict[str, Any], *names: str) -> dict[str, Any]:
 def further(columns: dict[str, Any], read: Sequence[str], texts: Sequence[str]) -> dict[str, Any]:
     """Return the columns that an adapter did not read and that are kept unchanged.
 
-    A column named in `TEXTS` may belong to the prompt or the answer. It is left out if it is blank, or if
-    it is one of `COPIES` and contains all `texts` of the row. Otherwise RowError is raised.
+    A column named in `TEXTS` may belong to the prompt or the answer. It is left out if it is blank,
+    or if it is one of `COPIES` and contains all `texts` of the row. Otherwise RowError is raised.
     """
     rest = without(columns, *read)
     for name in TEXTS & rest.keys():

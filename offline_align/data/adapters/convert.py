@@ -1,8 +1,9 @@
 """Convert published rows to ours: recognise the form, convert, check and count.
 
-There are two ways to lose a row. A row that violates its form (a missing column, a wrong type, a text
-that the form does not read) is a bad row, and `data.on_bad_row` applies. A valid row with nothing to
-learn from (two equal answers, an empty answer) is dropped and counted; published sets have many of them.
+There are two ways to lose a row. A row that violates its form (a missing column, a wrong type, a
+text that the form does not read) is a bad row, and `data.on_bad_row` applies. A valid row with
+nothing to learn from (two equal answers, an empty answer) is dropped and counted; published sets
+have many of them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,8 +32,8 @@ class Converted:
 def convert(lines: Iterable[Line], form: str | None, bad_rows: BadRows, counts: InputCounts) -> Iterator[Converted]:
     """Yield our rows made from the lines of one input; if `form` is None, each row's form is recognised.
 
-    A row without an id gets `<name of the input>:<line number>`. `counts` is updated for everything but
-    the number of lines. Raises DataError for a bad row unless bad rows are skipped.
+    A row without an id gets `<name of the input>:<line number>`. `counts` is updated for everything
+    but the number of lines. Raises DataError for a bad row unless bad rows are skipped.
     """
     nodes: list[Node] = []
     for line in lines:
@@ -61,7 +62,7 @@ def _messages(line: Line, form: Form, counts: InputCounts) -> list[Node]:
 
 
 def _own(line: Line, form: Form, counts: InputCounts) -> Converted:
-    """Return one of our rows unchanged, except for blank answer columns of other forms in the same table."""
+    """Return one of our rows unchanged, but without blank answer columns of other forms in the table."""
     assert form.own is not None
     others = [name for name in ANSWERS if name not in form.reads and is_blank(line.value.get(name))]
     if form.own is Sample and (pair := {"chosen", "rejected"} & line.value.keys() - {*others}):

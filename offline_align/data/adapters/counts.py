@@ -31,8 +31,8 @@ class ColumnUse:
 class InputCounts:
     """The counts of one input; each message of a nested tree counts as a row.
 
-    A row read is used in one of our rows, dropped or bad. A row made from it is kept, dropped or bad:
-    `rows_read - rows_used + rows_made = rows_kept + dropped + bad_rows`.
+    A row read is used in one of our rows, dropped or bad. A row made from it is kept, dropped or
+    bad: `rows_read - rows_used + rows_made = rows_kept + dropped + bad_rows`.
     """
 
     name: str
@@ -54,7 +54,7 @@ class InputCounts:
             place[name] = None
 
     def say(self, log: logging.Logger) -> None:
-        """Log how the columns of each published form were used, and warn of texts that no stage will read."""
+        """Log how the columns of published forms were used, and warn of texts that no stage will read."""
         for form, use in self.forms.items():
             if form not in OWN:
                 log.info("%s: %d rows of the form %s: %s", self.name, use.rows, form, use)

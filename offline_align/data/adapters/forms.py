@@ -23,7 +23,7 @@ class Form:
     reads: tuple[str, ...]
     """Columns that become prompt, answer or id."""
     adapt: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None
-    """Converts a row to our rows; None for our own forms, and for oasst1, which converts all rows together."""
+    """Converts a row to our rows; None for our own forms and for oasst1, which needs all rows at once."""
     own: type[Sample] | type[PreferencePair] | None = None
     """The class of our own rows."""
 
@@ -55,14 +55,14 @@ FORMS = tuple(dict.fromkeys(form.name for form in KNOWN))
 def recognise(columns: dict[str, Any], name: str | None = None) -> Form:
     """Return the form of a row, among those called `name` if given; raises RowError if none matches.
 
-    Blank columns count only if the other columns match no form, because in a table with several forms
-    each row has all columns.
+    Blank columns count only if the other columns match no form, because in a table with several
+    forms each row has all columns.
     """
     for blanks in (False, True):
         form = _first(_names(columns, blanks), name)
         if form is not None:
             return form
-    candidates = _called(name)
+    candidates = _forms_named(name)
     if name is not None and len(candidates) == 1:
         return candidates[0]  # its adapter reports what is missing
     needed = " or ".join("+".join(sorted(sign)) for form in candidates for sign in form.signs)
@@ -70,13 +70,13 @@ def recognise(columns: dict[str, Any], name: str | None = None) -> Form:
     raise RowError(f"columns: {known if name is None else f'not of the form {name}, which has {needed}'}")
 
 
-def _called(name: str | None) -> list[Form]:
+def _forms_named(name: str | None) -> list[Form]:
     return [form for form in KNOWN if name in (None, form.name)]
 
 
 @lru_cache  # rows of a data set have few different sets of columns
 def _first(names: frozenset[str], name: str | None) -> Form | None:
-    return next((form for form in _called(name) if any(sign <= names for sign in form.signs)), None)
+    return next((form for form in _forms_named(name) if any(sign <= names for sign in form.signs)), None)
 
 
 def _names(columns: dict[str, Any], blanks: bool) -> frozenset[str]:

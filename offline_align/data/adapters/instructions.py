@@ -23,7 +23,7 @@ def flan(columns: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def self_instruct(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the row of a generated instance: `instruction`, `input`, `output`. Alpaca has the same form."""
+    """Return the row of a generated instance: `instruction`, `input`, `output`; also Alpaca's form."""
     return [_row(columns, ("instruction", "input"), "output")]
 
 

@@ -1,12 +1,12 @@
 """OpenAssistant oasst1: trees of messages, published as flat messages or as nested trees.
 
-Each user turn yields its best-ranked reply as an SFT row, and a preference pair for every two replies
-with different ranks. Rank 0 is the best.
+Each user turn yields its best-ranked reply as an SFT row, and a preference pair for every two
+replies with different ranks. Rank 0 is the best.
 
-The dumps of all trees also contain unfinished and rejected ones: prompts without a reply, trees that are
-still growing or whose ranks are not final, and trees that were stopped for quality or by a moderator.
-Their ranks and replies differ from the finished set, so only trees in the state `ready_for_export` are
-used.
+The dumps of all trees also contain unfinished and rejected ones: prompts without a reply, trees
+that are still growing or whose ranks are not final, and trees that were stopped for quality or by a
+moderator. Their ranks and replies differ from the finished set, so only trees in the state
+`ready_for_export` are used.
 """
 
 from collections import defaultdict
@@ -96,7 +96,7 @@ def _refusal(message: dict[str, Any], tree_state: str) -> str | None:
 
 
 def oasst1_rows(nodes: Sequence[Node], counts: InputCounts) -> Iterator[dict[str, Any]]:
-    """Yield SFT rows and preference pairs of all trees; count each message as used or by reason of dropping."""
+    """Yield SFT rows and preference pairs of all trees; count each message as used or dropped."""
     unique: dict[str, Node] = {}
     for node in nodes:
         unique.setdefault(node.id, node)
