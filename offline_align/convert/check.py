@@ -73,7 +73,10 @@ def compare(folder: Path, renderer: Renderer, device: torch.device) -> Differenc
     rows = [renderer.context(prompt) + renderer.target(prompt, answer) for prompt, answer in _DIALOGUES]
     last = min(found.model.vocab_size, renderer.tokenizer.vocab_size) - 1
     spread = [k * last // (_VOCABULARY_TOKENS - 1) for k in range(_VOCABULARY_TOKENS)]
-    rows.append([token for token in spread if token != renderer.tokenizer.eos_id] + [renderer.tokenizer.eos_id])
+    eos = renderer.tokenizer.eos_id
+    # A third-party reward model may pad with end of sequence: transformers reads such a row one token earlier.
+    ends_at_eos = renderer.reading is None or renderer.reading.pad_id != eos
+    rows.append([token for token in spread if token != eos] + [eos] * ends_at_eos)
     theirs = _transformers_outputs(found, folder, rows, device)
     ours = _our_outputs(found, folder, rows, device)
     difference = Difference(

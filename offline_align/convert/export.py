@@ -27,7 +27,6 @@ from offline_align.convert.tokenizer_files import Written, first_prompt_differen
 from offline_align.convert.weights import parse_size, write_weights
 from offline_align.data.chat import uses_date
 from offline_align.data.records import Message
-from offline_align.data.template import Reading
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage.files import fsync_path
@@ -63,8 +62,8 @@ def export_huggingface(
         _write_json(work / "config.json", _config(description, dtype) | ids)
         _write_json(work / "generation_config.json", ids | {"do_sample": False})
         _write_card(description, tokenizer, work, known, written.fast)
-        if description.reading is not None:
-            _keep_padding(work, description.reading, tokenizer)
+        if description.reading is not None and description.reading.pad_id is not None:
+            _keep_padding(work, description.reading.pad_id, tokenizer)
         names_written = sorted(path.name for path in work.iterdir())
     return [target / name for name in names_written]
 
@@ -178,13 +177,12 @@ def _config(description: ModelDescription, dtype: str) -> dict[str, Any]:
     return huggingface_config(description.model, description.kind, dtype) | {"offline_align": ours}
 
 
-def _keep_padding(folder: Path, reading: Reading, tokenizer: Tokenizer) -> None:
+def _keep_padding(folder: Path, pad_id: int, tokenizer: Tokenizer) -> None:
     """Write the padding token of a third-party reward model into all files; no score is read at padding."""
-    token = None if reading.pad_id is None else tokenizer.shown([reading.pad_id])
     for name, key, value in (
-        ("config.json", "pad_token_id", reading.pad_id),
-        ("generation_config.json", "pad_token_id", reading.pad_id),
-        ("tokenizer_config.json", "pad_token", token),
+        ("config.json", "pad_token_id", pad_id),
+        ("generation_config.json", "pad_token_id", pad_id),
+        ("tokenizer_config.json", "pad_token", tokenizer.shown([pad_id])),
     ):
         _write_json(folder / name, json.loads((folder / name).read_text(encoding="utf-8")) | {key: value})
 
