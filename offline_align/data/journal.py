@@ -39,17 +39,17 @@ class JournalFile:
         entries = [entry for line in lines if (entry := unsealed(line, self.name)) is not None]
         # The last piece is empty, or a line that a killed process left incomplete.
         if damaged := sum(map(bool, lines[:-1])) - len(entries):
-            logger.warning("%s: skipping %d damaged lines; their results are made again", self.path, damaged)
+            logger.warning("%s: skipping %d damaged lines; their results are computed again", self.path, damaged)
         return entries
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Add entries; they are on disk when this returns. Raises StorageError."""
+        """Append entries; they are on disk when this returns. Raises StorageError."""
         content = "".join(sealed(entry, self.name) for entry in entries).encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+", buffering=0) as file:
                 if not _ends_whole(file.fileno()):
-                    content = b"\n" + content  # a torn line must not swallow the next one
+                    content = b"\n" + content  # start a new line after an incomplete one
                 _write_all(file.fileno(), content)
                 os.fsync(file.fileno())
             fsync_path(self.path.parent)
@@ -71,7 +71,7 @@ class Journal:
         return [entry for path in paths for entry in JournalFile(path, self.folder.name).read()]
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Add entries to this rank's file; they are on disk when this returns. Raises StorageError."""
+        """Append entries to this rank's file; they are on disk when this returns. Raises StorageError."""
         JournalFile(self.path, self.folder.name).append(entries)
 
     def ask_to_stop(self) -> None:
