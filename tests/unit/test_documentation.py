@@ -227,7 +227,7 @@ def test_plans_are_shown_as_they_are_printed(
 
 
 def test_plans_are_found() -> None:
-    assert len(list(plans())) == 2
+    assert len(list(plans())) == 3
 
 
 @pytest.mark.parametrize(
