@@ -55,7 +55,10 @@ def score_samples(
     judge = open_model(checkpoint, template=data.template, template_date=data.template_date)
     with session(parallel, run) as ranks:
         model = load_reward_model(judge, parallel, ranks, uses_bf16(trainer.precision, ranks.device))
-        tokens = tokens_by_place([TrainingRow(s) for s in samples], judge.renderer(), data, run)
+        renderer = judge.renderer()
+        tokens = tokens_by_place([TrainingRow(s) for s in samples], renderer, data, run)
+        if ranks.is_main:
+            say_what_is_read(renderer, tokens)
         source = SampleSource(tokens, shares_prompts(trainer, parallel))
         bins = plan_bins(source, trainer.micro_batch_size * data.max_length)
         merged = {int(tokens.row_ids[row]): score for row, score in score_all(model, source, bins, ranks).items()}
@@ -74,9 +77,7 @@ def tokens_by_place(
     """
     cache = Path(data.cache_dir) if data.cache_dir else Path(run.dir) / "cache"
     placed = [replace(row, sample=replace(row.sample, id=str(k))) for k, row in enumerate(rows)]
-    tokens = tokenize_samples(placed, renderer, data, cache, empty_answers=True)
-    say_what_is_read(renderer, tokens)
-    return tokens
+    return tokenize_samples(placed, renderer, data, cache, empty_answers=True)
 
 
 def say_what_is_read(renderer: Renderer, rows: TokenizedRows) -> None:

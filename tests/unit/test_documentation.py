@@ -227,7 +227,7 @@ def test_dry_runs_print_what_the_pages_show(
 
 
 def test_dry_runs_are_found() -> None:
-    assert len(list(dry_runs())) == 2
+    assert len(list(dry_runs())) == 3
 
 
 @pytest.mark.parametrize(
