@@ -1,4 +1,4 @@
-"""What each stage needs to be given, checked before a process group exists."""
+"""Checks of what each stage needs, made before a process group exists."""
 
 import importlib.util
 from typing import Any
@@ -20,11 +20,11 @@ from offline_align.stages.registry import Reads
 
 
 def problems(job: Job[Any]) -> tuple[list[str], ModelSection | None]:
-    """Return what a stage misses, and the architecture that will run if it is known."""
+    """Return the problems of a job, and the architecture that will run, if it is known."""
     stage, config = job.stage, job.config
     found = _condition(config) + _nodes(job) + _overrides(config)
     if _awaits_jobs(job):
-        return found, None  # their files are not there yet; the job looks again when it starts
+        return found, None  # their files do not exist yet; the job checks again when it starts
     found += _files(job) + stage.problems(job)
     if not isinstance(config, ModelRun):
         return found, None
@@ -34,9 +34,9 @@ def problems(job: Job[Any]) -> tuple[list[str], ModelSection | None]:
         return found, config.model
     try:
         source = job.source
-        source.renderer()  # refuses a chat template that is not there or not Jinja
+        source.renderer()  # raises if the chat template is missing or not valid Jinja
     except ConfigError as error:
-        # The architecture as given can still be checked beside what is wrong with the rest.
+        # The architecture in the configuration can still be checked, to report all problems.
         return found + error.problems, None if config.init.from_ else config.model
     return found + _kind(job, source.kind) + _wandb(config), source.model
 
@@ -57,7 +57,7 @@ def _files(job: Job[Any]) -> list[str]:
 
 
 def _may_lack_data(config: Run) -> bool:
-    """Whether there is something to do without data: the plan of a training run, or a report without answers."""
+    """Return whether data is optional: in a dry run of training, or a report without answers."""
     if isinstance(config, EvaluateRun):
         return not (config.judge.calibration is None and config.evaluate.runs is None)
     return config.dry_run and section(config, TrainerSection) is not None
@@ -81,12 +81,12 @@ def _nodes(job: Job[Any]) -> list[str]:
 
 
 def _awaits_jobs(job: Job[Any]) -> bool:
-    """Whether the run is submitted behind jobs that write what it reads."""
+    """Return whether the run is submitted after jobs that write its inputs."""
     return job.launcher is not None and job.launcher.dependency is not None and launched() is None
 
 
 def _overrides(config: Run) -> list[str]:
-    """Return what megatron-core's configuration does not know; only then is it worth loading."""
+    """Return the overrides that megatron-core does not know; load it only if there are any."""
     model = section(config, ModelSection)
     if model is None or not model.overrides:
         return []
@@ -96,7 +96,7 @@ def _overrides(config: Run) -> list[str]:
 
 
 def _condition(config: Run) -> list[str]:
-    """Return what is wrong with the text that Conditional Alignment writes into prompts."""
+    """Return the problems of the text that Conditional Alignment writes into prompts."""
     method = section(config, ConditionalMethodSection)
     if method is None:
         return []
