@@ -1,6 +1,6 @@
-"""`config.json` of a Hugging Face folder to our model section and back.
+"""Convert the `config.json` of a Hugging Face folder to our model section and back.
 
-What our model cannot compute is refused by name instead of being left out.
+Settings that our model does not support are refused by name instead of being ignored.
 """
 
 import json
@@ -28,10 +28,10 @@ _REQUIRED = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a Hugging Face folder holds: its family, policy or reward model, and our model section.
+    """The model of a Hugging Face folder: its family, policy or reward model, and our model section.
 
-    `extra` is the part that our exporter adds to `config.json` (template, condition, method), or empty: the model is
-    one of others. `pad_token_id` is the padding, at which no reward is read.
+    `extra` is the part that our exporter adds to `config.json` (template, condition, method); it is
+    empty for a third-party model. `pad_token_id` is the padding token, at which no reward is read.
     """
 
     family: Family
@@ -42,8 +42,8 @@ class Architecture:
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """Return what `folder/config.json` describes; ConfigError lists everything that is not supported."""
-    # Where peft is installed, transformers would load the adapter's base model in place of these weights.
+    """Return the architecture in `folder/config.json`; raises ConfigError with all unsupported settings."""
+    # If peft is installed, transformers would load the adapter's base model instead of these weights.
     refuse_adapter(folder)
     path = folder / "config.json"
     try:
@@ -75,8 +75,8 @@ def _family(path: Path, config: Any) -> tuple[Family, Kind]:
 def _problems(family: Family, kind: Kind, config: Mapping[str, Any]) -> list[str]:
     problems = [f"{key} is missing" for key in _REQUIRED if not isinstance(config.get(key), int)]
     refused = {
-        "attention_bias": "a bias in the attention output has no place in our model",
-        "mlp_bias": "a bias in the MLP has no place in our model",
+        "attention_bias": "our model has no bias in the attention output",
+        "mlp_bias": "our model has no bias in the MLP",
         "quantization_config": "quantised weights cannot be trained; use the unquantised model",
     }
     problems += [f"{key}={config[key]}: {why}" for key, why in refused.items() if config.get(key)]
@@ -100,7 +100,7 @@ def _num_labels(config: Mapping[str, Any]) -> int:
 
 
 def _attention_types(config: Mapping[str, Any]) -> set[str]:
-    """Return the kinds of attention among the layers of a Qwen model."""
+    """Return the attention types that occur in the layers of a Qwen model."""
     if not config.get("use_sliding_window", False):
         return {"full_attention"}
     layers, first = config.get("num_hidden_layers", 0), config.get("max_window_layers", 28)
@@ -109,7 +109,7 @@ def _attention_types(config: Mapping[str, Any]) -> set[str]:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `rope_type`, `rope_theta` and the rest, from the old keys or from `rope_parameters`."""
+    """Return the rotary settings (`rope_type`, `rope_theta`, ...) from the new or the old keys."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     old_type = rope.pop("type", "default")
     rope.setdefault("rope_type", old_type)
@@ -166,9 +166,10 @@ def _model(family: Family, config: Mapping[str, Any]) -> ModelSection:
 
 
 def huggingface_config(model: ModelSection, kind: Kind, dtype: str) -> dict[str, Any]:
-    """Return `config.json` of `model` without token ids, in the keys of transformers 4 and of 5.
+    """Return the `config.json` of `model` without token ids, with the keys of transformers 4 and 5.
 
-    Version 4 reads `rope_theta`, `rope_scaling` and `torch_dtype`; version 5 `rope_parameters` and `dtype`.
+    Version 4 reads `rope_theta`, `rope_scaling` and `torch_dtype`; version 5 `rope_parameters` and
+    `dtype`.
     """
     family = names.family_of(model)
     scaling = dict(model.rope_scaling)

@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: what it is, how it is asked, and what it was made from."""
+"""The README.md of an exported folder: what the model is, how to use it, and what it was made from."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ def model_card(
 ) -> str:
     """Return the text of README.md.
 
-    `condition` is the reward text that generation uses, or empty; `recipe` is code that encodes as training did, if
-    `apply_chat_template` does not.
+    `condition` is the reward text that generation uses, or empty. `recipe` is code that encodes
+    dialogues as in training; it is empty if `apply_chat_template` does so.
     """
     method = known.method or description.method or "no training: converted weights"
     task = "text-generation" if description.kind == "policy" else "text-classification"
@@ -33,7 +33,7 @@ def _facts(title: str, rows: Rows) -> list[str]:
 
 
 def _evaluation(found: Evaluation) -> list[str]:
-    """Return the comparison with the names of this model in bold."""
+    """Return the comparison of methods, with the names of this model in bold."""
     rows = [[f"**{row[0]}**" if row[0] in found.own else row[0], *row[1:]] for row in found.rows]
     text = f"Judged by {found.judge} on {found.prompts} prompts, 95 % intervals; this model in bold."
     return ["", "## Evaluation", "", text, "", *_table(found.header, rows)]
@@ -68,12 +68,12 @@ def _reward_usage(recipe: str) -> list[str]:
 
 
 def _encoding(call: str, what: str, recipe: str, function: str) -> list[str]:
-    """Return how `what` becomes the tokens of training."""
+    """Return the usage text: how to encode a prompt or row (`what`) as in training."""
     if not recipe:
         return [f"{call} gives the tokens that the model was trained with.", ""]
     return [
-        f"{call} gives the text of the {what}. In training its pieces were encoded each by itself, and a tokenizer "
-        f"that is given all of it can join some of them. `{function}(messages)` gives the tokens of training:",
+        f"{call} gives the text of the {what}. In training, its parts were encoded separately; a tokenizer that "
+        f"gets the whole text can join some of them. `{function}(messages)` gives the tokens of training:",
         "",
         "```python",
         recipe,

@@ -1,4 +1,4 @@
-"""Our templates in Jinja, so that `apply_chat_template` of an exported folder asks as generation does."""
+"""Chat templates of exported folders: `apply_chat_template` gives the same prompts as `generate`."""
 
 import json
 from datetime import date
@@ -12,9 +12,10 @@ from offline_align.data.tokenizer import Tokenizer
 def chat_template(tokenizer: Tokenizer, template: Template, condition: str, template_date: str | None = None) -> str:
     """Return the chat template of an exported policy or reward model.
 
-    The paper's template is written out; a chat template is the tokenizer's own. `condition` (the reward text
-    of Conditional Alignment, Eq. 6, or empty) follows the generation prompt, right before the response. A date that
-    the template writes becomes that of training, `template_date`.
+    It is the paper's template in Jinja, or the tokenizer's own chat template. `condition` (the
+    reward text of Conditional Alignment, Eq. 6, or empty) follows the generation prompt, right
+    before the response. If the template writes the current date, it is fixed to `template_date`,
+    the date of training.
     """
     if template is Template.chat:
         assert tokenizer.chat_template is not None

@@ -1,4 +1,4 @@
-"""The same numbers on both sides: a Hugging Face folder run by `transformers` and by our model, in fp32."""
+"""Check an export: run a Hugging Face folder in `transformers` and in our model, in fp32, and compare."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +18,7 @@ from offline_align.data.template import Renderer
 from offline_align.errors import AlignError
 
 TOLERANCE = 1e-4
-"""Largest difference that passes, as a share of the largest number: fp32 rounds to 6e-8, over dozens of layers."""
+"""Largest difference that passes, relative to the largest value; fp32 rounds to 6e-8 in each layer."""
 
 _DIALOGUES = (
     ((Message("user", "What is the capital of France?"),), "Paris."),
@@ -32,49 +32,53 @@ _VOCABULARY_TOKENS = 48
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far the two sides are apart."""
+    """The difference between the two models."""
 
     what: str
     """`logits` or `scores`."""
     largest: float
     """Largest absolute difference."""
     scale: float
-    """Largest absolute number of `transformers`."""
+    """Largest absolute value in `transformers`."""
     tokens: int
     """Tokens that were compared."""
 
     @property
     def passes(self) -> bool:
-        """Whether they are equal up to rounding; what is not finite is not."""
+        """Whether the two are equal up to rounding; values that are not finite fail."""
         return isfinite(self.largest) and self.largest <= TOLERANCE * max(1.0, self.scale)
 
     def in_words(self) -> str:
         """Return one line for the log."""
         return (
-            f"{self.what} of ours and of transformers differ by at most {self.largest:.2g} "
+            f"our {self.what} and those of transformers differ by at most {self.largest:.2g} "
             f"on {self.tokens} tokens (largest {self.scale:.3g})"
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return it for a manifest."""
+        """Return the difference for a manifest."""
         return asdict(self)
 
 
 def compare(folder: Path, renderer: Renderer, device: torch.device) -> Difference:
-    """Return how far logits (of a policy) or scores (of a reward model) are apart on a few dialogues.
+    """Return the difference in logits (policy) or scores (reward model) on a few dialogues.
 
-    A further row goes through the whole vocabulary. Scores of a folder that we wrote are compared in padded batches as
-    well, since padding says where `transformers` reads them. Needs a session of one rank, and memory for both models in
-    fp32, one after the other. Raises AlignError where they differ by more than rounding.
+    One more row has ids from the whole vocabulary. For a folder that we wrote, scores are also
+    compared in padded batches, because padding determines where `transformers` reads them. Needs a
+    session of one rank, and memory for each model in fp32, one after the other. Raises AlignError
+    if the difference exceeds rounding.
     """
     found = read_architecture(folder)
     assert found.model.vocab_size is not None
     rows = [renderer.context(prompt) + renderer.target(prompt, answer) for prompt, answer in _DIALOGUES]
     last = min(found.model.vocab_size, renderer.tokenizer.vocab_size) - 1
     spread = [k * last // (_VOCABULARY_TOKENS - 1) for k in range(_VOCABULARY_TOKENS)]
-    rows.append([token for token in spread if token != renderer.tokenizer.eos_id] + [renderer.tokenizer.eos_id])
-    theirs = _numbers_of_transformers(found, folder, rows, device)
-    ours = _numbers_of_ours(found, folder, rows, device)
+    eos = renderer.tokenizer.eos_id
+    # A third-party reward model may pad with end of sequence: transformers reads such a row one token earlier.
+    ends_at_eos = renderer.reading is None or renderer.reading.pad_id != eos
+    rows.append([token for token in spread if token != eos] + [eos] * ends_at_eos)
+    theirs = _transformers_outputs(found, folder, rows, device)
+    ours = _our_outputs(found, folder, rows, device)
     difference = Difference(
         what="logits" if found.kind == "policy" else "scores",
         largest=float((ours - theirs).abs().max()),
@@ -87,12 +91,13 @@ def compare(folder: Path, renderer: Renderer, device: torch.device) -> Differenc
 
 
 @torch.inference_mode()
-def _numbers_of_transformers(
+def _transformers_outputs(
     found: Architecture, folder: Path, rows: Sequence[Sequence[int]], device: torch.device
 ) -> Tensor:
-    """Return [1, T, V] logits of all tokens, or [1, S] scores, row by row without padding.
+    """Return [1, T, V] logits of all tokens or [1, S] scores, computed row by row without padding.
 
-    Of a reward model that we exported, [3, S]: the same scores in batches that are padded on the left and on the right.
+    For a reward model that we exported, return [3, S]: also the scores of left-padded and
+    right-padded batches.
     """
     import transformers
 
@@ -106,14 +111,14 @@ def _numbers_of_transformers(
     )
     model = model.to(device).eval()
     together = _padded_scores(model, folder, rows) if found.kind == "reward_model" and found.extra else []
-    # Rows come alone: the last token is the last of the row, even where that is the folder's padding.
+    # Without a padding id, the score is read at the last token, even if that is the padding token.
     model.config.pad_token_id = None
     logits = [model(torch.tensor([row], device=device)).logits[0] for row in rows]
     return torch.stack([torch.cat(logits), *together])
 
 
 def _padded_scores(model: Any, folder: Path, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return the [S] scores of one batch of all rows, padded by the folder's tokenizer on the left and on the right."""
+    """Return the [S] scores of one batch of all rows, padded left and right by the folder's tokenizer."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -124,8 +129,8 @@ def _padded_scores(model: Any, folder: Path, rows: Sequence[Sequence[int]]) -> l
 
 
 @torch.inference_mode()
-def _numbers_of_ours(found: Architecture, folder: Path, rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return the same of our model, row by row as well: products of equal shapes round alike."""
+def _our_outputs(found: Architecture, folder: Path, rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return the same for our model, also row by row: matrix products of equal shapes round equally."""
     from offline_align.model.build import build_model
     from offline_align.model.heads import Policy
 
@@ -142,7 +147,7 @@ def _numbers_of_ours(found: Architecture, folder: Path, rows: Sequence[Sequence[
 
 
 def packed(rows: Sequence[Sequence[int]]) -> PackedBatch:
-    """Return a bin of rows of token ids without targets."""
+    """Return a bin of rows of token ids, without targets."""
     ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
     none = torch.zeros(0, dtype=torch.int64)
     return PackedBatch(

@@ -1,4 +1,4 @@
-"""Our tensors to a Hugging Face folder: weights, config, tokenizer, chat template and model card."""
+"""Export our tensors to a Hugging Face folder: weights, config, tokenizer, chat template, model card."""
 
 import itertools
 import json
@@ -27,7 +27,6 @@ from offline_align.convert.tokenizer_files import Written, first_prompt_differen
 from offline_align.convert.weights import parse_size, write_weights
 from offline_align.data.chat import uses_date
 from offline_align.data.records import Message
-from offline_align.data.template import Reading
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage.files import fsync_path
@@ -46,32 +45,32 @@ def export_huggingface(
     max_shard_size: str = "5GB",
     known: Provenance = UNKNOWN,
 ) -> list[Path]:
-    """Write a folder that `transformers` and vLLM load, and return its files.
+    """Write a folder that `transformers` and vLLM can load, and return its files.
 
-    `state` yields whole (tensor-parallel gathered) tensors under our names; what is `known` of the model goes into
-    its card. Raises ConfigError for a shape of model that no family has and for missing or unknown tensors,
-    StorageError where writing fails.
+    `state` yields whole tensors (gathered over tensor parallel ranks) under our names. `known` goes
+    into the model card. Raises ConfigError for a model that no family can represent and for missing
+    or unknown tensors, and StorageError if writing fails.
     """
     max_shard_bytes = parse_size(max_shard_size)
     tensors = huggingface_tensors(state, description.model, description.kind)
     first = next(tensors)
     dtype = str(first[1].dtype).removeprefix("torch.")
-    with _moved_when_whole(target) as work:
+    with _atomic_folder(target) as work:
         write_weights(itertools.chain([first], tensors), work, max_shard_bytes)
         written = _write_tokenizer(description, tokenizer, work)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": written.pad_id}
         _write_json(work / "config.json", _config(description, dtype) | ids)
         _write_json(work / "generation_config.json", ids | {"do_sample": False})
         _write_card(description, tokenizer, work, known, written.fast)
-        if description.reading is not None:
-            _keep_padding(work, description.reading, tokenizer)
+        if description.reading is not None and description.reading.pad_id is not None:
+            _keep_padding(work, description.reading.pad_id, tokenizer)
         names_written = sorted(path.name for path in work.iterdir())
     return [target / name for name in names_written]
 
 
 @contextmanager
-def _moved_when_whole(target: Path) -> Iterator[Path]:
-    """Give a folder inside `target` whose files are on disk, whole, before the first of them gets its place there."""
+def _atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a work folder inside `target`; its files are moved to `target` once all are on disk."""
     work: Path | None = None
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -95,21 +94,21 @@ def _moved_when_whole(target: Path) -> Iterator[Path]:
 
 
 def _weights_in(folder: Path) -> set[str]:
-    """Return the names of weights that an attempt with another size of shards left; readers could take them."""
+    """Return the names of weight files in `folder`; a reader could load stale ones by mistake."""
     return {path.name for pattern in (SINGLE, INDEX, "model-*.safetensors") for path in folder.glob(pattern)}
 
 
 def huggingface_tensors(
     state: Iterable[tuple[str, Tensor]], model: ModelSection, kind: Kind
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield `state` under Hugging Face names; ConfigError for missing or unknown tensors."""
+    """Yield `state` under Hugging Face names; raises ConfigError for missing or unknown tensors."""
     table = {entry.ours: entry for entry in names.entries(names.family_of(model), model, kind)}
     for name, tensor in state:
         if name.endswith("_extra_state"):
             continue
         entry = table.pop(name, None)
         if entry is None:
-            raise ConfigError(f"init.from: tensor {name} of the checkpoint has no place in the model it describes")
+            raise ConfigError(f"init.from: tensor {name} of the checkpoint is not part of the model it describes")
         yield from zip((part.name for part in entry.parts), _split(entry, tensor, model), strict=True)
     if table:
         raise ConfigError(f"init.from: the checkpoint has no tensor {', '.join(table)}")
@@ -139,25 +138,27 @@ def _condition(description: ModelDescription) -> str:
 def _write_card(
     description: ModelDescription, tokenizer: Tokenizer, target: Path, known: Provenance, fast: bool
 ) -> None:
-    """Write the model card, which says where `transformers` encodes otherwise."""
+    """Write the model card, with notes on how `transformers` encodes differently."""
     condition = _condition(description)
     notes = []
     code = recipe(description, tokenizer) if fast else ""
     if not fast:
-        notes.append("No `tokenizer.json` gives the ids of this SentencePiece model: encode with `tokenizer.model`.")
-    if fast and is_replaced(target, tokenizer):
-        logger.warning("transformers 5 does not read this tokenizer.json as it is; README.md of the folder says more")
         notes.append(
-            "`AutoTokenizer` of transformers 5 takes the tokenizer class of the model's family instead of this "
+            "No `tokenizer.json` can reproduce the ids of this SentencePiece model: encode with `tokenizer.model`."
+        )
+    if fast and is_replaced(target, tokenizer):
+        logger.warning("transformers 5 changes this tokenizer.json when it loads it; see README.md of the folder")
+        notes.append(
+            "`AutoTokenizer` of transformers 5 uses the tokenizer class of the model's family instead of this "
             "`tokenizer.json`: load it with `PreTrainedTokenizerFast.from_pretrained`."
         )
     if fast and not code and first_prompt_difference(target, description.renderer(tokenizer), condition) is not None:
         notes.append(
-            "`transformers` encodes some prompts otherwise than training did: encode with `tokenizer.json`, "
-            "through the library tokenizers, for the tokens of training."
+            "`transformers` encodes some prompts differently from training: use `tokenizer.json` with the "
+            "library tokenizers to get the tokens of training."
         )
     if uses_date(_chat_template(description, tokenizer)):
-        notes.append("The chat template writes the day on which it is rendered; no day is fixed for this model.")
+        notes.append("The chat template writes the current date; this model has no fixed date.")
     card = model_card(description, condition, notes, known, code)
     (target / "README.md").write_text(card, encoding="utf-8")
 
@@ -176,13 +177,12 @@ def _config(description: ModelDescription, dtype: str) -> dict[str, Any]:
     return huggingface_config(description.model, description.kind, dtype) | {"offline_align": ours}
 
 
-def _keep_padding(folder: Path, reading: Reading, tokenizer: Tokenizer) -> None:
-    """Name the padding of a reward model of others in all files: no score is read there."""
-    token = None if reading.pad_id is None else tokenizer.shown([reading.pad_id])
+def _keep_padding(folder: Path, pad_id: int, tokenizer: Tokenizer) -> None:
+    """Write the padding token of a third-party reward model into all files; no score is read at padding."""
     for name, key, value in (
-        ("config.json", "pad_token_id", reading.pad_id),
-        ("generation_config.json", "pad_token_id", reading.pad_id),
-        ("tokenizer_config.json", "pad_token", token),
+        ("config.json", "pad_token_id", pad_id),
+        ("generation_config.json", "pad_token_id", pad_id),
+        ("tokenizer_config.json", "pad_token", tokenizer.shown([pad_id])),
     ):
         _write_json(folder / name, json.loads((folder / name).read_text(encoding="utf-8")) | {key: value})
 

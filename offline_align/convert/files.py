@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face folder: found, checked and opened without reading weights."""
+"""Find, check and open the safetensors files of a Hugging Face folder without reading weights."""
 
 import json
 import logging
@@ -18,11 +18,11 @@ SINGLE = "model.safetensors"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of `folder`, each checked to lie inside it.
+    """Return the safetensors files of `folder`, after checking that each is inside it.
 
-    A whole file goes before an index, as in `transformers`; a warning names the index that is ignored. Raises
-    ConfigError if there are none (pickled weights are refused: loading them runs code), or if the index names a path
-    outside of the folder.
+    A single file takes precedence over an index, as in `transformers`; a warning names the ignored
+    index. Raises ConfigError if there are none (pickled weights are refused, because loading them
+    runs code), or if the index names a path outside the folder.
     """
     if (folder / SINGLE).is_file():
         if ignored_index(folder) is not None:
@@ -40,7 +40,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def ignored_index(folder: Path) -> Path | None:
-    """Return the index that lies beside a whole file of weights, which goes before it; None if there is none."""
+    """Return the index that is ignored because a single weights file takes precedence, or None."""
     both = (folder / SINGLE).is_file() and (folder / INDEX).is_file()
     return folder / INDEX if both else None
 
@@ -56,20 +56,20 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """Return `folder/name`; ConfigError where it is absent or leads out of the folder."""
+    """Return `folder/name`; raises ConfigError if it is missing or leads out of the folder."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts or "\0" in name or relative.suffix != ".safetensors":
-        raise ConfigError(f"init.from: {folder / INDEX} names {name!r}, which is no safetensors file inside it")
+        raise ConfigError(f"init.from: {folder / INDEX} names {name!r}, which is not a safetensors file inside it")
     path = (folder / name).resolve()
     if not any(path.is_relative_to(allowed) for allowed in _allowed_roots(folder.resolve())):
-        raise ConfigError(f"init.from: {folder / name} is a link to {path}, outside of the folder; copy it there")
+        raise ConfigError(f"init.from: {folder / name} is a link to {path}, outside the folder; copy it there")
     if not path.is_file():
         raise ConfigError(f"init.from: {folder / name} is missing; download the folder again")
     return path
 
 
 def _allowed_roots(folder: Path) -> list[Path]:
-    # The hub's own cache keeps the files of snapshots/<revision> as links into blobs/ of the same repository.
+    # In the Hub's cache, files of snapshots/<revision> are links into blobs/ of the same repository.
     if folder.parent.name == "snapshots":
         return [folder, folder.parent.parent / "blobs"]
     return [folder]
@@ -77,9 +77,10 @@ def _allowed_roots(folder: Path) -> list[Path]:
 
 @contextmanager
 def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
-    """Give every tensor of `folder` by name as a safetensors slice: shape known, no data read yet.
+    """Yield every tensor of `folder` by name as a safetensors slice, whose data is not read yet.
 
-    Raises ConfigError (see `weight_files`; also for a tensor in two files), StorageError for a damaged file.
+    Raises ConfigError (see `weight_files`, and for a tensor in two files), StorageError for a
+    damaged file.
     """
     with ExitStack() as stack:
         slices: dict[str, Any] = {}

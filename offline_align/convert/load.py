@@ -1,4 +1,4 @@
-"""A Hugging Face folder to our tensors, one at a time and only the slice that a rank needs."""
+"""Load a Hugging Face folder into our tensors, one at a time and only the slice that a rank needs."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from offline_align.errors import AlignError, ConfigError
 if TYPE_CHECKING:
     from offline_align.distributed.setup import Ranks
 
-# Old Llama checkpoints carry the rotary frequencies, which follow from config.json.
+# Old Llama checkpoints contain the rotary frequencies, which config.json determines.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
@@ -31,10 +31,10 @@ def load_into(
     make_vocab_size_divisible_by: int = ModelSection.make_vocab_size_divisible_by,
     fresh_prefixes: tuple[str, ...] = (),
 ) -> None:
-    """Put the weights of a Hugging Face folder into a built model.
+    """Load the weights of a Hugging Face folder into a built model.
 
-    Parameters whose names start with one of `fresh_prefixes` stay as they are where the folder has none. Raises as
-    `load_huggingface`.
+    Parameters whose names start with one of `fresh_prefixes` keep their values if the folder has no
+    weights for them. Raises AlignError if other weights are missing, and as `load_huggingface`.
     """
     from offline_align.model.backend import torch_name
 
@@ -57,9 +57,9 @@ def load_huggingface(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (our tensor name, shard of `tp_rank`) for every tensor, in the dtype of the file.
 
-    Everything is checked before the first tensor is read. Raises ConfigError naming an unknown architecture,
-    missing or left-over tensors, wrong shapes and a tensor-parallel size that does not divide the model;
-    StorageError for a damaged file.
+    Everything is checked before the first tensor is read. Raises ConfigError for an unknown
+    architecture, missing or unexpected tensors, wrong shapes, or a tensor parallel size that does
+    not divide the model; StorageError for a damaged file.
     """
     architecture = read_architecture(folder)
     model = replace(architecture.model, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
@@ -91,7 +91,7 @@ def _check_tensors(folder: Path, architecture: Architecture, table: list[Entry],
     ignored = {"lm_head.weight"} if tied else set()
     problems = [f"tensor {name} is missing" for name in expected if name not in slices]
     problems += [
-        f"tensor {name} has no place in {architecture.family.model_type}"
+        f"tensor {name} is not part of {architecture.family.model_type}"
         for name in slices
         if name not in expected and name not in ignored and not _IGNORED.fullmatch(name)
     ]
@@ -112,7 +112,7 @@ def _shard(entry: Entry, model: ModelSection, slices: dict[str, Any], tp_rank: i
 
 
 def _part(tensor: Any, axis: int | None, tp_rank: int, tp_size: int) -> Tensor:
-    """Read the `tp_rank`-th of `tp_size` equal pieces of a file's tensor along `axis`."""
+    """Read piece `tp_rank` of `tp_size` equal pieces of a file's tensor along `axis`."""
     if axis is None or tp_size == 1:
         return cast(Tensor, tensor[:])
     width = tensor.get_shape()[axis] // tp_size
@@ -121,7 +121,7 @@ def _part(tensor: Any, axis: int | None, tp_rank: int, tp_size: int) -> Tensor:
 
 
 def _vocabulary_shard(part: Part, model: ModelSection, slices: dict[str, Any], tp_rank: int, tp_size: int) -> Tensor:
-    """Read this rank's rows of the padded vocabulary; rows past the end of the file are zero."""
+    """Read this rank's rows of the padded vocabulary; rows beyond the file's tensor are zero."""
     rows = model.padded_vocab_size // tp_size
     tensor = slices[part.name]
     vocab_size = tensor.get_shape()[0]

@@ -1,7 +1,7 @@
 """Hugging Face tensor names and ours: one table per family, with shapes and tensor-parallel axes.
 
-A row of a table joins the Hugging Face tensors `parts` into our tensor `ours`. Shapes are written
-with the names that `sizes` gives numbers to, so a file can be checked before its tensors are read.
+A row of a table joins the Hugging Face tensors `parts` into our tensor `ours`. Shapes use symbolic
+names, whose values `sizes` returns, so a file can be checked before its tensors are read.
 """
 
 from collections.abc import Iterator
@@ -16,20 +16,20 @@ Kind = Literal["policy", "reward_model"]
 
 
 class Join(StrEnum):
-    """How the parts of a row become one tensor."""
+    """How the parts of a table row become one tensor."""
 
     copy = "copy"
     query_groups = "query_groups"
     """Query, key and value rows, interleaved by query group."""
     stack = "stack"
-    """Gate over up."""
+    """Gate and up projections, stacked in this order."""
     vocabulary = "vocabulary"
     """Rows padded to a multiple of `make_vocab_size_divisible_by`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A Hugging Face tensor and its shape, in the names of `sizes`."""
+    """A Hugging Face tensor and its shape, in names of `sizes`."""
 
     name: str
     shape: tuple[str, ...]
@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One of our tensors, the Hugging Face tensors it is made of, and the axis that ranks share."""
+    """One of our tensors, the Hugging Face tensors it is made of, and the tensor parallel axis."""
 
     ours: str
     parts: tuple[Part, ...]
@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """An architecture of `transformers` by its `model_type`, class names and layer table."""
+    """A `transformers` architecture: `model_type`, class names and layer table."""
 
     model_type: str
     policy_class: str
@@ -104,7 +104,7 @@ FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
 
 
 def family_of(model: ModelSection) -> Family:
-    """Return the family that computes what `model` describes; ConfigError where none does."""
+    """Return the family that can represent `model`; raises ConfigError if none can."""
     if model.add_qkv_bias and model.qk_layernorm:
         raise ConfigError(
             "model.add_qkv_bias=true with model.qk_layernorm=true: no Hugging Face family has both; unset one"
@@ -117,7 +117,7 @@ def family_of(model: ModelSection) -> Family:
 
 
 def sizes(model: ModelSection) -> dict[str, int]:
-    """Return the number behind every name that the shapes of the tables use."""
+    """Return the value of every symbolic name in the shapes of the tables."""
     assert model.vocab_size is not None
     return {
         "one": 1,

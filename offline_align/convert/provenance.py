@@ -1,4 +1,4 @@
-"""What the runs behind a model say of it: how it was trained, on what, and how it compares."""
+"""Collect from the runs behind a model how it was trained, on which data, and how it compares."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from offline_align.lineage.manifest import ParentRecord, describe_parent
 REPORT = "report.json"
 Rows = list[tuple[str, str]]
 
-# What a reader wants to know of a training run, in this order, where the run has it.
+# Settings of a training run that the model card shows, in this order, if the run has them.
 _SETTINGS = (
     "method",
     "optim.lr",
@@ -34,7 +34,7 @@ _SETTINGS = (
 
 @dataclass(frozen=True, slots=True)
 class SourceRun:
-    """A finished run that led to a model: `depth` counts the steps back to it."""
+    """A finished run behind a model; `depth` is the number of steps from the model back to the run."""
 
     folder: Path
     manifest: Manifest
@@ -43,7 +43,7 @@ class SourceRun:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The table of an `evaluate` run: `own` are the names under which it compares the model."""
+    """The table of an `evaluate` run; `own` are the names under which it lists this model."""
 
     judge: str
     prompts: int
@@ -54,7 +54,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Everything that a model card says beyond the model itself."""
+    """Facts for a model card from the runs behind the model."""
 
     training: Rows
     reward_model: Rows
@@ -69,10 +69,10 @@ UNKNOWN = Provenance([], [], [])
 
 
 def provenance(model_folder: Path, evaluation: Path | None = None) -> Provenance:
-    """Return what is known of a checkpoint or Hugging Face folder; parts are empty where nothing is.
+    """Return the provenance of a checkpoint or Hugging Face folder; unknown parts are empty.
 
-    `evaluation` is the folder of an `evaluate` run. Raises ConfigError, naming `convert.evaluation`, where it is
-    none, or compares no answers of this model.
+    `evaluation` is the folder of an `evaluate` run. Raises ConfigError, naming
+    `convert.evaluation`, if it is not such a run or compares no answers of this model.
     """
     runs = list(_runs_behind(model_folder))
     compared = _evaluation(evaluation, model_folder) if evaluation is not None else None
@@ -82,7 +82,7 @@ def provenance(model_folder: Path, evaluation: Path | None = None) -> Provenance
 
 
 def _runs_behind(model_folder: Path) -> Iterator[SourceRun]:
-    """Yield the runs behind a folder, depth first; parents that are gone or are no runs are left out."""
+    """Yield the runs behind a folder, depth first; parents that are no longer runs are skipped."""
     folder = model_folder.resolve()
     for run_dir in (folder, *folder.parents[:2]):
         found = list(_walk(run_dir, 0))
@@ -109,7 +109,7 @@ def _lines(run: SourceRun) -> Iterator[str]:
     for file in manifest.inputs:
         yield f"{indent}  - `{Path(file.path).name}`, SHA-256 `{file.sha256[:12]}`"
     for parent in manifest.parents:
-        # Runs that are still there have lines of their own.
+        # Runs that still exist have their own lines.
         if not ((run.folder / parent.path).resolve() / MANIFEST).is_file():
             yield f"{indent}  - `{parent.stage}`, SHA-256 `{parent.manifest_sha256[:12]}`"
 
@@ -134,7 +134,7 @@ def _training(run: SourceRun) -> Rows:
 
 
 def _reward_model(runs: list[SourceRun]) -> Rows:
-    """Return what is known of the reward model whose labels a policy learned from."""
+    """Return the known facts about the reward model whose labels the policy was trained on."""
     found: Rows = []
     for run in runs[1:]:
         if run.manifest.stage == "label":
@@ -184,7 +184,7 @@ def _number(value: Any) -> str:
 def _evaluation(folder: Path, model_folder: Path) -> Evaluation:
     manifest = read_manifest(folder)
     if manifest is None or manifest.stage != "evaluate":
-        raise ConfigError(f"convert.evaluation={folder}: is no finished run of `evaluate`; give its run folder")
+        raise ConfigError(f"convert.evaluation={folder}: is not a finished run of `evaluate`; give its run folder")
     try:
         results = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         own = _own_names(folder, manifest, results["files"], describe_parent(model_folder))

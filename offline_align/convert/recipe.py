@@ -1,7 +1,7 @@
-"""Python code for the model card: `transformers` encodes a dialogue to the very tokens of training.
+"""Python code for the model card that encodes a dialogue with `transformers` exactly as in training.
 
-Context, condition and response were encoded each by itself. A tokenizer that is given the whole text can join their
-ends into one token, so the code encodes them apart, too.
+Context, condition and response were encoded separately. A tokenizer that gets the whole text can
+join their ends into one token, so this code encodes them separately too.
 """
 
 import json
@@ -19,7 +19,7 @@ _PROBES = ("Fine, thanks.", " two", "\nline", "5.0", "-1.5", "(a)", "<rm_score>5
 
 
 def recipe(description: ModelDescription, tokenizer: Tokenizer) -> str:
-    """Return the code, or nothing where `apply_chat_template` gives the tokens of training by itself.
+    """Return the code, or "" if `apply_chat_template` alone gives the tokens of training.
 
     It defines `prompt_ids(messages)` for a policy and `row_ids(messages)` for a reward model.
     """
@@ -41,7 +41,7 @@ def recipe(description: ModelDescription, tokenizer: Tokenizer) -> str:
 
 
 def _is_apart(renderer: Renderer) -> bool:
-    """Return whether what stands behind the request for the answer is encoded otherwise than at the start of a text."""
+    """Return whether text after the generation prompt is encoded differently from the start of a text."""
     after = renderer.frame(_QUESTION).after
     rule = renderer.tokenizer.prefix_rule
     return rule is not PrefixRule.never and (after is After.text or (after, rule) == (After.special, PrefixRule.first))
@@ -64,13 +64,13 @@ def _behind(tokenizer: Tokenizer) -> list[str]:
     return [
         "",
         "",
-        "def behind(text):  # as it is encoded behind other text, without the space that a text starts with",
+        "def behind(text):  # ids of text that follows other text, without a space added at its start",
         f"    return encode({_literal(mark + '%s')} % text)[len(encode({_literal(mark)})) :]",
     ]
 
 
 def _shows_text_behind(tokenizer: Tokenizer, mark: str) -> bool:
-    """Return whether no token reaches over the end of `mark`, so that the ids behind it are those of the text there."""
+    """Return whether ids after `mark` are those of text after text: no token crosses the end of `mark`."""
     length = len(tokenizer.encode(mark))
     return all(tokenizer.encode(mark + text)[length:] == tokenizer.encode(text, after=After.text) for text in _PROBES)
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: a checkpoint of ours, a Hugging Face folder, or random weights."""
+"""The source of a model: one of our checkpoints, a Hugging Face folder, or random weights."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 class Form(Enum):
-    """In which form the weights of a model are stored."""
+    """The form in which the weights of a model are stored."""
 
-    checkpoint = "a checkpoint of ours"
+    checkpoint = "one of our checkpoints"
     huggingface = "a Hugging Face folder"
     random = "random weights"
 
@@ -41,7 +41,7 @@ class ModelSource:
     folder: Path | None = None
     """The checkpoint or the Hugging Face folder; None for random weights."""
     states_template: bool = False
-    """Whether the model was trained with the template of its description; the user may choose another one if not."""
+    """Whether the template of the description is known from training; if not, the user may choose one."""
 
     @property
     def model(self) -> ModelSection:
@@ -54,13 +54,14 @@ class ModelSource:
         return self.description.kind
 
     def renderer(self) -> Renderer:
-        """Return what turns dialogues into token ids as the model reads them."""
+        """Return the renderer that encodes dialogues as the model reads them."""
         return self.description.renderer(self.tokenizer)
 
     def load_into(self, module: "torch.nn.Module", ranks: "Ranks", fresh_prefixes: tuple[str, ...] = ()) -> None:
-        """Load the weights into a built model, at any layout.
+        """Load the weights into a built model, at any parallel layout.
 
-        Parameters whose names start with one of `fresh_prefixes` keep their random values if the source has none.
+        Parameters whose names start with one of `fresh_prefixes` keep their random values if the
+        source has no weights for them.
         """
         if self.folder is None:
             logger.warning("init.from is not set: training starts from random weights")
@@ -81,11 +82,12 @@ def open_model(
     template_date: str | None = None,
     tokenizer: Path | None = None,
 ) -> ModelSource:
-    """Return the model that the setting `key` names: a run folder, a checkpoint folder or a Hugging Face folder.
+    """Return the model that the setting `key` names: a run folder, a checkpoint or a Hugging Face folder.
 
-    `template` and `template_date` are for a model that does not state its own, `tokenizer` for a Hugging Face folder.
-    Raises ConfigError, naming `key`, for a folder that is no model or not supported and for a tokenizer that is longer
-    than the model; StorageError for a damaged checkpoint.
+    `template` and `template_date` apply only to a model that does not state its own. `tokenizer`
+    replaces the tokenizer of a Hugging Face folder. Raises ConfigError, naming `key`, if the folder
+    is not a supported model or the tokenizer has more entries than the model; StorageError for a
+    damaged checkpoint.
     """
     folder = find_model(path, key)
     try:
@@ -102,7 +104,7 @@ def _from_checkpoint(folder: Path) -> ModelSource:
     description = ModelDescription.load(folder)
     tokenizer = description.load_tokenizer(folder)
     check_token_ids(folder, description.model, tokenizer)
-    # A checkpoint that `convert` has made was trained by others, with a template that is not known.
+    # A checkpoint without a method was imported by `convert`; the template of its training is unknown.
     return ModelSource(description, tokenizer, Form.checkpoint, folder, states_template=bool(description.method))
 
 
@@ -119,10 +121,10 @@ def _from_huggingface(folder: Path, given: Path | None) -> ModelSource:
 
 
 def _description(architecture: Architecture, tokenizer: Tokenizer) -> ModelDescription:
-    """Return what our exporter wrote into `config.json`, or how the model of others reads text.
+    """Return the description that our exporter wrote into `config.json`, or the one of a third-party model.
 
-    Reward models of others were trained with their chat template, if they have one, and are read as `transformers`
-    reads them. Raises TypeError and ValueError for a damaged record.
+    Third-party reward models were trained with their chat template, if they have one, and read text
+    as in `transformers`. Raises TypeError and ValueError for a damaged record.
     """
     extra = architecture.extra
     foreign = architecture.kind == "reward_model" and not extra

@@ -1,4 +1,4 @@
-"""Joining and splitting tensors between the two forms, whole or for one tensor-parallel rank."""
+"""Join and split tensors between Hugging Face's layout and ours, whole or for one tensor parallel rank."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from offline_align.convert.names import Join
 
 
 def join(how: Join, parts: list[Tensor], groups: int) -> Tensor:
-    """Return our tensor made of the Hugging Face `parts`; `groups` counts the query groups in them.
+    """Return our tensor, joined from the Hugging Face `parts`, which have `groups` query groups.
 
-    The result is the shard of a tensor-parallel rank where the parts are that rank's slices.
+    If the parts are the slices of one tensor parallel rank, the result is the shard of that rank.
     """
     if how is Join.query_groups:
         tail = parts[0].shape[1:]
@@ -20,7 +20,7 @@ def join(how: Join, parts: list[Tensor], groups: int) -> Tensor:
 
 
 def split(how: Join, tensor: Tensor, groups: int, channels: int, vocab_size: int) -> list[Tensor]:
-    """Return the Hugging Face parts of our whole tensor: the inverse of `join`, padding rows removed."""
+    """Return the Hugging Face parts of our whole tensor, without padding rows; the inverse of `join`."""
     if how is Join.query_groups:
         tail = tensor.shape[1:]
         grouped = tensor.reshape(groups, -1, *tail)
@@ -34,7 +34,7 @@ def split(how: Join, tensor: Tensor, groups: int, channels: int, vocab_size: int
 
 
 def pad_rows(tensor: Tensor, rows: int) -> Tensor:
-    """Return `tensor` with zero rows below it, `rows` in all."""
+    """Return `tensor` padded with zero rows to `rows` rows."""
     if tensor.shape[0] == rows:
         return tensor
     padding = tensor.new_zeros((rows - tensor.shape[0], *tensor.shape[1:]))

@@ -1,4 +1,4 @@
-"""Tokenizer files of an exported folder, and the check that `transformers` reads the same ids from them."""
+"""Write the tokenizer files of an exported folder, and check that `transformers` gets the same ids."""
 
 import json
 import logging
@@ -16,10 +16,10 @@ from offline_align.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 logger = logging.getLogger(__name__)
 
 _CLASS = "PreTrainedTokenizerFast"
-"""Reads `tokenizer.json` as it is, in transformers 4 and 5; other classes are missing in one, or rebuild parts."""
+"""Loads `tokenizer.json` unchanged in transformers 4 and 5, unlike other tokenizer classes."""
 
-# How one version loaded the tokenizer, or names of its own classes.
-_OF_ONE_VERSION = {"auto_map", "backend", "is_local", "local_files_only", "name_or_path", "processor_class"}
+# Keys that record how one version loaded the tokenizer, or name classes of one version.
+_VERSION_KEYS = {"auto_map", "backend", "is_local", "local_files_only", "name_or_path", "processor_class"}
 
 _DIALOGUES = (
     (Message("user", "What is the capital of France?"),),
@@ -29,12 +29,12 @@ _DIALOGUES = (
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What `write_tokenizer` wrote."""
+    """The result of `write_tokenizer`."""
 
     fast: bool
     """Whether there is a `tokenizer.json`."""
     pad_id: int
-    """Padding, which `tokenizer_config.json` names by its text."""
+    """Id of the padding token that `tokenizer_config.json` names."""
 
 
 def write_tokenizer(
@@ -42,8 +42,8 @@ def write_tokenizer(
 ) -> Written:
     """Write the tokenizer with its `tokenizer_config.json` into `folder`.
 
-    A SentencePiece model also gets a `tokenizer.json`, if one gives the same ids. `last` are ids that rows can end
-    with, see `padding`.
+    A SentencePiece model also gets a `tokenizer.json`, if one can reproduce its ids. `last` are ids
+    that rows can end with, see `padding`.
     """
     tokenizer.save(folder)
     if not (folder / HUGGING_FACE_FILE).is_file():
@@ -51,7 +51,7 @@ def write_tokenizer(
     pad_token, pad_id = padding(tokenizer, folder, kind, last)
     config = _settings(folder, max_length) | tokenizer.named_tokens
     config |= {"chat_template": chat_template, "pad_token": pad_token}
-    # Each of them would take precedence over tokenizer_config.json.
+    # Either file would take precedence over tokenizer_config.json.
     for name in ("chat_template.jinja", "special_tokens_map.json"):
         (folder / name).unlink(missing_ok=True)
     text = json.dumps(config, indent=2, ensure_ascii=False)
@@ -60,7 +60,7 @@ def write_tokenizer(
 
 
 def _settings(folder: Path, max_length: int) -> dict[str, Any]:
-    """Return what the files of a saved tokenizer say, in keys and values that transformers 4 and 5 both know."""
+    """Return the settings of a saved tokenizer, in keys and values that transformers 4 and 5 both know."""
     found: dict[str, Any] = {"model_max_length": max_length, "clean_up_tokenization_spaces": False}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name
@@ -68,16 +68,16 @@ def _settings(folder: Path, max_length: int) -> dict[str, Any]:
     extra = found.pop("extra_special_tokens", None)
     if isinstance(extra, dict):
         found["extra_special_tokens"] = extra
-    elif extra:  # version 5 saves a list, which version 4 knows by its older name alone
+    elif extra:  # version 5 saves a list, which version 4 knows only by its older name
         found["additional_special_tokens"] = extra
-    return {key: value for key, value in found.items() if key not in _OF_ONE_VERSION} | {"tokenizer_class": _CLASS}
+    return {key: value for key, value in found.items() if key not in _VERSION_KEYS} | {"tokenizer_class": _CLASS}
 
 
 def _write_fast_form(folder: Path) -> None:
     fast = sentencepiece_fast.convert(folder / SENTENCEPIECE_FILE)
     if fast is None:
         logger.warning(
-            "%s: no tokenizer.json gives the ids of this SentencePiece model, so none is written; "
+            "%s: no tokenizer.json can reproduce the ids of this SentencePiece model, so none is written; "
             "encode with tokenizer.model",
             folder,
         )
@@ -86,12 +86,13 @@ def _write_fast_form(folder: Path) -> None:
 
 
 def padding(tokenizer: Tokenizer, folder: Path, kind: Kind, last: frozenset[int]) -> tuple[str, int]:
-    """Return text and id of the padding for the tokenizer files in `folder`: no id of `last`.
+    """Return text and id of a padding token for the tokenizer files in `folder` that is not in `last`.
 
-    `transformers` reads a reward at the last token that is not padding, so padding must not be what a row ends with.
-    It is a special token, the tokenizer's own padding before all others. If all of these can end a row, policies are
-    padded with end of sequence, since nothing is read from them that way. For a reward model it is then the longest
-    token: its text stands for padding from there on, in the spelling of the vocabulary, which texts hardly have.
+    `transformers` reads a reward at the last token that is not padding, so padding must not be a
+    token that a row can end with. The choice is a special token, preferably the tokenizer's own
+    padding. If every special token can end a row, a policy is padded with end of sequence, because
+    nothing is read from it that way. A reward model is padded with the longest token of its
+    vocabulary: from then on its text means padding, but so long a token is very rare in real text.
     """
     vocabulary, special = _vocabulary(folder)
     own = {text: token for text, token in vocabulary.items() if token not in last}
@@ -107,7 +108,7 @@ def padding(tokenizer: Tokenizer, folder: Path, kind: Kind, last: frozenset[int]
 
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], set[str]]:
-    """Return the ids of all tokens by their text, and the special tokens among them."""
+    """Return the ids of all tokens by text, and the texts of the special tokens."""
     if (folder / HUGGING_FACE_FILE).is_file():
         from tokenizers import Tokenizer as Backend
 
@@ -122,10 +123,10 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], set[str]]:
 
 
 def first_prompt_difference(folder: Path, renderer: Renderer, condition: str) -> str | None:
-    """Return the first sample dialogue that `transformers` encodes otherwise than `renderer`, or None.
+    """Return the first sample dialogue that `transformers` encodes differently from `renderer`, or None.
 
-    They can differ where a token of the exported tokenizer reaches over the boundary of two turns, or of the
-    prompt and the condition: we encode each by itself.
+    They differ if a token of the exported tokenizer crosses the boundary between two turns, or
+    between prompt and condition, because we encode these separately.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -139,10 +140,10 @@ def first_prompt_difference(folder: Path, renderer: Renderer, condition: str) ->
 
 
 def is_replaced(folder: Path, tokenizer: Tokenizer) -> bool:
-    """Return whether `AutoTokenizer` gives other ids than the `tokenizer.json` in `folder`.
+    """Return whether the ids of `AutoTokenizer` differ from those of the `tokenizer.json` in `folder`.
 
-    Version 5 takes the tokenizer class of some families (Qwen2) whatever `tokenizer_config.json` names, and that class
-    keeps of the file vocabulary and merges alone.
+    For some families (Qwen2), version 5 uses the family's tokenizer class whatever
+    `tokenizer_config.json` names, and that class reads only vocabulary and merges from the file.
     """
     from transformers import AutoTokenizer
 

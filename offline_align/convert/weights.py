@@ -1,4 +1,4 @@
-"""Safetensors files of limited size with their index, written one tensor at a time."""
+"""Write safetensors files of limited size and their index, one tensor at a time."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GI
 
 
 def parse_size(text: str, key: str = "convert.max_shard_size") -> int:
-    """Return the bytes of a size such as `5GB` or `500MiB`; ConfigError naming `key`."""
+    """Return a size such as `5GB` or `500MiB` in bytes; raises ConfigError naming `key`."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]+)\s*", text)
     size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
     if size <= 0:
@@ -25,7 +25,7 @@ def parse_size(text: str, key: str = "convert.max_shard_size") -> int:
 
 
 def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> list[Path]:
-    """Write the tensors into `folder` and return the files: one alone, or numbered shards and their index.
+    """Write the tensors into `folder` and return the files: a single one, or numbered shards and an index.
 
     Only the tensors of one shard are held in memory. Raises StorageError.
     """
@@ -45,7 +45,7 @@ def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard
 
 def _write_shard(tensors: dict[str, Tensor], folder: Path, number: int) -> tuple[Path, list[str]]:
     path = folder / f".shard-{number:05d}.tmp"
-    # A view of a larger storage would be refused as shared memory.
+    # `save_file` refuses views of a larger storage as shared memory.
     owned = {name: tensor.clone() if _is_view(tensor) else tensor for name, tensor in tensors.items()}
     try:
         save_file(owned, path, metadata={"format": "pt"})
@@ -59,7 +59,7 @@ def _is_view(tensor: Tensor) -> bool:
 
 
 def _finish(shards: list[tuple[Path, list[str]]], folder: Path, total_bytes: int) -> list[Path]:
-    """Give the shards their final names, which hold their number, and write the index of several."""
+    """Rename the shards, whose names contain the total number, and write the index if there are several."""
     if len(shards) == 1:
         return [shards[0][0].replace(folder / SINGLE)]
     weight_map: dict[str, str] = {}

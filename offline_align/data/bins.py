@@ -1,7 +1,8 @@
-"""Rows that can be packed, and the bins that they make: tokenised samples, and tokenised pairs.
+"""Sources of rows to pack (tokenised samples or pairs) and the bins they form.
 
-Rows with the same prompt that stand side by side in a bin can have it once: the first brings it, the others look back
-on its tokens. Nothing changes by that, for what a causal model makes of a token depends on nothing after it.
+Adjacent rows of a bin that have the same prompt can share it: the first row contains the prompt,
+and the others attend to its tokens. The result does not change, because in a causal model a token
+never depends on later tokens.
 """
 
 import hashlib
@@ -20,49 +21,51 @@ from offline_align.data.batch import PackedBatch
 from offline_align.data.collate import Ids, Indices, Segment, Targets, assemble
 from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
 
-# Shorter beginnings are computed again: what is saved would not pay for looking back.
+# Shorter common prefixes are recomputed: sharing them would cost more than it saves.
 _LEAST_SHARED = 16
 
 MOST_KEYS_IN_TRAINING = 4.0
-"""Keys that rows of one prompt see, over the tokens that are computed of them: three quarters are saved at the most.
+"""Limit on attended keys per computed token in a prefix group; sharing saves at most three quarters.
 
-Training keeps the keys of every row for the gradient, so that without a limit memory would grow with the answers.
+Training keeps the keys of every row for the gradient, so memory would grow with the number of
+answers without a limit.
 """
 
 
 def shares_prompts(trainer: ComputeSection, parallel: ParallelSection) -> bool:
-    """Return whether rows of a bin have a common prompt once; context parallelism cuts bins of whole rows."""
+    """Return whether rows of a bin share a common prompt; context parallelism needs bins of whole rows."""
     return trainer.share_prompts and parallel.context_parallel_size == 1
 
 
 @dataclass(frozen=True)
 class BinSize:
-    """What a bin costs."""
+    """The cost of a bin."""
 
     tokens: int
-    """Tokens that are computed, without padding."""
+    """Computed tokens, without padding."""
     squared_lengths: int
     """Twice the (query, key) pairs of attention."""
 
 
 class PrefixGroup:
-    """Rows that have their prompt once: the first brings it, and the others stand behind it.
+    """Rows that share one prompt: the first row contains it, the others follow it.
 
-    `sequences` are those of the first row. Where `shares` is not set nothing is computed once, not even inside a row.
+    `sequences` are the sequences of the first row. If `shares` is false, nothing is shared, not
+    even between the sequences of one row.
     """
 
     def __init__(self, prompt: bytes, row: int, sequences: Sequence[Ids], shares: bool) -> None:
         self.prompt = prompt
-        """What the rows have in common; empty: nothing, and no row joins another."""
+        """The common prompt; if it is empty, no other row can join."""
         self.rows = [row]
         self._head, *others = sequences
-        self.sequences = [(self._head, 0), *((ids, _common_beginning(self._head, ids, shares)) for ids in others)]
-        """Ids, and how many of them are those that the first sequence begins with."""
+        self.sequences = [(self._head, 0), *((ids, _shared_prefix(self._head, ids, shares)) for ids in others)]
+        """The ids of each sequence, and the length of the prefix it shares with the first one."""
         self.tokens, self._keys, self.squared_lengths = _costs(self.sequences)
 
     def joined_by(self, row: int, sequences: Sequence[Ids], capacity: float, most_keys: float) -> bool:
-        """Take `row`, unless that makes more than `capacity` tokens or too many keys; return whether it was taken."""
-        added = [(ids, _common_beginning(self._head, ids)) for ids in sequences]
+        """Add `row` if it fits `capacity` tokens and the limit on keys; return whether it did."""
+        added = [(ids, _shared_prefix(self._head, ids)) for ids in sequences]
         tokens, keys, squared_lengths = _costs(added)
         tokens, keys = self.tokens + tokens, self._keys + keys
         if tokens > capacity or keys > most_keys * tokens:
@@ -74,13 +77,13 @@ class PrefixGroup:
         return True
 
     def segments(self, first: int) -> Iterator[Segment]:
-        """Yield the segments of a bin, the first of them being its `first`."""
+        """Yield the group's segments, numbered in the bin from `first`."""
         for number, (ids, shared) in enumerate(self.sequences, first):
             yield Segment(ids, first if shared else number, shared)
 
 
 def _costs(sequences: Sequence[tuple[Ids, int]]) -> tuple[int, int, int]:
-    """Return the tokens that are computed of sequences, the keys that they see, and their squared lengths."""
+    """Return the computed tokens, the attended keys and the sum of squared lengths of the sequences."""
     tokens = keys = squared_lengths = 0
     for ids, shared in sequences:
         length = len(ids)
@@ -90,10 +93,11 @@ def _costs(sequences: Sequence[tuple[Ids, int]]) -> tuple[int, int, int]:
 
 
 class RowSource(ABC):
-    """Rows that can be packed: of a sequence each, or of two.
+    """Rows to pack, of one sequence each (samples) or two (pairs).
 
-    With `share_prompts` those of one prompt have it once, as long as they see no more than `most_keys` keys for each of
-    their tokens that is computed. `prompted` are rows, or one side of them, with their prompts.
+    With `share_prompts`, rows with the same prompt share it as long as they attend to at most
+    `most_keys` keys per computed token. `prompted` are the rows, or one side of the pairs, from
+    which the prompts are read.
     """
 
     def __init__(self, prompted: TokenizedRows, share_prompts: bool, most_keys: float) -> None:
@@ -105,7 +109,7 @@ class RowSource(ABC):
 
     @abstractmethod
     def num_tokens(self) -> int:
-        """Return the tokens of all rows, each with its prompt."""
+        """Return the number of tokens of all rows, each with its prompt."""
 
     @abstractmethod
     def fingerprint(self) -> int:
@@ -113,17 +117,17 @@ class RowSource(ABC):
 
     @abstractmethod
     def collate(self, rows: Sequence[int], pad_to_multiple: int) -> PackedBatch:
-        """Return the bin that holds `rows`, in which neighbours may share their prompts; its length is padded."""
+        """Return the bin of `rows`, padded to a multiple; adjacent rows may share their prompt."""
 
     @abstractmethod
     def _sequences(self, row: int) -> list[Ids]: ...
 
     def groups(self, rows: Sequence[int], capacity: int) -> list[PrefixGroup]:
-        """Return `rows` as groups that belong into one bin: those of one prompt, as many as fit `capacity` tokens."""
+        """Return `rows` as groups of one prompt, each of at most `capacity` tokens, to pack as units."""
         found: list[PrefixGroup] = []
         latest: dict[bytes, PrefixGroup] = {}
         for row in rows:
-            prompt = self._common(row)
+            prompt = self._shared_prompt(row)
             group = latest.get(prompt)
             if group is None or not self._join(group, row, capacity):
                 latest[prompt] = self._begin(prompt, row)
@@ -131,33 +135,33 @@ class RowSource(ABC):
         return found
 
     def size(self, rows: Sequence[int]) -> BinSize:
-        """Return what the bin of `rows` costs."""
+        """Return the cost of a bin of `rows`."""
         groups = self._prefix_groups(rows)
         return BinSize(sum(f.tokens for f in groups), sum(f.squared_lengths for f in groups))
 
     def size_of_groups(self, groups: Sequence[PrefixGroup]) -> BinSize:
-        """Return what the bin of the rows of `groups` costs, which were made with this source."""
-        # In a bin, where there is no limit to a group, neighbours of one prompt become one.
+        """Return the cost of a bin of `groups`, which come from this source."""
+        # `collate` puts no token limit on a group, so adjacent groups of one prompt merge in the bin.
         if any(left.prompt and left.prompt == right.prompt for left, right in pairwise(groups)):
             return self.size([row for group in groups for row in group.rows])
         return BinSize(sum(g.tokens for g in groups), sum(g.squared_lengths for g in groups))
 
     @cached_property
     def prompts(self) -> Indices:
-        """The number of each row's prompt: [rows]. Rows with the same prompt have the same."""
+        """[rows] the number of each row's prompt; rows with the same prompt have the same number."""
         numbers: dict[bytes, int] = {}
-        # A million prompts themselves would take gigabytes.
+        # Digests, because a million prompts would take gigabytes.
         digests = (hashlib.blake2b(self._prompt(row), digest_size=16).digest() for row in range(len(self)))
         return np.fromiter((numbers.setdefault(d, len(numbers)) for d in digests), np.int64, len(self))
 
     def repeated_share(self) -> float:
-        """Return how much of all tokens are prompts that an earlier row has had already."""
+        """Return the share of all tokens that belong to the prompt of an earlier row."""
         lengths = self._prompted.prompt_length
         _, first = np.unique(self.prompts, return_index=True)
         return float(lengths.sum() - lengths[first].sum()) / self.num_tokens()
 
     def _prompt(self, row: int) -> Ids:
-        """Return what stands before the response and its condition."""
+        """Return the ids before the condition and the response."""
         begin = self._prompted.offsets[row]
         return self._prompted.ids[begin : begin + self._prompted.prompt_length[row]]
 
@@ -168,17 +172,17 @@ class RowSource(ABC):
         return segments
 
     def _prefix_groups(self, rows: Sequence[int]) -> list[PrefixGroup]:
-        """Return neighbours of a bin together that share a prompt."""
+        """Return the rows of a bin as groups of adjacent rows that share a prompt."""
         found: list[PrefixGroup] = []
         for row in rows:
-            prompt = self._common(row)
+            prompt = self._shared_prompt(row)
             last = found[-1] if found else None
             if last is None or last.prompt != prompt or not self._join(last, row, math.inf):
                 found.append(self._begin(prompt, row))
         return found
 
-    def _common(self, row: int) -> bytes:
-        """Return the prompt where it is worth sharing, else nothing."""
+    def _shared_prompt(self, row: int) -> bytes:
+        """Return the prompt as bytes if it is worth sharing, else empty bytes."""
         if not self.share_prompts:
             return b""
         prompt = self._prompt(row)
@@ -192,14 +196,14 @@ class RowSource(ABC):
 
 
 class SampleSource(RowSource):
-    """Tokenised samples: one segment a row, targets weighted by the row."""
+    """Tokenised samples: one segment per row; the row's weight applies to its targets."""
 
     def __init__(self, rows: TokenizedRows, share_prompts: bool = False, most_keys: float = math.inf) -> None:
         super().__init__(rows, share_prompts, most_keys)
         self.rows = rows
 
     def num_tokens(self) -> int:
-        """Return the tokens of all rows, each with its prompt."""
+        """Return the number of tokens of all rows, each with its prompt."""
         return int(self.rows.offsets[-1] - self.rows.offsets[0])
 
     def fingerprint(self) -> int:
@@ -207,7 +211,7 @@ class SampleSource(RowSource):
         return _checksum(self.rows)
 
     def collate(self, rows: Sequence[int], pad_to_multiple: int) -> PackedBatch:
-        """Return the bin that holds `rows`, with all their targets."""
+        """Return the bin of `rows` with all their targets."""
         targets = Targets(self.rows.target_start[list(rows)], self.rows.weight[list(rows)])
         row_ids = [self.rows.row_ids[row] for row in rows]
         return assemble(self._segments(rows), row_ids, targets, np.zeros(0, np.float32), pad_to_multiple)
@@ -217,14 +221,14 @@ class SampleSource(RowSource):
 
 
 class PairSource(RowSource):
-    """Tokenised pairs: two segments a row, chosen first; no targets, scores are read at last tokens."""
+    """Tokenised pairs: two segments per row, chosen first. There are no targets; last tokens are scored."""
 
     def __init__(self, pairs: TokenizedPairs, share_prompts: bool = False, most_keys: float = math.inf) -> None:
         super().__init__(pairs.chosen, share_prompts, most_keys)
         self.pairs = pairs
 
     def num_tokens(self) -> int:
-        """Return the tokens of all pairs; where prompts are shared, both answers of each have theirs once."""
+        """Return the number of tokens of all pairs; with `share_prompts`, a pair has its prompt once."""
         both = sum(int(side.offsets[-1] - side.offsets[0]) for side in (self.pairs.chosen, self.pairs.rejected))
         return both - (int(self.pairs.chosen.prompt_length.sum()) if self.share_prompts else 0)
 
@@ -233,7 +237,7 @@ class PairSource(RowSource):
         return _checksum(self.pairs.chosen, self.pairs.rejected)
 
     def collate(self, rows: Sequence[int], pad_to_multiple: int) -> PackedBatch:
-        """Return the bin that holds both answers of each pair of `rows`."""
+        """Return the bin of both answers of each pair of `rows`."""
         margins = np.nan_to_num(self.pairs.margin[list(rows)], nan=0.0).astype(np.float32)
         row_ids = [self.pairs.row_ids[row] for row in rows]
         return assemble(self._segments(rows), row_ids, None, margins, pad_to_multiple)
@@ -246,10 +250,10 @@ def _ids(rows: TokenizedRows, row: int) -> Ids:
     return rows.ids[rows.offsets[row] : rows.offsets[row + 1]]
 
 
-def _common_beginning(head: Ids, ids: Ids, shares: bool = True) -> int:
-    """Return how many of `ids` are those of `head`, or 0 where they are few or nothing is shared.
+def _shared_prefix(head: Ids, ids: Ids, shares: bool = True) -> int:
+    """Return the length of the prefix that `ids` shares with `head`; 0 if it is short or `shares` is false.
 
-    The last is always its own, for a score is read there.
+    The last token is never shared, because a score is read there.
     """
     if not shares:
         return 0
@@ -260,7 +264,7 @@ def _common_beginning(head: Ids, ids: Ids, shares: bool = True) -> int:
 
 
 def _checksum(*columns: TokenizedRows) -> int:
-    """Return the CRC-32 of all that decides a step."""
+    """Return the CRC-32 of everything in the rows that determines a step."""
     checksum = 0
     for column in columns:
         for array in (column.ids, column.offsets, column.target_start, column.weight):

@@ -1,8 +1,8 @@
-"""Chat templates in Jinja, rendered in a sandbox with the names that `transformers` offers them.
+"""Chat templates in Jinja, rendered in a sandbox with the names that `transformers` provides.
 
-A template may name special tokens; a message may not. Where a message holds the text of a special
-token, a private character stands for that text while the template runs, and it comes out of the
-rendering as plain text. All other dialogues get exactly the stock rendering.
+A template may name special tokens, a message may not. If a message contains the text of a special
+token, a private-use character replaces that text while the template runs, and the text becomes
+plain text in the rendering. Every other dialogue gets exactly the rendering of `transformers`.
 """
 
 import json
@@ -26,14 +26,14 @@ PRIVATE_USE = range(0x100000, 0x10FFFE)
 
 _CLOCK = "strftime_now"
 _MARKER = chr(PRIVATE_USE[-1])
-"""Stands for an answer where what is written around it is looked for."""
+"""Placeholder answer, used to find the text that a template writes around an answer."""
 
 Piece = tuple[str, bool]
-"""Text, and whether special-token strings in it are special tokens."""
+"""A text, and whether special-token strings in it are special tokens."""
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, rendered on `day` (today's where that is None)."""
+    """The chat template of a tokenizer; `day` is the date it sees as today (None: the actual date)."""
 
     def __init__(
         self, source: str, named_tokens: Mapping[str, str], special_texts: Sequence[str], day: date | None = None
@@ -42,30 +42,31 @@ class ChatTemplate:
         self._named_tokens = dict(named_tokens)
         longest_first = sorted(set(special_texts), key=len, reverse=True)
         self._special_texts = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-        # All answers to a prompt are compared with its rendering, after it was rendered for its own sake.
+        # The rendering of a prompt is needed for the prompt itself and for each of its answers.
         self._prompt_text = lru_cache(maxsize=1)(partial(self._run, generation_prompt=True))
 
     def prompt(self, messages: Sequence[Message], generation_prompt: bool = True) -> list[Piece]:
-        """Return the pieces of a dialogue, with what asks for the answer at its end.
+        """Return the pieces of a dialogue, with the generation prompt at its end.
 
-        Raises DataError where the template refuses the dialogue.
+        Raises DataError if the template refuses the dialogue.
         """
         shielded, shields = self._shield(messages)
         text = self._prompt_text(tuple(shielded)) if generation_prompt else self._run(shielded, generation_prompt)
         return _pieces(text, shields)
 
     def whole(self, messages: Sequence[Message]) -> list[Piece]:
-        """Return the pieces of a dialogue that ends with its answer. Raises as `prompt`."""
+        """Return the pieces of a dialogue that ends with its answer; raises as `prompt`."""
         return self.prompt(messages, generation_prompt=False)
 
     def around(self, messages: Sequence[Message]) -> tuple[str, str]:
-        """Return what the template writes before and behind an answer to `messages`; nothing where it cannot be told.
+        """Return the text that the template writes before and after an answer to `messages`.
 
-        A template can write other things around other answers; this is said of one that is a plain word.
+        Both are empty if they cannot be determined. A template may treat some answers differently;
+        the result holds for an answer of one plain word.
         """
         try:
             pieces = self.answer(messages, _MARKER)
-        except (DataError, ConfigError):  # a template for prompts alone can be generated with
+        except (DataError, ConfigError):  # a template that renders only prompts is enough for generation
             return "", ""
         before, marker, behind = "".join(text for text, _ in pieces).partition(_MARKER)
         return (before, behind) if marker and _MARKER not in behind else ("", "")
@@ -75,28 +76,28 @@ class ChatTemplate:
         return self._special_texts.sub("", text) if self._special_texts else text
 
     def first_special(self, text: str) -> tuple[str, str | None]:
-        """Return what stands before the first special token of `text`, and this token, if there is one."""
+        """Return the part of `text` before its first special token, and this token if there is one."""
         found = self._special_texts.search(text) if self._special_texts else None
         return (text[: found.start()], found[0]) if found else (text, None)
 
     def answer(self, messages: Sequence[Message], response: str) -> list[Piece]:
         """Return the pieces that the template writes after `prompt(messages)` for this response.
 
-        Raises DataError where the template refuses the dialogue, ConfigError where its rendering of the whole
-        dialogue does not begin with that of the prompt.
+        Raises DataError if the template refuses the dialogue, and ConfigError if the rendering of
+        the whole dialogue does not begin with the rendering of the prompt.
         """
         shielded, shields = self._shield([*messages, Message("assistant", response)])
         context = self._prompt_text(tuple(shielded[:-1]))
         whole = self._run(shielded, generation_prompt=False)
         if not whole.startswith(context):
             raise ConfigError(
-                "data.template=chat: the tokenizer's chat template rewrites the prompt once it is answered, "
-                "so the two cannot be told apart; use data.template=paper"
+                "data.template=chat: the tokenizer's chat template renders the prompt differently once it has "
+                "an answer, so prompt and answer cannot be separated; use data.template=paper"
             )
         return _pieces(whole[len(context) :], shields)
 
     def _shield(self, messages: Sequence[Message]) -> tuple[Sequence[Message], dict[str, str]]:
-        """Return the messages with a private character for each special text, and what it stands for."""
+        """Return the messages with special texts replaced by private-use characters, and the inverse map."""
         pattern = self._special_texts
         text = "".join(message.content for message in messages)
         if pattern is None or not pattern.search(text):
@@ -117,12 +118,12 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 **self._named_tokens,
             )
-        except Exception as error:  # a template is foreign code, which can fail in any way
+        except Exception as error:  # a template is third-party code, which can fail in any way
             raise DataError(f"chat template: {error}") from error
 
 
 def _pieces(text: str, shields: Mapping[str, str]) -> list[Piece]:
-    """Split a rendering at the private characters, each of which becomes plain text again."""
+    """Split a rendering at the private-use characters and turn each of them back into plain text."""
     if not shields:
         return [(text, True)] if text else []
     parts = re.split("([" + "".join(shields) + "])", text)
@@ -130,23 +131,23 @@ def _pieces(text: str, shields: Mapping[str, str]) -> list[Piece]:
 
 
 class Generation(Extension):
-    """`{% generation %}` marks what the assistant says; it changes no text."""
+    """`{% generation %}` marks the assistant's text; it does not change the rendering."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja asks for this form)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the statements inside the mark."""
+        """Return the statements inside the block."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def uses_date(source: str) -> bool:
-    """Return whether a template writes the day on which it is rendered; raises as `ChatTemplate`."""
+    """Return whether a template uses the current date; raises ConfigError if it is not valid Jinja."""
     return _CLOCK in meta.find_undeclared_variables(_parsed(_environment(), source))
 
 
 def with_day(source: str, day: date) -> str | None:
-    """Return a template that writes `day` whenever it is rendered, or None where it computes the form of the date."""
+    """Return a template that always writes `day`, or None if it computes the format of the date."""
     calls = [
         call.args
         for call in _parsed(_environment(), source).find_all(nodes.Call)
@@ -154,14 +155,14 @@ def with_day(source: str, day: date) -> str | None:
     ]
     if not all(len(args) == 1 and isinstance(args[0], nodes.Const) for args in calls):
         return None
-    forms = {args[0].value: _on(day)(args[0].value) for args in calls if isinstance(args[0], nodes.Const)}
+    forms = {args[0].value: _strftime_on(day)(args[0].value) for args in calls if isinstance(args[0], nodes.Const)}
     written = json.dumps(forms, ensure_ascii=False)
     return f"{{%- macro {_CLOCK}(form) -%}}{{{{ {written}[form] }}}}{{%- endmacro -%}}\n{source}"
 
 
 def _compile(source: str, day: date | None) -> Template:
     environment = _environment()
-    environment.globals[_CLOCK] = _strftime_now if day is None else _on(day)
+    environment.globals[_CLOCK] = _strftime_now if day is None else _strftime_on(day)
     _parsed(environment, source)
     return environment.from_string(source)
 
@@ -190,8 +191,8 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _on(day: date) -> Callable[[str], str]:
-    """Return the clock of a template that stands still at the beginning of `day`."""
+def _strftime_on(day: date) -> Callable[[str], str]:
+    """Return `strftime` for midnight at the beginning of `day`."""
     return datetime.combine(day, time()).strftime
 
 

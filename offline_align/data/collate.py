@@ -1,6 +1,7 @@
-"""A bin laid out: rows side by side, and who looks back on whose tokens.
+"""Collate rows into a bin: concatenated tokens, and the keys that rows share.
 
-Shape legend: S segments (rows of a bin, two for a pair), T tokens of the bin, K keys of its rows, N targets.
+Shape legend: S segments (rows of a bin, two for a pair), T tokens of the bin, K keys of its rows, N
+targets.
 """
 
 from dataclasses import dataclass
@@ -22,14 +23,14 @@ class Segment:
     ids: Ids
     """The whole row."""
     head: int
-    """Number of the segment that brings the tokens it begins with; its own number where none does."""
+    """Number of the segment that contains the shared prefix; the segment's own number if it shares none."""
     shared: int
-    """How many tokens those are."""
+    """Length of the shared prefix in tokens."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Of each segment: where its targets begin, and their weight."""
+    """For each segment, the position of its first target and the weight of its targets."""
 
     start: npt.NDArray[np.int32]
     weight: npt.NDArray[np.float32]
@@ -42,10 +43,10 @@ def assemble(
     margins: npt.NDArray[np.float32],
     multiple: int,
 ) -> PackedBatch:
-    """Lay the segments' own tokens side by side, and fill up to a multiple of `multiple` tokens."""
+    """Concatenate the segments' own tokens and pad them to a multiple of `multiple` tokens."""
     own = [s.ids[s.shared :] for s in segments]
     total = sum(map(len, own))
-    # A rank without rows still takes part in collectives, with one padding segment that nothing is read from.
+    # A rank without rows still takes part in collectives, with one padding segment that is never read.
     padding = -total % multiple if total else multiple
     if padding:
         own.append(np.zeros(padding, dtype=np.int32))
@@ -76,7 +77,7 @@ def assemble(
 def _places(
     segments: list[Segment], targets: Targets | None, bounds: Indices
 ) -> tuple[Indices, Indices, npt.NDArray[np.float32]]:
-    """Return the places whose next token is a target, those tokens, and the weight of each: [N] each."""
+    """Return the positions whose next token is a target, the target ids and their weights, each [N]."""
     if targets is None or not segments:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
     starts = targets.start.tolist()
@@ -91,8 +92,8 @@ def _places(
 
 
 def _shared_keys(segments: list[Segment], bounds: Indices) -> tuple[SharedKeys, tuple[AttentionSlice, ...]]:
-    """Return the keys of all rows side by side, and which of them the queries of each row see."""
-    # A padding segment is the last, and begins with nothing of others.
+    """Return the concatenated keys of all rows, and which of them the queries of each row attend to."""
+    # A padding segment comes last and shares nothing.
     parts = [(bounds[s.head], s.shared) for s in segments] + [(0, 0)] * (len(bounds) - 1 - len(segments))
     index, own, again, begin = [], [], [], 0
     lengths = np.diff(bounds)

@@ -1,7 +1,7 @@
-"""What the files beside a tokenizer add to it, in the order in which `transformers` reads them.
+"""Companion files of a tokenizer, applied in the same order as in `transformers`.
 
-`tokenizer_config.json` may hold the added tokens (`added_tokens_decoder`). If it does not, `special_tokens_map.json`
-goes before it, and `added_tokens.json` holds them.
+`tokenizer_config.json` may hold the added tokens (`added_tokens_decoder`). If it does not,
+`special_tokens_map.json` overrides its settings, and `added_tokens.json` holds the added tokens.
 """
 
 import json
@@ -10,14 +10,14 @@ from typing import Any
 
 HUGGING_FACE_FILE = "tokenizer.json"
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-"""Files beside a tokenizer that name its special tokens, tokens that were added to it, and its chat template."""
+"""Files beside a tokenizer that name its special tokens, its added tokens and its chat template."""
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """Return the JSON object of a file, or an empty one if there is no such file; raises ValueError."""
+    """Return the JSON object of a file, or an empty one if the file is missing; raises ValueError."""
     try:
         value = json.loads(files.get(name, b"{}"))
     except ValueError as error:
@@ -28,13 +28,13 @@ def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 
 def settings(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return `tokenizer_config.json` with what `special_tokens_map.json` has to say; raises ValueError."""
+    """Return the settings of `tokenizer_config.json` and `special_tokens_map.json`; raises ValueError."""
     config = json_object(files, "tokenizer_config.json")
     return config if "added_tokens_decoder" in config else config | json_object(files, "special_tokens_map.json")
 
 
 def roles(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens that the settings name, by their role (`eos_token`, ...)."""
+    """Return the special tokens that the settings name, by role (`eos_token`, ...)."""
     named = {}
     for role, value in config.items():
         text = value.get("content") if isinstance(value, dict) else value
@@ -46,9 +46,9 @@ def roles(config: Mapping[str, Any]) -> dict[str, str]:
 def with_added_tokens(
     definition: dict[str, Any], config: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> dict[str, Any]:
-    """Return a `tokenizer.json` with the tokens that its companions add, or change the flags of.
+    """Return a `tokenizer.json` with the tokens that its companions add, or whose flags they change.
 
-    Raises ValueError for a new token whose stated id is not the next free one.
+    Raises ValueError if the stated id of a new token is not the next free id.
     """
     from tokenizers import AddedToken, Tokenizer
 
@@ -58,7 +58,7 @@ def with_added_tokens(
     ordinary = set(vocabulary if isinstance(vocabulary, dict) else (entry[0] for entry in vocabulary))
     named = [*roles(config).values(), *_listed(config)]
     stated = {token["content"] for token in new} | known.keys()
-    # A token that nobody has given an id is not made for a role; one of the lists is, as transformers does.
+    # As in transformers, a token without a stated id is added if a list names it, but not for a role.
     new += [
         {"content": text, "normalized": False, "special": True}
         for text in dict.fromkeys(named)
@@ -79,7 +79,7 @@ def _check_place(token: Mapping[str, Any], free: int) -> None:
     if token.get("id", free) != free:
         raise ValueError(
             f"has {free} entries, and the files beside it add {token['content']!r} with the id {token['id']}: "
-            "what lies between is missing; save the tokenizer again"
+            "the ids in between are missing; save the tokenizer again"
         )
 
 
@@ -88,7 +88,7 @@ def _same(token: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
 
 
 def added_tokens(config: Mapping[str, Any], files: Mapping[str, bytes]) -> list[dict[str, Any]]:
-    """Return the added tokens of the companions by their ids: `id`, `content` and flags; raises ValueError."""
+    """Return the companions' added tokens (`id`, `content`, flags), sorted by id; raises ValueError."""
     try:
         return sorted(_added(config, files), key=lambda token: int(token["id"]))
     except (AttributeError, TypeError, LookupError) as error:
@@ -103,12 +103,12 @@ def _added(config: Mapping[str, Any], files: Mapping[str, bytes]) -> Iterator[di
     special = {*roles(config).values(), *_listed(config)}
     in_file = {token["content"] for token in json_object(files, HUGGING_FACE_FILE).get("added_tokens") or []}
     for text, number in json_object(files, "added_tokens.json").items():
-        if text not in in_file:  # whose own flags count
+        if text not in in_file:  # else the flags in tokenizer.json apply
             yield {"id": number, "content": text, "normalized": text not in special, "special": text in special}
 
 
 def _listed(config: Mapping[str, Any]) -> list[str]:
-    """Return the special tokens that have no role of their own."""
+    """Return the special tokens without a role."""
     found: list[str] = []
     for name in _LISTS:
         value = config.get(name) or []

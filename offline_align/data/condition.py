@@ -24,7 +24,7 @@ class Condition:
 
     @classmethod
     def from_values(cls, values: Any) -> "Condition | None":
-        """Return what a file says of a condition, or None for nothing; ValueError where it cannot be one."""
+        """Return the condition stored in a file, or None; raises ValueError if it is invalid."""
         if not values:
             return None
         try:
@@ -45,7 +45,7 @@ def condition_text(reward: float, reward_format: str, reward_limit: float) -> st
 
 
 def check_format(reward_format: str, reward_limit: float) -> None:
-    """Raise ConfigError unless the format writes rewards apart by their value and the limit is positive."""
+    """Raise ConfigError unless the format distinguishes rewards and the limit is positive."""
     problems = []
     if not 0 < reward_limit < math.inf:
         problems.append(f"method.reward_limit={reward_limit}: needs a positive number, such as 9.9")

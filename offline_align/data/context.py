@@ -1,8 +1,9 @@
-"""Context parallelism: which places of a bin each rank of a group computes.
+"""Context parallelism: the positions of a bin that each rank of a group computes.
 
-A bin is cut into twice as many equal slices as the group has ranks; rank r takes slice r and slice 2c - 1 - r. Later
-places look back on more keys, so that a late slice beside an early one balances the ranks. Rows stay whole in their
-positions: queries of a slice attend to keys of the same row from its first token on, wherever that was computed.
+A bin is cut into 2c equal slices for a group of c ranks; rank r takes slices r and 2c - 1 - r.
+Later positions attend to more keys, so pairing a late slice with an early one balances the ranks.
+Positions still count from the start of each row, and queries attend to all earlier keys of their
+row, whichever rank computes them.
 """
 
 from dataclasses import replace
@@ -17,16 +18,17 @@ Bounds = npt.NDArray[np.int64]
 
 
 def slices_of_rank(tokens: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """Return where the slices of `rank` (of `size`) begin and end in a bin of `tokens`, in order."""
+    """Return the bounds of the two slices of `rank` (of `size`) in a bin of `tokens`, in order."""
     width = tokens // (2 * size)
     assert width * 2 * size == tokens, "a bin must be padded to a multiple of twice the context parallel size"
     return [(n * width, (n + 1) * width) for n in (rank, 2 * size - 1 - rank)]
 
 
 def share_of_context(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
-    """Return what rank `rank` of `size` computes of a whole bin; the bin itself where `size` is 1.
+    """Return the part of a bin that rank `rank` of `size` computes; the bin itself if `size` is 1.
 
-    Targets belong to the rank that computes their place. Pairs belong to rank 0, for every rank gets all scores.
+    A target belongs to the rank that computes its position. Pairs belong to rank 0, because every
+    rank gets all scores.
     """
     if size == 1:
         return batch
@@ -51,7 +53,7 @@ def share_of_context(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
 
 
 def _attention(bounds: Bounds, first: int, last: int) -> AttentionSlice:
-    """Return the queries at places `first` to `last` and the keys that they see, row by row."""
+    """Return the queries at positions `first` to `last` and the keys they attend to, row by row."""
     rows = np.flatnonzero((bounds[1:] > first) & (bounds[:-1] < last))
     starts, ends = bounds[:-1][rows], np.minimum(bounds[1:][rows], last)
     queries = np.append(np.maximum(starts, first), last) - first

@@ -1,9 +1,9 @@
-"""The demo corpus: answers of annotators of very mixed care to the questions of `demo_language`.
+"""The demo corpus: answers to the questions of `demo_language` by annotators of varying care.
 
-Small enough for a transformer of less than a million parameters to learn in seconds on a CPU, yet a real
-preference problem: quality is graded, and a good answer depends on the prompt (about which animal, which
-of its facts). What makes an answer better (a greeting, all facts, a friendly end, nothing else) is what a
-reward model of that size can learn to see. Everything follows from the seed.
+A transformer of less than a million parameters learns it in seconds on a CPU. It is still a real
+preference problem: quality is graded, and a good answer depends on the prompt (which animal, which
+of its facts). The traits of a better answer (a greeting, all facts, a friendly end, nothing else)
+are traits that a reward model of that size can learn to see. The seed determines everything.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,16 +41,16 @@ ASPECT_COUNT_WEIGHTS = {1: 0.15, 2: 0.35, 3: 0.35, 4: 0.15}
 LABEL_NOISE = 0.05
 SMALLEST_GAP = 0.25
 MOST_PROMPTS = 500
-"""Evaluation prompts at most, out of the 1,440 that the language has."""
+"""Largest number of evaluation prompts; the language has 1,440 prompts."""
 
 
 def careful(request: Request, random: Random) -> list[str]:
-    """Return a whole answer: a greeting, every fact, a friendly end."""
+    """Return a complete answer: a greeting, every fact, a friendly end."""
     return [random.choice(GREETINGS), *_facts(request, request.aspects), random.choice(CLOSINGS)]
 
 
 def plain(request: Request, random: Random) -> list[str]:
-    """Return an answer with nearly all facts, seldom a greeting, often a friendly end."""
+    """Return an answer with nearly all facts, rarely a greeting, often a friendly end."""
     greeting = [random.choice(GREETINGS)] if random.random() < 0.1 else []
     aspects = [aspect for aspect in request.aspects if random.random() < 0.93] or request.aspects[:1]
     closing = [random.choice(CLOSINGS)] if random.random() < 0.7 else []
@@ -58,14 +58,14 @@ def plain(request: Request, random: Random) -> list[str]:
 
 
 def brief(request: Request, random: Random) -> list[str]:
-    """Return an answer that stops early: half of the facts, no greeting, hardly ever a friendly end."""
+    """Return an answer that stops early: half of the facts, no greeting, very rarely a friendly end."""
     count = max(1, len(request.aspects) // 2)
     closing = [random.choice(CLOSINGS)] if random.random() < 0.08 else []
     return [*_facts(request, request.aspects[:count]), *closing]
 
 
 def careless(request: Request, random: Random) -> list[str]:
-    """Return a poor answer: about something else, repeated, vague or rude."""
+    """Return a poor answer: off topic, repetitive, vague or rude."""
     fault = random.choice((_repeated, _off_topic, _vague))
     greeting = [random.choice(GREETINGS)] if random.random() < 0.1 else []
     return [*greeting, *fault(request, random)]
@@ -127,13 +127,13 @@ def _training_request(held_out: Mapping[str, Request], random: Random) -> Reques
 
 
 def demo_prompts(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield evaluation prompts, all different, none of which `demo_samples` or `demo_pairs` uses."""
+    """Yield distinct evaluation prompts, none of which `demo_samples` or `demo_pairs` uses."""
     for number, text in enumerate(_held_out_texts(count, seed), start=1):
         yield {"id": f"demo-prompt-{number:04d}", "source": "demo", "prompt": text}
 
 
 def demo_samples(count: int, seed: int, held_out: int) -> Iterator[dict[str, Any]]:
-    """Yield SFT rows of mixed quality; `held_out` is the number of evaluation prompts to keep clear of."""
+    """Yield SFT rows of mixed quality; `held_out` is the number of evaluation prompts to exclude."""
     evaluation, random = _held_out_texts(held_out, seed), Random(f"demo samples {seed}")
     for number in range(1, count + 1):
         request = _training_request(evaluation, random)
@@ -148,7 +148,7 @@ def demo_samples(count: int, seed: int, held_out: int) -> Iterator[dict[str, Any
 
 
 def demo_pairs(count: int, seed: int, held_out: int) -> Iterator[dict[str, Any]]:
-    """Yield preference pairs: the truly better answer is chosen, but for a share LABEL_NOISE of mistakes."""
+    """Yield preference pairs; the truly better answer is chosen, except in a share LABEL_NOISE."""
     evaluation, random = _held_out_texts(held_out, seed), Random(f"demo pairs {seed}")
     for number in range(1, count + 1):
         prompt, better, worse = _two_answers(evaluation, random)

@@ -1,7 +1,7 @@
 """The language of the demo corpus: a visitor asks an animal park about an animal.
 
-Prompts and answers are plain English of less than 150 words. What a prompt asks for can be read back from its
-text, so the true quality of any answer is known.
+Prompts and answers are plain English with fewer than 150 different words. A prompt can be parsed
+back from its text, so the true quality of any answer is known.
 """
 
 import re
@@ -57,14 +57,14 @@ RUDE = ("I do not know.", "Look it up yourself.", "That is a silly question.")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a prompt asks for: which aspects of which animal, in which wording."""
+    """A parsed prompt: the animal, the requested aspects, and the wording."""
 
     animal: str
     aspects: tuple[str, ...]
     wording: int
 
     def text(self) -> str:
-        """Return the prompt."""
+        """Return the text of the prompt."""
         return PROMPTS[self.wording].format(animal=self.animal, aspects=_enumeration(self.aspects))
 
 
@@ -92,7 +92,7 @@ _SENTENCE = re.compile(r"[^.!?]+[.!?]?")
 
 
 def parse_prompt(text: str) -> Request | None:
-    """Return what a demo prompt asks for, or None where the text is not a demo prompt."""
+    """Return the request behind a demo prompt, or None if the text is not a demo prompt."""
     for wording, pattern in enumerate(_PROMPT_PATTERNS):
         match = pattern.fullmatch(text)
         if match:
@@ -115,11 +115,11 @@ def is_demo_prompt(text: str) -> bool:
 def true_quality(prompt: Sequence[Message] | str, response: str) -> float:
     """Return the true quality of a response, 0 to 10, from the texts alone.
 
-    Let f be the share of requested facts stated correctly, less half of the share stated wrongly, at
-    least 0: 6 f, 1.5 for a greeting first, 1 for a friendly last sentence, and 1.5 f if the answer holds
-    nothing else. Each fault (a sentence said twice, a fact not asked for or of another animal, a greeting
-    elsewhere, anything vague, rude or broken off) costs 0.5.
-    Raises ValueError if the prompt is not of this corpus.
+    Let f be the share of requested facts stated correctly, minus half of the share stated wrongly,
+    and at least 0. The quality is 6 f, plus 1.5 if the first sentence is a greeting, 1 if the last
+    sentence is friendly, and 1.5 f if there is no fault. Each fault (a repeated sentence, a fact
+    that was not requested or is about another animal, a greeting elsewhere, anything vague, rude or
+    cut off) costs 0.5. Raises ValueError if the prompt is not from this corpus.
     """
     text = prompt if isinstance(prompt, str) else prompt[-1].content
     request = parse_prompt(text)
@@ -139,7 +139,7 @@ def true_quality(prompt: Sequence[Message] | str, response: str) -> float:
 def _stated_facts(request: Request, sentences: Sequence[str]) -> tuple[dict[str, str], int]:
     """Return the first value stated for each requested aspect, and the number of other statements.
 
-    `It` is the animal named last, or the one asked for.
+    `It` refers to the animal named last, or to the requested one.
     """
     stated: dict[str, str] = {}
     faults, topic = 0, request.animal

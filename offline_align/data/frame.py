@@ -1,4 +1,4 @@
-"""What a template writes around an answer, which is no part of it."""
+"""The text that a template writes around an answer, which is not part of the answer."""
 
 from dataclasses import dataclass
 
@@ -7,25 +7,25 @@ from offline_align.data.prefix import After
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The text around an answer, as decoding shows it: without special tokens."""
+    """The text around an answer after decoding, without special tokens."""
 
     before: str = ""
-    """Between the request for the answer and the answer: a space, or an empty thought."""
+    """Between the generation prompt and the answer: a space, or an empty thinking block."""
     behind: str = ""
     """Between the answer and the token that ends it."""
     after: After = After.nothing
-    """What the answer stands behind."""
+    """What precedes the answer."""
 
     def within(self, text: str) -> str:
-        """Return generated text without `before`."""
+        """Return generated text without the prefix `before`."""
         return text.removeprefix(self.before)
 
     def is_before(self, text: str) -> bool:
-        """Return whether generated text has not got beyond `before` yet."""
+        """Return whether generated text is still inside `before`."""
         return len(text) < len(self.before) and self.before.startswith(text)
 
     def touches(self, stop: str) -> bool:
-        """Return whether a stop string can be found in `before`, or begin there."""
+        """Return whether a stop string occurs in `before` or can start there."""
         begins = any(stop.startswith(self.before[k:]) for k in range(len(self.before)))
         return begins or stop in self.before
 

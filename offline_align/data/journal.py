@@ -1,8 +1,9 @@
-"""Journals: results of long work, on disk as they come, one append-only file for each rank.
+"""Journals: append-only files, one per rank, that save the results of long work as they are computed.
 
-An entry is one JSON object a line with its own checksum, which covers the name of the journal's folder too. Folders
-are named after content keys, so a line that was torn by a kill, damaged on disk or copied from a run with other
-settings is recognised, passed over, and its result made again. Nothing has to be mended by hand.
+An entry is one line with a JSON object and a checksum, which also covers the name of the journal's
+folder. Folders are named after content keys. A line that was truncated by a kill, damaged on disk
+or copied from a run with other settings is therefore recognised and skipped, and its result is
+computed again. Nothing needs to be repaired by hand.
 """
 
 import json
@@ -38,17 +39,17 @@ class JournalFile:
         entries = [entry for line in lines if (entry := unsealed(line, self.name)) is not None]
         # The last piece is empty, or a line that a killed process left incomplete.
         if damaged := sum(map(bool, lines[:-1])) - len(entries):
-            logger.warning("%s: skipping %d damaged lines; their results are made again", self.path, damaged)
+            logger.warning("%s: skipping %d damaged lines; their results are computed again", self.path, damaged)
         return entries
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Add entries; they are on disk when this returns. Raises StorageError."""
+        """Append entries; they are on disk when this returns. Raises StorageError."""
         content = "".join(sealed(entry, self.name) for entry in entries).encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+", buffering=0) as file:
                 if not _ends_whole(file.fileno()):
-                    content = b"\n" + content  # a torn line must not swallow the next one
+                    content = b"\n" + content  # start a new line after an incomplete one
                 _write_all(file.fileno(), content)
                 os.fsync(file.fileno())
             fsync_path(self.path.parent)
@@ -57,7 +58,7 @@ class JournalFile:
 
 
 class Journal:
-    """The results of one run so far; a rank appends to its own file and reads those of all."""
+    """The results of one run so far; a rank appends to its own file and reads the files of all ranks."""
 
     def __init__(self, run_dir: Path, key: str, rank: int) -> None:
         self.folder = run_dir / "journal" / key[:16]
@@ -70,11 +71,11 @@ class Journal:
         return [entry for path in paths for entry in JournalFile(path, self.folder.name).read()]
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Add entries to this rank's file; they are on disk when this returns. Raises StorageError."""
+        """Append entries to this rank's file; they are on disk when this returns. Raises StorageError."""
         JournalFile(self.path, self.folder.name).append(entries)
 
     def ask_to_stop(self) -> None:
-        """Ask the other ranks, which see the same files, to stop too; raises StorageError."""
+        """Ask the other ranks, through the shared file system, to stop too; raises StorageError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._stop.touch()
@@ -82,29 +83,29 @@ class Journal:
             raise StorageError(f"{self._stop}: cannot be written: {error.strerror or error}") from error
 
     def stop_is_asked(self) -> bool:
-        """Whether a rank has asked all to stop."""
+        """Return whether a rank has asked all ranks to stop."""
         return self._stop.exists()
 
     def forget_stop(self) -> None:
-        """Take back what an earlier attempt has asked for; raises StorageError."""
+        """Remove the stop request of an earlier attempt; raises StorageError."""
         try:
             self._stop.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"{self._stop}: cannot be removed: {error.strerror or error}") from error
 
     def remove(self) -> None:
-        """Delete the journals of the run, once the results stand in its output."""
+        """Delete the journals of the run, once its output has all results."""
         shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 
 def sealed(entry: dict[str, Any], name: str) -> str:
-    """Return an entry as a line with a checksum, which covers the `name` of the journal too."""
+    """Return an entry as a line with a checksum, which also covers the `name` of the journal."""
     text = json.dumps(entry)
     return f'{text[:-1]}, "{_CHECKSUM}": {_checksum(text, name)}}}\n'
 
 
 def unsealed(line: bytes, name: str) -> dict[str, Any] | None:
-    """Return the entry of a line, or None where it is torn, damaged or of another journal."""
+    """Return the entry of a line, or None if it is truncated, damaged or from another journal."""
     try:
         entry = json.loads(line)
         checksum = entry.pop(_CHECKSUM)

@@ -1,7 +1,7 @@
-"""Strict reading and atomic writing of JSONL, one object a line, UTF-8, `.gz` too.
+"""Strict reading and atomic writing of JSONL: one object per line, UTF-8, optionally gzipped.
 
-Nothing is guessed and nothing is lost in silence: a line that is not one plain JSON object is
-rejected with file, line and reason, which ends the run or goes into a quarantine file.
+Nothing is guessed and nothing is dropped silently. A line that is not one plain JSON object is
+rejected with file, line and reason; this ends the run or goes into a quarantine file.
 """
 
 import gzip
@@ -28,17 +28,17 @@ FIXES = {
     NOT_UTF8: "save the file as UTF-8 (from Latin-1: `iconv -f LATIN1 -t UTF-8`)",
     DAMAGED: "fetch the file again",
 }
-BRACKETS_TO_CHECK = 500  # below this no line can be nested too deeply to be written again
+BRACKETS_TO_CHECK = 500  # a line with fewer brackets is never nested too deeply to be serialised again
 
 
 class RowError(ValueError):
-    """A row cannot be used; the message is `field: reason`, the same for all rows with that fault."""
+    """A row cannot be used. The message is `field: reason`, the same for all rows with this fault."""
 
 
 class BadRows:
-    """What happens to unusable rows: `fail` raises, `skip` counts them and writes them to `quarantine`.
+    """Handles unusable rows: `fail` raises, `skip` counts them and writes them to `quarantine`.
 
-    A quarantine of None counts only. The file starts anew with the first bad row of each object.
+    If `quarantine` is None, rows are only counted. The first bad row overwrites an existing file.
     """
 
     def __init__(self, on_bad_row: OnBadRow, quarantine: Path | None) -> None:
@@ -48,16 +48,16 @@ class BadRows:
         self._reported: Counter[str] = Counter()
 
     def reject(self, path: Path, line_no: int, reason: str, raw: str) -> None:
-        """Count and quarantine one row, or raise DataError `file:line: field: reason`."""
+        """Count and quarantine one row, or raise DataError `file:line: field: reason; fix`."""
         if self.on_bad_row is OnBadRow.fail:
-            fix = FIXES.get(reason, "mend the row")
+            fix = FIXES.get(reason, "fix the row")
             raise DataError(f"{path}:{line_no}: {reason}; {fix}, or set data.on_bad_row=skip")
         if self.quarantine is not None:
             self._write(self.quarantine, {"file": str(path), "line": line_no, "reason": reason, "raw": raw})
         self.counts[reason] += 1
 
     def report(self, log: logging.Logger) -> None:
-        """Say how many rows have been left out since the last report, and why."""
+        """Log how many rows were left out since the last report, and why."""
         new = self.counts - self._reported
         if new:
             where = f", see {self.quarantine}" if self.quarantine else ""
@@ -76,7 +76,7 @@ class BadRows:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One JSON object and where it stands."""
+    """One JSON object with its file and line number."""
 
     path: Path
     number: int
@@ -96,8 +96,8 @@ def readable(raw: bytes) -> str:
 def read_objects(paths: Sequence[Path], bad_rows: BadRows) -> Iterator[Line]:
     """Yield every JSON object of the files in order; other lines go to `bad_rows`.
 
-    Blank lines count in line numbers and are nothing else; a byte order mark at the start of a file is allowed.
-    DataError, also if bad rows are skipped, for a file that is something else as a whole.
+    Blank lines are ignored but counted in line numbers. A byte order mark at the start of a file is
+    allowed. Raises DataError for a file that is not JSONL at all, even if bad rows are skipped.
     """
     for path in paths:
         for number, raw in _numbered_lines(path, bad_rows):
@@ -110,7 +110,7 @@ def read_objects(paths: Sequence[Path], bad_rows: BadRows) -> Iterator[Line]:
 
 
 def is_empty(paths: Sequence[Path]) -> bool:
-    """Return whether the files hold nothing but blank lines; DataError if it is no JSONL, StorageError."""
+    """Return whether the files have only blank lines; raises DataError (not JSONL), StorageError."""
     found = BadRows(OnBadRow.skip, None)
     return not any(raw.strip() for path in paths for _, raw in _numbered_lines(path, found)) and not found.counts
 
@@ -129,17 +129,17 @@ def _numbered_lines(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, bytes]
 
 
 def _unpacked(path: Path, stored: BufferedReader) -> BufferedReader | gzip.GzipFile:
-    """Return a file to read, unpacked if it is of gzip, whatever its name."""
+    """Return the file to read, decompressed if its content is gzip, whatever its name."""
     head = stored.peek(len(GZIP))
     if head.startswith(GZIP):
         return gzip.GzipFile(fileobj=stored)
     if head and path.suffix == ".gz":
-        raise DataError(f"{path}:1: gzip: the file is none, in spite of its name; rename it, or fetch it again")
+        raise DataError(f"{path}:1: gzip: not a gzip file, despite its name; rename it, or fetch it again")
     return stored
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """Return the JSON object of one line; RowError where it is anything else or ambiguous."""
+    """Return the JSON object of one line; raises RowError if it is anything else or ambiguous."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -194,7 +194,7 @@ def _check_writable(text: str, value: dict[str, Any]) -> None:
 
 
 def input_paths(value: Any, key: str) -> list[Path]:
-    """Return the files that a setting names; ConfigError naming `key` for all that is wrong with it."""
+    """Return the files that a setting names; raises ConfigError, naming `key`, with all its problems."""
     names = [value] if isinstance(value, (str, Path)) else value
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, (str, Path)) for n in names):
         raise ConfigError(f"{key}={value!r}: needs a path or a list of paths")
@@ -210,15 +210,15 @@ def _path_problem(path: Path) -> str | None:
     if path.is_dir():
         return "is a folder; name the files in it"
     if not path.exists():
-        # A data set of the hub is read once all settings are known to be good.
+        # Data sets of the Hub are read later, once all settings are validated.
         return None if str(path).startswith(HUB_PREFIX) else "no such file"
     if not path.is_file():
-        return "is not a regular file, and is read more than once; write its rows to one"
+        return "is not a regular file, but is read more than once; write its rows to a regular file"
     return None if os.access(path, os.R_OK) else "cannot be read; check its permissions"
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows to `path` whole or not at all and return their number; StorageError on a failed write."""
+    """Write rows to `path` atomically and return their number; raises StorageError if the write fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
     try:

@@ -1,7 +1,8 @@
-"""Which rows each step takes, and their packed batches on this data parallel rank.
+"""The rows of each optimizer step, packed into batches for one data parallel rank.
 
-The order of rows is a pure function of (seed, epoch, index), and of prompts where rows go by them: nothing is consumed
-from a generator, so a run continues at any step, at any number of ranks, with the same rows.
+The order of rows is a pure function of (seed, epoch, index), and of the prompts if rows are ordered
+by prompt. There is no generator state, so a run can resume at any step, with any number of ranks,
+and get the same rows.
 """
 
 from collections.abc import Generator
@@ -20,32 +21,32 @@ from offline_align.data.prefetch import prefetch
 
 @dataclass(frozen=True)
 class StepData:
-    """What one optimizer step computes on this rank, and what all ranks compute together."""
+    """The micro-batches of one optimizer step on this rank, and the totals over all ranks."""
 
     micro_batches: list[PackedBatch]
     num_rows: int
     """Rows of the global batch."""
     num_tokens: int
-    """Tokens of those rows, over all ranks; a prompt that rows share counts once."""
+    """Tokens of these rows over all ranks; a shared prompt counts once."""
     num_padding: int
-    """Tokens computed beside them, over all ranks."""
+    """Padding tokens over all ranks."""
     squared_lengths: int
-    """Twice the (query, key) pairs of attention inside those rows: the sum of their squared lengths."""
+    """Twice the (query, key) pairs of attention inside these rows: the sum of their squared lengths."""
 
     def pin(self) -> "StepData":
-        """Return the same with its batches in pinned memory."""
+        """Return a copy with the batches in pinned memory."""
         return replace(self, micro_batches=[batch.pin() for batch in self.micro_batches])
 
 
 @lru_cache(maxsize=2)
 def epoch_order(num_rows: int, seed: int, epoch: int) -> Indices:
-    """Return the order of rows in `epoch`: a permutation that depends on nothing but the arguments."""
+    """Return the order of rows in `epoch`: a permutation that depends only on the arguments."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
 
 
 @lru_cache(maxsize=2)
 def order_by_prompt(source: RowSource, seed: int, epoch: int) -> Indices:
-    """Return the order of rows in `epoch` with all rows of a prompt where `epoch_order` has the first of them."""
+    """Return `epoch_order` with all rows of a prompt moved to the position of the first of them."""
     order = epoch_order(len(source), seed, epoch)
     _, first, number = np.unique(source.prompts[order], return_index=True, return_inverse=True)
     together: Indices = order[np.argsort(first[number], kind="stable")]
@@ -55,9 +56,9 @@ def order_by_prompt(source: RowSource, seed: int, epoch: int) -> Indices:
 def rows_of_step(
     step: int, global_batch_size: int, num_rows: int, total_samples: int, seed: int, by_prompt: RowSource | None = None
 ) -> list[int]:
-    """Return the rows of optimizer step `step` (from 0): samples are counted on through the epochs.
+    """Return the rows of optimizer step `step` (from 0); samples are counted across epochs.
 
-    Rows of a prompt of `by_prompt` follow one another.
+    If `by_prompt` is given, the rows of one of its prompts are consecutive.
     """
 
     def order(epoch: int) -> Indices:
@@ -70,13 +71,13 @@ def rows_of_step(
 
 @dataclass(frozen=True)
 class Loader:
-    """The steps of a run as seen by one data parallel rank, or by one of the ranks that share its bins."""
+    """The steps of a run for one data parallel rank, or for one of the context parallel ranks in it."""
 
     source: RowSource
     global_batch_size: int
     total_samples: int
     capacity: int
-    """Tokens of a bin."""
+    """Most tokens of a bin."""
     seed: int
     dp_rank: int
     dp_size: int
@@ -84,11 +85,11 @@ class Loader:
     cp_rank: int = 0
     cp_size: int = 1
     by_prompt: bool = False
-    """Whether a step takes all rows of a prompt, as far as it has room."""
+    """Whether a step takes the rows of a prompt together, as far as the batch has room."""
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run; the last one may be short."""
+        """Number of optimizer steps of the run; the last one may have fewer rows."""
         return -(-self.total_samples // self.global_batch_size)
 
     def step(self, step: int) -> StepData:
@@ -98,7 +99,7 @@ class Loader:
         return self.pack_rows(rows_of_step(step, size, len(self.source), total, self.seed, source))
 
     def steps(self, first: int, pinned: bool = False) -> Generator[StepData]:
-        """Yield the data of step `first` and of all after it, prepared ahead; `pinned` memory is for a GPU."""
+        """Yield the data of step `first` and all later steps, prefetched; set `pinned` for a GPU."""
 
         def make(step: int) -> StepData:
             return self.step(step).pin() if pinned else self.step(step)
@@ -106,7 +107,7 @@ class Loader:
         return prefetch(make, range(first, self.total_steps))
 
     def pack_rows(self, rows: list[int]) -> StepData:
-        """Return `rows` packed into bins, those of this rank collated."""
+        """Return `rows` packed into bins; only the bins of this rank are collated."""
         groups = self._groups(rows)
         lengths = [group.tokens for group in groups]
         # A bin must hold at least its longest row, whatever the budget.
@@ -123,7 +124,10 @@ class Loader:
         )
 
     def _groups(self, rows: list[int]) -> list[PrefixGroup]:
-        """Return what is packed: none larger than half of what a rank gets, or ranks would wait for the largest."""
+        """Return the prefix groups to pack, none with more than half of a rank's tokens.
+
+        Otherwise the ranks would wait for the one with the largest group.
+        """
         groups = self.source.groups(rows, self.capacity)
         most = sum(group.tokens for group in groups) // (2 * self.dp_size)
         if self.dp_size == 1 or all(group.tokens <= most or len(group.rows) == 1 for group in groups):
@@ -138,7 +142,7 @@ class Loader:
         return max(1, -(-tokens // self.pad_to_multiple)) * self.pad_to_multiple
 
     def in_order(self, rows_at_once: int, pinned: bool = False) -> Generator[StepData]:
-        """Yield all rows once, in order, `rows_at_once` at a time (validation), prepared ahead as steps are."""
+        """Yield all rows once, in order, `rows_at_once` at a time (for validation), prefetched."""
 
         def make(first: int) -> StepData:
             data = self.pack_rows(list(range(first, min(first + rows_at_once, len(self.source)))))

@@ -1,7 +1,7 @@
-"""Packing: which rows share a bin. Pure arithmetic over lengths, the same on every rank.
+"""Packing: assign rows to bins. This is pure arithmetic on lengths, with the same result on every rank.
 
-Rows are packed inside one optimizer step only. A step is therefore exactly the rows that its index names, whatever
-the layout, and packing has no state to save.
+Rows are packed within one optimizer step only. A step therefore always has exactly the rows of its
+index, at any parallel layout, and packing has no state to save.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,11 @@ import numpy as np
 def pack(lengths: Sequence[int], capacity: int, multiple_of: int = 1) -> list[list[int]]:
     """Return bins of row indices, each of at most `capacity` tokens, balanced by tokens.
 
-    The number of bins is the smallest multiple of `multiple_of` (data parallel ranks) that a first-fit-decreasing
-    packing allows; longest rows then go to the emptiest bin, so that ranks finish together. Bins may be empty where
-    there are fewer rows than ranks. Bin `b` belongs to rank `b % multiple_of`. Raises ValueError for a row longer
-    than `capacity`.
+    The number of bins is what first-fit-decreasing needs, rounded up to a multiple of `multiple_of`
+    (data parallel ranks), and more if the balanced assignment does not fit. Rows go to the emptiest
+    bin, longest first, so that ranks finish together. Some bins are empty if there are fewer rows
+    than ranks. Bin `b` belongs to rank `b % multiple_of`. Raises ValueError for a row longer than
+    `capacity`.
     """
     longest = max(lengths, default=0)
     if longest > capacity:
@@ -29,7 +30,7 @@ def pack(lengths: Sequence[int], capacity: int, multiple_of: int = 1) -> list[li
 
 
 def _first_fit_count(decreasing: list[int], capacity: int) -> int:
-    """Return how many bins first-fit needs for lengths in decreasing order."""
+    """Return the number of bins that first-fit needs for lengths in decreasing order."""
     room = np.zeros(len(decreasing) or 1, dtype=np.int64)
     used = 0
     for length in decreasing:
@@ -43,7 +44,7 @@ def _first_fit_count(decreasing: list[int], capacity: int) -> int:
 
 
 def _spread(order: list[int], lengths: Sequence[int], capacity: int, count: int) -> list[list[int]] | None:
-    """Give each row to the emptiest bin; return None where that overflows."""
+    """Assign each row to the emptiest bin; return None if a bin overflows."""
     load = np.zeros(count, dtype=np.int64)
     bins: list[list[int]] = [[] for _ in range(count)]
     for i in order:
@@ -56,5 +57,5 @@ def _spread(order: list[int], lengths: Sequence[int], capacity: int, count: int)
 
 
 def padding_multiple(tensor: int, context: int, sequence_parallel: bool, fp8: bool = False) -> int:
-    """Return what the tokens of a bin must be a multiple of: ranks hold equal parts, fp8 products multiples of 16."""
+    """Return the multiple to which bins are padded: equal parts for ranks, 16 for fp8 products."""
     return (2 * context if context > 1 else 1) * (tensor if sequence_parallel else 1) * (16 if fp8 else 1)

@@ -1,4 +1,4 @@
-"""Work for the next steps, done by a thread while this step computes."""
+"""Prefetch: a thread prepares the data of the next steps while the current step computes."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -7,11 +7,11 @@ from itertools import islice
 
 
 def prefetch[A, T](make: Callable[[A], T], items: Iterable[A], depth: int = 2) -> Generator[T]:
-    """Yield `make(item)` for each of `items`, in order, with up to `depth` results waiting.
+    """Yield `make(item)` for each of `items`, in order, computing up to `depth` results in advance.
 
-    An error of `make` is raised where its result would have come. One thread makes them all: numpy, torch and the
-    tokenizers let go of the interpreter while they work, and the order stays that of `items`. Those are taken by the
-    thread that asks for the results.
+    An error in `make` is raised in place of its result. A single thread calls `make`, so the order
+    is that of `items`; numpy, torch and the tokenizers release the GIL while they work. `items` is
+    iterated in the consumer's thread.
     """
     with ThreadPoolExecutor(1, "ahead") as pool:
         waiting: deque[Future[T]] = deque()
@@ -23,5 +23,5 @@ def prefetch[A, T](make: Callable[[A], T], items: Iterable[A], depth: int = 2) -
                     return
                 yield waiting.popleft().result()
         finally:
-            # A stop in the middle must not wait for steps that nobody will take.
+            # If the consumer stops early, pending items are not computed.
             pool.shutdown(wait=True, cancel_futures=True)

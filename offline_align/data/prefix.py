@@ -1,7 +1,8 @@
-"""The space that some tokenizers put in front of a text, and the places that have none.
+"""The space that some tokenizers add to the start of a text, and when to leave it out.
 
-SentencePiece calls it the dummy prefix: `Two` at the start of a text is encoded as `▁Two`. A text that is encoded
-by itself, but stands behind other text, must not get it: the whole text has no space there.
+SentencePiece calls this space the dummy prefix: it encodes `Two` at the start of a text as `▁Two`.
+A text that is encoded separately but follows other text must not get it, because the whole text has
+no space there.
 """
 
 import copy
@@ -13,28 +14,28 @@ from typing import Any
 
 
 class After(StrEnum):
-    """What a text stands behind; it decides whether the tokenizer puts a space in front of it."""
+    """What precedes a text; it decides whether the tokenizer adds a space to the start of the text."""
 
     nothing = "nothing"
     """The text starts its sequence."""
     special = "special"
-    """A special token."""
+    """The text follows a special token."""
     text = "text"
-    """Other text."""
+    """The text follows other text."""
 
 
 class PrefixRule(StrEnum):
-    """Where a `tokenizer.json` puts a space in front of text."""
+    """Where a `tokenizer.json` adds a space to the start of a text."""
 
     never = "never"
     first = "first"
     """At the start of a sequence."""
     always = "always"
-    """There, and behind every added token."""
+    """At the start of a sequence and after every added token."""
 
 
 def rule_of(definition: dict[str, Any]) -> PrefixRule:
-    """Return the rule of a `tokenizer.json`."""
+    """Return the prefix rule of a `tokenizer.json`."""
     steps = [*_steps(definition.get("normalizer")), *_steps(definition.get("pre_tokenizer"))]
     rules = {_rule_of(step) for step in steps}
     return next((rule for rule in (PrefixRule.always, PrefixRule.first) if rule in rules), PrefixRule.never)
@@ -50,7 +51,7 @@ def _rule_of(step: dict[str, Any]) -> PrefixRule:
 
 
 def without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
-    """Return a `tokenizer.json` that neither puts a space in front of text nor takes one away in decoding."""
+    """Return a `tokenizer.json` that neither adds a space in encoding nor strips one in decoding."""
     changed = copy.deepcopy(definition)
     for name in ("normalizer", "pre_tokenizer", "decoder"):
         for step in _steps(changed.get(name)):
@@ -68,7 +69,7 @@ def without_prefix(definition: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps(node: Any) -> Iterator[dict[str, Any]]:
-    """Yield a normalizer, pre-tokenizer or decoder, and those that it is a sequence of."""
+    """Yield a normalizer, pre-tokenizer or decoder and, if it is a sequence, its members."""
     if isinstance(node, dict):
         yield node
         for name in ("normalizers", "pretokenizers", "decoders"):
@@ -77,9 +78,10 @@ def _steps(node: Any) -> Iterator[dict[str, Any]]:
 
 
 class Breaks:
-    """The added tokens behind which a tokenizer takes the text for one that starts anew.
+    """The added tokens after which a tokenizer treats the text as a new start.
 
-    The normalizer cuts at those alone that are matched before it runs.
+    If the normalizer adds the prefix, only tokens that are matched before it runs (those with
+    `normalized=False`) split the text.
     """
 
     def __init__(self, definition: dict[str, Any], special: bool) -> None:
@@ -92,18 +94,18 @@ class Breaks:
         self._end, self._any = _pattern(tokens, "(?:%s)$"), _pattern(tokens, "%s")
 
     def ends(self, text: str) -> bool:
-        """Return whether `text` ends with one of them."""
+        """Return whether `text` ends with one of these tokens."""
         return self._end is not None and self._end.search(text) is not None
 
     def cut(self, text: str) -> tuple[str, str]:
-        """Return what stands before the first of them, and the rest."""
+        """Split `text` at the start of the first of these tokens."""
         found = self._any.search(text) if self._any is not None else None
         place = found.start() if found else len(text)
         return text[:place], text[place:]
 
 
 def _pattern(tokens: Iterable[dict[str, Any]], form: str) -> re.Pattern[str] | None:
-    """Return a pattern of added tokens, longest first; some take the white space around them in."""
+    """Return a pattern of added tokens, longest first; `lstrip` and `rstrip` tokens include white space."""
     longest_first = sorted(tokens, key=lambda token: len(token["content"]), reverse=True)
     texts = [
         (r"\s*" if token.get("lstrip") else "") + re.escape(token["content"]) + (r"\s*" if token.get("rstrip") else "")
@@ -113,17 +115,18 @@ def _pattern(tokens: Iterable[dict[str, Any]], form: str) -> re.Pattern[str] | N
 
 
 class Prefixed(ABC):
-    """Encodes and decodes texts by what they stand behind.
+    """Base of tokenizers that encode and decode a text according to what precedes it.
 
-    A tokenizer says what its prefix rule is and how it encodes and decodes with and without it.
+    A subclass sets its prefix rule and implements encoding and decoding with and without the prefix
+    (`apart`).
     """
 
     prefix_rule: PrefixRule
-    """Where a space is put in front of text."""
+    """Where a space is added to the start of a text."""
     _strips: bool
-    """Whether white space at the ends of a text is lost; the prefix then stands for a space between two texts."""
+    """Whether encoding strips white space; the prefix then represents the space between two texts."""
     _breaks: dict[bool, Breaks]
-    """Where text starts anew; by whether special tokens count."""
+    """The tokens after which text starts anew, by whether special tokens are matched."""
 
     @abstractmethod
     def _encoded(self, texts: Sequence[str], special: bool, apart: bool) -> list[list[int]]: ...
@@ -160,7 +163,7 @@ class Prefixed(ABC):
         return after is After.text or (after is After.special and self.prefix_rule is PrefixRule.first)
 
     def _cut(self, text: str, special: bool) -> tuple[str, str]:
-        """Return what is encoded without the prefix, and the rest."""
+        """Split `text` into the part that is encoded without the prefix and the rest."""
         if self._strips and text[:1].isspace():
             return "", text
         return self._breaks[special].cut(text) if self.prefix_rule is PrefixRule.always else (text, "")

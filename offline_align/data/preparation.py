@@ -1,4 +1,4 @@
-"""The body of `prepare`: read all inputs, drop duplicates, split, and count everything for the report."""
+"""The core of `prepare`: read all inputs, drop duplicates, split, and count everything for the report."""
 
 import logging
 from collections import Counter, defaultdict
@@ -37,7 +37,7 @@ class Preparation:
     ids: set[str] = field(default_factory=set)
 
     def training_texts(self) -> Iterator[str]:
-        """Yield all text of the training rows, messages and answers one by one."""
+        """Yield every message and answer of the training rows."""
         for name in FILES:
             if name.endswith("_train.jsonl"):
                 for row in self.files[name]:
@@ -46,7 +46,7 @@ class Preparation:
 
 
 def prepare_rows(sources: Iterable[Source], settings: PrepareSection, seed: int, bad_rows: BadRows) -> Preparation:
-    """Return the rows of all inputs, without duplicates, in four files; DataError where none is left."""
+    """Return the rows of all inputs without duplicates; raises DataError if there are none."""
     result = Preparation()
     for source in sources:
         counts = InputCounts(source.name)
@@ -88,10 +88,10 @@ def _demo_rows(settings: PrepareSection, seed: int, counts: InputCounts) -> Iter
 
 
 def _watched(lines: Iterator[Line], counts: InputCounts, bad_rows: BadRows) -> Iterator[Line]:
-    """Count lines, and those between them that the reader rejects, and show number and rate on a terminal."""
+    """Count lines, including those that the reader rejects, and show count and rate on a terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[rate]}"))
     console = Console(stderr=True)
-    # What it would leave in a file is an empty line.
+    # Disabled without a terminal, where it would write an empty line.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(counts.name, total=None, rate="")
         bad_before = bad_rows.counts.total()
@@ -138,7 +138,7 @@ def _reject_id(converted: Converted, counts: InputCounts, bad_rows: BadRows) -> 
 
 
 def write_rows(result: Preparation, folder: Path) -> list[Path]:
-    """Write the four files, also the empty ones, and return their paths; StorageError."""
+    """Write the four files, including empty ones, and return their paths; raises StorageError."""
     paths = [folder / name for name in FILES]
     for path in paths:
         write_jsonl(path, result.files[path.name])
@@ -146,7 +146,7 @@ def write_rows(result: Preparation, folder: Path) -> list[Path]:
 
 
 def report(result: Preparation, bad_rows: BadRows) -> dict[str, Any]:
-    """Return the counts of rows, drops by input and reason, and lengths in characters by file."""
+    """Return the report: rows and drops by input and reason, and lengths in characters by file."""
     return {
         "inputs": [counts.described() for counts in result.inputs],
         "bad_rows": dict(sorted(bad_rows.counts.items())),

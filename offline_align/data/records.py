@@ -1,7 +1,7 @@
-"""The rows that stages exchange, read strictly: SFT samples, preference pairs, labelled samples, prompts.
+"""The rows that stages exchange: SFT samples, preference pairs, labelled samples and prompts.
 
-A prompt is a string (one user message) or a list of messages: at most one system message, first,
-then user and assistant in turn, the last one from the user.
+Rows are validated strictly. A prompt is a string (one user message) or a list of messages: an
+optional system message, then user and assistant messages in turn, ending with a user message.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ __all__ = [
 
 
 LARGEST_MARGIN = 3.4e38
-"""Margins become float32, where a larger one would be infinite."""
+"""Largest absolute margin; a larger one would become infinite in float32."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,19 +51,19 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A prompt with one response; `columns` is the whole JSON object of the row, in its order, ids as text."""
+    """A prompt with one response; `columns` is the row's JSON object in its order, with ids as text."""
 
     id: str
     prompt: tuple[Message, ...]
     response: str
     columns: dict[str, Any]
     beside: str | None = field(default=None, kw_only=True)
-    """The other answer of its pair, if it is one of two: where the prompt is cut, it is cut alike for both."""
+    """The other answer if this one belongs to a pair; the prompt is then truncated equally for both."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """A prompt with a preferred and a rejected response; `margin` says by how much, where known."""
+    """A prompt with a preferred and a rejected response; `margin` is how much better, if known."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -75,7 +75,7 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class LabelledSample(Sample):
-    """A sample scored by a reward model: raw, and normalised over the labelled set."""
+    """A sample with its reward: raw, and normalised over the labelled set."""
 
     reward_raw: float
     reward: float
@@ -84,7 +84,7 @@ class LabelledSample(Sample):
 
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
-    """A sample, the weight of its loss, and the text put right before its response."""
+    """A sample, the weight of its loss, and the condition inserted right before its response."""
 
     sample: Sample
     weight: float = 1.0
@@ -93,7 +93,7 @@ class TrainingRow:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt to be answered."""
+    """A prompt to answer."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -103,9 +103,9 @@ class Prompt:
 def read_rows[T](paths: Sequence[Path], kind: type[T], bad_rows: BadRows) -> Iterator[T]:
     """Yield the rows of the files as `kind`, one of the classes above, in order.
 
-    A missing id becomes `<file name>:<line number>`; ids are unique over all files, as are those of the answers of
-    pairs, `<id>/chosen` and `<id>/rejected`, where samples and pairs are read together.
-    DataError for a bad row (unless skipped) and where no usable row was found at all.
+    A missing id becomes `<file name>:<line number>`. Ids must be unique over all files, including
+    the ids of the two answers of a pair, `<id>/chosen` and `<id>/rejected`. Raises DataError for a
+    bad row (unless bad rows are skipped) and if there is no usable row at all.
     """
     return _read(paths, bad_rows, lambda columns, row_id: parse_row(columns, kind, row_id))
 
@@ -116,9 +116,10 @@ def read_samples_and_pairs(paths: Sequence[Path], bad_rows: BadRows) -> Iterator
 
 
 def reject_rows(paths: Sequence[Path], kind: type | None, reasons: Mapping[str, str], bad_rows: BadRows) -> None:
-    """Reject rows that were read as `kind`, or as samples and pairs, each id for its reason, by file and line.
+    """Reject the rows whose ids are in `reasons`, naming file and line.
 
-    Raises DataError as `BadRows.reject`. Where rows stand is kept for none of them: the files are read again.
+    A `kind` of None stands for samples and pairs. Raises DataError as `BadRows.reject`. The files
+    are read again, because rows do not store their line numbers.
     """
     if not reasons:
         return
@@ -148,22 +149,22 @@ def _read[T](paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str
 def _accepted[T](
     paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str, Any], str], T]
 ) -> Iterator[tuple[Line, T]]:
-    """Yield each usable row and the line that it comes from."""
+    """Yield each usable row together with its line."""
     names = Counter(path.name for path in paths)
     seen: dict[str, bytes] = {}
     for line in read_objects(paths, bad_rows):
         name = line.path.name if names[line.path.name] == 1 else str(line.path)
         try:
             row = parse(line.value, f"{name}:{line.number}")
-            _check_ids(_names(row), line.raw, seen)
+            _check_ids(_occupied_ids(row), line.raw, seen)
         except RowError as error:
             line.reject(bad_rows, str(error))
         else:
             yield line, row
 
 
-def _names(row: Any) -> list[str]:
-    """Return the ids that a row takes: its own, and those of the answers of a pair once they are labelled."""
+def _occupied_ids(row: Any) -> list[str]:
+    """Return the ids that a row occupies: its own and, for a pair, the ids of its labelled answers."""
     return [row.id, f"{row.id}/chosen", f"{row.id}/rejected"] if isinstance(row, PreferencePair) else [row.id]
 
 
@@ -176,7 +177,7 @@ def _check_ids(names: list[str], raw: bytes, seen: dict[str, bytes]) -> None:
 
 
 def parse_row[T](columns: dict[str, Any], kind: type[T], default_id: str) -> T:
-    """Return one JSON object as `kind`, its ids as text; RowError `field: reason` where it does not fit."""
+    """Return a JSON object as `kind`, with ids as text; raises RowError if it is invalid."""
     parse = _PARSERS[kind]
     numbered = [name for name in ("id", "source_id") if type(columns.get(name)) is int]
     columns = columns | {name: text_id(columns[name]) for name in numbered} if numbered else columns
@@ -184,7 +185,7 @@ def parse_row[T](columns: dict[str, Any], kind: type[T], default_id: str) -> T:
 
 
 def text_id(value: Any) -> Any:
-    """Return an integer as the text that stands for it; data sets often number their rows."""
+    """Return an integer id as text, because data sets often number their rows."""
     return str(value) if type(value) is int else value
 
 
@@ -193,7 +194,7 @@ def _sample(columns: dict[str, Any], row_id: str, prompt: tuple[Message, ...]) -
 
 
 def _answer_id(columns: dict[str, Any], row_id: str) -> str:
-    """Return the id of a row; answers of `generate` to one prompt share its id until their place is added to it."""
+    """Return the id of a row; condition and sample index make ids of `generate` answers unique."""
     if "finish_reason" not in columns:
         return row_id
     place = (columns.get("condition"), columns.get("sample_index"))

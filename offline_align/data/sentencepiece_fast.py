@@ -1,4 +1,4 @@
-"""A SentencePiece model as a `tokenizer.json` with the same ids, so that `transformers` can load it."""
+"""Convert a SentencePiece model to a `tokenizer.json` with the same ids, which `transformers` can load."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ SPACE = "▁"
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _UNIGRAM, _BPE = 1, 2
 
-# Texts on which both tokenizers must agree before the fast one is shipped.
+# Texts on which both tokenizers must agree before the fast one is used.
 SAMPLES = (
     "User:What is the capital of France?Assistant: ",
     "Assistant: <rm_score>5.0",
@@ -32,10 +32,10 @@ SAMPLES = (
 
 
 def convert(path: Path) -> Tokenizer | None:
-    """Return the fast form of the SentencePiece `.model` at `path`, or None where no faithful one exists.
+    """Return a fast tokenizer for the SentencePiece `.model` at `path`, or None if no faithful one exists.
 
-    The result gives SentencePiece's ids on every text of `SAMPLES`; control symbols (end-of-sequence and the
-    like) that occur in a text are special tokens in it, which they are not for SentencePiece.
+    The result gives SentencePiece's ids on every text of `SAMPLES`. Unlike SentencePiece, it treats
+    control symbols (such as end of sequence) that occur in a text as special tokens.
     """
     proto = _parsed(path.read_bytes())
     if not _convertible(proto):
@@ -45,10 +45,11 @@ def convert(path: Path) -> Tokenizer | None:
 
 
 def faithful(model: bytes, prefix: str | None) -> Tokenizer | None:
-    """Return the fast form of a SentencePiece model as `transformers` reads such folders, or None as `convert`.
+    """Return a fast tokenizer for a SentencePiece model as in `transformers`, or None as `convert` does.
 
-    User-defined symbols are added tokens; those that look like markers are special. `prefix` says when a space is put
-    in front of a text ("always": also behind added tokens; "first", "never"); None leaves the model's own rule.
+    User-defined symbols become added tokens; those that look like markers are special. `prefix`
+    says when a space is added to the start of a text ("always": also after added tokens; "first";
+    "never"); None keeps the model's own rule.
     """
     proto = _parsed(model)
     if not _convertible(proto) or _first_difference(model, _build(proto)) is not None:
@@ -67,7 +68,7 @@ def faithful(model: bytes, prefix: str | None) -> Tokenizer | None:
 
 
 def first_difference(path: Path, tokenizer: Tokenizer) -> str | None:
-    """Return the first of `SAMPLES` that gets other ids than from SentencePiece, or None."""
+    """Return the first of `SAMPLES` whose ids differ from SentencePiece's, or None."""
     return _first_difference(path.read_bytes(), tokenizer)
 
 
@@ -101,7 +102,7 @@ def _build(proto: Any, symbols_apart: bool = True) -> Tokenizer:
     tokenizer.decoder = _decoder(proto.normalizer_spec)
     symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     if symbols and symbols_apart:
-        # As added tokens they would be cut out before the space at the start of a text is put there.
+        # Added tokens would be split off before the space is added to the start of the text.
         longest_first = "|".join(re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), "isolated")
     control = [piece.piece for piece in proto.pieces if piece.type == _CONTROL]
@@ -110,7 +111,7 @@ def _build(proto: Any, symbols_apart: bool = True) -> Tokenizer:
 
 
 def _unigram(proto: Any) -> models.Unigram:
-    # SentencePiece never matches byte and control pieces in text: a very low score comes close to that.
+    # SentencePiece never matches byte and control pieces in text; a very low score approximates that.
     never = min(piece.score for piece in proto.pieces if piece.type == _NORMAL) - 100.0
     vocab = [(piece.piece, _score(piece, never)) for piece in proto.pieces]
     spec = proto.trainer_spec
@@ -132,13 +133,13 @@ def _bpe(proto: Any) -> models.BPE:
         unk_token=spec.unk_piece,
         fuse_unk=True,
         byte_fallback=spec.byte_fallback,
-        # A user-defined symbol, which no merges lead to, is one piece.
+        # A user-defined symbol is one piece, although no merges produce it.
         ignore_merges=True,
     )
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Return every way to make a piece of two others, best piece first: the order SentencePiece merges in."""
+    """Return every pair of pieces that forms a piece, best piece first, as SentencePiece merges them."""
     normal = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
     ranked = sorted(
         (piece for piece in proto.pieces if piece.type == _NORMAL),

@@ -1,4 +1,7 @@
-"""Folders with `tokenizer.model` and companions but no `tokenizer.json`: it is made, with the ids of `transformers`."""
+"""Make a `tokenizer.json` for folders that have only `tokenizer.model` and companions.
+
+The result has the same ids as `transformers`.
+"""
 
 import json
 from collections.abc import Mapping
@@ -11,20 +14,21 @@ _LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 def with_tokenizer_json(model: bytes, companions: Mapping[str, bytes]) -> dict[str, bytes] | None:
-    """Return the files of a SentencePiece model and its companions with a `tokenizer.json` in place of the model.
+    """Return the companions with a `tokenizer.json` that replaces the SentencePiece model.
 
-    Texts get SentencePiece's ids. The classes of Llama have rules of their own for the space in front of a text
-    (`add_prefix_space`, `legacy`) and take user-defined symbols out of a text before anything else. No `tokenizer.json`
-    is faithful to some models: None if the companions of such a one add no token and move no end of sequence, else
-    ValueError.
+    Texts get SentencePiece's ids. The Llama tokenizer classes have their own rules for the space at
+    the start of a text (`add_prefix_space`, `legacy`) and split off user-defined symbols first.
+
+    Some models have no faithful `tokenizer.json`. The result is then None, or ValueError is raised
+    if the companions add tokens or change the end of sequence.
     """
     config = settings(companions)
     own = _own_roles(model)
     fast = faithful(model, _prefix(config))
     if fast is None and (added_tokens(config, companions) or roles(own | config)["eos_token"] != own.get("eos_token")):
         raise ValueError(
-            "is a SentencePiece model that no tokenizer.json gives the ids of, so the tokens that the files beside it "
-            "add cannot be used; give the .model file itself to leave them out"
+            "is a SentencePiece model whose ids no tokenizer.json can reproduce, so the tokens that the files "
+            "beside it add cannot be used; give the .model file itself to leave them out"
         )
     if fast is None:
         return None
@@ -37,7 +41,7 @@ def with_tokenizer_json(model: bytes, companions: Mapping[str, bytes]) -> dict[s
 
 
 def _own_roles(model: bytes) -> dict[str, str]:
-    """Return the special tokens by role that the SentencePiece model itself knows."""
+    """Return the special tokens of the SentencePiece model itself, by role."""
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor()
@@ -47,7 +51,7 @@ def _own_roles(model: bytes) -> dict[str, str]:
 
 
 def _prefix(config: Mapping[str, Any]) -> str | None:
-    """Return when a space is put in front: "always", "first" or "never"; None for the model's own rule."""
+    """Return when a space is added: "always", "first" or "never"; None for the model's own rule."""
     if config.get("tokenizer_class") not in _LLAMA:
         return None
     if config.get("add_prefix_space") is False:

@@ -1,14 +1,14 @@
-"""SentencePiece's own files: reading them, and variants of a model that encode text otherwise."""
+"""Read SentencePiece model files, and make variants of a model that encode text differently."""
 
 import re
 from typing import Any
 
 MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-"""Shape of a user-defined SentencePiece symbol that is taken for a control token."""
+"""Pattern of user-defined SentencePiece symbols that are treated as control tokens."""
 
 
 def parsed(model: bytes) -> Any:
-    """Return the contents of a model; ValueError where it is none."""
+    """Return the parsed protobuf of a model; raises ValueError if it is not a SentencePiece model."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from sentencepiece import sentencepiece_model_pb2
 
@@ -23,7 +23,7 @@ def parsed(model: bytes) -> Any:
 
 
 def processor(model: bytes) -> Any:
-    """Return what encodes and decodes with a model."""
+    """Return the SentencePiece processor of a model."""
     from sentencepiece import SentencePieceProcessor
 
     loaded = SentencePieceProcessor()
@@ -32,7 +32,7 @@ def processor(model: bytes) -> Any:
 
 
 def without_dummy_prefix(model: bytes) -> bytes:
-    """Return the model without the space that it puts in front of a text."""
+    """Return the model with the dummy prefix disabled."""
     proto = parsed(model)
     proto.normalizer_spec.add_dummy_prefix = False
     changed: bytes = proto.SerializeToString()
@@ -40,7 +40,7 @@ def without_dummy_prefix(model: bytes) -> bytes:
 
 
 def without_markers(model: bytes) -> tuple[bytes, tuple[str, ...]]:
-    """Return the model with its marker-shaped user-defined symbols unused, and these symbols."""
+    """Return the model with its marker-shaped user-defined symbols disabled, and these symbols."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = parsed(model)

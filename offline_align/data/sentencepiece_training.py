@@ -1,4 +1,4 @@
-"""Training of SentencePiece tokenizers: BPE with byte fallback, so that any text can be encoded."""
+"""Train SentencePiece tokenizers: BPE with byte fallback, so that any text can be encoded."""
 
 import io
 import re
@@ -13,19 +13,19 @@ from offline_align.errors import ConfigError, DataError
 UNKNOWN_ID, BOS_ID, EOS_ID, PAD_ID = range(4)
 LONGEST_LINE_CHARACTERS = 2000
 NUM_THREADS = 2
-# Always single pieces: numbers and punctuation of templates and conditions must not become bytes.
+# These are always pieces, so that numbers and punctuation of templates and conditions never become bytes.
 REQUIRED_CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 
 _VOCABULARY_LIMIT = re.compile(r"<= ?(\d+)")
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Return a serialised SentencePiece model with `vocab_size` entries, the same for the same texts.
+    """Return a serialised SentencePiece model with `vocab_size` entries; training is deterministic.
 
-    Text is taken as it is: no normalisation, no added spaces; every digit is a piece of its own, and
-    characters outside the vocabulary become bytes. Ids: unknown 0, begin 1, end 2, padding 3.
-    Raises ConfigError naming `tokenizer.vocab_size` where the texts do not give that many entries,
-    DataError where there is no text.
+    Text is not normalised and gets no added spaces. Every digit is a separate piece, and characters
+    outside the vocabulary become bytes. Ids: unknown 0, begin 1, end 2, padding 3. Raises
+    ConfigError, naming `tokenizer.vocab_size`, if the texts do not allow that many entries, and
+    DataError if there is no text.
     """
     lines = _lines(texts)
     first = next(lines, None)
@@ -59,7 +59,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Yield pieces of text without line breaks that SentencePiece does not pass over for their length."""
+    """Yield the text in pieces without line breaks, short enough that SentencePiece does not skip them."""
     for text in texts:
         for line in text.splitlines():
             for start in range(0, len(line), LONGEST_LINE_CHARACTERS):

@@ -1,6 +1,6 @@
-"""What `prepare` reads: JSONL, JSON, Parquet, data sets through Hugging Face `datasets`, and the demo corpus.
+"""Inputs of `prepare`: JSONL, JSON, Parquet, data sets from the Hugging Face Hub, and the demo corpus.
 
-Rows that do not come from JSONL pass through the same strict check as a JSONL line.
+Rows of every format pass the same strict checks as a JSONL line.
 """
 
 import json
@@ -31,19 +31,19 @@ DEMO = "demo"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One input: a file, `hf:<name>[/<folder>][#<split>]`, or `demo`; `name` stands in ids and reports."""
+    """One input: a file, `hf:<name>[/<folder>][#<split>]`, or `demo`; `name` appears in ids and reports."""
 
     name: str
     path: Path | None
 
     @property
     def is_demo(self) -> bool:
-        """Return whether this is the demo corpus, which is generated and not read."""
+        """Return whether this is the demo corpus, which is generated instead of read."""
         return self.path is None and self.name == DEMO
 
 
 def input_sources(value: Any, key: str) -> list[Source]:
-    """Return the inputs that a setting names; ConfigError naming `key` for files that do not exist."""
+    """Return the inputs that a setting names; raises ConfigError, naming `key`, for unusable files."""
     names = [value] if isinstance(value, (str, Path)) else value
     if not isinstance(names, (list, tuple)) or not names:
         raise ConfigError(f"{key}={value!r}: needs a path, `hf:<name>`, `demo`, or a list of them")
@@ -59,9 +59,10 @@ def _is_special(name: Any) -> bool:
 
 
 def read_source(source: Source, bad_rows: BadRows, max_rows: int | None) -> Iterator[Line]:
-    """Yield the objects of one input, at most `max_rows`; lines that are none go to `bad_rows`.
+    """Yield the objects of one input, at most `max_rows`; lines that are not objects go to `bad_rows`.
 
-    DataError for a file that is damaged as a whole, ConfigError for a data set that cannot be loaded.
+    Raises DataError for a file that cannot be read as a whole, and ConfigError for a data set that
+    cannot be loaded.
     """
     return islice(_objects(source, bad_rows), max_rows)
 
@@ -101,7 +102,7 @@ def _array_items(path: Path) -> list[Any]:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: {NOT_UTF8}; {FIXES[NOT_UTF8]}") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: json: not valid JSON; mend the file") from error
+        raise DataError(f"{path}:{error.lineno}: json: not valid JSON; fix the file") from error
     except RecursionError as error:
         raise DataError(f"{path}:1: json: nested too deeply") from error
     return items
@@ -120,14 +121,14 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
 
 
 def _hub_rows(name: str) -> Iterator[Any]:
-    """Yield the rows of a data set as they stream in, so that nothing is written outside the run folder."""
+    """Stream the rows of a data set, so that nothing is written outside the run folder."""
     import datasets
 
     full, _, split = name.removeprefix(HUB_PREFIX).partition("#")
     repository, folder = _repository(full)
     try:
         yield from datasets.load_dataset(repository, data_dir=folder, split=split or "train", streaming=True)
-    except Exception as error:  # a data set is anybody's files, which fail in any way; its scripts are never run
+    except Exception as error:  # third-party files can fail in any way; scripts of a data set are never run
         if isinstance(error, AlignError):
             raise
         problem = (str(error).splitlines() or [type(error).__name__])[0]
@@ -135,7 +136,7 @@ def _hub_rows(name: str) -> Iterator[Any]:
 
 
 def _repository(name: str) -> tuple[str, str | None]:
-    """Split `owner/set/folder` into the data set and the folder in it; a local folder stays whole."""
+    """Split `owner/set/folder` into the data set and a folder in it; a local path is not split."""
     if Path(name).exists():
         return name, None
     owner, _, rest = name.partition("/")

@@ -1,21 +1,21 @@
-"""Deduplication and a split into training and validation rows that no prompt crosses."""
+"""Deduplication, and a training/validation split in which no prompt is on both sides."""
 
 import hashlib
 from typing import Any
 
 
 def normalised(text: str) -> str:
-    """Return text without differences of white space and of upper and lower case."""
+    """Return text with white space collapsed and case folded."""
     return " ".join(text.split()).casefold()
 
 
 def answers(row: dict[str, Any]) -> dict[str, str]:
-    """Return the answers of a row by their columns; in a pair a `response` is a further column, of any type."""
+    """Return the answers of a row by column; a `response` in a pair is not an answer."""
     return {name: row[name] for name in ("chosen", "rejected") if name in row} or {"response": row["response"]}
 
 
 def content_digest(row: dict[str, Any]) -> bytes:
-    """Return a digest that rows share where prompt and answers are equal after `normalised`."""
+    """Return a digest that is equal for rows whose prompt and answers are equal after `normalised`."""
     prompt = row["prompt"]
     messages = [("user", prompt)] if isinstance(prompt, str) else [(m["role"], m["content"]) for m in prompt]
     digest = hashlib.sha256()
@@ -33,10 +33,10 @@ def first_user_message(row: dict[str, Any]) -> str:
 
 
 def is_validation(row: dict[str, Any], seed: int, valid_fraction: float) -> bool:
-    """Return whether a row belongs to validation: by seed and first user message alone.
+    """Return whether a row belongs to validation, which depends only on seed and first user message.
 
-    All rows of a dialogue, of a prompt, and of both kinds therefore fall on the same side, on every
-    machine and whatever else is read.
+    All rows of a dialogue or prompt, SFT rows and pairs alike, are therefore on the same side, on
+    every machine and whatever else is read.
     """
     text = normalised(first_user_message(row))
     digest = hashlib.sha256(f"{seed}\0{text}".encode()).digest()

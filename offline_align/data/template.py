@@ -1,16 +1,17 @@
-"""How a dialogue becomes token ids: the paper's template, or the tokenizer's chat template.
+"""Turn dialogues into token ids with the paper's template or the tokenizer's chat template.
 
-The paper's (section 4): `User:{instruction}Assistant: {response}`. Earlier answers end with end of
-sequence, a system message stands first as `System:{text}`, and Conditional Alignment puts its
-condition between `Assistant: ` and the response (Eq. 6). Context, condition and response are encoded
-each by itself, in training as in generation, so no token ever reaches over a boundary. What stands
-behind other text is encoded so: without the space that some tokenizers put in front of a text.
+The paper's template (section 4) is `User:{instruction}Assistant: {response}`. Earlier answers end
+with end of sequence, a system message comes first as `System:{text}`, and Conditional Alignment
+puts its condition between `Assistant: ` and the response (Eq. 6). Context, condition and response
+are encoded separately, in training and in generation, so no token crosses a boundary between them.
+Text that follows other text is encoded without the space that some tokenizers add to the start of a
+text.
 
-Reward models of others are read as `transformers` reads them, see `Reading`.
+Third-party reward models get the same ids as in `transformers`, see `Reading`.
 
-Begin of sequence: the paper's template has none. It is put first only where the rules of a
-`tokenizer.json` say so, because models with such a rule were never trained without it; a SentencePiece
-model has no such rule. A chat template writes its own.
+The paper's template has no begin of sequence. It is added only if the rules of a `tokenizer.json`
+add it, because models with such a rule were never trained without it. A SentencePiece model has no
+such rule. A chat template writes its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,47 +32,48 @@ ASSISTANT = "Assistant: "
 PREFIXES = {"system": "System:", "user": "User:"}
 
 Part = Piece | int
-"""A piece of text, or the id of a token."""
+"""A piece of text, or a token id."""
 
 _QUESTION = (Message("user", "a"),)
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What is encoded into one list of ids."""
+    """Text and tokens that are encoded into one list of ids."""
 
     parts: list[Part]
     after: After = After.nothing
-    """What the first part stands behind."""
+    """What precedes the first part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How a reward model of others reads a dialogue.
+    """How a third-party reward model reads a dialogue.
 
-    Its ids are those of `apply_chat_template(prompt and answer, tokenize=True)`, which encodes the whole text at once,
-    and `AutoModelForSequenceClassification` takes the score from the last token that is not padding.
+    The ids are those of `apply_chat_template(prompt and answer, tokenize=True)`, which encodes the
+    whole text at once. `AutoModelForSequenceClassification` takes the score from the last token
+    that is not padding.
     """
 
     pad_id: int | None
-    """`pad_token_id` of its `config.json`."""
+    """`pad_token_id` of the model's `config.json`."""
 
     @classmethod
     def from_values(cls, values: Any) -> "Reading | None":
-        """Return what a file says of a reading, or None for nothing; ValueError where it cannot be one."""
+        """Return the reading stored in a file, or None; raises ValueError if it is invalid."""
         if values is None:
             return None
         pad_id = values.get("pad_id") if isinstance(values, dict) else values
         if not isinstance(values, dict) or not (pad_id is None or type(pad_id) is int):
-            raise ValueError(f"the reading {values!r} cannot be used")
+            raise ValueError(f"the reading {values!r} is invalid")
         return cls(pad_id)
 
 
 class Renderer:
     """Turns dialogues into token ids with one tokenizer and one template.
 
-    `day` is what the template takes for today; None: the day it is. Raises ConfigError where the chat template is asked
-    for and the tokenizer has none.
+    `day` is the date that the template sees as today; None stands for the actual date. Raises
+    ConfigError if `template` is the chat template and the tokenizer has none.
     """
 
     def __init__(
@@ -84,14 +86,14 @@ class Renderer:
         self.reading = reading if self._chat else None
 
     def context(self, prompt: Sequence[Message], condition: str = "") -> list[int]:
-        """Return the ids of all that stands before the response.
+        """Return the ids of everything before the response.
 
-        Raises DataError where the chat template refuses the dialogue.
+        Raises DataError if the chat template refuses the dialogue.
         """
         return self.encode([self._context_span(prompt, condition)])[0]
 
     def target(self, prompt: Sequence[Message], response: str, condition: str = "") -> list[int]:
-        """Return the ids of the response, end of sequence last; no condition changes them.
+        """Return the ids of the response and the end of sequence; the condition does not change them.
 
         Raises DataError and ConfigError as `ChatTemplate.answer` does.
         """
@@ -102,7 +104,7 @@ class Renderer:
         return self.rows(self.encode(self.spans(prompt, [response], condition)))[0]
 
     def spans(self, prompt: Sequence[Message], responses: Sequence[str], condition: str = "") -> list[Span]:
-        """Return what `encode` and then `rows` turn into context and target of each response.
+        """Return the spans of context and responses, the input of `encode`, whose result `rows` splits.
 
         Raises DataError and ConfigError as `ChatTemplate.answer` does.
         """
@@ -115,16 +117,17 @@ class Renderer:
         return [context, *(Span([*answer], after) for answer in answers)]
 
     def rows(self, ids: Sequence[list[int]]) -> list[tuple[list[int], list[int]]]:
-        """Return context and target of each response, of what `encode` made of `spans`."""
+        """Return the ids of context and target of each response, given `encode(spans(...))`."""
         context, *answers = ids
         if self.reading is None:
             return [(context, self._finished(answer)) for answer in answers]
         return [_split(context, self.reading, whole) for whole in answers]
 
     def _finished(self, ids: list[int]) -> list[int]:
-        """Return the ids up to their final end of sequence, which is added where the template wrote none.
+        """Return the ids up to their final end of sequence, which is added if the template wrote none.
 
-        A template that writes a line break after end of sequence loses it: nobody asks a model for it.
+        A line break that the template writes after end of sequence is dropped: generation stops
+        before it.
         """
         eos = self.tokenizer.eos_id
         if self._chat and eos in ids:
@@ -134,7 +137,7 @@ class Renderer:
         return [*ids, eos]
 
     def encode(self, spans: Sequence[Span]) -> list[list[int]]:
-        """Return the ids of every span; each distinct text is encoded once in each place that it can have."""
+        """Return the ids of every span; each distinct text is encoded once for each `After`."""
         placed = [list(self._placed(span)) for span in spans]
         texts: dict[tuple[bool, After], dict[str, list[int]]] = {}
         for parts in placed:
@@ -149,11 +152,11 @@ class Renderer:
         ]
 
     def _placed(self, span: Span) -> Iterator[int | tuple[str, bool, After]]:
-        """Yield the parts of a span, texts with what they stand behind."""
+        """Yield the parts of a span, each text with what precedes it."""
         after, started = span.after, False
         for part in span.parts:
             if isinstance(part, int):
-                # Begin of sequence is put in front of a text, which starts all the same.
+                # Text after begin of sequence still counts as the start of the sequence.
                 after = After.special if started else after
                 yield part
             elif part[0]:
@@ -165,7 +168,7 @@ class Renderer:
         return Span([*parts, (condition, True)] if condition else parts)
 
     def _after_context(self, prompt: Sequence[Message]) -> After:
-        """Return what a response stands behind."""
+        """Return what precedes a response."""
         pieces = self._chat.prompt(prompt) if self._chat else [(ASSISTANT, False)]
         return self.tokenizer.behind(*pieces[-1]) if pieces else After.nothing
 
@@ -181,7 +184,7 @@ class Renderer:
         return [*parts, (text + ASSISTANT, False)]
 
     def frame(self, prompt: Sequence[Message]) -> Frame:
-        """Return what the template writes around an answer to `prompt`."""
+        """Return the text that the template writes around an answer to `prompt`."""
         if not self._chat:
             return Frame(after=self._after_context(prompt))
         before, behind = self._chat.around(prompt)
@@ -190,7 +193,7 @@ class Renderer:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The ids that end an answer: end of sequence, and the special token that the template closes answers with."""
+        """Ids that end an answer: end of sequence, and the special token that closes it in the template."""
         before, behind = self._chat.around(_QUESTION) if self._chat else ("", "")
         end = self._chat.first_special(behind)[1] if self._chat else None
         ids = self.tokenizer.encode(end, special=True, after=After.text) if end and end not in before else []
@@ -198,7 +201,7 @@ class Renderer:
 
     @cached_property
     def start_ids(self) -> list[int]:
-        """Begin of sequence where contexts start with it, else nothing."""
+        """Begin of sequence if contexts start with it, else an empty list."""
         bos = self.tokenizer.bos_id
         if bos is None:
             return []
@@ -207,11 +210,11 @@ class Renderer:
         return [bos] if self.tokenizer.adds_bos else []
 
     def tail_tokens(self, condition: str) -> int:
-        """Return how many tokens at the end of a context ask for the answer, the condition among them."""
+        """Return how many tokens at the end of a context request the answer, including the condition."""
         return self._assistant_tokens + self.condition_tokens(condition)
 
     def condition_tokens(self, condition: str) -> int:
-        """Return how many tokens of a context are its condition."""
+        """Return how many tokens of a context the condition takes."""
         if not condition:
             return 0
         return len(self.tokenizer.encode(condition, special=True, after=self._after_context(_QUESTION)))
@@ -226,15 +229,16 @@ class Renderer:
 
 
 def writes_date(tokenizer: Tokenizer, template: Template) -> bool:
-    """Return whether the text of a dialogue depends on the day; raises ConfigError for an unusable chat template."""
+    """Return whether the template writes the date; raises ConfigError for an invalid chat template."""
     source = tokenizer.chat_template if template is Template.chat else None
     return source is not None and uses_date(source)
 
 
 def _split(context: list[int], reading: Reading, whole: list[int]) -> tuple[list[int], list[int]]:
-    """Return a row of a reward model of others up to the token that is read, cut where it leaves the context.
+    """Split a row of a third-party reward model into context and target, up to the token that is scored.
 
-    A token can reach over the end of the prompt's text; it belongs to the answer then.
+    The target starts at the first token that differs from the context. A token that covers the end
+    of the prompt and the start of the answer therefore belongs to the target.
     """
     end = len(whole)
     while end > 1 and whole[end - 1] == reading.pad_id:

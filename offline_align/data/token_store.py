@@ -1,7 +1,7 @@
-"""The store of token ids: a folder for each set of rows, written whole or not at all, read memory-mapped.
+"""The store of token ids: one folder for each set of rows, written atomically and memory-mapped.
 
-`tokens.arrow` is one Arrow record batch, so that every column is one flat array, and `summary.json` says
-how long it is and what was left out. Several processes may ask for the same folder at once.
+`tokens.arrow` is one Arrow record batch, so that every column is one flat array. `summary.json` has
+its size and the rows that were left out. Several processes may request the same folder at once.
 """
 
 import json
@@ -21,25 +21,25 @@ import numpy.typing as npt
 from offline_align.errors import StorageError
 
 KEPT, TRUNCATED, REFUSED = "kept", "truncated", "chat_template: "
-"""Statuses of rows; after `REFUSED` stands the chat template's message. Others are reasons to leave out."""
+"""Statuses of rows; the chat template's message follows `REFUSED`. Any other status is a reason to drop."""
 
 TOKENS_FILE, SUMMARY_FILE = "tokens.arrow", "summary.json"
 
 
 @dataclass(frozen=True)
 class Responses:
-    """The k-th response to each of some dialogues, after its context."""
+    """Context and k-th response of each of n dialogues."""
 
     ids: npt.NDArray[np.int32]
-    """[T] one after the other."""
+    """[T] ids of all dialogues, concatenated."""
     lengths: npt.NDArray[np.int64]
-    """[n] ids of each."""
+    """[n] number of ids of each dialogue."""
     start: npt.NDArray[np.int32]
-    """[n] position of its first target token."""
+    """[n] position in each dialogue of its first target token."""
 
 
 Fresh = tuple[list[str], list[Responses]]
-"""The status of each of a few rows, and the k-th responses of those that are kept."""
+"""The status of each row of a batch, and the k-th responses of the kept rows for each k."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class StoredTokens:
     """One folder of the store."""
 
     rows: list[int]
-    """Index of each kept row among those asked for."""
+    """Index of each kept row in the input."""
     columns: dict[str, npt.NDArray[Any]]
     """`ids_k` [T], `offsets_k` [n + 1] and `start_k` [n] of the k-th response."""
     left_out: list[tuple[int, str]]
-    """Index and status of each other row."""
+    """Index and status of each dropped row."""
     truncated: int
-    """Rows whose prompt was cut."""
+    """Number of rows whose prompt was truncated."""
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Rows left out, by reason."""
+        """Number of dropped rows by reason."""
         return dict(Counter(status.partition(":")[0] for _, status in self.left_out))
 
     @property
@@ -67,12 +67,12 @@ class StoredTokens:
 
 
 def stored(folder: Path, tokenize: Callable[[], Iterable[Fresh]]) -> StoredTokens:
-    """Return what the folder holds; `tokenize()` makes it, a few rows at a time, where it is not there in full length.
+    """Return the tokens in `folder`, after writing the batches of `tokenize()` if it is incomplete.
 
     Raises StorageError.
     """
     try:
-        if not _whole(folder):
+        if not _is_complete(folder):
             _build(folder, tokenize)
         return _load(folder)
     except Exception as error:
@@ -83,21 +83,21 @@ def stored(folder: Path, tokenize: Callable[[], Iterable[Fresh]]) -> StoredToken
 
 
 def _storage_failure(error: BaseException | None) -> OSError | None:
-    """Return the failed write behind an error: closing its file, Arrow may fail once more in another way."""
+    """Return the failed write behind an error; Arrow may raise a second error when it closes the file."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def responses(sides: Sequence[tuple[list[int], int]]) -> Responses:
-    """Return ids and starts of single responses together."""
+    """Return (ids, start) of single responses as one record."""
     lengths = np.array([len(ids) for ids, _ in sides], dtype=np.int64)
     flat = np.fromiter(chain.from_iterable(ids for ids, _ in sides), dtype=np.int32, count=int(lengths.sum()))
     return Responses(flat, lengths, np.array([start for _, start in sides], dtype=np.int32))
 
 
-def _whole(folder: Path) -> bool:
-    """Return whether the cache folder is there in full length."""
+def _is_complete(folder: Path) -> bool:
+    """Return whether the cache folder exists and is complete."""
     try:
         size = json.loads((folder / SUMMARY_FILE).read_bytes())["bytes"]
         return bool((folder / TOKENS_FILE).stat().st_size == size)
@@ -106,20 +106,21 @@ def _whole(folder: Path) -> bool:
 
 
 def _build(folder: Path, tokenize: Callable[[], Iterable[Fresh]]) -> None:
-    """Write the folder whole or not at all; of several processes the first to finish wins."""
+    """Write the folder atomically; if several processes do, the first to finish wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        # A temporary folder is closed to other users, who may share the cache; one inside it is as any other.
+        # mkdtemp makes a folder that only its owner can read, but others may share the cache. A folder
+        # inside it gets the usual permissions.
         ready = work / "ready"
         ready.mkdir()
         _write(tokenize(), ready)
-        if folder.exists() and not _whole(folder):
+        if folder.exists() and not _is_complete(folder):
             shutil.rmtree(folder, ignore_errors=True)
         try:
             ready.rename(folder)
         except OSError:
-            if not _whole(folder):
+            if not _is_complete(folder):
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -164,7 +165,7 @@ def _arrow_lists(pieces: Sequence[Responses]) -> Any:
     return pa.LargeListArray.from_arrays(_arrow(np.cumsum(lengths)), _arrow(flat))
 
 
-# Arrow's own ways from and to numpy import pandas where it is installed: a quarter of a second and 40 MiB a rank.
+# Arrow's own conversions from and to numpy import pandas if it is installed: 0.25 s and 40 MiB per rank.
 def _arrow(values: npt.NDArray[Any]) -> Any:
     import pyarrow as pa
 
@@ -172,7 +173,7 @@ def _arrow(values: npt.NDArray[Any]) -> Any:
 
 
 def _numpy(array: Any) -> npt.NDArray[Any]:
-    """Return an Arrow array of numbers, without a copy."""
+    """Return an Arrow array of numbers as numpy, without a copy."""
     dtype = np.dtype(array.type.to_pandas_dtype())
     return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 

@@ -1,7 +1,7 @@
-"""Rows to token ids, once: an Arrow cache keyed by everything that determines the ids.
+"""Tokenise rows once, into an Arrow cache keyed by everything that determines the token ids.
 
-Weights and ids of rows stay outside the cache, so that another `method.beta` tokenises nothing.
-Shapes: n rows, T tokens of all rows together.
+Row weights and row ids stay outside the cache, so a change of `method.beta` does not tokenise
+again. Shapes: n rows, T tokens of all rows together.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ from offline_align.errors import DataError
 from offline_align.progress import Meter
 
 FORMAT_VERSION = 3
-"""Part of every key: a change of how ids are made, or of what is stored beside them, must change it."""
+"""Part of every cache key. Raise it when the ids, or what is stored with them, are computed differently."""
 
 ROWS_PER_BATCH = 512
 
 OnRefused = Callable[[dict[str, str]], None]
-"""What is done about rows that the chat template refuses, by id: with what it says against them."""
+"""Handles the rows that the chat template refuses: a map from row id to the template's message."""
 
 _Dialogue = tuple[Sequence[Message], list[str], str, list[str]]
-"""Prompt, responses, condition, and other responses that share the context but are not asked for."""
+"""Prompt, responses, condition, and other responses that only take part in cutting the context."""
 _Side = tuple[list[int], int]  # ids of context and target, position of the first target token
 
 _log = logging.getLogger(__name__)
@@ -42,12 +42,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Limits:
-    """What decides whether a row fits."""
+    """The settings that decide whether a row fits."""
 
     max_length: int
     too_long: TooLong
     least_target: int = 2
-    """Tokens of the shortest target, end of sequence included."""
+    """Tokens of the shortest usable target, including end of sequence."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class _Rendered:
     """One dialogue as text, before it is encoded."""
 
     sequences: list[Span]
-    """The context and every target, those that only share it last; nothing if the template refuses the dialogue."""
+    """The context, then every target (requested ones first); empty if the template refuses the dialogue."""
     status: str
     responses: int
-    """How many of the targets are asked for."""
+    """How many of the targets are requested."""
     condition: str
 
 
@@ -67,45 +67,45 @@ class TokenizedRows:
     """Token ids of rows, memory-mapped; row i is `ids[offsets[i]:offsets[i + 1]]`."""
 
     ids: npt.NDArray[np.int32]
-    """[T] all rows, one after the other."""
+    """[T] ids of all rows, concatenated."""
     offsets: npt.NDArray[np.int64]
     """[n + 1] where each row starts."""
     target_start: npt.NDArray[np.int32]
-    """[n] position in the row of its first target token; the target reaches to the row's end."""
+    """[n] position in the row of its first target token; the target extends to the end of the row."""
     weight: npt.NDArray[np.float32]
     """[n] weight of the row's loss."""
     row_ids: list[str]
-    """[n] id of the row that each came from."""
+    """[n] id of each row."""
     dropped: dict[str, int]
-    """Rows left out, by reason."""
+    """Number of rows left out, by reason."""
     truncated: int
-    """Rows whose prompt was cut."""
+    """Number of rows whose prompt was truncated."""
     condition_length: npt.NDArray[np.int32] | int = 0
-    """[n] tokens of the condition that each prompt ends with; 0: no row has one."""
+    """[n] tokens of the condition at the end of each context; 0 if no row has a condition."""
     places: list[int] = field(default_factory=list)
-    """[n] place of each among the rows that were asked for."""
+    """[n] index of each row in the input."""
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
     def weighed(self, weights: Sequence[float] | None) -> "TokenizedRows":
-        """Return the same rows with other weights [n]; with their own for None."""
+        """Return the same rows with new weights [n]; None keeps the weights they have."""
         return self if weights is None else replace(self, weight=np.array(weights, dtype=np.float32))
 
     @cached_property
     def prompt_length(self) -> npt.NDArray[np.int32]:
-        """[n] tokens before the response and its condition: what answers to one prompt have in common."""
+        """[n] tokens before the condition and the response, which all answers to a prompt share."""
         return self.target_start - self.condition_length
 
 
 @dataclass(frozen=True)
 class TokenizedPairs:
-    """Preference pairs; both sides in the same order, each pair with one context."""
+    """Preference pairs; both sides are in the same order and share one context per pair."""
 
     chosen: TokenizedRows
     rejected: TokenizedRows
     margin: npt.NDArray[np.float32]
-    """[n] margin of each pair, nan where it has none."""
+    """[n] margin of each pair, NaN if it has none."""
     row_ids: list[str]
     dropped: dict[str, int]
 
@@ -121,14 +121,16 @@ def tokenize_samples(
     on_refused: OnRefused | None = None,
     empty_answers: bool = False,
 ) -> TokenizedRows:
-    """Return the token ids of the rows, in their order, from the cache where it has them.
+    """Return the token ids of the rows, in order, from the cache if it has them.
 
-    Rows over `data.max_length` are cut or left out (`dropped`: too_long, response_too_long, no_target). A target of
-    end of sequence alone is left out too, unless `empty_answers`: it can be scored, but there is nothing to learn.
-    So are those that the chat template refuses, where `on_refused` takes them. A row that has another answer beside it
-    (`Sample.beside`) is cut, or left out, as that one is: both have one context. Raises DataError where `on_refused`
-    is not given, and where no row is left, ConfigError for an unusable chat template, StorageError where the cache
-    cannot be written.
+    Rows over `data.max_length` are truncated or left out (`dropped`: too_long, response_too_long).
+    Rows whose target is end of sequence alone are left out (no_target) unless `empty_answers` is
+    set: such a row can be scored, but there is nothing to learn from it. Rows that the chat
+    template refuses are left out and handed to `on_refused`. A row with `Sample.beside` is
+    truncated or left out together with that other answer, because both share one context.
+
+    Raises DataError if the chat template refuses a row and `on_refused` is None, or if no row is
+    left; ConfigError for an unusable chat template; StorageError if the cache cannot be written.
     """
     tokens = _sample_tokens(rows, renderer, data, cache_dir, empty_answers)
     _report_refused({rows[i].sample.id: message for i, message in tokens.refused}, on_refused)
@@ -147,9 +149,10 @@ def unusable_samples(
     cache_dir: Path,
     empty_answers: bool = False,
 ) -> dict[int, str]:
-    """Return the places of the rows that `tokenize_samples` would leave out, each with the reason that it counts.
+    """Return the indices of the rows that `tokenize_samples` would leave out, each with the reason.
 
-    After `chat_template: ` stands what the template says against a row. Raises as `tokenize_samples` for the rest.
+    If the chat template refuses a row, the reason is `chat_template: ` and the template's message.
+    Raises ConfigError and StorageError as `tokenize_samples`.
     """
     return dict(_sample_tokens(rows, renderer, data, cache_dir, empty_answers).left_out)
 
@@ -176,7 +179,7 @@ def tokenize_pairs(
 ) -> TokenizedPairs:
     """Return the token ids of both sides of the pairs; see `tokenize_samples`.
 
-    A pair is left out as a whole, and both its sides have the same, possibly cut, context.
+    A pair is left out as a whole. Both sides have the same context, which may be truncated.
     """
     dialogues: list[_Dialogue] = [(pair.prompt, [pair.chosen, pair.rejected], "", []) for pair in rows]
     tokens = _cached(dialogues, renderer, _Limits(data.max_length, data.too_long), cache_dir)
@@ -202,14 +205,14 @@ def _report_refused(refused: dict[str, str], on_refused: OnRefused | None) -> No
         return
     if on_refused is None:
         row_id, message = next(iter(refused.items()))
-        raise DataError(f"row {row_id}: {message}; mend the row")
+        raise DataError(f"row {row_id}: {message}; fix the row")
     on_refused(refused)
 
 
 def _check_some_left(tokens: StoredTokens, asked: int, data: DataSection) -> None:
     kept = len(tokens.rows)
     out = f", left out: {reasons(tokens.dropped)}" if tokens.dropped else ""
-    _log.info("%d of %d rows, %d cut%s", kept, asked, tokens.truncated, out)
+    _log.info("%d of %d rows, %d truncated%s", kept, asked, tokens.truncated, out)
     if not kept:
         raise DataError(
             f"none of {asked} rows is left: {reasons(tokens.dropped)}; see data.max_length={data.max_length}"
@@ -217,13 +220,13 @@ def _check_some_left(tokens: StoredTokens, asked: int, data: DataSection) -> Non
 
 
 def reasons(dropped: Mapping[str, int]) -> str:
-    """Return in words how many rows were left out, and why: `3 too_long, 1 no_target`."""
+    """Return the counts of dropped rows by reason as text: `3 too_long, 1 no_target`."""
     return ", ".join(f"{number} {reason}" for reason, number in dropped.items())
 
 
 def _cached(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits, cache_dir: Path) -> StoredTokens:
     if not dialogues:
-        raise DataError("no row to tokenise; the files of data.* have none of this form")
+        raise DataError("no row to tokenise; the files of data.* have no rows of this kind")
     folder = cache_dir / f"tokens-{_key(dialogues, renderer, limits)[:32]}"
     return stored(folder, lambda: _tokenize(dialogues, renderer, limits))
 
@@ -242,7 +245,7 @@ def _key(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) ->
     digest = hashlib.sha256(json.dumps(rules).encode())
     for batch in batched(dialogues, ROWS_PER_BATCH):
         rows = [
-            # What most rows do not have is in no key of theirs, so that caches stay good.
+            # Rows without `beside` keep the key they had before it existed, so older caches stay valid.
             ([(m.role, m.content) for m in prompt], responses, condition, *([beside] if beside else []))
             for prompt, responses, condition, beside in batch
         ]
@@ -251,10 +254,11 @@ def _key(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) ->
 
 
 def _tokenize(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) -> Iterator[Fresh]:
-    """Yield the status of every dialogue and the tokens of those that are kept, some dialogues at a time.
+    """Yield batches: the status of every dialogue, and the tokens of those that are kept.
 
-    A thread encodes, on all cores, while this one renders the rows to come and fits those that are encoded. Templates
-    are foreign code: here a stop ends one of them in the middle.
+    One thread encodes, on all cores, while this one renders the next rows and fits the encoded
+    ones. Templates are third-party code and run in this thread, so that a signal can interrupt
+    them.
     """
 
     def encode(rows: list[_Rendered]) -> tuple[list[_Rendered], list[list[int]]]:
@@ -280,7 +284,7 @@ def _render(dialogue: _Dialogue, renderer: Renderer) -> _Rendered:
 
 
 def _fitted(rows: Sequence[_Rendered], ids: Iterable[list[int]], renderer: Renderer, limits: _Limits) -> Fresh:
-    """Return what `_tokenize` yields, of rows and the ids of all their sequences."""
+    """Return statuses and kept tokens of rendered rows, given the ids of all their sequences."""
     upcoming = iter(ids)
     statuses: list[str] = []
     kept: list[list[_Side]] = []
@@ -294,9 +298,11 @@ def _fitted(rows: Sequence[_Rendered], ids: Iterable[list[int]], renderer: Rende
 
 
 def _fit(ids: list[list[int]], condition: str, renderer: Renderer, limits: _Limits) -> tuple[list[_Side], str]:
-    """Return each side of one row, in at most `limits.max_length` tokens, and a status; no side if it is left out.
+    """Return each side of one row in at most `limits.max_length` tokens, and the row's status.
 
-    Cut is the left of the context: begin of sequence, the request for the answer and the condition stay.
+    There are no sides if the row is left out.
+    Truncation removes tokens from the left of the context. Begin of sequence, the generation prompt
+    and the condition stay.
     """
     rows = renderer.rows(ids)
     lengths = [len(target) for _, target in rows]
@@ -309,18 +315,18 @@ def _fit(ids: list[list[int]], condition: str, renderer: Renderer, limits: _Limi
 
 
 def _cut(context: list[int], room: int, start: list[int]) -> list[int]:
-    """Return the context in at most `room` tokens, begin of sequence kept."""
+    """Return the last `room` tokens of the context, with begin of sequence kept at the front."""
     return context if len(context) <= room else start + context[len(context) - room + len(start) :]
 
 
 def left_out(context: int, target: int, renderer: Renderer, data: DataSection) -> str | None:
-    """Return why training leaves out a row of so many tokens, without a condition, or None if it does not."""
+    """Return why training drops a row with these token counts and no condition, or None if it does not."""
     status = _status(context, [target], "", renderer, _Limits(data.max_length, data.too_long))
     return None if status in (KEPT, TRUNCATED) else status
 
 
 def _status(context: int, targets: list[int], condition: str, renderer: Renderer, limits: _Limits) -> str:
-    """Return what becomes of a row with so many tokens of context and of each target."""
+    """Return the status of a row, given its number of context tokens and of tokens of each target."""
     if min(targets) < limits.least_target:
         return "no_target"
     room = limits.max_length - max(targets)

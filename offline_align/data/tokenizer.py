@@ -1,8 +1,8 @@
-"""Tokenizers: SentencePiece `.model` files and Hugging Face `tokenizer.json`, read as data only.
+"""Tokenizers: SentencePiece `.model` files and Hugging Face `tokenizer.json` files, read as data only.
 
-No code that comes with a tokenizer is run and nothing is unpickled. Text of users never becomes a
-special token: a literal `</s>` or `<|im_end|>` in a row is encoded as the characters it consists of.
-Only text that a template supplies may name special tokens (`special=True`).
+No code that comes with a tokenizer is run, and nothing is unpickled. User text never becomes a
+special token: a literal `</s>` or `<|im_end|>` in a row is encoded as plain characters. Only text
+from a template may name special tokens (`special=True`).
 """
 
 import hashlib
@@ -29,17 +29,17 @@ logger = logging.getLogger(__name__)
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]")
-"""End-of-sequence tokens that a bare `tokenizer.json` is searched for."""
+"""Tokens that can be the end of sequence of a `tokenizer.json` whose companions name none."""
 
 MOST_ENTRIES = 10_000_000
-"""A file that asks for more embedding rows is damaged; the largest vocabularies have about a million."""
+"""A file with larger ids is taken to be damaged; the largest vocabularies have about a million entries."""
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back."""
+    """Converts text to token ids and back."""
 
     vocab_size: int
-    """Number of embedding rows that the ids need: the largest id plus one."""
+    """Number of embedding rows that the ids need: the largest id plus 1."""
     eos_id: int
     """End of sequence; every tokenizer has one."""
     bos_id: int | None
@@ -49,20 +49,20 @@ class Tokenizer(Protocol):
     adds_bos: bool
     """Whether the tokenizer's own rules start every sequence with `bos_id`."""
     named_tokens: dict[str, str]
-    """Special tokens by their role (`eos_token`, ...), as chat templates know them."""
+    """Special tokens by role (`eos_token`, ...), under the names that chat templates use."""
     special_texts: tuple[str, ...]
-    """Strings that become one special token where `special=True`."""
+    """Strings that become one special token if `special=True`."""
     chat_template: str | None
     """Jinja source of the chat template."""
     prefix_rule: PrefixRule
-    """Where a space is put in front of text."""
+    """Where a space is added to the start of a text."""
     content_hash: str
-    """SHA-256 of all that determines the ids of a dialogue."""
+    """SHA-256 of everything that determines the ids of a dialogue."""
 
     def encode(self, text: str, special: bool = False, after: After = After.nothing) -> list[int]:
-        """Return the ids of `text`, without begin or end of sequence, as they are `after` what stands before it.
+        """Return the ids of `text` without begin or end of sequence; `after` says what precedes the text.
 
-        Special-token strings in it are plain characters, unless `special`.
+        Special-token strings in `text` are plain characters unless `special` is set.
         """
 
     def encode_batch(
@@ -71,13 +71,13 @@ class Tokenizer(Protocol):
         """Return the ids of every text; see `encode`. Uses all cores."""
 
     def behind(self, text: str, special: bool = False) -> After:
-        """Return how the text is to be encoded that stands behind `text`."""
+        """Return the value of `after` with which to encode a text that follows `text`."""
 
     def decode(self, ids: Sequence[int], after: After = After.nothing) -> str:
-        """Return the text of `ids`, which stand `after` something; special tokens are left out."""
+        """Return the text of `ids` without special tokens; `after` says what precedes the ids."""
 
     def shown(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids` with special tokens in it, for people."""
+        """Return the text of `ids` with its special tokens, for display."""
 
     def save(self, folder: Path) -> None:
         """Write the files that `load_tokenizer(folder)` needs. Raises StorageError."""
@@ -86,9 +86,9 @@ class Tokenizer(Protocol):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Return the tokenizer of a `.model` or `tokenizer.json` file, or of a folder with either of them.
 
-    A folder with both is read as Hugging Face means it, by `tokenizer.json`. What lies beside a `tokenizer.json`, or
-    beside the `.model` of a folder, counts; a `.model` file that is given by itself is read alone. Raises ConfigError
-    naming `model.tokenizer`.
+    If a folder has both, `tokenizer.json` is used, as in Hugging Face. Companion files are applied
+    to a `tokenizer.json` and to the `.model` of a folder; a `.model` file that is given by its own
+    path is read without them. Raises ConfigError naming `model.tokenizer`.
     """
     found = _find(Path(path))
     try:
@@ -102,21 +102,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             files = with_tokenizer_json(found.read_bytes(), companions)
             if files is not None:
                 return HuggingFaceTokenizer(files)
-            logger.warning("%s: is read without %s: no tokenizer.json gives its ids", found, ", ".join(companions))
+            logger.warning("%s: read without %s: no tokenizer.json can reproduce its ids", found, ", ".join(companions))
         return SentencePieceTokenizer(found.read_bytes())
     except OSError as error:
         raise _problem(found, f"cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise _problem(found, str(error)) from error
     except BaseException as error:
-        # The file may be anybody's, and the libraries that parse it have no common error for what they meet there.
+        # The file is third-party data, and the libraries that parse it have no common error class.
         if not (isinstance(error, Exception) or is_panic(error)):
             raise
         raise _problem(found, f"is damaged ({type(error).__name__}: {str(error).partition('\n')[0]})") from error
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether an error is a panic of a Rust library, which is no `Exception` and has no class to import."""
+    """Return whether an error is a panic of a Rust library, whose class is private and no `Exception`."""
     return type(error).__name__ == "PanicException"
 
 
@@ -157,8 +157,9 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 class SentencePieceTokenizer(Prefixed):
     """A SentencePiece model. Its file has no chat template and no rule that adds begin of sequence.
 
-    Control symbols are never matched in text. User-defined symbols are, so those that look like markers
-    (`<name>`, `[NAME]`) are switched off for plain text; others, such as runs of spaces, stay as they are.
+    SentencePiece never matches control symbols in text, but it does match user-defined symbols.
+    Those that look like markers (`<name>`, `[NAME]`) are therefore disabled for plain text; others,
+    such as runs of spaces, stay enabled.
     """
 
     chat_template: str | None = None
@@ -208,7 +209,7 @@ class SentencePieceTokenizer(Prefixed):
 
 
 def _shown(tokenizer: Tokenizer, ids: Sequence[int], named: Sequence[str | None]) -> str:
-    """Return the text of `ids`, with the names of those that have one in their places."""
+    """Return the text of `ids`, in which ids with a name in `named` appear as that name."""
     shown, run = "", list[int]()
     for token, name in zip(ids, named, strict=True):
         if name is None:
@@ -223,10 +224,10 @@ def _present(token_id: int) -> int | None:
 
 
 class HuggingFaceTokenizer(Prefixed):
-    """A `tokenizer.json` with what its companions say about special tokens and the chat template.
+    """A `tokenizer.json` with the special tokens and the chat template of its companions.
 
-    Special are the tokens flagged so in `tokenizer.json` and those that a companion names in a role.
-    Truncation and padding that were saved with the file are switched off.
+    A token is special if `tokenizer.json` flags it or if a companion names it in a role. Truncation
+    and padding that were saved with the file are disabled.
     """
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
@@ -243,7 +244,7 @@ class HuggingFaceTokenizer(Prefixed):
         self._never_text = {self._special.token_to_id(text) for text in self.special_texts if text != unknown}
         self.vocab_size = max(self._special.get_vocab(with_added_tokens=True).values(), default=0) + 1
         if self.vocab_size > MOST_ENTRIES:
-            raise ValueError(f"has the id {self.vocab_size - 1}: no vocabulary is that large, the file is damaged")
+            raise ValueError(f"has the id {self.vocab_size - 1}: no vocabulary is that large; the file is damaged")
         eos = self._id_of("eos_token")
         if eos is None and "eos_token" in self.named_tokens:
             raise self._unknown("eos_token")
@@ -285,7 +286,7 @@ class HuggingFaceTokenizer(Prefixed):
         return ids if special else [self._spelt(t, i, apart) for t, i in zip(texts, ids, strict=True)]
 
     def _spelt(self, text: str, ids: list[int], apart: bool) -> list[int]:
-        """Return the ids of plain `text`; special tokens that the model finds among its words are spelt out."""
+        """Return the ids of plain `text`, with special tokens that the model matched in it spelt out."""
         if self._never_text.isdisjoint(ids):
             return ids
         parts = re.split("(" + "|".join(map(re.escape, self.special_texts)) + ")", text)
@@ -310,13 +311,13 @@ class HuggingFaceTokenizer(Prefixed):
 
 
 def _backends(definition: dict[str, Any], apart: bool) -> dict[tuple[bool, bool], Any]:
-    """Return the backends by whether special tokens count, and whether the prefix is left out."""
+    """Return the backends by (whether special tokens are matched, whether the prefix is left out)."""
     made: dict[tuple[bool, bool], Any] = {}
     for special in (True, False):
         usual = _backend(definition)
         without = _backend(without_prefix(definition)) if apart else usual
         for backend in (usual, without):
-            backend.encode_special_tokens = not special  # as the characters that they consist of
+            backend.encode_special_tokens = not special  # True: encode them as plain characters
         made |= {(special, False): usual, (special, True): without}
     return made
 
@@ -326,12 +327,12 @@ def _backend(definition: dict[str, Any]) -> Any:
 
     try:
         return Backend.from_str(json.dumps(definition))
-    except Exception as error:  # the library raises bare Exception for every fault of the file
+    except Exception as error:  # the library raises a bare Exception for every fault of the file
         raise ValueError(f"is not a usable tokenizer.json: {error}") from error
 
 
 def _named_tokens(config: dict[str, Any], definition: dict[str, Any]) -> dict[str, str]:
-    """Return `{role: token}` of the companions; the usual end of sequence where they name none."""
+    """Return `{role: token}` of the companions, with a usual end of sequence if they name none."""
     named = roles(config)
     if "eos_token" not in named:
         added = {token["content"] for token in definition.get("added_tokens") or []}
@@ -355,6 +356,6 @@ def _chat_template(config: dict[str, Any], files: Mapping[str, bytes]) -> str | 
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode("utf-8")
     source = config.get("chat_template")
-    if isinstance(source, list):  # several templates by name; the one called default is for dialogues
+    if isinstance(source, list):  # several named templates; `default` is for plain dialogues
         source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
     return source if isinstance(source, str) else None

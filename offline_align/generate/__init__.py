@@ -1,1 +1,1 @@
-"""Answers of a policy to prompts: requests, engines, the journal that makes it resumable."""
+"""Generate answers of a policy to prompts: requests, engines, and a journal that makes runs resumable."""

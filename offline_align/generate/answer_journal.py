@@ -1,6 +1,7 @@
-"""Answers in the journal of a run, and how they become its output.
+"""Store answers in the journal of a run, and merge them into its output.
 
-Answers are known by prompt, condition and sample, not by rank: a run may go on with another number of ranks.
+An answer is identified by prompt, condition and sample, not by rank, so a run can continue with
+another number of ranks.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -14,18 +15,18 @@ from offline_align.errors import StorageError
 from offline_align.generate.requests import Completion, Request
 
 Place = tuple[int, int, int]
-"""Prompt, condition and sample that an answer belongs to, counted from 0."""
+"""Prompt, condition and sample of an answer, each counted from 0."""
 
 
 def read_answers(journal: Journal, requests: Sequence[Request]) -> dict[Place, Completion]:
-    """Return the answers to `requests` that all ranks have written so far; raises StorageError."""
+    """Return the answers to `requests` in the journal files of all ranks; raises StorageError."""
     expected = {_place(request) for request in requests}
     answers = (Completion(**entry) for entry in journal.read())
     return {place: answer for answer in answers if (place := _place(answer)) in expected}
 
 
 def append_answers(journal: Journal, answers: Iterable[Completion]) -> None:
-    """Add answers; they are on disk when this returns. Raises StorageError."""
+    """Append answers; they are on disk when this returns. Raises StorageError."""
     journal.append(map(asdict, answers))
 
 
@@ -45,9 +46,9 @@ def merge(
     done: dict[Place, Completion],
     conditions: Sequence[str],
 ) -> int:
-    """Write every answer beside the columns of its prompt, in the order of the input; return the rows.
+    """Write every answer with the columns of its prompt, in input order; return the number of rows.
 
-    Raises StorageError where answers and requests are not the same set.
+    Raises StorageError if the answers do not match the requests one to one.
     """
     expected = {_place(request) for request in requests}
     if expected != done.keys():

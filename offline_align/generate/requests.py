@@ -1,4 +1,4 @@
-"""From prompts to what an engine is asked: token ids, room for the answer, and a place in the output."""
+"""Turn prompts into requests to an engine: token ids, length limit, and position in the output."""
 
 import logging
 from collections import Counter
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One answer to one prompt: `row` counts prompts from 0, `sample_index` the answers to it.
+    """A request for one answer. `row` is the index of the prompt, `sample_index` of the answer to it.
 
-    `variant` counts the conditions that the prompt is asked under.
+    `variant` is the index of the condition.
     """
 
     row: int
@@ -29,12 +29,12 @@ class Request:
     max_new_tokens: int
     variant: int = 0
     frame: Frame = PLAIN
-    """What the template writes around the answer."""
+    """The text that the template writes around the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An answer: its text without end of sequence, why it ended, and its length in tokens."""
+    """An answer: its text without end of sequence, the reason it ended, and its length in tokens."""
 
     row: int
     sample_index: int
@@ -45,18 +45,18 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Answers requests; the answer to one does not depend on the others beyond rounding."""
+    """Answers requests. Up to rounding, an answer does not depend on the other requests."""
 
     batch_size: int
-    """Requests that one call takes best."""
+    """Preferred number of requests per call."""
 
     def answers(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
-        """Yield the answers as they are ready, some at a time, each request's once; closing it ends the work."""
+        """Yield answers in batches as they finish, one per request; closing the iterator stops the work."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """All requests, in the order of the output, and what became of prompts that do not fit."""
+    """All requests in output order, and the counts of prompts that did not fit."""
 
     requests: list[Request]
     dropped: dict[str, int] = field(default_factory=dict)
@@ -71,12 +71,13 @@ def build_requests(
     generate: GenerateSection,
     on_refused: OnRefused,
 ) -> Workload:
-    """Return `generate.n` requests for each prompt under each of `conditions` (one, empty, for most policies).
+    """Return `generate.n` requests for each prompt under each condition.
 
-    Prompt and answer share `data.max_length` tokens, of which a quarter (or `max_new_tokens`, if less) is
-    kept for the answer; longer prompts lose their left or are left out, as `data.too_long` says. Left out are those
-    too that the chat template refuses; `on_refused` is told of them, by id, and what it says. Raises DataError where
-    no prompt is left.
+    Most policies have one condition, the empty text. Prompt and answer share `data.max_length`
+    tokens, of which a quarter (or `max_new_tokens`, if that is less) is reserved for the answer.
+    Longer prompts are truncated on the left or left out, depending on `data.too_long`. Prompts that
+    the chat template refuses are left out and passed to `on_refused`, as a map from id to the
+    template's message. Raises DataError if no prompt is left.
     """
     requests: list[Request] = []
     refused: dict[str, str] = {}
@@ -92,7 +93,7 @@ def build_requests(
             continue
         contexts = [_fit(w, longest, renderer, c, data.too_long) for w, c in zip(whole, conditions, strict=True)]
         if None in contexts:
-            # Under one condition but not another a prompt could not be compared.
+            # A prompt must fit under all conditions, or its answers could not be compared.
             dropped["too long"] += 1
             continue
         truncated += any(len(context or []) < len(w) for context, w in zip(contexts, whole, strict=True))
@@ -106,14 +107,14 @@ def build_requests(
     if not requests:
         raise DataError(f"data.input: no prompt is left of {len(prompts)}: {dict(dropped)}")
     if dropped or truncated:
-        logger.warning("%d prompts: %d cut from the left, left out: %s", len(prompts), truncated, dict(dropped))
+        logger.warning("%d prompts: %d truncated on the left, left out: %s", len(prompts), truncated, dict(dropped))
     return Workload(requests, dict(dropped), truncated)
 
 
 def _fit(context: list[int], longest: int, renderer: Renderer, condition: str, too_long: TooLong) -> list[int] | None:
-    """Return the context in at most `longest` tokens, or None where it is to be left out.
+    """Return the context in at most `longest` tokens, or None if the prompt must be left out.
 
-    Begin of sequence, the request for the answer and the condition stay.
+    Begin of sequence, the generation prompt and the condition stay.
     """
     if len(context) <= longest:
         return context

@@ -1,4 +1,4 @@
-"""The loop over a rank's share of the requests: batches of like length, each journalled when it is done."""
+"""The loop over a rank's share of the requests: batches of similar length, with answers journalled."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -12,15 +12,18 @@ from offline_align.progress import Meter
 
 logger = logging.getLogger(__name__)
 
-# Batches whose requests are sorted by length together: enough to pad little, few enough to keep the order.
+# Requests are sorted by length within a window of this many batches: enough for little padding, and few
+# enough to roughly keep the order.
 _WINDOW_BATCHES = 32
 
 
 def batches(requests: Sequence[Request], batch_size: int) -> list[list[Request]]:
-    """Return batches of like context length, the longest of a window first: too long a batch fails early.
+    """Return batches of similar context length, the longest first, so that OOM errors occur early.
 
-    Which requests share a batch depends on the requests alone, not on ranks or on what is answered already, and so
-    an answer is the same to the bit in a run that was interrupted.
+    Requests are sorted within a window of batches.
+
+    Batches depend only on the requests, not on ranks or existing answers. An answer is therefore
+    the same to the bit in a run that was interrupted.
     """
     window = batch_size * _WINDOW_BATCHES
     found = []
@@ -33,7 +36,7 @@ def batches(requests: Sequence[Request], batch_size: int) -> list[list[Request]]
 def share(
     requests: Sequence[Request], batch_size: int, done: Collection[Place], dp_rank: int, dp_size: int
 ) -> list[list[Request]]:
-    """Return the batches of one data parallel rank: every `dp_size`-th of those with an answer missing."""
+    """Return the batches of one data parallel rank: every `dp_size`-th of those with a missing answer."""
     left = [batch for batch in batches(requests, batch_size) if missing(batch, done)]
     return left[dp_rank::dp_size]
 
@@ -41,9 +44,10 @@ def share(
 def answer_all(
     engine: Engine, own: Sequence[list[Request]], journal: Journal, stop: StopRequest, show_progress: bool
 ) -> bool:
-    """Answer the batches and journal them; return False where a stop was asked for before the last answer.
+    """Answer the batches and journal the answers; return False if a stop was requested before the last one.
 
-    A request to one rank reaches the others through a file in the journal, without a collective for each batch.
+    A stop request on one rank reaches the others through a file in the journal, without a
+    collective per batch.
     """
     tokens, total = 0, sum(map(len, own))
     with Meter("generate", total, "rows", enabled=show_progress) as meter:

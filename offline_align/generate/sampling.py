@@ -1,4 +1,4 @@
-"""Sampling from logits with random numbers that belong to a row, whatever batch it is in.
+"""Sample from logits with random numbers that belong to a row, whichever batch it is in.
 
 Shape legend: B rows of the batch, V vocabulary, L longest answer in tokens.
 """
@@ -13,7 +13,7 @@ from offline_align.generate.requests import Request
 
 
 def uniforms(requests: Sequence[Request], seed: int, device: torch.device) -> Tensor:
-    """Return [B, L] numbers in [0, 1) in fp64, each row a function of (seed, row, sample index) alone."""
+    """Return [B, L] fp64 numbers in [0, 1); each row depends only on (seed, row, sample index)."""
     length = max(request.max_new_tokens for request in requests)
     rows = [
         np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, r.row, r.sample_index)))).random(length)
@@ -23,9 +23,9 @@ def uniforms(requests: Sequence[Request], seed: int, device: torch.device) -> Te
 
 
 def choose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Return [B] ids sampled from logits [B, V] by inverting the distribution at `uniform` [B].
+    """Return [B] ids sampled from logits [B, V] by inverting the cumulative distribution at `uniform` [B].
 
-    Only the most probable tokens that together have probability `top_p` are drawn from.
+    Only the most probable tokens that together reach probability `top_p` can be drawn.
     """
     probability = torch.softmax(logits.float() / temperature, dim=-1)
     ranked, ids = probability.sort(dim=-1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""Where an answer ends: at an end-of-sequence id, or before a stop string."""
+"""Find the end of an answer: at an end-of-sequence id, or before a stop string."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -11,9 +11,9 @@ from offline_align.generate.requests import Completion, Request
 def finish(
     request: Request, ids: Sequence[int], tokenizer: Tokenizer, eos_ids: frozenset[int], stop: Sequence[str]
 ) -> Completion:
-    """Return the answer in the generated `ids`, which may go on past its end.
+    """Return the answer in the generated `ids`, which may continue past its end.
 
-    What the template writes around answers is learnt with them, and no part of them.
+    A model also generates the text that the template writes around answers; it is removed.
     """
     ids = ids[: request.max_new_tokens]
     end = next((place for place, token in enumerate(ids) if token in eos_ids), None)
@@ -28,14 +28,15 @@ def finish(
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int], after: After) -> str:
-    """Return the text of `ids`; embedding rows that stand for no token are left out."""
+    """Return the text of `ids`; ids beyond the tokenizer's vocabulary are skipped."""
     return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size], after)
 
 
 def is_stopped(request: Request, ids: Sequence[int], tokenizer: Tokenizer, stop: Sequence[str]) -> bool:
-    """Return whether the answer in the `ids` generated so far has a stop string.
+    """Return whether the answer in the `ids` generated so far contains a stop string.
 
-    Most looks end at the last tokens; what the template writes before the answer stops nothing.
+    Checking the last tokens is enough in most calls. The template's text before the answer does not
+    count.
     """
     if first_stop(decode(tokenizer, ids[-window_tokens(stop) :], After.text), stop) is None:
         return False
@@ -44,11 +45,11 @@ def is_stopped(request: Request, ids: Sequence[int], tokenizer: Tokenizer, stop:
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the first stop string begins in `text`, or None."""
+    """Return the position of the first stop string in `text`, or None."""
     places = [place for string in stop if (place := text.find(string)) >= 0]
     return min(places, default=None)
 
 
 def window_tokens(stop: Sequence[str]) -> int:
-    """Return how many last tokens surely hold a stop string just completed: one a byte, and two."""
+    """Return how many last tokens always contain a stop string that just ended: one per byte, plus 2."""
     return max((len(string.encode()) for string in stop), default=0) + 2

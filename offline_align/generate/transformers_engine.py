@@ -1,4 +1,4 @@
-"""Batched generation by `transformers`: left padding, greedy or sampled, ended by ids and stop strings."""
+"""Batched generation with `transformers`: left-padded, greedy or sampled, ended by ids and stop strings."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,11 +41,11 @@ class TransformersEngine:
             use_safetensors=True,
         )
         self._model = model.to(device).eval()
-        # The folder's own defaults (temperature, repetition penalty, ...) are not what was asked for.
+        # Ignore the folder's own defaults (temperature, repetition penalty, ...).
         self._model.generation_config = transformers.GenerationConfig()
 
     def answers(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
-        """Yield all answers at once, since the rows of a batch end together. See `Engine.answers`."""
+        """Yield all answers at once, because the rows of a batch end together. See `Engine.answers`."""
         yield self.complete(requests)
 
     @torch.inference_mode()
@@ -67,7 +67,7 @@ class TransformersEngine:
         ]
 
     def _left_padded(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
-        """Return tokens and mask, [B, longest context]; padding is end of sequence and masked."""
+        """Return tokens and mask [B, longest context]; padding is end of sequence and is masked."""
         width = max(len(request.context) for request in requests)
         gaps = [width - len(request.context) for request in requests]
         eos = self._tokenizer.eos_id
@@ -81,7 +81,7 @@ class TransformersEngine:
             do_sample=False,
             max_new_tokens=max(request.max_new_tokens for request in requests),
             eos_token_id=sorted(self._eos_ids),
-            # Rows that have ended go on as end of sequence, where `finish` cuts them.
+            # Rows that have ended are padded with end of sequence, where `finish` cuts them.
             pad_token_id=self._tokenizer.eos_id,
         )
 
@@ -98,7 +98,7 @@ class TransformersEngine:
 
 
 class _Sampling(transformers.LogitsProcessor):  # type: ignore[misc]
-    """Leaves one token possible in each row, drawn with the row's own random numbers."""
+    """Leaves one possible token in each row, drawn with the row's own random numbers."""
 
     def __init__(self, numbers: Tensor, width: int, settings: GenerateSection) -> None:
         self._numbers, self._width, self._settings = numbers, width, settings
@@ -110,7 +110,7 @@ class _Sampling(transformers.LogitsProcessor):  # type: ignore[misc]
 
 
 class _StopStrings(transformers.StoppingCriteria):  # type: ignore[misc]
-    """Ends a row whose answer has a stop string."""
+    """Ends a row once its answer contains a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, requests: Sequence[Request], width: int, stop: Sequence[str]) -> None:
         self._tokenizer, self._requests, self._width, self._stop = tokenizer, requests, width, stop

@@ -1,4 +1,4 @@
-"""Generation by vLLM, where it is installed (`pip install '.[vllm]'`): one engine on each rank."""
+"""Generation with vLLM, if it is installed (`pip install '.[vllm]'`): one engine on each rank."""
 
 import contextlib
 import os
@@ -16,11 +16,11 @@ from offline_align.data.tokenizer import Tokenizer
 from offline_align.generate.requests import Completion, Request
 from offline_align.generate.stop import finish
 
-# vLLM batches by itself: few, large calls leave few gaps at their ends.
+# vLLM batches internally; few large calls leave the device idle less often.
 _REQUESTS_A_CALL = 4096
-# Answers are handed on, and so brought to disk, at most this often.
-_HAND_ON_SECONDS = 1.0
-# Settings of torchrun, which vLLM would take for its own.
+# Answers are yielded, and therefore written to disk, at most this often.
+_SECONDS_BETWEEN_YIELDS = 1.0
+# Variables of torchrun, which vLLM would use for its own processes.
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -43,9 +43,9 @@ class VllmEngine:
         from vllm import LLM
 
         self._tokenizer, self._settings, self._eos_ids, self._seed = tokenizer, settings, eos_ids, seed
-        # vLLM finds stop strings with its own tokenizer. Without one an answer goes on, and `finish` cuts it.
+        # vLLM finds stop strings with its own tokenizer. Without one, only `finish` cuts the answer.
         self._stops_itself = bool(settings.stop) and (folder / HUGGING_FACE_FILE).is_file()
-        with _environment_of_one(device):
+        with _single_rank_environment(device):
             self._llm = LLM(
                 model=str(folder),
                 skip_tokenizer_init=not self._stops_itself,
@@ -54,14 +54,14 @@ class VllmEngine:
                 max_model_len=max_length,
                 dtype=dtype,
                 seed=seed,
-                # On a CPU compiling takes longer than most runs.
+                # On a CPU, compilation takes longer than most runs.
                 enforce_eager=device.type == "cpu",
-                # The folder's own defaults (temperature, repetition penalty, ...) are not what was asked for.
+                # Ignore the folder's own defaults (temperature, repetition penalty, ...).
                 generation_config="vllm",
             )
 
     def answers(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
-        """Yield answers about once a second, in the order in which they end. See `Engine.answers`."""
+        """Yield answers about once a second, in the order in which they finish. See `Engine.answers`."""
         from vllm.inputs import TokensPrompt
 
         engine = self._llm.llm_engine
@@ -74,11 +74,11 @@ class VllmEngine:
             while waiting:
                 ended = [output for output in engine.step() if output.finished]
                 ready += [self._finish(waiting.pop(one.request_id), one.outputs[0].token_ids) for one in ended]
-                if ready and (not waiting or time.monotonic() - since > _HAND_ON_SECONDS):
+                if ready and (not waiting or time.monotonic() - since > _SECONDS_BETWEEN_YIELDS):
                     yield ready
                     ready, since = [], time.monotonic()
         finally:
-            # Where the caller stops early, the engine must not go on with what nobody waits for.
+            # If the consumer stops early, the engine must not continue with the remaining requests.
             engine.abort_request(list(waiting))
 
     def _finish(self, request: Request, ids: Sequence[int]) -> Completion:
@@ -95,17 +95,17 @@ class VllmEngine:
             max_tokens=request.max_new_tokens,
             stop_token_ids=sorted(self._eos_ids),
             seed=int(seeds.generate_state(1)[0]),
-            # It would also stop at what the template writes before the answer.
+            # vLLM would also stop in the text that the template writes before the answer.
             stop=self._settings.stop if self._stops_itself and not touched else None,
-            # `finish` removes them, as it does for the other engine.
+            # `finish` removes stop strings, as for the other engine.
             include_stop_str_in_output=True,
             detokenize=self._stops_itself,
         )
 
 
 @contextlib.contextmanager
-def _environment_of_one(device: torch.device) -> Iterator[None]:
-    """Let the process that vLLM starts see one GPU, that of this rank, and no other ranks."""
+def _single_rank_environment(device: torch.device) -> Iterator[None]:
+    """Limit the process that vLLM starts to this rank's GPU, and hide the other ranks from it."""
     before = dict(os.environ)
     if device.type == "cuda":
         visible = [name for name in before.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

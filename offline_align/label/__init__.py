@@ -1,1 +1,1 @@
-"""Reward labelling: every row of a data set scored once, whatever interrupts it."""
+"""Reward labelling: score every row of a data set exactly once, across interruptions."""

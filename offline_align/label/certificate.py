@@ -1,5 +1,7 @@
-"""Label certificate: a random part of the rows scored a second time, alone, on another rank, with the model loaded
-afresh. A reward that depends on its neighbours, or on the place where it was computed, shows here.
+"""Label certificate: score a random part of the rows again and compare.
+
+The second time each row is scored alone, on another rank, with a newly loaded model. A reward that
+depends on the other rows of its bin or on the rank shows up here.
 """
 
 import math
@@ -15,16 +17,16 @@ FILE_NAME = "certificate.json"
 
 
 def choose_rows(count: int, fraction: float, seed: int) -> list[int]:
-    """Return a random `fraction` of `count` rows in ascending order: one at least, none for a fraction of 0."""
+    """Return a random `fraction` of `count` rows in ascending order: at least one, none if it is 0."""
     wanted = min(count, math.ceil(fraction * count))
     return sorted(Random(seed).sample(range(count), wanted))
 
 
 def certify(first: Sequence[float], again: Sequence[float], stats: RewardStats) -> dict[str, Any]:
-    """Return how far raw rewards [N] moved, and which orders they changed, when they were computed again.
+    """Return how far two computations of the raw rewards [N] differ, and which decisions change.
 
-    A rank flip is a pair of rows whose order is turned round; a sign flip is a row that the usual threshold of
-    filtering, a normalised reward of 0, would treat differently.
+    A rank flip is a pair of rows whose order is reversed. A sign flip is a row that moves across a
+    normalised reward of 0, the usual threshold of filtering.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(again, dtype=np.float64)
     above, again_above = normalise(a, stats) > 0, normalise(b, stats) > 0
@@ -41,7 +43,7 @@ def certify(first: Sequence[float], again: Sequence[float], stats: RewardStats) 
 
 
 def in_words(found: Mapping[str, Any]) -> str:
-    """Return a certificate in one sentence."""
+    """Return the certificate as one sentence."""
     return (
         f"{found['rows']} rows scored again, alone: largest difference {found['largest_difference']:.3g} "
         f"({found['largest_normalised_difference']:.3g} standard deviations), {found['rank_flips']} of "

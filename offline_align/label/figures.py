@@ -24,7 +24,7 @@ def draw_reward_histogram(path: Path, raw: ArrayLike, normalised: ArrayLike, bin
     """Write two histograms, raw [rows] on the left and normalised [rows] on the right; return `path`.
 
     Rewards outside the 0.1 % and 99.9 % quantiles are counted in the outermost bars, so that one
-    outlier cannot flatten the picture. Raises StorageError where the file cannot be written.
+    outlier cannot flatten the histogram. Raises StorageError if the file cannot be written.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Which answers are scored: one of an SFT row, two of a pair, and none of a row that does not fit."""
+"""Select the answers to score: one of an SFT row, two of a pair, and none of a row that does not fit."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,9 +13,9 @@ from offline_align.errors import DataError
 
 
 def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
-    """Yield a sample for each answer to be scored: one of an SFT row, two of a pair (chosen first).
+    """Yield a sample for each answer to score: one of an SFT row, two of a pair (chosen first).
 
-    Further columns are kept; an answer of a pair says in `answer` which it was.
+    Other columns are kept. For a pair, the column `answer` is `chosen` or `rejected`.
     """
     for row in rows:
         if isinstance(row, Sample):
@@ -36,23 +36,24 @@ def leave_out_unscorable(
     cache_dir: Path,
     bad_rows: BadRows,
 ) -> list[Sample | PreferencePair]:
-    """Return the rows of `files` whose answers can all be scored; the others are bad rows, a pair as a whole.
+    """Return the rows of `files` whose answers can all be scored; the others become bad rows.
 
-    Raises DataError, naming file and line, for the first of them unless bad rows are skipped, and where none is left.
+    A pair is left out as a whole. Raises DataError, naming file and line, for the first bad row
+    unless bad rows are skipped, and if no row is left.
     """
     reasons: dict[str, str] = {}
     answers = [(row.id, answer) for row in rows for answer in single_answers([row])]
     found = unusable_samples([TrainingRow(a) for _, a in answers], renderer, data, cache_dir, empty_answers=True)
     for place, status in found.items():
-        reasons.setdefault(answers[place][0], _in_words(status, data))
+        reasons.setdefault(answers[place][0], _reason(status, data))
     reject_rows(files, None, reasons, bad_rows)
     if len(reasons) == len(rows):
         raise DataError(f"{', '.join(map(str, files))}: no row can be scored; see data.max_length={data.max_length}")
     return [row for row in rows if row.id not in reasons]
 
 
-def _in_words(status: str, data: DataSection) -> str:
-    """Return the reason for which a row has no score, and what helps."""
+def _reason(status: str, data: DataSection) -> str:
+    """Return why a row cannot be scored, and the fix."""
     if status == "response_too_long":
         return f"response: too long to be scored, raise data.max_length={data.max_length}"
     if status == "too_long":

@@ -1,4 +1,4 @@
-"""The journal of a labelling run: scores by row, each on disk soon after it is known, and none counted twice."""
+"""The journal of a labelling run: scores by row, written to disk as they are computed."""
 
 from types import TracebackType
 
@@ -6,7 +6,7 @@ from offline_align.data.journal import Journal
 
 
 def read_scores(journal: Journal, rows: int) -> dict[int, float]:
-    """Return the scores that earlier attempts have written, by row (of `rows`); raises StorageError."""
+    """Return the scores that earlier attempts wrote, by row index below `rows`; raises StorageError."""
     found = {entry.get("row"): entry.get("score") for entry in journal.read()}
     return {
         row: score
@@ -16,7 +16,7 @@ def read_scores(journal: Journal, rows: int) -> dict[int, float]:
 
 
 class ScoreWriter:
-    """Appends the scores of one rank, brought to disk every `flush_rows` rows and at the end."""
+    """Appends the scores of one rank; writes them to disk every `flush_rows` rows and at the end."""
 
     def __init__(self, journal: Journal, flush_rows: int, enabled: bool = True) -> None:
         self.journal, self.flush_rows, self.enabled = journal, flush_rows, enabled
@@ -29,13 +29,13 @@ class ScoreWriter:
         self.flush()
 
     def add(self, row: int, score: float) -> None:
-        """Note the score of a row; raises StorageError."""
+        """Add the score of a row; raises StorageError."""
         self._waiting.append((row, score))
         if len(self._waiting) >= self.flush_rows:
             self.flush()
 
     def flush(self) -> None:
-        """Bring everything noted so far to disk; raises StorageError where that fails."""
+        """Write all pending scores to disk; raises StorageError if that fails."""
         waiting, self._waiting = self._waiting, []
         if self.enabled and waiting:
             self.journal.append({"row": row, "score": score} for row, score in waiting)

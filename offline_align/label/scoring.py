@@ -1,7 +1,8 @@
-"""Scores of a reward model over many rows, packed, data parallel, and independent of both.
+"""Score many rows with a reward model, packed and data parallel.
 
-Which rows share a bin is a pure function of the rows: neither the number of ranks nor what an earlier attempt has
-done changes it. A row's score is therefore the same to the bit in every run on the same kind of machine.
+The assignment of rows to bins is a pure function of the rows. It depends neither on the number of
+ranks nor on the progress of earlier attempts, so a row's score is the same to the bit in every run
+on the same kind of machine.
 """
 
 import logging
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Rows that are sorted and packed together: enough for full bins, few enough for steady progress.
+# Rows that are packed together: enough to fill the bins, few enough for steady progress.
 _WINDOW_ROWS = 1024
 
 
@@ -47,9 +48,9 @@ def score_samples(
     parallel: ParallelSection,
     trainer: ComputeSection,
 ) -> list[float]:
-    """Return the raw reward of every sample, in order, in a session of its own (evaluation).
+    """Return the raw reward of every sample, in order, from a session of its own (for evaluation).
 
-    NaN, with a warning, for a row whose response alone is longer than `data.max_length`.
+    A sample whose response alone is longer than `data.max_length` gets NaN, with a warning.
     """
     judge = open_model(checkpoint, template=data.template, template_date=data.template_date)
     with session(parallel, run) as ranks:
@@ -67,9 +68,9 @@ def score_samples(
 def tokens_by_place(
     rows: Sequence[TrainingRow], renderer: Renderer, data: DataSection, run: RunSection
 ) -> TokenizedRows:
-    """Return the tokens of rows, with places in `rows` as their ids.
+    """Return the tokens of `rows`, with each row's index as its id.
 
-    Ids of samples need not differ; places do, and tell which rows were left out.
+    Sample ids need not be unique. Indices are, and they show which rows were left out.
     """
     cache = Path(data.cache_dir) if data.cache_dir else Path(run.dir) / "cache"
     placed = [replace(row, sample=replace(row.sample, id=str(k))) for k, row in enumerate(rows)]
@@ -79,18 +80,18 @@ def tokens_by_place(
 
 
 def say_what_is_read(renderer: Renderer, rows: TokenizedRows) -> None:
-    """Say in one line how the reward model reads rows, with the first one as it sees it."""
+    """Log how the reward model reads rows, with the first row as the model sees it."""
     first = rows.ids[: rows.offsets[1]].tolist()
     form = f"data.template={renderer.template}"
     if renderer.reading:
-        form = f"a reward model of others, {form}, ids and place of the score as in transformers"
+        form = f"a third-party reward model, {form}, ids and scored token as in transformers"
     if renderer.day:
         form += f", data.template_date={renderer.day}"
     logger.info("first row, as the reward model reads it (%s): %r", form, renderer.tokenizer.shown(first))
 
 
 def load_reward_model(source: ModelSource, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> "RewardModel":
-    """Return a reward model, ready to score, at any layout."""
+    """Return a reward model that is ready to score, at any parallel layout."""
     from offline_align.model.heads import RewardModel
 
     model = load_model(source, parallel, ranks, bf16)
@@ -100,8 +101,8 @@ def load_reward_model(source: ModelSource, parallel: ParallelSection, ranks: Ran
 
 @effort.part("load")
 def load_model(source: ModelSource, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> "Policy | RewardModel":
-    """Return a model for forward passes only, at any layout."""
-    # megatron-core is imported once the session has prepared this process for it.
+    """Return a model for forward passes only, at any parallel layout."""
+    # Import megatron-core only after the session has prepared this process for it.
     from offline_align.model.build import build_model
 
     model = build_model(source.kind, source.model, parallel, ranks.device, bf16)
@@ -118,9 +119,9 @@ def tokenized(
     share_prompts: bool = False,
     announced: bool = False,
 ) -> SampleSource:
-    """Return the tokens of all `samples`, the first one `announced` if that is asked for.
+    """Return the tokens of all `samples`; log the first one if `announced` is set.
 
-    Raises DataError where one would be left out, for no row may be lost.
+    Raises DataError if a sample would be left out, because every row must get a score.
     """
     rows = tokenize_samples([TrainingRow(s) for s in samples], renderer, data, cache_dir, empty_answers=True)
     if len(rows) != len(samples):
@@ -137,9 +138,10 @@ def tokenized(
 
 
 def plan_bins(source: SampleSource, capacity: int) -> list[list[int]]:
-    """Return which rows are scored together: bins of at most `capacity` tokens inside windows of the input.
+    """Return the bins of rows that are scored together, each of at most `capacity` tokens.
 
-    Answers to one prompt are neighbours in a bin where the source shares prompts.
+    A bin takes rows from one window of the input only. If the source shares prompts, answers to one
+    prompt are adjacent in a bin. A row longer than `capacity` raises the limit for its window.
     """
     bins: list[list[int]] = []
     for first in range(0, len(source), _WINDOW_ROWS):
@@ -151,7 +153,7 @@ def plan_bins(source: SampleSource, capacity: int) -> list[list[int]]:
 
 
 def score_all(model: "RewardModel", source: SampleSource, bins: Sequence[list[int]], ranks: Ranks) -> dict[int, float]:
-    """Return the score of every row of `bins`, which are dealt to the ranks; all of them call it together."""
+    """Return the score of every row of `bins`, distributed over the ranks; all ranks must call it."""
     own = dict(chain.from_iterable(score_bins(model, source, bins[ranks.dp_rank :: ranks.dp_size], ranks)))
     return {row: score for part in ranks.gather(own) for row, score in part.items()}
 
@@ -164,11 +166,11 @@ def score_bins(
     ranks: Ranks,
     stops: Callable[[], bool] = lambda: False,
 ) -> Generator[list[tuple[int, float]]]:
-    """Yield (row, score) of the rows of each bin, in order; ranks that share the bins must go through them together.
+    """Yield (row, score) of the rows of each bin, in order; ranks that share a model must iterate together.
 
-    A bin is launched before the scores of the one before it are read, so that the device always has work. After each
-    launch `stops` is asked, also for a bin without rows, which is not computed; once it says yes, none is launched any
-    more, and what has been is still read.
+    A bin is launched before the scores of the previous bin are read, so that the device always has
+    work. `stops` is called after each launch, including a bin without rows, which is not computed.
+    Once it returns True, no further bin is launched, and the launched ones are still read.
     """
     multiple = padding_multiple(model.config.tensor_model_parallel_size, ranks.cp_size, model.config.sequence_parallel)
 
@@ -191,9 +193,9 @@ def score_bins(
 def _launch(
     model: "RewardModel", rows: list[int], batch: PackedBatch, device: torch.device
 ) -> Callable[[], list[tuple[int, float]]]:
-    """Launch the forward pass of a bin; the function that is returned waits for it and gives (row, score) of its rows.
+    """Launch the forward pass of a bin; return a function that waits for its (row, score) pairs.
 
-    It does not wait for what is launched later.
+    The function does not wait for bins that are launched later.
     """
     if not rows:
         return list

@@ -1,7 +1,7 @@
 """Mean, spread and quantiles of raw rewards, and their normalisation (the paper's Figure 3).
 
-Every method reads normalised rewards: the mean of the labelled set is subtracted and its population
-standard deviation divides. Both are fitted once, over the whole labelled set.
+Every method uses normalised rewards: the mean is subtracted and the result is divided by the
+population standard deviation. Both are computed once, over the whole labelled set.
 """
 
 import logging
@@ -45,15 +45,15 @@ class RewardStats:
 def fit(raw: ArrayLike) -> RewardStats:
     """Return the statistics of raw rewards [rows], computed in float64.
 
-    No finite input overflows: sums run on values scaled by a power of two, which changes no bit of
-    the result. An outlier is kept, as in the paper: with one reward of 1e30 among n, that row
-    normalises to sqrt(n - 1) and all others to about -1/sqrt(n); a warning says so.
-    Raises DataError for no rows, or naming the first row (from 0) that is not finite.
+    Finite rewards do not overflow: sums run on values scaled by a power of two, which changes no
+    bit of the result. Outliers are kept, as in the paper. One reward of 1e30 among n rows
+    normalises to sqrt(n - 1), and all others to about -1/sqrt(n); `normalise` then warns. Raises
+    DataError if there are no rows, or naming the first row (from 0) that is not finite.
     """
     rewards = _finite_rewards(raw)
     exponent = int(np.frexp(np.abs(rewards).max())[1])
     scaled = np.ldexp(rewards, -exponent)
-    # Rounding would give equal rewards a tiny spread, and normalisation would blow it up to 1.
+    # Rounding would give equal rewards a tiny spread, which normalisation would scale up to 1.
     constant = scaled.min() == scaled.max()
     mean = float(rewards[0] if constant else np.ldexp(scaled.mean(), exponent))
     std = 0.0 if constant else float(np.ldexp(scaled.std(), exponent))
@@ -63,9 +63,9 @@ def fit(raw: ArrayLike) -> RewardStats:
 
 
 def normalise(raw: ArrayLike, stats: RewardStats) -> NDArray[np.float64]:
-    """Return `(raw - mean) / std` [rows]; all zeros, with a warning, where `std` is 0.
+    """Return `(raw - mean) / std` [rows]; all zeros, with a warning, if `std` is 0.
 
-    Raises DataError for no rows, or naming the first row (from 0) that is not finite.
+    Raises DataError if there are no rows, or naming the first row (from 0) that is not finite.
     """
     rewards = _finite_rewards(raw)
     if stats.std == 0.0:
@@ -75,7 +75,7 @@ def normalise(raw: ArrayLike, stats: RewardStats) -> NDArray[np.float64]:
             stats.mean,
         )
         return np.zeros_like(rewards)
-    # Halved on both sides, so that the difference of two huge rewards stays finite.
+    # Both operands are halved so that the difference of two huge rewards stays finite.
     normalised = (rewards / 2 - stats.mean / 2) / (stats.std / 2)
     _warn_far_out(rewards, normalised)
     return normalised
@@ -84,7 +84,7 @@ def normalise(raw: ArrayLike, stats: RewardStats) -> NDArray[np.float64]:
 def _finite_rewards(raw: ArrayLike) -> NDArray[np.float64]:
     rewards = np.asarray(raw, dtype=np.float64).reshape(-1)
     if rewards.size == 0:
-        raise DataError("reward_raw: no rows to take statistics of; label at least one row")
+        raise DataError("reward_raw: no rows to compute statistics from; label at least one row")
     bad = np.flatnonzero(~np.isfinite(rewards))
     if bad.size:
         raise DataError(
@@ -98,7 +98,7 @@ def _warn_far_out(rewards: NDArray[np.float64], normalised: NDArray[np.float64])
     row = int(np.abs(normalised).argmax())
     if abs(normalised[row]) > FAR_OUT:
         log.warning(
-            "row %d: reward_raw %g lies %.0f standard deviations from the mean and squeezes all others",
+            "row %d: reward_raw %g is %.0f standard deviations from the mean and compresses all other rewards",
             row,
             rewards[row],
             abs(normalised[row]),
@@ -106,5 +106,5 @@ def _warn_far_out(rewards: NDArray[np.float64], normalised: NDArray[np.float64])
 
 
 def share_within(normalised: Sequence[float] | NDArray[np.float64], limit: float) -> float:
-    """Return the share of normalised rewards in [-limit, limit]; the paper's most lie within 2.5."""
+    """Return the share of normalised rewards in [-limit, limit]; in the paper most lie within 2.5."""
     return float(np.mean(np.abs(np.asarray(normalised, dtype=np.float64)) <= limit))

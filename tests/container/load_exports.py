@@ -1,4 +1,7 @@
-"""Run by an environment with some version of transformers: what it reads from exported folders, as JSON on stdout."""
+"""Print what a given version of transformers reads from exported folders, as JSON on stdout.
+
+The tests run this script in an environment with that version.
+"""
 
 import json
 import sys
@@ -10,10 +13,10 @@ import transformers
 
 
 def read(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return ids of texts and dialogues, and the numbers of the rows: alone, and in padded batches of both sides."""
+    """Return ids of texts and dialogues, and the outputs of rows alone and in left- and right-padded batches."""
     config = json.loads((folder / "config.json").read_text())
     policy = "ForCausalLM" in config["architectures"][0]
-    # Version 5 takes Qwen2Tokenizer for this family, whatever the folder names; the model card says so.
+    # Version 5 uses Qwen2Tokenizer for this family, whatever the folder names; the model card says so.
     replaced = config["model_type"] == "qwen2" and not transformers.__version__.startswith("4.")
     by = transformers.PreTrainedTokenizerFast if replaced else transformers.AutoTokenizer
     tokenizer = by.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The Dockerfile without a container engine: linted, and the commands of its RUN steps in environments of their own."""
+"""Test the Dockerfile without a container engine: lint it, and run its RUN steps in virtual environments."""
 
 import os
 import re
@@ -16,14 +16,14 @@ from tests.support import REPOSITORY
 
 DOCKERFILE = REPOSITORY / "Dockerfile"
 HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-# What the final image brings, and pip must leave as it is.
+# Packages of the base image that pip must not change.
 BROUGHT = ("torch", "numpy", "triton")
-# What torch alone needs, and so comes with it.
+# Packages that only torch needs, which come with it.
 WITH_TORCH = ("sympy", "mpmath", "networkx")
 
 
 def steps(text: str) -> list[str]:
-    """Return the commands of the RUN steps, without their mounts."""
+    """Return the commands of the RUN steps without their mount options."""
     joined = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE))
     runs = [line.removeprefix("RUN ") for line in joined.splitlines() if line.startswith("RUN ")]
     return [re.sub(r"^(--mount=\S+\s+)*", "", run) for run in runs]
@@ -46,7 +46,7 @@ def test_versions_are_pinned_and_the_user_is_not_root() -> None:
 
 
 def environment(folder: Path, name: str) -> dict[str, str]:
-    """Make an environment with pip alone and return the variables that put it first."""
+    """Make an environment that has only pip, and return the variables that activate it."""
     venv.create(folder / name, with_pip=True)
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     return kept | {"PATH": f"{folder / name / 'bin'}:/usr/bin:/bin", "VIRTUAL_ENV": str(folder / name)}
@@ -66,7 +66,7 @@ def shell(command: str, folder: Path, variables: dict[str, str]) -> str:
 
 
 def bring(site: Path) -> None:
-    """Put what the image has into an environment, as links to what stands here."""
+    """Link the packages of the base image into an environment, from the environment of the tests."""
     ours = Path(sysconfig.get_paths()["purelib"])
     for name in (*BROUGHT, *WITH_TORCH):
         for file in metadata.files(name) or []:
@@ -81,7 +81,7 @@ def bring(site: Path) -> None:
 @pytest.mark.skipif("TEST_CONTAINER" not in os.environ, reason="downloads packages: run make test-container")
 def test_the_steps_run_and_leave_torch_as_it_is(tmp_path: Path) -> None:
     wheel_step, install_step, user_step = steps(DOCKERFILE.read_text(encoding="utf-8"))
-    assert "useradd" in user_step  # changes the system's users, so it is only read
+    assert "useradd" in user_step  # not run, because it changes the system's users
     source = tmp_path / "source"
     kept = ("offline_align", "configs", "scripts")
     for name in (*kept, "pyproject.toml", "uv.lock", "README.md", "LICENSE"):

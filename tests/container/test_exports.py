@@ -1,4 +1,4 @@
-"""Exported folders in other versions of transformers: the same ids, logits and scores as here."""
+"""Exported folders give the same ids, logits and scores in other versions of transformers."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def sentencepiece_folder(folder: Path) -> Tokenizer:
 
 
 def saved_by_five(folder: Path) -> Tokenizer:
-    """Return a tokenizer as version 5 saves any, with the name of its own class and a list of special tokens."""
+    """Return a tokenizer saved by version 5, with its own class name and a list of special tokens."""
     write_hugging_face(folder, additional_special_tokens=["<|im_start|>"])
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
@@ -97,7 +97,7 @@ def rows(renderer: Renderer) -> list[list[int]]:
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the Python of an environment with this version, whose torch is ours."""
+    """Return the Python of an environment with this version and with the torch of the tests."""
     folder = tmp_path_factory.mktemp("environment") / "env"
     uv = [str(Path(sys.executable).parent / "uv")]
     subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)

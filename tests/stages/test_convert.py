@@ -99,7 +99,7 @@ def test_the_check_scores_padded_batches(
     config = json.loads((back / "config.json").read_text())
     (tmp_path / "edited" / "config.json").write_text(json.dumps(config | {"pad_token_id": config["eos_token_id"]}))
     assert convert(tmp_path / "edited", tmp_path / "again", "megatron", "convert.check=true") == 70
-    assert "scores of ours and of transformers differ" in capsys.readouterr().err
+    assert "our scores and those of transformers differ" in capsys.readouterr().err
 
 
 def test_running_again_changes_nothing(save: Callable[..., Path], tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_a_row_that_the_chat_template_refuses_is_named_by_its_line(
     capsys.readouterr()
     assert run(words) == 65
     line = f"{path}:{len(rows) + 1}"
-    assert f"{line}: chat template: no such word; mend the row, or set data.on_bad_row=skip" in capsys.readouterr().err
+    assert f"{line}: chat template: no such word; fix the row, or set data.on_bad_row=skip" in capsys.readouterr().err
     assert run([*words, "data.on_bad_row=skip"]) == 0
     (kept,) = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
     assert f"{kept['file']}:{kept['line']}" == line

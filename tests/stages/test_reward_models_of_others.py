@@ -85,7 +85,7 @@ def test_scores_are_those_of_transformers(
     caplog.set_level(logging.INFO, "offline_align")
     assert ours(folder, tmp_path / "label") == pytest.approx(theirs(folder), abs=1e-5)
     (said,) = [line for line in caplog.messages if line.startswith("first row, as the reward model reads it")]
-    assert "a reward model of others, data.template=chat" in said
+    assert "a third-party reward model, data.template=chat" in said
     assert "<|im_start|>user\\nName a prime." in said and "Two is one." in said
 
 

@@ -1,1 +1,1 @@
-"""The published forms of the data sets in the paper, turned into our SFT and preference rows."""
+"""Convert the published forms of the paper's data sets into our SFT and preference rows."""

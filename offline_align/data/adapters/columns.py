@@ -1,4 +1,4 @@
-"""What all adapters share: typed access to columns, and the ways to leave a row out."""
+"""Helpers for all adapters: typed access to columns, and exceptions for rows that are left out."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,17 +14,17 @@ ANSWER_NAMES = (
     *("chosen", "rejected"),
 )
 TEXTS = frozenset((*PROMPT_NAMES, *ANSWER_NAMES))
-"""The names under which published sets keep prompts and answers."""
+"""Column names under which published data sets store prompts and answers."""
 COPIES = ("text", "prompt")
-"""Columns in which sets of Alpaca's form repeat a whole row, formatted for training."""
+"""Columns in which Alpaca-like data sets repeat the whole row, formatted for training."""
 
 
 class DroppedRow(Exception):
-    """A well-formed row that gives nothing to learn from; the message is the reason that is counted."""
+    """A well-formed row with nothing to learn from; the message is the reason under which it is counted."""
 
 
 def text_column(columns: dict[str, Any], name: str) -> str:
-    """Return a string column without white space at its ends; RowError if it is missing or no string."""
+    """Return a string column, stripped; raises RowError if it is missing or not a string."""
     if name not in columns:
         raise RowError(f"{name}: missing")
     if not isinstance(columns[name], str):
@@ -33,30 +33,30 @@ def text_column(columns: dict[str, Any], name: str) -> str:
 
 
 def is_blank(value: Any) -> bool:
-    """Return whether a column holds nothing: null, white space, or an empty list or object."""
+    """Return whether a value is blank: null, white space, or an empty list or object."""
     return value.isspace() or not value if isinstance(value, str) else value in (None, [], {})
 
 
 def optional_text(columns: dict[str, Any], name: str) -> str:
-    """Return a string column, or nothing if it is absent or blank; RowError if it is no string."""
+    """Return a string column, or "" if it is missing or blank; raises RowError if it is not a string."""
     return "" if is_blank(columns.get(name)) else text_column(columns, name)
 
 
 def without(columns: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return the columns but for those named."""
+    """Return all columns except those named."""
     return {name: value for name, value in columns.items() if name not in names}
 
 
 def further(columns: dict[str, Any], read: Sequence[str], texts: Sequence[str]) -> dict[str, Any]:
-    """Return the columns that an adapter has not read and that are kept as they are.
+    """Return the columns that an adapter did not read and that are kept unchanged.
 
-    A column with a name of `TEXTS` may belong to the prompt or the answer. It is left out if it is blank, or if it is
-    one of `COPIES` and has all `texts` of the row in it. RowError otherwise.
+    A column named in `TEXTS` may belong to the prompt or the answer. It is left out if it is blank,
+    or if it is one of `COPIES` and contains all `texts` of the row. Otherwise RowError is raised.
     """
     rest = without(columns, *read)
     for name in TEXTS & rest.keys():
         value = rest.pop(name)
         repeats = name in COPIES and isinstance(value, str) and all(text in value for text in texts)
         if not is_blank(value) and not repeats:
-            raise RowError(f"{name}: may belong to the prompt or the answer, but is not read beside {', '.join(read)}")
+            raise RowError(f"{name}: may belong to the prompt or the answer, but only {', '.join(read)} are read")
     return rest

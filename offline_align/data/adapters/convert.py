@@ -1,8 +1,9 @@
-"""From published rows to ours: recognise the form, convert, check, count.
+"""Convert published rows to ours: recognise the form, convert, check and count.
 
-Two kinds of loss are kept apart. A row that is not what its form promises (a missing column, a wrong type, a text that
-the form does not read) is a bad row and obeys `data.on_bad_row`. A sound row that gives nothing to learn from (two
-equal answers, an empty one) is dropped and counted: the published sets have many of those.
+There are two ways to lose a row. A row that violates its form (a missing column, a wrong type, a
+text that the form does not read) is a bad row, and `data.on_bad_row` applies. A valid row with
+nothing to learn from (two equal answers, an empty answer) is dropped and counted; published sets
+have many of them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,22 +18,22 @@ from offline_align.data.jsonl import BadRows, Line, RowError
 from offline_align.data.records import PreferencePair, Sample, parse_row, text_id
 
 ANSWERS = ("response", "chosen", "rejected")
-"""By these columns of a row of ours the stages know what it is."""
+"""The columns by which stages recognise the kind of one of our rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A row of ours, and the line that it comes from if it comes from one alone."""
+    """One of our rows, and its line if it comes from a single line."""
 
     row: dict[str, Any]
     line: Line | None = None
 
 
 def convert(lines: Iterable[Line], form: str | None, bad_rows: BadRows, counts: InputCounts) -> Iterator[Converted]:
-    """Yield our rows of the lines of one input; a `form` of None is recognised row by row.
+    """Yield our rows made from the lines of one input; if `form` is None, each row's form is recognised.
 
-    A row without an id of its own becomes `<name of the input>:<line number>`. What is read and made is counted in
-    `counts`, all but the lines themselves. DataError for a bad row unless those are skipped.
+    A row without an id gets `<name of the input>:<line number>`. `counts` is updated for everything
+    but the number of lines. Raises DataError for a bad row unless bad rows are skipped.
     """
     nodes: list[Node] = []
     for line in lines:
@@ -53,7 +54,7 @@ def convert(lines: Iterable[Line], form: str | None, bad_rows: BadRows, counts: 
 
 
 def _messages(line: Line, form: Form, counts: InputCounts) -> list[Node]:
-    """Return the messages of a line, each of which counts as a row that was read."""
+    """Return the messages of a line; each message counts as a row read."""
     nodes = oasst1_nodes(line.value)
     counts.rows_read += len(nodes) - 1
     counts.note(form.name, line.value, form.reads, ())
@@ -61,11 +62,11 @@ def _messages(line: Line, form: Form, counts: InputCounts) -> list[Node]:
 
 
 def _own(line: Line, form: Form, counts: InputCounts) -> Converted:
-    """Return a row of ours as it is, but for blank answers that rows of another form in the same table have."""
+    """Return one of our rows unchanged, but without blank answer columns of other forms in the table."""
     assert form.own is not None
     others = [name for name in ANSWERS if name not in form.reads and is_blank(line.value.get(name))]
     if form.own is Sample and (pair := {"chosen", "rejected"} & line.value.keys() - {*others}):
-        raise RowError(f"{min(pair)}: makes the row a preference pair; set prepare.format=preference, or take it out")
+        raise RowError(f"{min(pair)}: makes the row a preference pair; set prepare.format=preference, or remove it")
     row = parse_row(without(line.value, *others), form.own, f"{counts.name}:{line.number}")
     counts.note(form.name, row.columns, (*form.reads, "id"), row.columns)
     counts.rows_made += 1
@@ -85,7 +86,7 @@ def _adapted(line: Line, form: Form, counts: InputCounts) -> list[Converted]:
 
 
 def _usable(rows: Iterable[Converted], counts: InputCounts) -> Iterator[Converted]:
-    """Count the rows that were made, and yield those that have something to learn from."""
+    """Count the rows made, and yield those with something to learn from."""
     for converted in rows:
         counts.rows_made += 1
         reason = _fault(converted.row)

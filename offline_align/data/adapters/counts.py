@@ -1,4 +1,4 @@
-"""What became of the rows of one input: counts that add up, and the use of each column."""
+"""Count what happens to the rows and columns of one input; the counts add up."""
 
 import logging
 from collections import Counter
@@ -9,12 +9,12 @@ from typing import Any
 from offline_align.data.adapters.columns import TEXTS, is_blank
 
 OWN = ("sft", "preference")
-"""Our own forms, whose rows stay as they are."""
+"""Our own forms, whose rows stay unchanged."""
 
 
 @dataclass
 class ColumnUse:
-    """The columns that hold something in rows of one form, in the order in which they were met."""
+    """The non-blank columns in rows of one form, in order of first occurrence."""
 
     rows: int = 0
     read: dict[str, None] = field(default_factory=dict)
@@ -29,10 +29,10 @@ class ColumnUse:
 
 @dataclass
 class InputCounts:
-    """What became of one input; a nested tree of messages counts as its messages.
+    """The counts of one input; each message of a nested tree counts as a row.
 
-    A row that was read is used in a row of ours, dropped or bad. A row that was made of it is kept, dropped or bad:
-    `rows_read - rows_used + rows_made = rows_kept + dropped + bad_rows`.
+    A row read is used in one of our rows, dropped or bad. A row made from it is kept, dropped or
+    bad: `rows_read - rows_used + rows_made = rows_kept + dropped + bad_rows`.
     """
 
     name: str
@@ -45,7 +45,7 @@ class InputCounts:
     forms: dict[str, ColumnUse] = field(default_factory=dict)
 
     def note(self, form: str, columns: dict[str, Any], read: Iterable[str], kept: Iterable[str]) -> None:
-        """Count a row of `form`, and what became of each of its columns."""
+        """Count a row of `form` and the use of each of its columns."""
         use = self.forms.setdefault(form, ColumnUse())
         use.rows += 1
         read, kept = set(read), set(kept)
@@ -54,12 +54,12 @@ class InputCounts:
             place[name] = None
 
     def say(self, log: logging.Logger) -> None:
-        """Say for each published form how its columns were used, and warn of texts that are kept but read by nobody."""
+        """Log how the columns of published forms were used, and warn of texts that no stage will read."""
         for form, use in self.forms.items():
             if form not in OWN:
                 log.info("%s: %d rows of the form %s: %s", self.name, use.rows, form, use)
             if unread := [name for name in use.kept if name in TEXTS]:
-                log.warning("%s: kept, but no part of prompt or answer: %s", self.name, ", ".join(unread))
+                log.warning("%s: kept, but not part of prompt or answer: %s", self.name, ", ".join(unread))
 
     def described(self) -> dict[str, Any]:
         """Return the counts for `report.json`."""

@@ -1,4 +1,4 @@
-"""The forms that are known, one record each: which columns show it, and how a row of it becomes ours."""
+"""The known forms, one record each: the columns that identify it, and the function that converts a row."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from offline_align.data.records import PreferencePair, Sample
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One form of rows; a published set may have several, which share its `name`."""
+    """One form of rows; a published data set may have several forms, which share its `name`."""
 
     name: str
     """The value of `prepare.format`."""
     signs: tuple[frozenset[str], ...]
-    """Sets of columns, any of which shows the form; `prompt.x` is the key `x` of a prompt that is an object."""
+    """Sets of columns, any of which identifies the form; `prompt.x` is the key `x` of a prompt object."""
     reads: tuple[str, ...]
     """Columns that become prompt, answer or id."""
     adapt: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None
-    """Makes our rows of one row; None for our own forms, and for oasst1, whose rows make sense together only."""
+    """Converts a row to our rows; None for our own forms and for oasst1, which needs all rows at once."""
     own: type[Sample] | type[PreferencePair] | None = None
     """The class of our own rows."""
 
@@ -37,7 +37,7 @@ _REFUSED = ("deleted", "synthetic", "review_result")
 
 _PAIR = ("prompt", "chosen", "rejected")
 
-# The first form that fits is taken.
+# The first form that matches is used.
 KNOWN = (
     Form("oasst1", _signs("message_id text role", "prompt.message_id"), (*_TREE, *_REFUSED)),
     Form("preference", _signs("prompt chosen", "prompt rejected"), _PAIR, own=PreferencePair),
@@ -53,29 +53,30 @@ FORMS = tuple(dict.fromkeys(form.name for form in KNOWN))
 
 
 def recognise(columns: dict[str, Any], name: str | None = None) -> Form:
-    """Return the form of a row, among those called `name`, if that is given; RowError if it has none of them.
+    """Return the form of a row, among those called `name` if given; raises RowError if none matches.
 
-    Blank columns count only if the others show no form: in a table of rows of several forms each row has all columns.
+    Blank columns count only if the other columns match no form, because in a table with several
+    forms each row has all columns.
     """
     for blanks in (False, True):
         form = _first(_names(columns, blanks), name)
         if form is not None:
             return form
-    candidates = _called(name)
+    candidates = _forms_named(name)
     if name is not None and len(candidates) == 1:
-        return candidates[0]  # which will say what is missing
+        return candidates[0]  # its adapter reports what is missing
     needed = " or ".join("+".join(sorted(sign)) for form in candidates for sign in form.signs)
     known = f"no known form; prepare.format takes {', '.join(FORMS)}"
     raise RowError(f"columns: {known if name is None else f'not of the form {name}, which has {needed}'}")
 
 
-def _called(name: str | None) -> list[Form]:
+def _forms_named(name: str | None) -> list[Form]:
     return [form for form in KNOWN if name in (None, form.name)]
 
 
-@lru_cache  # for the rows of a set have the same few columns
+@lru_cache  # rows of a data set have few different sets of columns
 def _first(names: frozenset[str], name: str | None) -> Form | None:
-    return next((form for form in _called(name) if any(sign <= names for sign in form.signs)), None)
+    return next((form for form in _forms_named(name) if any(sign <= names for sign in form.signs)), None)
 
 
 def _names(columns: dict[str, Any], blanks: bool) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Anthropic HH-RLHF: two transcripts, `chosen` and `rejected`, that should differ in the last answer only."""
+"""Anthropic HH-RLHF: transcripts `chosen` and `rejected`, which should differ only in the last answer."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def hh(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the pair of two transcripts; DroppedRow if they differ before the last answer."""
+    """Return the pair of two transcripts; raises DroppedRow if they differ before the last answer."""
     sides = [text_column(columns, "chosen"), text_column(columns, "rejected")]
     rest = further(columns, ("chosen", "rejected"), sides)
     chosen, rejected = map(_turns, sides)

@@ -1,4 +1,4 @@
-"""Single-turn instruction sets: Dolly 15k, Flan v2 and Self-Instruct; one row gives one or more of ours."""
+"""Single-turn instruction sets: Dolly 15k, Flan v2 and Self-Instruct. A row becomes one or more of ours."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def dolly(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the row of `instruction`, `response`, and the `context` of Dolly or the `input` of sets like it."""
+    """Return the row of `instruction`, `response`, and Dolly's `context` or the `input` of similar sets."""
     context, text = optional_text(columns, "context"), optional_text(columns, "input")
     if context and text:
-        raise RowError("input: a text beside a context; join the two")
+        raise RowError("input: present in addition to context; join the two")
     return [_row(columns, ("instruction", "context", "input"), "response")]
 
 
@@ -23,7 +23,7 @@ def flan(columns: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def self_instruct(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the row of a generated instance, `instruction`, `input`, `output`; Alpaca is published so too."""
+    """Return the row of a generated instance: `instruction`, `input`, `output`; also Alpaca's form."""
     return [_row(columns, ("instruction", "input"), "output")]
 
 
@@ -36,7 +36,7 @@ def completion(columns: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def seed_task(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each instance of a seed task of Self-Instruct; DroppedRow if it has none."""
+    """Return a row for each instance of a Self-Instruct seed task; raises DroppedRow if it has none."""
     instances = _instances(columns["instances"])
     if not instances:
         raise DroppedRow("self_instruct: a task without an instance")
@@ -47,7 +47,7 @@ def seed_task(columns: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _instances(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, dict) and value and all(isinstance(values, list) for values in value.values()):
-        # `datasets` gives a list of objects as an object of lists, all of one length.
+        # `datasets` returns a list of objects as an object of lists of equal length.
         try:
             value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
         except ValueError as error:
@@ -58,7 +58,7 @@ def _instances(value: Any) -> list[dict[str, Any]]:
 
 
 def _row(columns: dict[str, Any], prompt: Sequence[str], response: str) -> dict[str, Any]:
-    """Return the row whose prompt is made of the `prompt` columns, of which the first must be there."""
+    """Return the row whose prompt joins the `prompt` columns; the first of them is required."""
     parts = [text_column(columns, prompt[0]), *(optional_text(columns, name) for name in prompt[1:])]
     answer = text_column(columns, response)
     rest = further(columns, (*prompt, response), [*parts, answer])

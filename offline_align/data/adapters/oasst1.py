@@ -1,11 +1,12 @@
 """OpenAssistant oasst1: trees of messages, published as flat messages or as nested trees.
 
-Each user turn gives its best-ranked reply as an SFT row, and a preference pair for every two of its
-replies that people ranked differently. Rank 0 is the best.
+Each user turn yields its best-ranked reply as an SFT row, and a preference pair for every two
+replies with different ranks. Rank 0 is the best.
 
-The dumps of all trees hold unfinished and refused ones too: prompts that wait for their first reply, trees that are
-still growing or whose ranks are not final, trees that were stopped for their quality or by a moderator. Their ranks and
-replies are not those of the finished set, so only trees in the state `ready_for_export` are used.
+The dumps of all trees also contain unfinished and rejected ones: prompts without a reply, trees
+that are still growing or whose ranks are not final, and trees that were stopped for quality or by a
+moderator. Their ranks and replies differ from the finished set, so only trees in the state
+`ready_for_export` are used.
 """
 
 from collections import defaultdict
@@ -33,7 +34,7 @@ type Dialogue = tuple[Node, ...]
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One message of a tree; `parent_id` None is the root, `rank` None was never ranked."""
+    """One message of a tree; the root has `parent_id` None, an unranked message has `rank` None."""
 
     id: str
     parent_id: str | None
@@ -42,13 +43,13 @@ class Node:
     rank: float | None
     lang: str
     refusal: str | None
-    """Why the message cannot be used, if it cannot."""
+    """Why the message cannot be used; None if it can."""
 
 
 def oasst1_nodes(columns: dict[str, Any]) -> list[Node]:
     """Return the messages of one published row: one flat message, or a whole nested tree.
 
-    Both say in `tree_state` how far their tree has come; a row without that column is taken to be finished.
+    `tree_state` is the state of the tree; a row without this column counts as finished.
     """
     state = optional_text(columns, "tree_state") or FINISHED
     if not isinstance(columns.get("prompt"), dict):
@@ -74,7 +75,7 @@ def _node(message: dict[str, Any], parent_id: str | None, tree_state: str) -> No
     rank = message.get("rank")
     if isinstance(rank, bool) or not isinstance(rank, (int, float, type(None))):
         raise RowError("rank: not a number")
-    if message.get("role") not in list(ROLES):  # not in the dict itself, which cannot be asked for a list
+    if message.get("role") not in list(ROLES):  # a list, because the role may be unhashable
         raise RowError("role: not prompter or assistant")
     return Node(
         id=text_column(message, "message_id"),
@@ -95,7 +96,7 @@ def _refusal(message: dict[str, Any], tree_state: str) -> str | None:
 
 
 def oasst1_rows(nodes: Sequence[Node], counts: InputCounts) -> Iterator[dict[str, Any]]:
-    """Yield SFT rows and preference pairs of all trees; each message is counted as used, or for why it is not."""
+    """Yield SFT rows and preference pairs of all trees; count each message as used or dropped."""
     unique: dict[str, Node] = {}
     for node in nodes:
         unique.setdefault(node.id, node)
@@ -120,7 +121,7 @@ def oasst1_rows(nodes: Sequence[Node], counts: InputCounts) -> Iterator[dict[str
 
 
 def _reason(node: Node, reached: set[str]) -> str:
-    """Return why no row has a message."""
+    """Return why a message is in no row."""
     if node.refusal is not None:
         return node.refusal
     if node.id not in reached:
@@ -129,7 +130,7 @@ def _reason(node: Node, reached: set[str]) -> str:
 
 
 def _rows(dialogue: Dialogue, replies: Sequence[Node], used: set[str]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one user turn, and add the ids of the messages in them to `used`."""
+    """Yield the rows of one user turn, and add the ids of their messages to `used`."""
     if not replies:
         return
     best = min(replies, key=_order)

@@ -1,4 +1,4 @@
-"""Random tiny models of every supported family, saved by transformers itself."""
+"""Random tiny models of every supported family, saved by transformers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +61,7 @@ Save = Callable[..., Path]
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    # Threads cost more than they bring for models of this size.
+    # Threads slow models of this size down.
     torch.set_num_threads(1)
 
 
@@ -81,7 +81,7 @@ def save_model(tmp_path: Path) -> Save:
         config = getattr(transformers, f"{prefix}Config")(**(SIZES | special | labels))
         model = getattr(transformers, f"{prefix}{head}")(config).to(dtype)
         for name, parameter in model.named_parameters():
-            # Norms start at one and biases at zero, which would hide a mix-up.
+            # Norms start at one and biases at zero, which would hide swapped tensors.
             torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
         folder = tmp_path / f"{family}-{head}"
         model.save_pretrained(folder, **more)

@@ -123,7 +123,7 @@ def test_no_family_has_both_biases_and_norms() -> None:
 
 
 def test_an_adapter_beside_a_config_is_refused(tmp_path: Path) -> None:
-    """Which of the two is the model nobody can tell, and transformers with peft takes the adapter."""
+    """The folder is ambiguous: transformers with peft would load the adapter instead."""
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"init\.from: .* holds an adapter \(adapter_config\.json\)"):
         read(tmp_path)

@@ -88,7 +88,7 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def one_special(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """As GPT-2's: begin, end, unknown and padding are one token, and there is no other special one."""
+    """Like GPT-2's tokenizer: begin, end, unknown and padding are one token, the only special token."""
     roles = ("bos_token", "eos_token", "unk_token", "pad_token")
     named = dict.fromkeys(roles, "<|endoftext|>")
     return write_byte_level(tmp_path_factory.mktemp("one_special"), ["<|endoftext|>"], **named)
@@ -96,7 +96,7 @@ def one_special(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def begin_is_end(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Begin and end are one token, no padding is named, and a file of an older form names the end once more."""
+    """Begin and end are one token, no padding is named, and an older file also names the end."""
     folder = tmp_path_factory.mktemp("begin_is_end")
     write_byte_level(folder, ["<|endoftext|>", "<|im_start|>"], bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}))
@@ -111,7 +111,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 @pytest.fixture
 def export(save_model: Save, tmp_path: Path) -> Callable[..., Path]:
-    """Export a random model with a tokenizer; keywords change its description."""
+    """Export a random model with a tokenizer; keyword arguments change its description."""
 
     def run(
         tokenizer: Tokenizer,
@@ -268,7 +268,7 @@ def test_padding_is_no_end_and_has_one_name(
 
 
 def test_padding_of_a_tokenizer_with_one_special_token(export: Callable[..., Path], one_special: Tokenizer) -> None:
-    """An answer may hold any other token, so a policy is padded with the end; a reward model may not be."""
+    """Any other token can occur in an answer, so a policy is padded with the end; a reward model is not."""
     policy = transformers.AutoTokenizer.from_pretrained(export(one_special))
     assert policy.pad_token_id == one_special.eos_id
 
@@ -281,7 +281,7 @@ def test_padding_leaves_the_ids_of_texts_as_they_are(export: Callable[..., Path]
 
 
 def test_the_files_are_for_transformers_4_and_5(export: Callable[..., Path], tmp_path: Path) -> None:
-    """What version 5 alone writes is not handed on."""
+    """Keys that only version 5 writes are not exported."""
     from_five = {
         "tokenizer_class": "TokenizersBackend",
         "backend": "tokenizers",
@@ -327,7 +327,7 @@ def test_the_model_card_says_if_the_tokenizer_is_replaced(
     folder = export(sentencepiece, family)
     stock, text = transformers.AutoTokenizer.from_pretrained(folder), " two  spaces\nand 日本 "
     replaced = stock.encode(text, add_special_tokens=False) != sentencepiece.encode(text)
-    assert ("takes the tokenizer class of the model's family" in (folder / "README.md").read_text()) is replaced
+    assert ("uses the tokenizer class of the model's family" in (folder / "README.md").read_text()) is replaced
     exact = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     assert exact.encode(text, add_special_tokens=False) == sentencepiece.encode(text)
     assert replaced is (family == "qwen2")

@@ -63,7 +63,7 @@ def test_shards_of_two_ranks_join_to_the_whole(
     for name, tensor in whole.items():
         axis = next((axis for part, axis in axes.items() if part in name), None)
         if "linear_fc1" in name:
-            # Each rank stacks its own gate over its own up.
+            # Each rank stacks its own part of gate and up.
             gates, ups = zip(first[name].chunk(2), second[name].chunk(2), strict=True)
             joined = torch.cat([*gates, *ups])
         elif axis is None:
@@ -85,10 +85,10 @@ def test_sharded_files_give_the_same_tensors(save_model: Save, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("shards_are_there", [True, False])
-def test_a_whole_file_goes_before_an_index(
+def test_a_single_file_takes_precedence_over_an_index(
     save_model: Save, read_tensors: Read, caplog: pytest.LogCaptureFixture, shards_are_there: bool
 ) -> None:
-    """As `transformers` has it: an index is left over where a folder was saved again in one piece."""
+    """As in `transformers`: an index is left over if a folder was saved again as a single file."""
     folder = save_model("llama", max_shard_size="40KB")
     shards = list(folder.glob("*.safetensors"))
     whole = {name: tensor + 1.0 for name, tensor in read_tensors(folder).items()}
@@ -127,7 +127,7 @@ def test_missing_left_over_and_misshapen_tensors_are_named_together(save_model: 
         next(load_huggingface(folder))
     missing, left_over, shape = caught.value.problems
     assert "model.norm.weight is missing" in missing
-    assert "q_proj.bias has no place" in left_over
+    assert "q_proj.bias is not part of" in left_over
     assert "lm_head.weight has shape [300, 32], config.json says [301, 32]" in shape
 
 
@@ -167,7 +167,7 @@ def test_an_index_cannot_name_files_elsewhere(save_model: Save, name: str) -> No
     folder = save_model("llama")
     shutil.copy(folder / "model.safetensors", folder.parent / "outside.safetensors")
     index(folder, name)
-    with pytest.raises(ConfigError, match="no safetensors file inside it"):
+    with pytest.raises(ConfigError, match="not a safetensors file inside it"):
         next(load_huggingface(folder))
 
 
@@ -176,7 +176,7 @@ def test_a_link_out_of_the_folder_is_refused(save_model: Save) -> None:
     outside = folder.parent / "outside.safetensors"
     (folder / "model.safetensors").rename(outside)
     (folder / "model.safetensors").symlink_to(outside)
-    with pytest.raises(ConfigError, match="outside of the folder"):
+    with pytest.raises(ConfigError, match="outside the folder; copy"):
         next(load_huggingface(folder))
 
 

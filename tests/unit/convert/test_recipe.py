@@ -1,4 +1,4 @@
-"""The code in model cards, run as it stands: `transformers` encodes as training did."""
+"""The code in model cards, run unchanged, encodes with `transformers` as in training."""
 
 import re
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def their_context(folder: Path, dialogue: tuple[Message, ...]) -> list[int]:
 
 
 def recipe_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Return what the code of the model card defines, or nothing where it has none."""
+    """Return the names that the code of the model card defines; none if it has no code."""
     found = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
     defined: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def recipe_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def joining(name: str, folder: Path) -> Tokenizer:
-    """Return a tokenizer with a chat template, if its kind can have one, that joins pieces where it can."""
+    """Return a tokenizer that joins pieces if it can, with a chat template if its kind can have one."""
     if name == "sentencepiece":
         return load_tokenizer(write_sentencepiece(folder))
     if name == "byte_level":
@@ -110,7 +110,7 @@ def test_the_card_of_a_reward_model_gives_the_rows_of_training(
 
 
 def test_byte_level_tokenizers_join_what_training_kept_apart(export: Callable[..., Path], tmp_path: Path) -> None:
-    """Else the recipes would be tried where they are not needed."""
+    """Otherwise the tests above would run recipes that are not needed."""
     tokenizer = load_tokenizer(write_hugging_face(tmp_path / "tokenizer"))
     folder = export(tokenizer, Template.paper, CONDITION)
     assert their_context(folder, DIALOGUE) != Renderer(tokenizer, Template.paper).context(DIALOGUE, "<rm_score>5.0")

@@ -1,4 +1,4 @@
-"""Embeddings and tokenizers of different lengths, and ids of folders that no row belongs to."""
+"""Embeddings and tokenizers of different sizes, and ids in the files of a folder without an embedding row."""
 
 import json
 from dataclasses import replace
@@ -36,7 +36,7 @@ def test_more_rows_than_entries_are_padding_and_fewer_are_refused(tmp_path: Path
 
 
 def test_holes_in_the_ids_count_as_entries(tmp_path: Path) -> None:
-    """An embedding has a row up to the largest id, however many tokens there are."""
+    """An embedding needs rows up to the largest id, however many tokens there are."""
     definition = json.loads((write_hugging_face(tmp_path) / "tokenizer.json").read_text())
     vocab = definition["model"]["vocab"]
     last = max(vocab, key=vocab.get)
@@ -61,8 +61,8 @@ def test_ids_of_the_json_files_lie_in_the_vocabulary(tmp_path: Path, key: str) -
         ]
 
 
-def test_a_checkpoint_of_ours_is_looked_at_too(tmp_path: Path) -> None:
-    """Earlier versions trained them."""
+def test_our_own_checkpoints_are_checked_too(tmp_path: Path) -> None:
+    """Earlier versions could train such checkpoints."""
     tokenizer = load_tokenizer(write_hugging_face(tmp_path / "hf"))
     tokenizer.save(tmp_path / "tokenizer")
     for rows, fits in ((tokenizer.vocab_size, True), (tokenizer.vocab_size - 1, False)):

@@ -1,4 +1,4 @@
-"""The published forms: each gives the rows that a reader of the data set would expect."""
+"""Published forms: each is converted to the rows that a reader of the data set would expect."""
 
 import logging
 from collections import Counter
@@ -109,7 +109,7 @@ def test_sets_like_dolly_may_call_the_context_input() -> None:
         ("Add these.\n\n2 and 3", "5"),
         ("Add these.\n\n2 and 3", "5"),
     ]
-    with pytest.raises(DataError, match=r"f\.jsonl:1: input: a text beside a context; join the two"):
+    with pytest.raises(DataError, match=r"f\.jsonl:1: input: present in addition to context; join the two"):
         converted(row | {"context": "c"})
 
 
@@ -120,7 +120,7 @@ def test_sets_like_dolly_may_call_the_context_input() -> None:
     ids=["hh", "dolly", "flan", "self_instruct", "seed", "completion"],
 )
 def test_no_text_of_a_prompt_or_an_answer_is_lost(row: dict[str, Any], name: str) -> None:
-    """Whatever other column of text a row has, it is read or the row is refused; a blank one changes nothing."""
+    """Any further text column is either read or the row is refused; a blank one changes nothing."""
     form = recognise(row).name
     expected, _ = converted(row)
     if name in row:
@@ -304,7 +304,7 @@ def test_a_pair_is_not_read_as_a_sample() -> None:
 
 
 def test_rows_of_several_forms_in_one_table() -> None:
-    """`datasets` gives every row all columns, null where a row has none."""
+    """`datasets` gives every row all columns, with null for missing values."""
     given = [{"prompt": "a", "response": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}, DOLLY, HH, SEED]
     names = dict.fromkeys(name for row in given for name in row)
     rows, drops = converted(*(names | row for row in given))
@@ -316,7 +316,7 @@ def test_rows_of_several_forms_in_one_table() -> None:
     assert not drops
 
 
-def test_how_columns_were_used_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_use_of_columns_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     counts, rows = (
         InputCounts("f"),
         [DOLLY, ALPACA | {"text": "Add. 1 1 2"}, {"prompt": "a", "response": "b", "system": "c"}],
@@ -327,7 +327,7 @@ def test_how_columns_were_used_is_said(caplog: pytest.LogCaptureFixture) -> None
     assert [record.message for record in caplog.records] == [
         "f: 1 rows of the form dolly: read instruction, context, response; kept category",
         "f: 1 rows of the form self_instruct: read instruction, input, output; left out text",
-        "f: kept, but no part of prompt or answer: system",
+        "f: kept, but not part of prompt or answer: system",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Bins in which rows have their prompt once, against layouts by hand."""
+"""Bins with shared prompts, compared with layouts written out by hand."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def grouped(source: RowSource, capacity: int) -> list[tuple[list[int], int]]:
 def test_a_pair_has_its_prompt_once() -> None:
     source = PairSource(pairs([[*PROMPT, 1, 2]], [[*PROMPT, 1, 5, 6]]), share_prompts=True)
     batch = source.collate([0], pad_to_multiple=8)
-    # The answers begin alike, and that too is computed once.
+    # Both answers start with the same tokens, which are computed once as well.
     assert batch.tokens.tolist() == [[7, 8, 9, 1, 2, 5, 6, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 4, 5, 0]]
     assert batch.cu_seqlens.tolist() == [0, 5, 7, 8]
@@ -51,7 +51,7 @@ def test_a_pair_has_its_prompt_once() -> None:
     assert source.size([0]) == BinSize(7, 5**2 + 6**2 - 4**2)
 
 
-def test_each_pair_looks_back_on_its_own_prompt_alone() -> None:
+def test_each_pair_attends_only_to_its_own_prompt() -> None:
     source = PairSource(pairs([[*PROMPT, 1], [*PROMPT, 2]], [[*PROMPT, 3], [4, 4]]), share_prompts=True)
     batch = source.collate([1, 0], pad_to_multiple=1)
     assert batch.tokens.tolist() == [[*PROMPT, 2, 4, 4, *PROMPT, 1, 3]]
@@ -70,7 +70,7 @@ def test_an_answer_always_has_a_last_token_of_its_own(rejected: list[int]) -> No
     assert batch.positions[0, other] == len(rejected) - 1
 
 
-def test_nothing_is_shared_where_it_is_short_or_not_wanted() -> None:
+def test_short_prefixes_are_not_shared_and_sharing_can_be_off() -> None:
     short = PairSource(pairs([[7, 8, 1]], [[7, 8, 2]]), share_prompts=True)
     unwanted = PairSource(pairs([[*PROMPT, 1]], [[*PROMPT, 2]]))
     for source, tokens in ((short, 6), (unwanted, 8)):
@@ -83,7 +83,7 @@ def test_targets_of_rows_that_begin_alike() -> None:
     rows = tokenized([[*PROMPT, 1, 2], [*PROMPT, 1, 5]], [3, 3], [1.0, 0.5])
     batch = SampleSource(rows, share_prompts=True).collate([0, 1], 1)
     assert batch.tokens.tolist() == [[*PROMPT, 1, 2, 5]]
-    # The second row's first target follows the prompt, its second the token that both answers begin with.
+    # The second row's first target follows the prompt, its second follows the shared first answer token.
     assert batch.target_index.tolist() == [2, 3, 2, 3]
     assert batch.target_ids.tolist() == [1, 2, 1, 5]
     assert batch.target_weights.tolist() == [1.0, 1.0, 0.5, 0.5]
@@ -101,19 +101,19 @@ def test_answers_to_one_prompt_are_a_group_as_far_as_they_fit() -> None:
 
 
 def test_answers_under_conditions_have_their_prompt_in_common() -> None:
-    """Conditional alignment writes the reward behind the prompt, which ends before it."""
+    """Conditional Alignment writes the reward after the prompt; it is not part of the shared prompt."""
     rows = tokenized([[*PROMPT, 50, 1], [*PROMPT, 51, 52, 2], [*PROMPT, 50, 3]], [4, 5, 4])
     source = SampleSource(replace(rows, condition_length=np.array([1, 2, 1], np.int32)), share_prompts=True)
     assert grouped(source, 100) == [([0, 1, 2], 9)]
     batch = source.collate([0, 1, 2], 1)
-    # The third has the condition of the first too.
+    # The third row also shares the condition of the first.
     assert batch.tokens.tolist() == [[*PROMPT, 50, 1, 51, 52, 2, 3]]
     assert batch.target_index.tolist() == [3, 6, 3]
     assert batch.target_ids.tolist() == [1, 2, 3]
     assert source.prompts.tolist() == [0, 0, 0]
 
 
-def test_pairs_of_one_prompt_look_back_on_the_first_of_them() -> None:
+def test_pairs_of_one_prompt_share_the_prompt_of_the_first() -> None:
     chosen, rejected = tokenized([[*PROMPT, 1], [*PROMPT, 2]], [3, 3]), tokenized([[*PROMPT, 3], [*PROMPT, 4]], [3, 3])
     margin = np.zeros(2, np.float32)
     source = PairSource(TokenizedPairs(chosen, rejected, margin, ["p0", "p1"], {}), share_prompts=True)
@@ -129,7 +129,7 @@ def test_pairs_of_one_prompt_look_back_on_the_first_of_them() -> None:
 def test_no_more_keys_are_kept_than_asked_for() -> None:
     rows = [[*PROMPT, i] for i in range(6)]
     source = SampleSource(tokenized(rows, [3] * 6), share_prompts=True, most_keys=2.0)
-    # Three rows see twelve keys with six tokens, four would see sixteen with seven.
+    # Three rows attend to 12 keys with 6 computed tokens; four would attend to 16 with 7.
     assert grouped(source, 100) == [([0, 1, 2], 6), ([3, 4, 5], 6)]
     batch = source.collate(range(6), 1)
     assert batch.tokens.numel() == source.size(range(6)).tokens == 12

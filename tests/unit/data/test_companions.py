@@ -1,4 +1,4 @@
-"""What lies beside a tokenizer counts as it does for `transformers`, whichever form the tokenizer has."""
+"""Companion files of a tokenizer have the same effect as in `transformers`, for both tokenizer formats."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def write_json(folder: Path, **files: Any) -> None:
 
 
 def check(folder: Path) -> tuple[Tokenizer, Any]:
-    """Hold the tokenizer of a folder against that of transformers, also once it has been saved."""
+    """Compare the tokenizer of a folder with that of transformers, before and after saving it."""
     write_json(folder, config={"model_type": "llama"})
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     ours = load_tokenizer(folder)
@@ -55,7 +55,7 @@ def check(folder: Path) -> tuple[Tokenizer, Any]:
         assert tokenizer.adds_bos == (theirs("a").input_ids[0] == theirs.bos_token_id)
         assert tokenizer.chat_template == theirs.chat_template
         assert tokenizer.decode(theirs.encode("the <tool> fox")) == "the <tool> fox"
-    # transformers lists all symbols of a SentencePiece model, of which those that are no markers are plain text.
+    # transformers lists all symbols of a SentencePiece model; those that are not markers are plain text.
     assert set(theirs.all_special_tokens) - set(ours.special_texts) <= {"<unk>", "-->"}
     return ours, theirs
 
@@ -99,7 +99,7 @@ def test_older_files_beside_a_sentencepiece_model(tmp_path: Path) -> None:
     write_json(tmp_path, tokenizer_config=LLAMA, added_tokens=added, special_tokens_map=named)
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     ours, _ = check(tmp_path)
-    assert ours.eos_id == 401  # special_tokens_map.json goes before a tokenizer_config.json without added tokens
+    assert ours.eos_id == 401  # special_tokens_map.json overrides a tokenizer_config.json without added tokens
 
 
 def test_a_sentencepiece_file_by_itself_is_read_alone(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_added_tokens_beside_a_tokenizer_json(tmp_path: Path, special: bool) -> 
 
 
 def test_flags_and_lists_beside_a_tokenizer_json(tmp_path: Path) -> None:
-    """`rstrip` of the companion counts, and tokens of the lists are special; tokens that are equal change nothing."""
+    """The companion's `rstrip` applies and listed tokens are special; unchanged tokens have no effect."""
     folder = write_hugging_face(tmp_path / "hf", additional_special_tokens=["<tool>"])
     ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     assert "<tool>" in ours.special_texts
@@ -139,7 +139,7 @@ def test_flags_and_lists_beside_a_tokenizer_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["sentencepiece", "hugging_face"])
-def test_what_cannot_be_followed_is_named(tmp_path: Path, form: str) -> None:
+def test_unusable_companions_are_named(tmp_path: Path, form: str) -> None:
     def refused(**config: Any) -> str:
         if form == "sentencepiece":
             write_sentencepiece(tmp_path)
@@ -152,7 +152,7 @@ def test_what_cannot_be_followed_is_named(tmp_path: Path, form: str) -> None:
 
     assert "eos_token='<|typo|>' of the files beside it is not in its vocabulary" in refused(eos_token="<|typo|>")
     assert "bos_token='<|typo|>'" in refused(bos_token="<|typo|>", add_bos_token=True)
-    assert re.search(r"add '<.*>' with the id 90\d: what lies between", refused(added_tokens_decoder=decoder(900)))
+    assert re.search(r"add '<.*>' with the id 90\d: the ids in between", refused(added_tokens_decoder=decoder(900)))
     assert "added tokens cannot be read" in refused(added_tokens_decoder=["<|im_start|>"])
 
 
@@ -169,7 +169,7 @@ def test_a_model_without_a_faithful_form_says_what_is_left_out(
     )
     write_json(tmp_path, tokenizer_config=LLAMA)
     assert load_tokenizer(tmp_path).content_hash == load_tokenizer(tmp_path / "tokenizer.model").content_hash
-    assert "is read without tokenizer_config.json" in caplog.text
+    assert "read without tokenizer_config.json" in caplog.text
     write_json(tmp_path, tokenizer_config=LLAMA | {"added_tokens_decoder": decoder(14)})
     with pytest.raises(ConfigError, match=r"give the \.model file itself"):
         load_tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""Shares of a bin under context parallelism: together they are the bin, and each sees the right keys."""
+"""Context parallelism: the ranks' shares add up to the bin, and queries attend to the right keys."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_shares_make_up_the_bin(size: int) -> None:
     tokens = torch.cat([s.tokens for s in shares], dim=1)[0]
     assert sorted(tokens.tolist()) == sorted(batch.tokens[0].tolist())
     assert {s.tokens.size(1) for s in shares} == {batch.tokens.size(1) // size}
-    # A target is the token after its place, whichever rank computes it.
+    # A target is the token after its position, whichever rank computes it.
     found = sorted(
         (int(s.tokens[0, i]), int(t), float(w))
         for s in shares
@@ -55,7 +55,7 @@ def test_a_query_sees_its_own_row_up_to_itself(size: int) -> None:
             assert part.max_seqlen_k == max(np.diff(k))
             for row in range(len(q) - 1):
                 queries, keys = q[row + 1] - q[row], k[row + 1] - k[row]
-                # The last query sees all keys listed, the one before it all but one.
+                # The last query attends to all listed keys, the one before it to all but one.
                 seen += [(first + k[row], first + k[row] + keys - queries + n) for n in range(queries)]
         places = [p for first, last in slices_of_rank(batch.tokens.size(1), rank, size) for p in range(first, last)]
         starts = [max(b for b in bounds if b <= p) for p in places]

@@ -1,4 +1,4 @@
-"""The demo corpus: true quality says what it claims, rows are as mixed and as noisy as promised."""
+"""The demo corpus: true quality follows its definition, and rows are as mixed and noisy as documented."""
 
 import re
 import subprocess
@@ -124,7 +124,7 @@ def test_the_better_answer_is_chosen_but_for_the_noise() -> None:
 
 
 def test_nobody_states_a_wrong_value() -> None:
-    """A reward model of the demo's size would not learn to see it, so no trait of the corpus rests on it."""
+    """A reward model of the demo's size could not learn to detect wrong values, so the corpus has none."""
     text = " ".join(row["response"] for row in demo_samples(2000, seed=5, held_out=50))
     said = re.findall(r"The [a-z]+ (?:is [a-z]+|lives in the [a-z]+|eats [a-z]+|can [a-z]+)\.", text)
     known = [(f"The {animal}", facts) for animal, facts in ANIMALS.items()]
@@ -137,7 +137,7 @@ def test_length_alone_does_not_decide() -> None:
 
 
 def greedy(answers: list[list[str]]) -> str:
-    """Return what a perfect learner says that takes the most frequent next sentence every time."""
+    """Return the answer of a perfect learner that always takes the most frequent next sentence."""
     said: list[str] = []
     while True:
         following = [a[len(said)] if len(a) > len(said) else "" for a in answers if a[: len(said)] == said]
@@ -148,7 +148,7 @@ def greedy(answers: list[list[str]]) -> str:
 
 
 def test_alignment_can_be_seen_in_greedy_answers() -> None:
-    """What a perfect learner would show: SFT mediocre, the better half better, the best tenth perfect."""
+    """A perfect learner is mediocre on all rows, better on the better half, perfect on the best tenth."""
     request = parse_prompt(PROMPT)
     assert request is not None
     random = Random(3)
@@ -179,7 +179,7 @@ def test_the_corpus_follows_from_the_seed() -> None:
 
 
 def test_the_first_rows_are_known() -> None:
-    # The packaged tokenizer and published figures rest on this very corpus.
+    # The packaged tokenizer and published figures were made with exactly this corpus.
     [row] = demo_samples(1, 1234, 160)
     assert row["prompt"] == FIRST_PROMPT
     assert row["response"] == FIRST_RESPONSE

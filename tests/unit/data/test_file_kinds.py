@@ -1,4 +1,4 @@
-"""A file that is no JSONL ends a command with one line: the file, what it is, and what to do."""
+"""A file that is not JSONL ends a command with one line: the file, its kind, and the fix."""
 
 import bz2
 import gzip
@@ -54,7 +54,7 @@ def spreadsheet() -> bytes:
     return file.getvalue()
 
 
-# File name, its content, and how the problem and its fix begin and end.
+# File name, content, and the start and end of the error message.
 KINDS: dict[str, tuple[str, Callable[[], bytes], str, str]] = {
     "zstd": ("a.jsonl.zst", zstd, "zstd: ", "zstd -d"),
     "zstd by another name": ("a.jsonl", zstd, "zstd: ", "zstd -d"),
@@ -148,7 +148,7 @@ def test_latin_1_is_named_with_its_line_and_the_fix(tmp_path: Path) -> None:
         list(read_source(source, BadRows(OnBadRow.fail, None), None))
 
 
-def test_folders_and_pipes_are_settings_to_mend(tmp_path: Path) -> None:
+def test_folders_and_pipes_are_configuration_errors(tmp_path: Path) -> None:
     import os
 
     os.mkfifo(tmp_path / "pipe")

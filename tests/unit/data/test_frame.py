@@ -1,4 +1,4 @@
-"""What a template writes around an answer does not come back in it."""
+"""Text that a template writes around an answer is not part of a generated answer."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def renderer(folder: Path, name: str, form: str, eos: str) -> Renderer:
 
 
 def learnt(renderer: Renderer, prompt: tuple[Message, ...], answer: str, stop: tuple[str, ...] = ()) -> str:
-    """Return what `generate` writes for a model that has learnt a row by heart, and goes on after its end."""
+    """Return the answer of `generate` for a model that has memorised a row and continues after its end."""
     context, target = renderer.row(prompt, answer)
     request = Request(0, 0, context, 64, frame=renderer.frame(prompt))
     ids = [*target, *renderer.tokenizer.encode("again"), renderer.tokenizer.eos_id]

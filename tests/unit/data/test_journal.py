@@ -1,4 +1,4 @@
-"""A journal gives back every whole entry and nothing else, however its files were cut or damaged."""
+"""A journal returns every valid entry and nothing else, however its files were truncated or damaged."""
 
 import json
 from collections.abc import Callable
@@ -28,13 +28,13 @@ def test_entries_of_all_ranks_are_read_back(tmp_path: Path) -> None:
     assert first.read() == second.read() == ENTRIES
 
 
-def test_a_line_torn_anywhere_is_passed_over_and_swallows_no_other(tmp_path: Path) -> None:
+def test_a_line_truncated_anywhere_is_skipped_and_damages_no_other(tmp_path: Path) -> None:
     journal = written(tmp_path)
     whole = journal.path.read_bytes()
     last = len(whole.splitlines(keepends=True)[-1])
     for cut in range(1, last + 1):
         journal.path.write_bytes(whole[:-cut])
-        # A line without its line end alone is whole.
+        # A line that lacks only its line end is still valid.
         assert journal.read() == ENTRIES[: 6 if cut == 1 else 5]
         journal.append(ENTRIES[5:])
         assert journal.read()[-1] == ENTRIES[5]
@@ -42,7 +42,7 @@ def test_a_line_torn_anywhere_is_passed_over_and_swallows_no_other(tmp_path: Pat
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    """A changed digit would be a wrong reward that looks like a right one."""
+    """A changed digit would be a wrong reward that looks valid."""
     journal = written(tmp_path)
     whole = journal.path.read_bytes()
     for at in range(len(whole)):

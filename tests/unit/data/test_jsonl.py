@@ -1,4 +1,4 @@
-"""Every malformed kind of line is named and found at its place; nothing is written in halves."""
+"""Every kind of malformed line is reported with file and line; files are written atomically."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Order of rows, batches by hand, and independence of ranks."""
+"""Order of rows, batches compared with values worked out by hand, and independence of ranks."""
 
 from itertools import pairwise
 
@@ -98,7 +98,7 @@ def test_validation_sees_every_row_once() -> None:
     assert sorted(seen) == sorted(f"r{i}" for i in range(23))
 
 
-def test_steps_prepared_ahead_are_the_steps_themselves() -> None:
+def test_prefetched_steps_are_the_steps_themselves() -> None:
     loader = Loader(many(50), 8, 100, 64, seed=3, dp_rank=1, dp_size=2)
     ahead = [data.micro_batches[0].row_ids for data in loader.steps(4)]
     assert ahead == [loader.step(n).micro_batches[0].row_ids for n in range(4, loader.total_steps)]
@@ -107,7 +107,7 @@ def test_steps_prepared_ahead_are_the_steps_themselves() -> None:
 @pytest.mark.parametrize("rows", [64, 50])
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (2, 4)])
 def test_a_run_stopped_anywhere_goes_on_with_the_same_rows(rows: int, before: int, after: int) -> None:
-    """Every step of three epochs, at other numbers of ranks: the same ids step by step, each once an epoch."""
+    """For three epochs and another number of ranks, each step has the same ids, each once per epoch."""
 
     def ids(step: int, dp_size: int) -> list[str]:
         shares = [Loader(source, 4, 3 * rows, 32, 9, rank, dp_size).step(step) for rank in range(dp_size)]
@@ -124,12 +124,12 @@ def test_a_run_stopped_anywhere_goes_on_with_the_same_rows(rows: int, before: in
 
 
 def answers(rows: int, prompts: int, share: bool) -> SampleSource:
-    """Return rows of 20 tokens of prompt and 1 to 5 of answer, whose prompts come in turn."""
+    """Return rows of 20 prompt tokens and 1 to 5 answer tokens, whose prompts alternate."""
     ids = [[1000 + i % prompts] * 20 + [i] * (1 + i % 5) for i in range(rows)]
     return SampleSource(tokenized(ids, [20] * rows), share)
 
 
-def test_rows_of_a_prompt_stand_where_the_first_of_them_does() -> None:
+def test_rows_of_a_prompt_move_to_the_position_of_the_first() -> None:
     source = answers(30, 7, share=True)
     for epoch in range(2):
         order = order_by_prompt(source, 3, epoch).tolist()
@@ -162,12 +162,12 @@ def test_what_a_step_says_is_what_its_ranks_compute(dp_size: int, by_prompt: boo
         assert {share.num_tokens + share.num_padding for share in shares} == {computed}
         assert {share.num_padding for share in shares} == {sum(b.num_padding for b in batches)}
         positions = [b.positions[0, : b.tokens.numel() - b.num_padding] for b in batches]
-        # A token at position p sees p + 1 keys; twice their sum over a row of n tokens is n^2 + n.
+        # A token at position p attends to p + 1 keys; twice their sum over a row of n tokens is n^2 + n.
         seen = sum(int((2 * p + 1).sum()) for p in positions)
         assert {share.squared_lengths for share in shares} == {seen}
 
 
-def test_ranks_finish_together_even_where_one_prompt_has_all_the_answers() -> None:
+def test_ranks_finish_together_even_if_one_prompt_has_all_the_answers() -> None:
     source = answers(16, 1, share=True)
     shares = [Loader(source, 16, 16, 4096, 0, r, 4, by_prompt=True).step(0).micro_batches for r in range(4)]
     tokens = [sum(b.tokens.numel() for b in share) for share in shares]

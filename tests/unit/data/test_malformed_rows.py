@@ -1,4 +1,4 @@
-"""Every malformed kind of row, in every form, at the first, a middle and the last line, plain and compressed."""
+"""Every kind of malformed row, in every form, on the first, a middle and the last line, plain and gzipped."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ TEXTS = {
 DEEP = b"[" * 20_000 + b"]" * 20_000
 OBJECTS = b'{"a":' * 20_000 + b"1" + b"}" * 20_000
 
-# Damage to a whole line, the same in every form: the line of a good row to a bad one, and the reason.
+# Damage to a whole line, the same in every form: a function from a good line to a bad one, and the reason.
 LINES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "invalid UTF-8": (lambda line: line.replace(b"Why?", b"Why\xff"), "encoding: not UTF-8"),
     "overlong UTF-8": (lambda line: line.replace(b"Why?", b"\xc0\xaf"), "encoding: not UTF-8"),
@@ -66,7 +66,7 @@ LINES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "long garbage": (lambda line: b"x" * 100_000, "json: not valid JSON"),
 }
 
-# Wrong fields of every form: changes to a good row, and the reason; None takes the field out.
+# Wrong fields of every form: changes to a good row, and the reason; None removes the field.
 FIELDS: dict[str, tuple[Row, str]] = {
     "prompt is a number": ({"prompt": 3}, "prompt: not a string or a list of messages"),
     "no messages": ({"prompt": []}, "prompt: no user message"),
@@ -99,7 +99,7 @@ NUMBERS = [
 
 
 def cases() -> list[Any]:
-    """Return (form, bad line, reason), each with a name."""
+    """Return named cases (form, bad line, reason)."""
     found = []
     for kind, good in FORMS.items():
         line = json.dumps(good).encode()
@@ -177,7 +177,7 @@ def test_the_second_row_of_an_id_is_the_bad_one(tmp_path: Path, kind: type[Any],
 
 
 def test_answers_of_a_pair_take_ids_too(tmp_path: Path) -> None:
-    """`label` makes two rows of a pair, and no id may stand in its output twice."""
+    """`label` makes two rows from a pair, and ids in its output must be unique."""
     pair, sample = FORMS[PreferencePair] | {"id": "a"}, FORMS[Sample] | {"id": "a/chosen"}
     for rows in ([pair, sample], [sample, pair]):
         path = tmp_path / "rows.jsonl"
@@ -216,7 +216,7 @@ def test_long_lines_and_special_tokens_are_text(tmp_path: Path, kind: type[Any])
 
 
 def test_what_is_read_can_be_written_however_deep_it_is(tmp_path: Path) -> None:
-    """A row at the limit of the reader must not end a stage hours later, when its output is written."""
+    """A row at the reader's limit must not fail hours later, when a stage writes its output."""
 
     def survives(depth: int) -> bool:
         nested = b"[" * depth + b"]" * depth

@@ -1,4 +1,4 @@
-"""Work done ahead: order, errors and early ends."""
+"""Prefetch: order, errors and early stops."""
 
 import itertools
 import threading
@@ -21,7 +21,7 @@ def test_results_come_in_order_and_once() -> None:
     assert made == list(range(3, 20))
 
 
-def test_it_runs_ahead_but_not_without_bound() -> None:
+def test_prefetching_is_bounded() -> None:
     reached = threading.Event()
     made: list[int] = []
 
@@ -38,7 +38,7 @@ def test_it_runs_ahead_but_not_without_bound() -> None:
     upcoming.close()
 
 
-def test_items_are_taken_by_who_asks_and_no_more_than_are_needed() -> None:
+def test_items_are_taken_in_the_thread_of_the_consumer_as_needed() -> None:
     takers, makers = [], []
 
     def items() -> Iterator[int]:
@@ -65,7 +65,7 @@ def test_an_error_is_raised_in_its_place() -> None:
         next(upcoming)
 
 
-def test_leaving_early_makes_no_more() -> None:
+def test_stopping_early_makes_no_more() -> None:
     made: list[int] = []
     upcoming = prefetch(lambda n: made.append(n), range(1000))
     next(upcoming)

@@ -1,4 +1,4 @@
-"""Text behind other text has no space in front: the pieces of a dialogue say what its whole text says."""
+"""Text that follows other text gets no extra space: the pieces of a dialogue decode to its whole text."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_earlier_answers_have_the_ids_of_targets(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("form", ["prepend", "always", "first"])
 def test_pieces_of_a_chat_are_encoded_as_transformers_encodes_the_whole(form: str, name: str, tmp_path: Path) -> None:
-    """Up to tokens that reach over the end of the prompt, which these answers do not allow."""
+    """These answers cannot join a token with the end of the prompt; for others the ids may differ."""
     from transformers import PreTrainedTokenizerFast
 
     folder = with_spaces_in_front(tmp_path, form, TEMPLATES[name])

@@ -1,4 +1,4 @@
-"""Every row that is read and every row that is made of it is accounted for, whatever the rows."""
+"""Every row read and every row made from it is accounted for, whatever the rows are."""
 
 import json
 import random

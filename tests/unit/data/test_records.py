@@ -1,4 +1,4 @@
-"""Rows: what is accepted as which kind, and the reason for everything that is refused."""
+"""Rows: which rows are accepted as which kind, and the reason for every refusal."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def refusal(path: Path, kind: type, *rows: dict[str, Any]) -> str:
-    """Return the reason for which the last of the rows is refused."""
+    """Return the reason why the last of the rows is refused."""
     with pytest.raises(DataError) as error:
         list(read_rows([write(path, *rows)], kind, STRICT))
     start, _, reason = str(error.value).partition(f":{len(rows)}: ")
@@ -70,7 +70,7 @@ def test_integers_are_ids_as_text(tmp_path: Path) -> None:
 def test_rows_are_rejected_by_their_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", {"no": "row"}, SAMPLE, PAIR, SAMPLE | {"response": "other"}, {"prompt": "b"})
     reasons = {"p": "second", "s": "first", "absent": "none"}
-    with pytest.raises(DataError, match=rf"^{path}:2: first; mend the row"):
+    with pytest.raises(DataError, match=rf"^{path}:2: first; fix the row"):
         reject_rows([path], None, reasons, STRICT)
     skipping = BadRows(OnBadRow.skip, tmp_path / "quarantine.jsonl")
     reject_rows([path], None, reasons, skipping)
@@ -93,7 +93,7 @@ def test_ids_are_those_of_the_kind_that_was_read(tmp_path: Path) -> None:
     reject_rows([path], LabelledSample, {sample.id: "no"}, STRICT)
 
 
-def test_nothing_is_read_again_where_nothing_is_rejected(tmp_path: Path) -> None:
+def test_nothing_is_read_again_if_nothing_is_rejected(tmp_path: Path) -> None:
     reject_rows([tmp_path / "absent.jsonl"], None, {}, STRICT)
 
 

@@ -1,4 +1,4 @@
-"""A trained tokenizer covers any text, is the same every time, and says what vocabulary is possible."""
+"""A trained tokenizer covers any text and is deterministic; an error names the possible vocabulary size."""
 
 from collections.abc import Iterator
 

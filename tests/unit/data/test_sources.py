@@ -1,4 +1,4 @@
-"""Inputs of every kind give the same lines; what is damaged is named."""
+"""Inputs of every kind give the same lines; damaged files are named."""
 
 import gzip
 import json
@@ -58,7 +58,7 @@ def test_a_local_data_set_through_datasets(tmp_path: Path, suffix: str) -> None:
         ("hf:Anthropic/hh-rlhf/helpful-base#test", ("Anthropic/hh-rlhf", "helpful-base", "test")),
     ],
 )
-def test_what_is_asked_of_the_hub(
+def test_the_arguments_of_load_dataset(
     monkeypatch: pytest.MonkeyPatch, name: str, expected: tuple[str, str | None, str]
 ) -> None:
     import datasets
@@ -74,7 +74,7 @@ def test_what_is_asked_of_the_hub(
     assert asked == [expected]
 
 
-def test_a_data_set_that_cannot_be_loaded_is_a_setting_to_mend(tmp_path: Path) -> None:
+def test_a_data_set_that_cannot_be_loaded_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.input=hf:.*cannot be loaded") as error:
         values(Source(f"hf:{tmp_path}", None))
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""No prompt on both sides, whatever its spelling; the share is as asked; duplicates are recognised."""
+"""No prompt is on both sides of the split, the fraction is as requested, and duplicates are recognised."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Templates: the paper's text, the tokenizer's chat template against transformers, and boundaries."""
+"""Templates: the paper's text, chat templates compared with transformers, and boundaries of pieces."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,7 +146,7 @@ def test_chat_target_ends_with_end_of_sequence(chat: Renderer) -> None:
     assert ids == [*chat.tokenizer.encode("Fine."), chat.tokenizer.eos_id]
 
 
-def test_end_of_sequence_is_added_where_the_template_ends_otherwise(tmp_path: Path) -> None:
+def test_end_of_sequence_is_added_if_the_template_writes_none(tmp_path: Path) -> None:
     renderer = chat_renderer(tmp_path, CHATML, eos_token="<|pad|>")
     ids = renderer.target(QUESTION, "Fine.")
     assert ids[-1] == renderer.tokenizer.eos_id

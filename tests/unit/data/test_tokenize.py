@@ -1,4 +1,4 @@
-"""Tokenised rows: content, length policy, the cache, and what happens when it is damaged or shared."""
+"""Tokenised rows: content, length policy, and the cache, also when it is damaged or shared."""
 
 import itertools
 import os
@@ -118,7 +118,7 @@ def test_long_prompts_are_dropped_on_request(renderer: Renderer, cache: Path, ca
     rows = [training_row(0, "word " * 90), training_row(1)]
     made = tokenize_samples(rows, renderer, DataSection(max_length=32, too_long=TooLong.drop), cache)
     tokenize_samples(rows[1:], renderer, DataSection(max_length=32), cache)
-    assert caplog.messages == ["1 of 2 rows, 0 cut, left out: 1 too_long", "1 of 1 rows, 0 cut"]
+    assert caplog.messages == ["1 of 2 rows, 0 truncated, left out: 1 too_long", "1 of 1 rows, 0 truncated"]
     assert made.row_ids == ["row-1"]
     assert made.dropped == {"too_long": 1}
     assert made.weight.tolist() == [1 / 8]
@@ -141,7 +141,7 @@ def test_long_responses_are_dropped_never_cut(too_long: TooLong, renderer: Rende
     assert made.dropped == {"response_too_long": 1}
 
 
-def test_the_request_for_the_answer_is_never_cut(renderer: Renderer, cache: Path) -> None:
+def test_the_generation_prompt_is_never_cut(renderer: Renderer, cache: Path) -> None:
     condition = "<rm_score>5.0"
     row = training_row(0, "Hello " * 9, "Fine", condition=condition)
     target = renderer.target(row.sample.prompt, "Fine")
@@ -172,7 +172,7 @@ def test_a_pair_is_cut_and_dropped_as_a_whole(renderer: Renderer, cache: Path) -
 def test_an_answer_is_cut_or_dropped_as_the_other_one_of_its_pair(
     too_long: TooLong, renderer: Renderer, cache: Path
 ) -> None:
-    # The first would fit with its chosen answer alone; the last fits with neither cut.
+    # The first would fit with its chosen answer alone; the last fits without truncation.
     texts = [("x " * 12, "fine", "a much longer answer, " * 3), ("x " * 60, "fine", "a longer one")]
     texts += [("Hi", "a", "b" * 99), ("Hi", "a", "b")]
     pairs = [preference_pair(i, *text) for i, text in enumerate(texts)]
@@ -183,7 +183,7 @@ def test_an_answer_is_cut_or_dropped_as_the_other_one_of_its_pair(
     for i in range(len(both)):
         assert row_of(alone, 2 * i) == row_of(both.chosen, i)
         assert row_of(alone, 2 * i + 1) == row_of(both.rejected, i)
-    # Each is so by itself, whatever rows are with it.
+    # The result for each row does not depend on the other rows.
     first = next(row for row in single if row.sample.id == alone.row_ids[0])
     assert row_of(tokenize_samples([first], renderer, data, cache), 0) == row_of(alone, 0)
     assert (len(both), alone.truncated) == ((3, 4) if too_long is TooLong.truncate_prompt else (1, 0))
@@ -258,7 +258,7 @@ def test_an_unwritable_cache_is_a_storage_error(renderer: Renderer, tmp_path: Pa
         tokenize_samples([training_row(0)], renderer, DataSection(), tmp_path / "file")
 
 
-def test_several_may_ask_at_once(renderer: Renderer, cache: Path) -> None:
+def test_concurrent_builds_of_the_cache(renderer: Renderer, cache: Path) -> None:
     rows = [training_row(i, f"Question {i}") for i in range(50)]
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda _: tokenize_samples(rows, renderer, DataSection(), cache), range(4)))
@@ -294,7 +294,7 @@ def test_rows_that_the_template_refuses(
     refusing = Renderer(load_tokenizer(write_hugging_face(tmp_path, chat_template=REFUSING)), Template.chat)
     rows = [training_row(0, "yes"), training_row(1, "no"), training_row(2, "well")]
     data = DataSection()
-    with pytest.raises(DataError, match=r"row row-1: chat template: never; mend the row"):
+    with pytest.raises(DataError, match=r"row row-1: chat template: never; fix the row"):
         tokenize_samples(rows, refusing, data, cache)
     told: list[dict[str, str]] = []
     made = tokenize_samples(rows, refusing, data, cache, told.append)
@@ -332,10 +332,10 @@ def test_real_rows(tmp_path: Path, chat: Renderer, cache: Path) -> None:
             assert chat.tokenizer.decode(target) == getattr(by_id[made.row_ids[i]], text).strip()
 
 
-def test_long_work_says_how_it_gets_on(
+def test_long_tokenisation_reports_its_progress(
     renderer: Renderer, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As if every look at the clock came twenty seconds after the one before."""
+    """Simulate a clock that advances 20 seconds at every reading."""
     clock = itertools.count(step=20.0)
     monkeypatch.setattr("offline_align.progress.time.monotonic", lambda: next(clock))
     monkeypatch.setattr(tokenize, "ROWS_PER_BATCH", 2)

@@ -1,4 +1,4 @@
-"""Tokenizers: ids, special strings in text, files, and every way in which a file can be unusable."""
+"""Tokenizers: ids, special strings in text, files, and all kinds of unusable files."""
 
 import json
 from pathlib import Path
@@ -161,7 +161,7 @@ def test_saved_truncation_and_padding_are_off(tmp_path: Path) -> None:
     assert after.content_hash == before.content_hash
 
 
-def test_named_tokens_are_special_even_where_not_flagged(tmp_path: Path) -> None:
+def test_named_tokens_are_special_even_if_not_flagged(tmp_path: Path) -> None:
     folder = write_hugging_face(tmp_path, eos_token="<rm_score>")
     tokenizer = load_tokenizer(folder)
     assert "<rm_score>" in tokenizer.special_texts

@@ -12,7 +12,7 @@ from tests.small_tokenizers import write_sentencepiece
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    # Threads cost more than they bring for models of this size.
+    # Threads slow models of this size down.
     torch.set_num_threads(1)
 
 

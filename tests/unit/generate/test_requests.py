@@ -90,7 +90,7 @@ def test_several_conditions_keep_or_lose_a_prompt_together(renderer: Renderer) -
     work = build_requests([prompt("Hello")], renderer, conditions, DATA, GENERATE, nothing_refused)
     assert [(r.row, r.variant) for r in work.requests] == [(0, 0), (0, 1)]
     assert work.requests[0].context != work.requests[1].context
-    # Room for the shorter condition alone.
+    # There is room only for the shorter condition.
     short = len(work.requests[0].context)
     assert len(work.requests[1].context) > short
     data = replace(DATA, max_length=short + 1, too_long=TooLong.drop)

@@ -13,7 +13,7 @@ REQUESTS = [Request(row, 0, [1] * (1 + row * 7 % 11), 5) for row in range(100)]
 
 
 class Echo:
-    """Answers with the row, and remembers its batches."""
+    """Answers with the row number, and records its batches."""
 
     batch_size = 3
 
@@ -39,8 +39,8 @@ def test_shares_divide_the_batches() -> None:
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
-def test_what_is_left_keeps_its_batches_at_any_number_of_ranks(dp_size: int) -> None:
-    """Batches of other rows would round differently, and an answer might end otherwise."""
+def test_remaining_requests_keep_their_batches_at_any_number_of_ranks(dp_size: int) -> None:
+    """Batches with other rows would round differently and could change an answer."""
     done = {(row, 0, 0) for row in (*range(0, 100, 9), *range(40))}
     left = [batch for rank in range(dp_size) for batch in rows(share(REQUESTS, 3, done, rank, dp_size))]
     whole = rows(batches(REQUESTS, 3))
@@ -71,7 +71,7 @@ def test_a_stop_request_leaves_finished_batches_in_the_journal(tmp_path: Path) -
     assert not answer_all(engine, batches(REQUESTS, 3), journal, stop, show_progress=False)
     assert len(engine.calls) == 2
     assert len(journal.read()) == 6
-    # Another rank, which no signal has reached, leaves at its next batch.
+    # Another rank that got no signal stops at its next batch.
     other = Echo()
     assert not answer_all(other, batches(REQUESTS, 3), Journal(tmp_path, "k" * 16, 1), StopRequest(), False)
     assert len(other.calls) == 1

@@ -125,7 +125,7 @@ def test_a_short_budget_holds_for_its_row_alone(policy: Path, tokenizer: Tokeniz
     assert answers[1:] == whole[1:]
 
 
-def test_vllm_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_is_refused_if_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert engines.choose_engine(Engine.auto, Device.auto) is Engine.transformers
     with pytest.raises(ConfigError, match=r"generate\.engine=vllm: not installed"):
@@ -154,10 +154,10 @@ def test_a_broken_generation_config_is_named(tmp_path: Path) -> None:
         engines.folder_eos_ids(tmp_path)
 
 
-def test_vllm_is_refused_a_folder_that_it_would_read_otherwise(
+def test_vllm_is_refused_for_a_folder_that_it_would_load_differently(
     policy: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(policy, tmp_path / "both")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json lies beside model\.safetensors"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json is beside model\.safetensors"):
         load(folder, tokenizer, name=Engine.vllm)

@@ -1,4 +1,4 @@
-"""The vLLM engine beside the transformers engine, where vLLM and a device that its build can use are there."""
+"""The vLLM engine compared with the transformers engine, if vLLM and a device for its build are present."""
 
 import importlib.metadata
 import importlib.util
@@ -44,7 +44,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="module")
 def wide_policy(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """A random policy with heads as wide as vLLM's kernels ask for."""
+    """A random policy with the head width that vLLM's kernels need."""
     width = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
     folder = save_random_llama(tmp_path_factory.mktemp("wide"), tokenizer, 0.2, **width)
     last = frozenset({tokenizer.eos_id})
@@ -74,9 +74,9 @@ def test_greedy_answers_and_stops_are_those_of_transformers(
 ) -> None:
     expected = answers(load(Engine.transformers, wide_policy, tokenizer, device), requests)
     found = answers(load(Engine.vllm, wide_policy, tokenizer, device), requests)
-    # Kernels round differently, so that a rare near tie of two tokens may fall the other way.
+    # Kernels round differently, so a rare near tie of two tokens can resolve differently.
     assert sum(one == other for one, other in zip(found, expected, strict=True)) >= NUMBER - 1
-    # Early in the answer, so that going on to the end would show in its length.
+    # The stop string is early in the answer, so an answer that continued would be longer.
     stop = expected[0].response[1:3]
     for name in (Engine.transformers, Engine.vllm):
         cut = answers(load(name, wide_policy, tokenizer, device, stop=[stop]), requests)[0]
@@ -93,7 +93,7 @@ def test_samples_differ_by_index_and_repeat_by_seed_and_a_stop_keeps_what_is_don
     assert len({answer.response for answer in first}) == 3
     assert answers(engine, asked[::-1]) == first
 
-    # One answer is short and the others long: it is handed on alone, and the others are given up.
+    # One answer is short and the others are long: it is yielded alone, and the others are aborted.
     stop = StopRequest()
     stop.expect(1e9)
     uneven = [Request(0, 0, asked[0].context, 1), *(Request(row, 0, asked[0].context, 100) for row in range(1, 4))]
@@ -103,5 +103,5 @@ def test_samples_differ_by_index_and_repeat_by_seed_and_a_stop_keeps_what_is_don
     given_up.close()
     assert answer_all(engine, [uneven], journal, StopRequest(), show_progress=False) in (True, False)
     assert 0 < len(read_answers(journal, uneven)) <= 4
-    # What was given up takes no room: the engine goes on as new.
+    # Aborted requests free their memory, so the engine works as before.
     assert answers(engine, asked) == first

@@ -21,7 +21,7 @@ def test_equal_scores_give_a_clean_certificate() -> None:
     assert (found["pairs"], found["equal_rows"]) == (6, 4)
 
 
-def test_turned_pairs_and_crossed_thresholds_are_counted() -> None:
+def test_rank_flips_and_sign_flips_are_counted() -> None:
     first = [0.0, 1.9, 2.1, 4.0]  # the mean, which is the threshold, is 2
     found = certify(first, [0.0, 2.2, 2.1, 4.0], fit(first))
     assert found["largest_difference"] == pytest.approx(0.3)

@@ -1,4 +1,4 @@
-"""Reward statistics: values, and every numeric edge that a reward model can produce."""
+"""Reward statistics: values, and every numeric edge case that a reward model can produce."""
 
 import json
 import logging

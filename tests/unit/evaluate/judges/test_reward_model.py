@@ -9,7 +9,9 @@ import pytest
 
 from offline_align.config.runs import EvaluateRun
 from offline_align.config.sections import ComputeSection, JudgeSection, ModelSection, Precision, Template
+from offline_align.data.demo import demo_tokenizer_path
 from offline_align.data.records import Message, Sample
+from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import ConfigError
 from offline_align.evaluate.judges.reward_model import reward_model_judge
 from offline_align.label import scoring
@@ -18,8 +20,11 @@ from offline_align.model.description import ModelDescription
 
 def save_description(folder: Path, kind: Any) -> Path:
     folder.mkdir()
-    model = ModelSection(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, vocab_size=8)
-    ModelDescription(kind, model, Template.paper, "hash").save(folder)
+    tokenizer = load_tokenizer(demo_tokenizer_path())
+    tokenizer.save(folder / "tokenizer")
+    size = tokenizer.vocab_size
+    model = ModelSection(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1, vocab_size=size)
+    ModelDescription(kind, model, Template.paper, tokenizer.content_hash).save(folder)
     return folder
 
 
