@@ -35,20 +35,20 @@ def fetch_data_sets(job: Job[Any]) -> None:
     if data is None or job.stage.reads is Reads.raw_rows:  # `prepare` reads them itself
         return
     values = {key.partition("data.")[2]: value for key, value in job.config.named_files().items()}
-    changed = {k: _filed(job, f"data.{k}", v) for k, v in values.items() if k and _names_a_set(v)}
+    changed = {k: _with_files(job, f"data.{k}", v) for k, v in values.items() if k and _names_hub_data(v)}
     if changed:
         job.change_data(**changed)
 
 
-def _names_a_set(value: Any) -> bool:
+def _names_hub_data(value: Any) -> bool:
     names = value if isinstance(value, list) else [value]
     return any(isinstance(name, str) and name.startswith(HUB_PREFIX) for name in names)
 
 
-def _filed(job: Job[Any], key: str, value: Any) -> Any:
+def _with_files(job: Job[Any], key: str, value: Any) -> Any:
     if isinstance(value, list):
-        return [_filed(job, key, name) for name in value]
-    return str(_file_of(job, key, value)) if _names_a_set(value) else value
+        return [_with_files(job, key, name) for name in value]
+    return str(_file_of(job, key, value)) if _names_hub_data(value) else value
 
 
 def _file_of(job: Job[Any], key: str, name: str) -> Path:

@@ -161,7 +161,7 @@ class Job[R: Run]:
             to_do = not self.is_finished()
             broken = lineage.incomplete_outputs(self.run_dir, lineage.read_manifest(self.run_dir))
             if broken:
-                logger.warning("%s: %s is missing or cut short and is made again", self.run_dir, ", ".join(broken))
+                logger.warning("%s: %s is missing or incomplete and is written again", self.run_dir, ", ".join(broken))
             key = self.settings.continuation if continued else self.settings.key
             with effort.recorded(self.run_dir, key) if to_do else contextlib.nullcontext():
                 yield to_do

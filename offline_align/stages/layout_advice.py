@@ -9,7 +9,7 @@ from offline_align.estimate.step_time import Layout, StepTime, Work, fastest_lay
 
 _GIB = 2**30
 # Smaller gains are within the error of the estimate.
-_WORTH_SAYING = 1.05
+_SMALLEST_GAIN = 1.05
 
 
 def layout_advice(config: TrainRun, model: ModelSection, sizes: ModelSizes) -> list[tuple[str, str]]:
@@ -60,8 +60,8 @@ def _verdict(asked: Layout, best: Layout | None, where: str) -> str:
     if not asked.fits:
         needed = f"{asked.memory_bytes / _GIB:.0f} GiB a rank"
         return f"does not fit {where} ({needed}); the fastest that fits: {words} ({size})"
-    if gain < _WORTH_SAYING:
-        return f"fits {where}; none that fits is more than {_WORTH_SAYING - 1:.0%} faster"
+    if gain < _SMALLEST_GAIN:
+        return f"fits {where}; none that fits is more than {_SMALLEST_GAIN - 1:.0%} faster"
     return f"fits {where}, but {words} is about {gain:.2f} times as fast ({size})"
 
 

@@ -52,7 +52,7 @@ def _prepare(job: Job[PrepareRun], sources: list[Source]) -> tuple[dict[str, int
     config, run_dir, bad_rows = job.config, job.run_dir, job.bad_rows()
     result = prepare_rows(sources, config.prepare, config.run.seed, bad_rows)
     outputs = write_rows(result, run_dir)
-    _say_what_is_missing(config, result, bad_rows)
+    _warn_of_missing_rows(config, result, bad_rows)
     summary = {name: len(result.files[name]) for name in FILES}
     if any(source.is_demo for source in sources):
         rows = demo_prompts(config.prepare.demo_prompt_rows, config.run.seed)
@@ -65,7 +65,7 @@ def _prepare(job: Job[PrepareRun], sources: list[Source]) -> tuple[dict[str, int
     return summary, [*outputs, run_dir / REPORT]
 
 
-def _say_what_is_missing(config: PrepareRun, result: Preparation, bad_rows: BadRows) -> None:
+def _warn_of_missing_rows(config: PrepareRun, result: Preparation, bad_rows: BadRows) -> None:
     """Warn of rows that were left out, and of an empty side of the split."""
     bad_rows.report(logger)
     dropped = sum((counts.dropped for counts in result.inputs), Counter[str]())

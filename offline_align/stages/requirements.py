@@ -23,7 +23,7 @@ def problems(job: Job[Any]) -> tuple[list[str], ModelSection | None]:
     """Return the problems of a job, and the architecture that will run, if it is known."""
     stage, config = job.stage, job.config
     found = _condition(config) + _nodes(job) + _overrides(config)
-    if _awaits_jobs(job):
+    if _waits_for_jobs(job):
         return found, None  # their files do not exist yet; the job checks again when it starts
     found += _files(job) + stage.problems(job)
     if not isinstance(config, ModelRun):
@@ -44,7 +44,7 @@ def problems(job: Job[Any]) -> tuple[list[str], ModelSection | None]:
 def _files(job: Job[Any]) -> list[str]:
     config, key = job.config, job.stage.data_key
     missing = []
-    if key is not None and config.named_files()[key] is None and not _may_lack_data(config):
+    if key is not None and config.named_files()[key] is None and not _data_is_optional(config):
         what = "training rows" if job.stage.recipe else "read"
         missing.append(f"{key} is not set: give the file or files {'of' if job.stage.recipe else 'to'} {what}")
     if missing and job.stage.reads is Reads.raw_rows:
@@ -56,7 +56,7 @@ def _files(job: Job[Any]) -> list[str]:
     return missing
 
 
-def _may_lack_data(config: Run) -> bool:
+def _data_is_optional(config: Run) -> bool:
     """Return whether data is optional: in a dry run of training, or a report without answers."""
     if isinstance(config, EvaluateRun):
         return not (config.judge.calibration is None and config.evaluate.runs is None)
@@ -80,7 +80,7 @@ def _nodes(job: Job[Any]) -> list[str]:
     ]
 
 
-def _awaits_jobs(job: Job[Any]) -> bool:
+def _waits_for_jobs(job: Job[Any]) -> bool:
     """Return whether the run is submitted after jobs that write its inputs."""
     return job.launcher is not None and job.launcher.dependency is not None and launched() is None
 
@@ -121,4 +121,4 @@ def _wandb(config: Run) -> list[str]:
     project = trainer.wandb_project if trainer else None
     if project is None or importlib.util.find_spec("wandb") is not None:
         return []
-    return [f"trainer.wandb_project={project}: wandb is missing; pip install '.[wandb]', or leave it unset"]
+    return [f"trainer.wandb_project={project}: wandb is not installed; pip install '.[wandb]', or leave it unset"]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Share of repeated tokens above which the hint is logged.
-_WORTH_GROUPING = 0.1
+_GROUPING_HINT_SHARE = 0.1
 
 
 def run(job: Job[TrainRun]) -> int:
@@ -54,7 +54,7 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
     valid, _ = _source(job, "valid", recipe.valid, renderer, ranks, bad_rows)
     assert data is not None
     if ranks.is_main and data.share_prompts and not config.data.group_by_prompt:
-        _say_what_grouping_saves(data.repeated_share())
+        _log_grouping_gain(data.repeated_share())
     trainer = _assemble(job, data, valid, ranks)
     with stop_requests(config.trainer.max_time) as stop:
         state = trainer.fit(stop)
@@ -70,8 +70,8 @@ def _recipe(job: Job[TrainRun]) -> Recipe:
     return job.stage.recipe
 
 
-def _say_what_grouping_saves(share: float) -> None:
-    if share >= _WORTH_GROUPING:
+def _log_grouping_gain(share: float) -> None:
+    if share >= _GROUPING_HINT_SHARE:
         fix = "data.group_by_prompt=true puts the rows of a prompt into one step and computes it once"
         logger.info("data.train: %.0f %% of the tokens are repeated prompts; %s", 100 * share, fix)
 
