@@ -1,1 +1,1 @@
-"""Thin mains, one a command: prepare, build the parts by name, run one body, write the manifest."""
+"""The commands: a record and a body for each (`registry`), and the owner of a run (`job`)."""

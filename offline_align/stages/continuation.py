@@ -1,6 +1,7 @@
-"""Going on with an unfinished run: which settings have changed since it began, and what becomes of that.
+"""Continuing an unfinished run: which settings have changed, and whether they may.
 
-`settings.jsonl` in the run folder has a line for the beginning and one for every attempt whose settings differed.
+`settings.jsonl` in the run folder has a line for the first attempt and one for every later attempt
+with other settings.
 """
 
 import json
@@ -19,31 +20,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunKey:
-    """The keys of a run that is under way."""
+    """The keys of an unfinished run."""
 
     content: str
-    """Key of the settings that it goes on with."""
+    """Content key of the current settings."""
     continuation: str
-    """Key of what may not change on the way."""
+    """Key of the settings that may not change between attempts."""
     changes: list[dict[str, Any]] = field(default_factory=list)
-    """What has changed on the way, and after which step."""
+    """Changed settings, with the step after which they changed."""
 
     @property
     def finished(self) -> str:
-        """The key that the manifest gets."""
+        """The key for the manifest."""
         return finished_key(self.content, self.changes)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the manifest says of changes."""
+        """The changes, for the `extra` of the manifest."""
         return {CHANGES: self.changes} if self.changes else {}
 
 
 def begin_or_continue(run_dir: Path, settings: RunSettings, given: dict[str, Any]) -> RunKey:
-    """Return the keys of a run that is begun, or continued with settings that allow it, and record them.
+    """Return the keys of a run that begins or continues, and record its settings.
 
-    `given` are the settings as the user wrote them, by dotted keys. Raises ConfigError with a line for each changed
-    setting that cannot be continued with, StorageError.
+    `given` are the settings as the user wrote them, by dotted keys. Raises ConfigError with a line for
+    each setting that may not change, StorageError.
     """
     step = _steps_done(run_dir)
     lines = _read(run_dir / FILE_NAME) if step is not None else []
@@ -66,11 +67,11 @@ def _key(settings: RunSettings, lines: list[dict[str, Any]]) -> RunKey:
 
 
 def _changes(last: dict[str, Any], now: dict[str, Any], run_dir: Path, step: int | None) -> dict[str, Any]:
-    """Return old and new value of each changed setting; ConfigError where one of them cannot be continued with."""
+    """Return the old and new value of each changed setting; ConfigError if one may not change."""
     before, after = last["settings"], now["settings"]
     wrong = refused(before, after)
     problems = [_problem(key, last["given"], now["given"], why) for key, why in sorted(wrong.items())]
-    # Files have no key of their own where the one that names them says it already.
+    # Inputs and parents are left out, because the keys that name them are reported too.
     named = [line for key, line in zip(sorted(wrong), problems, strict=True) if key not in ("inputs", "parents")]
     length = after.get("trainer.max_steps")
     if step is not None and isinstance(length, int) and length < step:
@@ -79,12 +80,12 @@ def _changes(last: dict[str, Any], now: dict[str, Any], run_dir: Path, step: int
         named = ["the files of data and models have other content than when this run began"]
     if named:
         raise ConfigError(
-            [f"{line}; to continue go back to it, or choose another folder than run.dir={run_dir}" for line in named]
+            [f"{line}; restore it to continue, or choose another folder than run.dir={run_dir}" for line in named]
         )
     found = {key: [before.get(key), after.get(key)] for key in sorted(before.keys() | after.keys())}
     found = {key: pair for key, pair in found.items() if pair[0] != pair[1]}
     for key, (old, new) in found.items():
-        logger.warning("%s=%s: was %s until now; the run goes on with it after step %s", key, new, old, step)
+        logger.warning("%s=%s: was %s until now; the run continues with it after step %s", key, new, old, step)
     return found
 
 
@@ -96,7 +97,7 @@ def _problem(key: str, before: dict[str, Any], after: dict[str, Any], why: str) 
 
 
 def _steps_done(run_dir: Path) -> int | None:
-    """Return the step of the newest checkpoint, 0 where a journal has results, None where nothing is done yet."""
+    """Return the step of the newest checkpoint, 0 if only a journal has results, otherwise None."""
     steps = [int(folder.name[5:]) for folder in run_dir.glob("checkpoints/step_*") if folder.name[5:].isdigit()]
     results = any(part.stat().st_size for part in run_dir.glob("journal/*/part_*.jsonl"))
     return max(steps, default=0 if results else None)
@@ -115,6 +116,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values as they come back from JSON."""
+    """Return the values after a round trip through JSON."""
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain

@@ -1,4 +1,4 @@
-"""`convert`: Hugging Face form to ours and back, written into `run.dir`."""
+"""`convert`: the Hugging Face form of a model to ours, and back."""
 
 import logging
 from pathlib import Path
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 def run(job: Job[ConvertRun]) -> int:
-    """Write the other form of `init.from`; returns the exit code.
+    """Write the other form of `init.from` into `run.dir`; return the exit code.
 
-    Raises ConfigError if it has that form already.
+    Raises ConfigError if the model has that form already.
     """
     config = job.config
     _check(config, job.source)
@@ -48,7 +48,7 @@ def _convert(job: Job[ConvertRun], ranks: "Ranks") -> None:
 
 
 def _check_numbers(config: ConvertRun, source: ModelSource, ranks: "Ranks") -> dict[str, Any]:
-    """Compare ours with `transformers` on the Hugging Face side; return what the manifest says of it."""
+    """Compare our numbers with those of `transformers`; return the result for the manifest."""
     from offline_align.convert.check import compare
 
     folder = source.folder if source.form is Form.huggingface else None
@@ -72,7 +72,7 @@ def _check(config: ConvertRun, source: ModelSource) -> None:
     ranks = world_size(config.launcher.nproc_per_node, config.launcher.nodes)
     if ranks > 1:
         problems.append(
-            f"launcher.nproc_per_node: {ranks} ranks; convert runs on one, and what it writes loads at any "
+            f"launcher.nproc_per_node: {ranks} ranks; convert runs on one, and its output loads at any "
             "layout; use launcher.nproc_per_node=1"
         )
     try:

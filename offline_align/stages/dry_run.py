@@ -1,4 +1,4 @@
-"""What `dry_run=true` prints: ranks, batches, parameters, memory and the launch command, without a GPU."""
+"""The output of `dry_run=true`: ranks, batches, parameters, memory and the launch command."""
 
 import sys
 
@@ -25,7 +25,7 @@ _GIB = 2**30
 
 
 def print_training_dry_run(job: Job[TrainRun]) -> None:
-    """Print the plan of a training run."""
+    """Print the dry run of a training stage."""
     stage, config, model = job.stage, job.config, _model(job)
     assert stage.recipe is not None
     sizes = model_sizes(model, model.vocab_size or 0, scalar_head=stage.recipe.makes == "reward_model")
@@ -56,7 +56,7 @@ def print_training_dry_run(job: Job[TrainRun]) -> None:
 
 
 def print_label_dry_run(job: Job[LabelRun]) -> None:
-    """Print the plan of a labelling run."""
+    """Print the dry run of `label`."""
     config, model = job.config, _model(job)
     sizes = model_sizes(model, model.vocab_size or 0, scalar_head=True)
     ranks = _ranks(config)

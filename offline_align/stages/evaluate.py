@@ -1,4 +1,4 @@
-"""`evaluate`: several generation files and a judge become tables, intervals and a page."""
+"""`evaluate`: compare generation files with a judge; write tables, intervals and a page."""
 
 import contextlib
 import math
@@ -38,15 +38,15 @@ from offline_align.lineage.manifest import describe_parent
 from offline_align.stages.job import Job
 from offline_align.stages.output import show
 
-# What judges leave in the run folder beside the report.
+# Files that judges write into the run folder, besides the report.
 RECORDS = ("verdicts.jsonl", "rating.html", "ratings*.jsonl")
 
 
 def run(job: Job[EvaluateRun]) -> int:
     """Write report.json, report.md and report.html into `run.dir`, print the result and return 0.
 
-    All ranks run reward models and policies; one rank does everything else. Raises ConfigError, DataError,
-    StorageError, and StoppedEarly if the judge is not done yet.
+    All ranks run reward models and policies; rank 0 does everything else. Raises ConfigError,
+    DataError, StorageError, and StoppedEarly if the judge has not finished.
     """
     config = job.config
     files = input_paths(config.data.input, "data.input") if config.data.input is not None else []
@@ -62,7 +62,7 @@ def run(job: Job[EvaluateRun]) -> int:
         return 0
     if job.is_finished():
         return 0
-    # What another job has finished in this very moment is made again: the other ranks are at it already.
+    # If another job has just finished this run, repeat it: the other ranks have already started.
     with job.held() if is_main else contextlib.nullcontext():
         material = _read(config, files, job.bad_rows(writes=is_main))
         scored = _score(config, judge, second, material, is_main) if judge else _Scored()
@@ -72,7 +72,7 @@ def run(job: Job[EvaluateRun]) -> int:
 
 
 def problems(job: Job[EvaluateRun]) -> list[str]:
-    """Return what is wrong with the reward models that judge."""
+    """Return the problems of the reward models that judge."""
     config = job.config
     if config.evaluate.runs is not None and not config.judges:
         return []
@@ -90,7 +90,7 @@ def problems(job: Job[EvaluateRun]) -> list[str]:
 
 
 def _reward_model(key: str, source: str, config: EvaluateRun) -> tuple[list[str], Template | None]:
-    """Return what is wrong with the reward model that `key` names, and its template."""
+    """Return the problems of the reward model that `key` names, and its template."""
     try:
         return [], open_reward_model(source, key, config.data.template).description.template
     except ConfigError as error:
@@ -99,7 +99,7 @@ def _reward_model(key: str, source: str, config: EvaluateRun) -> tuple[list[str]
 
 @dataclass(frozen=True, slots=True)
 class _Material:
-    """What is judged: answers of the methods, pairs that people have judged, or both."""
+    """The material to judge: answers of the methods, pairs judged by people, or both."""
 
     comparison: Comparison | None
     pairs: list[JudgedPair]
@@ -125,7 +125,10 @@ def _read(config: EvaluateRun, files: list[Path], bad_rows: BadRows) -> _Materia
 def _score(
     config: EvaluateRun, judge: Judge, second: RewardModelJudge | None, material: _Material, is_main: bool
 ) -> _Scored:
-    """Score everything in one go, so that a model is loaded once; only models of ours need all ranks."""
+    """Score answers and pairs in one call, so that a model is loaded once.
+
+    Only reward models use all ranks.
+    """
     answers = material.comparison.samples() if material.comparison else []
     asked = [*answers, *both_orders(material.pairs)]
     takes_part = is_main or isinstance(judge, RewardModelJudge)
@@ -134,7 +137,7 @@ def _score(
     if comparison := material.comparison:
         judgement = Judgement(judge.name, _table(scores[: len(answers)], comparison), judge.describe())
         others = _table(second.score(answers), comparison) if second else None
-        # The ranks are there where a reward model was run; other judges need none, and policies are large.
+        # Policies are large, so they are run only if the ranks are running a reward model anyway.
         on_ranks = isinstance(judge, RewardModelJudge) or second is not None
         divergence = measure_divergence(comparison, config) if on_ranks and config.evaluate.divergence else None
     if material.pairs:
@@ -171,13 +174,13 @@ def _assemble(job: Job[EvaluateRun], material: _Material, scored: _Scored, judge
 def _compared(config: EvaluateRun, material: _Material, scored: _Scored) -> Compared | None:
     if material.comparison is None or scored.judgement is None:
         return None
-    # Shown beside another judge's scores; as the judge it is the scores.
+    # True quality is shown beside the scores of another judge; here it is the scores.
     quality = None if config.judge.kind is JudgeKind.ground_truth else _true_quality(material.comparison)
     return Compared(material.comparison, scored.judgement, quality)
 
 
 def _bare_results(config: EvaluateRun, judge: Judge | None) -> dict[str, Any]:
-    """Return what a report without a comparison says of itself."""
+    """Return the results of a report without a comparison."""
     return {
         "format": FORMAT,
         "judge": {"name": judge.name, **judge.describe()} if judge else None,
@@ -211,7 +214,7 @@ def _evidence(
 
 
 def _true_quality(comparison: Comparison) -> Floats | None:
-    """Return the known quality of all answers where every prompt is of the demo corpus."""
+    """Return the true quality of all answers, or None if a prompt is not from the demo corpus."""
     if not all(is_demo_prompt(prompt.prompt) for prompt in comparison.prompts):
         return None
     scores = GroundTruthJudge().score(comparison.samples())

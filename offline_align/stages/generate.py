@@ -1,4 +1,4 @@
-"""`generate`: a policy answers prompts, greedily by default (the paper's evaluation), on all ranks."""
+"""`generate`: a policy answers prompts on all ranks, by default greedily as in the paper."""
 
 import logging
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def run(job: Job[GenerateRun]) -> int:
-    """Write `generations.jsonl`, an answer (or `generate.n`) to every prompt; returns the exit code.
+    """Write `generations.jsonl` with `generate.n` answers to every prompt; return the exit code.
 
-    A run that was interrupted goes on where it was. Raises ConfigError before anything is started,
-    StoppedEarly if a signal or `trainer.max_time` ended it.
+    An interrupted run continues with the missing answers. Raises ConfigError before anything is
+    started, StoppedEarly if a signal or `trainer.max_time` ended it.
     """
     from offline_align.generate.engines import choose_engine
 
@@ -56,14 +56,14 @@ def run(job: Job[GenerateRun]) -> int:
 
 
 def asked_text(condition: Condition | None) -> str:
-    """Return the text that asks for a reward, or nothing for no condition."""
+    """Return the text of a condition, empty for None."""
     return condition.text if condition else ""
 
 
 def requested_conditions(source: ModelSource, target_reward: float | Sequence[float] | None) -> list[Condition | None]:
-    """Return the conditions that every prompt is asked under: one for each target reward, None for no condition.
+    """Return the conditions for every prompt: one for each target reward, None for no condition.
 
-    Raises ConfigError naming `method.target_reward`, also where two targets are the same text.
+    Raises ConfigError naming `method.target_reward`, also if two targets give the same text.
     """
     targets = target_reward if isinstance(target_reward, Sequence) else [target_reward]
     conditions = [requested_condition(source, target) for target in targets]
@@ -72,16 +72,16 @@ def requested_conditions(source: ModelSource, target_reward: float | Sequence[fl
         first = texts.index(text)
         if first < k:
             raise ConfigError(
-                f"method.target_reward={targets[k]}: asks for {text!r} as {targets[first]} does; leave one out"
+                f"method.target_reward={targets[k]}: gives the same text {text!r} as {targets[first]}; leave one out"
             )
     return conditions
 
 
 def requested_condition(source: ModelSource, target_reward: float | None) -> Condition | None:
-    """Return the condition of a Conditional Alignment policy with the reward that is asked for, else None.
+    """Return the condition for a Conditional Alignment policy, None for any other policy.
 
-    Raises ConfigError naming `method.target_reward` where it is unknown, out of range, or given for a policy
-    that was not trained with rewards.
+    Raises ConfigError naming `method.target_reward` if the reward is unknown, out of range, or given
+    for a policy that was not trained with rewards.
     """
     trained = source.description.condition
     if trained is None and source.description.method == "ca" and target_reward is not None:
@@ -145,7 +145,10 @@ def _answer_missing(
     ranks: "Ranks",
     end_ids: frozenset[int],
 ) -> None:
-    """Answer what the journal lacks, each rank its share; raises StoppedEarly, on all ranks, on request."""
+    """Generate the answers that the journal lacks, each rank its share.
+
+    Raises StoppedEarly on all ranks if one was asked to stop.
+    """
     from offline_align.distributed.stopping import stop_requests
     from offline_align.generate.runner import answer_all, share
 
@@ -187,13 +190,13 @@ def _load_engine(job: Job[GenerateRun], engine: EngineName, ranks: "Ranks", end_
 
 
 def _facts(source: ModelSource, conditions: list[Condition | None], work: Workload) -> dict[str, Any]:
-    """Return what the manifest says of the answers."""
+    """Return the facts about the answers for the manifest."""
     condition = conditions[0] if len(conditions) == 1 else None
     return {
         "method": source.description.method,
         "condition": None if condition is None else asdict(condition),
         "target_reward": None if condition is None else condition.target_reward,
-        # Which target each condition of the rows stands for.
+        # The target of each condition that occurs in the rows.
         "targets": {one.text: one.target_reward for one in conditions if one is not None},
         "answers": len(work.requests),
         "truncated": work.truncated,

@@ -1,4 +1,4 @@
-"""What `generate dry_run=true` prints: policy, ranks, engine, condition and the launch command."""
+"""The output of `generate dry_run=true`: policy, ranks, engine, condition and launch command."""
 
 import sys
 
@@ -13,7 +13,7 @@ from offline_align.stages.output import show
 
 
 def print_generate_dry_run(config: GenerateRun, source: ModelSource, condition: str, engine: str) -> None:
-    """Print the plan of a generation run; nothing is loaded or written."""
+    """Print the dry run of `generate`, without loading or writing anything."""
     settings = config.generate
     world = world_size(config.launcher.nproc_per_node, config.launcher.nodes)
     sizes = model_sizes(source.model, source.model.vocab_size or 0)

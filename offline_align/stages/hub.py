@@ -1,6 +1,6 @@
-"""Data sets of the hub as the input of any stage: each is read once, into a file of rows of ours in the run's cache.
+"""Hub data sets as the input of any stage: each is read once, into a file in the run's cache.
 
-From there on they are files like all others, with a content hash and a place in the manifest.
+From then on they are files like all others, with a content hash and an entry in the manifest.
 """
 
 import hashlib
@@ -27,32 +27,32 @@ _LONGEST_WAIT_SECONDS = 3600
 
 
 def fetch_data_sets(job: Job[Any]) -> None:
-    """Put a file in the place of each `hf:` name of the data that a job reads.
+    """Replace each `hf:` name in the data of a job with the path of its file.
 
-    Raises ConfigError if a data set cannot be loaded, DataError for rows that are none of ours.
+    Raises ConfigError if a data set cannot be loaded, DataError for rows in an unknown form.
     """
     data = section(job.config, DataSection)
     if data is None or job.stage.reads is Reads.raw_rows:  # `prepare` reads them itself
         return
     values = {key.partition("data.")[2]: value for key, value in job.config.named_files().items()}
-    changed = {k: _filed(job, f"data.{k}", v) for k, v in values.items() if k and _names_a_set(v)}
+    changed = {k: _with_files(job, f"data.{k}", v) for k, v in values.items() if k and _names_hub_data(v)}
     if changed:
         job.change_data(**changed)
 
 
-def _names_a_set(value: Any) -> bool:
+def _names_hub_data(value: Any) -> bool:
     names = value if isinstance(value, list) else [value]
     return any(isinstance(name, str) and name.startswith(HUB_PREFIX) for name in names)
 
 
-def _filed(job: Job[Any], key: str, value: Any) -> Any:
+def _with_files(job: Job[Any], key: str, value: Any) -> Any:
     if isinstance(value, list):
-        return [_filed(job, key, name) for name in value]
-    return str(_file_of(job, key, value)) if _names_a_set(value) else value
+        return [_with_files(job, key, name) for name in value]
+    return str(_file_of(job, key, value)) if _names_hub_data(value) else value
 
 
 def _file_of(job: Job[Any], key: str, name: str) -> Path:
-    """Return the file of a data set, which rank 0 makes; the others wait for it, as there are no groups yet."""
+    """Return the file of a data set; rank 0 writes it, and the others poll, before groups exist."""
     if job.config.data.cache_dir is None and not job.has_run_dir:
         raise ConfigError(f"{key}={name}: give run.dir or data.cache_dir, into which it can be read")
     readable = re.sub(r"[^\w.]+", "-", name.removeprefix(HUB_PREFIX))[-60:].strip("-")
@@ -76,7 +76,7 @@ def _make(path: Path, job: Job[Any], key: str, name: str) -> None:
     try:
         count = write_jsonl(path, _rows(job, bad_rows, counts))
     except ConfigError as error:
-        # The reader knows it as an input of `prepare`.
+        # The reader names the key of `prepare`.
         raise ConfigError(str(error).replace("data.input=", f"{key}=", 1)) from error
     bad_rows.report(logger)
     counts.say(logger)
@@ -85,10 +85,10 @@ def _make(path: Path, job: Job[Any], key: str, name: str) -> None:
 
 
 def _rows(job: Job[Any], bad_rows: BadRows, counts: InputCounts) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a data set in our form; prompts to be answered have no other and stay as they are."""
+    """Yield the rows of a data set in our form. Prompts for `generate` stay unchanged."""
     name = counts.name
     lines = read_source(Source(name, None), bad_rows, None)
     if job.stage.reads is Reads.prompts:
-        # Where one row has an id, `datasets` gives all others an empty one.
+        # If one row has an id, `datasets` gives all others an empty one.
         return (line.value | {"id": line.value.get("id") or f"{name}:{line.number}"} for line in lines)
     return (converted.row for converted in convert(lines, None, bad_rows, counts))

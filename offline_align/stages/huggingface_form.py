@@ -1,4 +1,4 @@
-"""A checkpoint of ours in Hugging Face form: what `convert` writes, and what `generate` runs."""
+"""Checkpoints in Hugging Face form: `convert` writes them, `generate` runs them."""
 
 import shutil
 import uuid
@@ -17,11 +17,11 @@ from offline_align.train import checkpoint, safe_unpickling
 
 
 def build(source: ModelSource, ranks: Ranks, bf16: bool) -> Any:
-    """Return the model of `source` with its weights, whole on this rank. All ranks call it together."""
+    """Return the model of `source` with its weights, whole on each rank. All ranks must call it."""
     from offline_align.config.sections import Backend, ParallelSection
     from offline_align.model.build import build_model
 
-    # Its names are those of the tables, wherever Transformer Engine is installed too.
+    # The name tables describe this backend, even if Transformer Engine is installed.
     section = replace(source.model, backend=Backend.torch)
     model = build_model(source.kind, section, ParallelSection(), ranks.device, bf16)
     source.load_into(model, ranks)
@@ -31,10 +31,11 @@ def build(source: ModelSource, ranks: Ranks, bf16: bool) -> Any:
 def write(
     source: ModelSource, target: Path, ranks: Ranks, max_shard_size: str = "5GB", evaluation: Path | None = None
 ) -> list[Path]:
-    """Write the checkpoint of `source` into `target` and return its files. All ranks call it together.
+    """Write the checkpoint of `source` into `target` and return its files. All ranks must call it.
 
-    Weights keep the precision that they were saved in; the table of an `evaluation` run goes into the model card.
-    Raises StorageError for a damaged checkpoint or a failed write, ConfigError for an evaluation of other models.
+    Weights keep the precision that they were saved in. The table of an `evaluation` run goes into the
+    model card. Raises StorageError for a damaged checkpoint or a failed write, ConfigError for an
+    evaluation of other models.
     """
     assert source.folder is not None
     model = build(source, ranks, _saved_in_bf16(source.folder, ranks))
@@ -54,14 +55,14 @@ def _saved_in_bf16(folder: Path, ranks: Ranks) -> bool:
 
 
 def cached(source: ModelSource, cache: Path, ranks: Ranks) -> Path:
-    """Return a Hugging Face folder with the policy of `source`: its own, or one below `cache`.
+    """Return a Hugging Face folder with the policy of `source`: its own, or one in `cache`.
 
-    The folder is named after the content of the checkpoint and appears whole or not at all; one that is
-    there is used again. All ranks call it together.
+    A cached folder is named after the content of the checkpoint, appears whole or not at all, and is
+    used again. All ranks must call it.
     """
     assert source.folder is not None
     if source.form is Form.huggingface:
-        weight_files(source.folder)  # refuses pickles, and an index that leads out of the folder
+        weight_files(source.folder)  # refuses pickles and an index that points outside the folder
         return source.folder
     folder = cache / checkpoint.digest(source.folder)[:16]
     if ranks.broadcast(folder.is_dir()):

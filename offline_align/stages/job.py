@@ -1,6 +1,7 @@
-"""One run of a stage and its owner: what it reads, its key, its folder, its ranks and its end.
+"""One run of a stage: what it reads, its key, its folder, its ranks and its end.
 
-A job resolves the model once, hashes every input once, holds the folder while it works, and writes the manifest last.
+A job resolves the model once, hashes each input once, holds the lock of the run folder while it
+works, and writes the manifest last.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ QUARANTINE = "quarantine.jsonl"
 
 
 class Job[R: Run]:
-    """A stage, its configuration and the keys that the user set."""
+    """A run of `stage` with `config`; `explicit` are the keys that the user set."""
 
     def __init__(self, stage: Stage, config: R, explicit: frozenset[str] = frozenset()) -> None:
         self.stage = stage
@@ -48,7 +49,7 @@ class Job[R: Run]:
         self._key: RunKey | None = None
 
     def change_data(self, **values: Any) -> None:
-        """Set keys of the data section that are known only now; what was derived from it is derived again."""
+        """Set keys of the data section, and forget everything that was derived from it."""
         config: Any = self.config
         self.config = replace(config, data=replace(config.data, **values))
         for name in ("source", "sources", "settings"):
@@ -56,17 +57,17 @@ class Job[R: Run]:
 
     @property
     def run_dir(self) -> Path:
-        """The folder that receives everything that is written."""
+        """The folder that all output goes to."""
         return Path(self.config.run.dir)
 
     @property
     def has_run_dir(self) -> bool:
-        """Whether there is one: `plan` may do without."""
+        """Whether there is a run folder; for `plan` it is optional."""
         return self.config.run.dir not in (MISSING, None)
 
     @property
     def launcher(self) -> LauncherSection | None:
-        """How ranks are started, for the stages that can have several or be a job of a cluster."""
+        """How ranks are started; None for stages that are never several ranks or a cluster job."""
         return section(self.config, LauncherSection)
 
     @property
@@ -75,17 +76,17 @@ class Job[R: Run]:
         data = section(self.config, DataSection)
         return Path(data.cache_dir) if data is not None and data.cache_dir else self.run_dir / "cache"
 
-    # ---- What it reads
+    # ---- Inputs
 
     @cached_property
     def source(self) -> ModelSource:
-        """The model of `init.from` and `model.*`; raises ConfigError with all that is wrong."""
+        """The model that `init.from` and `model.*` name. Raises ConfigError with all problems."""
         assert isinstance(self.config, ModelRun)
         return resolve(self.config, self.explicit)
 
     @property
     def inputs(self) -> list[Path]:
-        """The data files; raises ConfigError for those that are not there."""
+        """The data files. Raises ConfigError for missing ones."""
         given = {key: value for key, value in self.config.named_files().items() if value is not None}
         if self.stage.reads is Reads.raw_rows:
             sources = [source for key, value in given.items() for source in input_sources(value, key)]
@@ -94,13 +95,19 @@ class Job[R: Run]:
 
     @property
     def models(self) -> list[Path]:
-        """The models that it builds on, as checkpoint or Hugging Face folders; ConfigError for what is none."""
+        """The checkpoint or Hugging Face folders that the run builds on.
+
+        Raises ConfigError for a folder that is neither.
+        """
         named = self.config.named_models()
         return [find_model(source, key) for key, source in named.items() if source is not None]
 
     @property
     def shown_runs(self) -> list[Path]:
-        """The finished runs that `evaluate.runs` names, but for this one; ConfigError for a name of none."""
+        """The finished runs that `evaluate.runs` names, except this one.
+
+        Raises ConfigError for a folder without a finished run.
+        """
         found: list[Path] = []
         for name in self.config.named_runs():
             folder = Path(name)
@@ -114,26 +121,29 @@ class Job[R: Run]:
 
     @cached_property
     def sources(self) -> lineage.Sources:
-        """All that it reads, hashed: ask for it on one rank."""
+        """The hashes of everything that the run reads. Use it on one rank only."""
         return lineage.read_sources(self.inputs, [*self.models, *self.shown_runs])
 
     @cached_property
     def settings(self) -> lineage.RunSettings:
-        """All that determines what it produces; reads every input once."""
+        """Everything that determines the result. The first use reads every input."""
         return lineage.run_settings(self.stage.name, to_mapping(self.config), self.sources)
 
-    # ---- Its life
+    # ---- Life cycle
 
     @property
     def key(self) -> RunKey:
-        """The keys of the run, once it has begun."""
+        """The keys of the run; before it has begun, those of its settings."""
         return self._key or RunKey(self.settings.key, self.settings.continuation)
 
     def is_finished(self) -> bool:
-        """Whether the folder holds this very run complete; says so. Raises ConfigError if it holds another one."""
+        """Return whether the folder holds this run, complete, and log it if so.
+
+        Raises ConfigError if it holds another run.
+        """
         done = lineage.completed(self.run_dir, self.stage.name, self.settings.key)
         if done:
-            # A run that was killed between its manifest and its last line has left it.
+            # Left behind if the run was killed right after it wrote its manifest.
             shutil.rmtree(self.run_dir / "journal", ignore_errors=True)
             effort.forget(self.run_dir)
             logger.info("%s: %s is complete", self.stage.name, self.run_dir)
@@ -141,25 +151,25 @@ class Job[R: Run]:
 
     @contextlib.contextmanager
     def held(self, continued: bool = False) -> Iterator[bool]:
-        """Hold the run folder, one rank for all; gives whether there is still work to do.
+        """Hold the lock of the run folder, on one rank; yields whether there is work to do.
 
-        What the attempt costs is recorded, beside that of earlier attempts if the run can be `continued`.
-        Raises ConfigError if another job has it.
+        Records the effort of this attempt, in addition to earlier ones if the run can be `continued`.
+        Raises ConfigError if another job holds the lock.
         """
         with run_lock(self.run_dir, self.stage.name):
-            # Another job may have finished the run since this one looked.
+            # Another job may have finished the run in the meantime.
             to_do = not self.is_finished()
             broken = lineage.incomplete_outputs(self.run_dir, lineage.read_manifest(self.run_dir))
             if broken:
-                logger.warning("%s: %s is missing or cut short and is made again", self.run_dir, ", ".join(broken))
+                logger.warning("%s: %s is missing or incomplete and is written again", self.run_dir, ", ".join(broken))
             key = self.settings.continuation if continued else self.settings.key
             with effort.recorded(self.run_dir, key) if to_do else contextlib.nullcontext():
                 yield to_do
 
     def on_ranks(self, body: "Callable[[Ranks], None]") -> int:
-        """Run `body(ranks)` on all ranks unless the run is finished; returns the exit code 0.
+        """Run `body(ranks)` on all ranks unless the run is finished; return the exit code 0.
 
-        A process that is no rank of a launcher looks first, before it loads anything heavy.
+        Outside a launcher the check comes before any heavy import.
         """
         if launched() is None and self.is_finished():
             return 0
@@ -188,13 +198,13 @@ class Job[R: Run]:
                 body()
 
     def start_folder(self, model: ModelSection | None = None, ranks: "Ranks | None" = None) -> None:
-        """Make the run folder with `config.yaml`; with `ranks`, one of them does and all go on together.
+        """Create the run folder with `config.yaml`; with `ranks`, rank 0 does it and all wait.
 
-        `model` is the architecture that runs, if it came with the weights and not from the configuration.
+        `model` is the architecture of the loaded weights, if the configuration does not state it.
         """
         if ranks is None or ranks.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            # Else the first figure of a user would leave a list of fonts in the home folder.
+            # Otherwise the first figure would write a font cache into the home folder.
             os.environ.setdefault("MPLCONFIGDIR", str((self.run_dir / "cache" / "matplotlib").resolve()))
             own = {"model": to_mapping(replace(model, tokenizer=None))} if model is not None else {}
             lineage.write_config(self.run_dir, to_mapping(self.config) | own)
@@ -202,9 +212,10 @@ class Job[R: Run]:
             ranks.barrier()
 
     def bad_rows(self, writes: bool = True) -> BadRows:
-        """Return the policy on bad rows, one for the whole run; only one rank `writes` the quarantine file.
+        """Return the handler of bad rows, one for the whole run; one rank `writes` the quarantine.
 
-        What an earlier attempt quarantined is removed: its data may have been mended since. Raises StorageError.
+        Removes the quarantine of an earlier attempt, because its data may have been corrected since.
+        Raises StorageError.
         """
         data = section(self.config, RowDataSection)
         policy = data.on_bad_row if data is not None else OnBadRow.fail
@@ -218,9 +229,9 @@ class Job[R: Run]:
         return BadRows(policy, quarantine)
 
     def finish(self, outputs: Iterable[Path], facts: Mapping[str, Any]) -> None:
-        """Write the manifest, which says that the run is complete.
+        """Write the manifest, which marks the run as complete.
 
-        `outputs` that are not there are left out; the quarantine file is one by itself. `facts` are the stage's own.
+        Missing `outputs` are left out; the quarantine file is added. `facts` go into its `extra`.
         """
         written = [path for path in dict.fromkeys([*outputs, self.run_dir / QUARANTINE]) if path.exists()]
         extra = {**facts, **self.key.facts}

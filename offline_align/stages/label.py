@@ -1,4 +1,4 @@
-"""`label`: a reward model scores SFT rows and both answers of preference pairs (the paper's step 3)."""
+"""`label`: a reward model scores SFT rows and both answers of pairs (the paper's step 3)."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(job: Job[LabelRun]) -> int:
-    """Score every row once and write `labelled.jsonl`, its statistics and the histogram of Figure 3."""
+    """Score every row and write `labelled.jsonl`, its statistics and the histogram of Figure 3."""
     if job.config.dry_run:
         from offline_align.stages.dry_run import print_label_dry_run
 
@@ -53,7 +53,8 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
             lambda: tokenized(samples, renderer, config.data, job.cache_dir, shares, announced=True)
         )
         ranks.require_same(source.fingerprint(), "data.input")
-    # Named by content: scores of another model, other data or other tokens of the same data are never taken for these.
+    # The journal is named after its content, so scores of another model, other data or other
+    # tokens of the same data are never used.
     scored = lineage.text_sha256(f"{job.key.continuation} {source.fingerprint()}")
     journal = Journal(job.run_dir, scored, ranks.dp_rank)
     _score_missing(job, source, journal, ranks)
@@ -64,7 +65,7 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
 
 @effort.part("data")
 def _rows(job: Job[LabelRun], renderer: Renderer, bad_rows: BadRows) -> list[Sample | PreferencePair]:
-    """Return the rows that can be scored, all others being bad ones; raises DataError unless those are skipped."""
+    """Return the rows that can be scored; all others are bad. Raises DataError unless skipped."""
     files = job.inputs
     rows = list(read_samples_and_pairs(files, bad_rows))
     return leave_out_unscorable(rows, files, renderer, job.config.data, job.cache_dir, bad_rows)
@@ -72,7 +73,10 @@ def _rows(job: Job[LabelRun], renderer: Renderer, bad_rows: BadRows) -> list[Sam
 
 @effort.part("scoring")
 def _score_missing(job: Job[LabelRun], source: "SampleSource", journal: Journal, ranks: "Ranks") -> None:
-    """Score the rows that the journal lacks; raises StoppedEarly, with all scores on disk, on request."""
+    """Score the rows that the journal lacks.
+
+    Raises StoppedEarly, with all scores on disk, if a rank was asked to stop.
+    """
     from offline_align.distributed.setup import uses_bf16
     from offline_align.distributed.stopping import StopVote, stop_requests
     from offline_align.label.scoring import load_reward_model, plan_bins, score_bins
@@ -85,8 +89,8 @@ def _score_missing(job: Job[LabelRun], source: "SampleSource", journal: Journal,
     model = load_reward_model(job.source, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
     bins = plan_bins(source, config.trainer.micro_batch_size * config.data.max_length)
     left = [b for b in bins if any(row not in done for row in b)]
-    # Ranks go round by round, so that all of them leave at the same bin when one is asked to. One that has no bin in
-    # the last round votes all the same.
+    # Ranks proceed in rounds of one bin each, so that all stop at the same bin if one is asked to.
+    # A rank without a bin in the last round still votes.
     rounds = list(batched(left, ranks.dp_size))
     own = [share[ranks.dp_rank] if ranks.dp_rank < len(share) else [] for share in rounds]
     writes = ranks.tp_rank == 0 and ranks.cp_rank == 0
@@ -97,20 +101,20 @@ def _score_missing(job: Job[LabelRun], source: "SampleSource", journal: Journal,
     ):
         vote = StopVote(stop, ranks)
         with closing(score_bins(model, source, own, ranks, vote)) as scored:
-            # Fewer rounds than were planned where the vote is to stop.
+            # Fewer rounds than planned if the vote is to stop.
             for share, scores in zip(rounds, scored, strict=False):
                 for row, score in scores:
                     writer.add(row, score)
                 meter.advance(sum(map(len, share)))
         if vote.newest():
             raise StoppedEarly(f"stopped after {meter.done} of {len(source)} rows, saved: run it again")
-    # The scores of all ranks are on disk before one of them reads them.
+    # All scores must be on disk before any rank reads them.
     ranks.barrier()
 
 
 @effort.part("scoring")
 def _score_again(job: Job[LabelRun], samples: list[Sample], renderer: Renderer, ranks: "Ranks") -> dict[int, float]:
-    """Return the scores of the certificate's rows, each alone in its bin and dealt to the ranks in another order."""
+    """Return new scores of the certificate's rows, each alone in its bin and in another order."""
     from offline_align.distributed.setup import uses_bf16
     from offline_align.label.scoring import load_reward_model, score_all, tokenized
 
@@ -171,9 +175,9 @@ def _check_finite(samples: list[Sample], raw: list[float]) -> None:
 
 
 def _labelled(sample: Sample, raw: float, normalised: float) -> dict[str, Any]:
-    """Return the labelled row: the original columns in their order, then what was added.
+    """Return the labelled row: the original columns in their order, then the new ones.
 
-    A row that was labelled before keeps the id of where it came from: that of its pair, if it is the answer of one.
+    A row that was labelled before keeps its `source_id`, for example the id of its pair.
     """
     known = sample.columns.get("source_id")
     source_id = known if isinstance(known, str) and known.strip() else sample.columns.get("id") or sample.id

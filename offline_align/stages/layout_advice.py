@@ -1,4 +1,4 @@
-"""What `dry_run=true` says about the layout: time and memory of the one asked for, and a faster one if there is one."""
+"""The advice of `dry_run=true` on the layout: its time and memory, and a faster layout if any."""
 
 from offline_align.config.compose import world_size
 from offline_align.config.runs import TrainRun
@@ -8,8 +8,8 @@ from offline_align.estimate.sizes import ModelSizes
 from offline_align.estimate.step_time import Layout, StepTime, Work, fastest_layout, label_seconds, layout
 
 _GIB = 2**30
-# A gain below this is within what the arithmetic is worth.
-_WORTH_SAYING = 1.05
+# Smaller gains are within the error of the estimate.
+_SMALLEST_GAIN = 1.05
 
 
 def layout_advice(config: TrainRun, model: ModelSection, sizes: ModelSizes) -> list[tuple[str, str]]:
@@ -36,7 +36,7 @@ def layout_advice(config: TrainRun, model: ModelSection, sizes: ModelSizes) -> l
 
 
 def scoring_rate(gpu: GpuKind, sizes: ModelSizes, length: int) -> str:
-    """Return in words how fast one GPU scores full rows of `length` tokens."""
+    """Return how fast one GPU scores full rows of `length` tokens, as text."""
     node = NODES[gpu.value]
     return f"about {length / label_seconds(sizes, length, length**2, 1, node):,.0f} tokens/s on each {node.gpu}"
 
@@ -60,13 +60,13 @@ def _verdict(asked: Layout, best: Layout | None, where: str) -> str:
     if not asked.fits:
         needed = f"{asked.memory_bytes / _GIB:.0f} GiB a rank"
         return f"does not fit {where} ({needed}); the fastest that fits: {words} ({size})"
-    if gain < _WORTH_SAYING:
-        return f"fits {where}; none that fits is more than {_WORTH_SAYING - 1:.0%} faster"
+    if gain < _SMALLEST_GAIN:
+        return f"fits {where}; none that fits is more than {_SMALLEST_GAIN - 1:.0%} faster"
     return f"fits {where}, but {words} is about {gain:.2f} times as fast ({size})"
 
 
 def _changes(asked: Layout, best: Layout) -> list[str]:
-    """Return the words that turn one layout into the other."""
+    """Return the command-line words that change one layout into the other."""
     names = ("tensor_model_parallel_size", "sequence_parallel", "context_parallel_size", "use_distributed_optimizer")
     words = [
         f"parallel.{name}={str(getattr(best.parallel, name)).lower()}"

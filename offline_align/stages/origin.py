@@ -1,4 +1,4 @@
-"""The model of a run: what `init.from` names, under the settings that the user gave beside it."""
+"""The model of a run: what `init.from` names, combined with the user's other settings."""
 
 import dataclasses
 from dataclasses import replace
@@ -13,14 +13,14 @@ from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import ConfigError
 from offline_align.model.description import ModelDescription
 
-# These say how a model is run here, not what it is.
+# These keys decide how a model is run here, not what it is.
 _FREE_KEYS = {"model.tokenizer", "model.backend", "model.overrides"}
 
 
 def resolve(config: ModelRun, explicit: frozenset[str]) -> ModelSource:
-    """Return the model that `init.from` and `model.*` name; raises ConfigError with all that is wrong.
+    """Return the model that `init.from` and `model.*` name.
 
-    `explicit` are the keys that the user set.
+    `explicit` are the keys that the user set. Raises ConfigError with all problems.
     """
     found = _fresh(config) if config.init.from_ is None else _opened(config, config.init.from_, explicit)
     data = section(config, DataSection)
@@ -31,7 +31,7 @@ def resolve(config: ModelRun, explicit: frozenset[str]) -> ModelSource:
 
 
 def tokenizer_path(name: str) -> Path:
-    """Return the path of a tokenizer: the packaged one for `demo`, else `name` itself."""
+    """Return the path of a tokenizer: the packaged one for `demo`, otherwise `name` itself."""
     if name == "demo":
         from offline_align.data.demo import demo_tokenizer_path
 
@@ -71,7 +71,7 @@ def _opened(config: ModelRun, source: str, explicit: frozenset[str]) -> ModelSou
 
 
 def _merged(given: ModelSection, found: ModelSection, explicit: frozenset[str], source: str) -> ModelSection:
-    """Return the architecture of the weights; raises ConfigError for keys that the user set otherwise."""
+    """Return the architecture of the weights. Raises ConfigError if the user set other values."""
     problems = []
     for field in dataclasses.fields(ModelSection):
         key, value, own = f"model.{field.name}", getattr(given, field.name), getattr(found, field.name)
@@ -92,9 +92,9 @@ def _template(given: Template | None, source: ModelSource) -> Template:
 
 
 def _template_date(given: str | None, source: ModelSource) -> str | None:
-    """Return the day that the template writes as today's, or None if it writes none or nobody has fixed one."""
+    """Return the date that the template writes; None if it writes none or none is fixed."""
     if template_date(given):
-        return None  # the checks of the settings refuse it
+        return None  # `config.checks` reports it
     trained = source.description.template_date
     if trained is not None and given is not None and given != trained:
         raise ConfigError(

@@ -1,14 +1,14 @@
-"""What a command prints as its result: for people on a terminal, for programs in a file or a pipe."""
+"""Printing of results: formatted on a terminal, plain lines in a file or a pipe."""
 
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-# Wider than any table: a line in a file stays one line.
+# Wider than any table, so that a line in a file stays one line.
 _UNFOLDED = 10_000
 
 
 def show(*parts: RenderableType) -> None:
-    """Print tables and texts, one below the other; outside a terminal lines are neither folded nor padded."""
+    """Print tables and texts below each other; outside a terminal, without folding or padding."""
     terminal = Console()
     if terminal.is_terminal:
         for part in parts:

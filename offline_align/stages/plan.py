@@ -1,7 +1,7 @@
 """`plan`: what FA keeps, RWR weighs and CA writes, and the cost of each. No GPU, no model.
 
-Sizes are tokens where a tokenizer is known: that of `model.tokenizer`, or that of the reward model which
-the labelled file's manifest names. Otherwise they are characters, and the table says so.
+Sizes are in tokens if a tokenizer is known: `model.tokenizer`, or that of the reward model in the
+manifest of the labelled file. Otherwise they are in characters, and the table says so.
 """
 
 import json
@@ -51,7 +51,7 @@ def run(job: Job[PlanRun]) -> int:
 
 
 def _show(job: Job[PlanRun], settings: Settings, writes: bool) -> None:
-    """Print the plan, and write it into the run folder if asked to."""
+    """Print the plan; with `writes`, also write it into the run folder."""
     if writes:
         job.start_folder()
     paths, config = job.inputs, job.config
@@ -87,7 +87,7 @@ def _settings(config: PlanRun) -> Settings:
 
 
 def _renderer(config: PlanRun, paths: Sequence[Path]) -> Renderer | None:
-    """Return the renderer of `model.tokenizer`, or of a model that a labelled file came from, or None."""
+    """Return the renderer of `model.tokenizer` or of a model behind a labelled file, or None."""
     if config.model.tokenizer is not None:
         tokenizer = load_tokenizer(tokenizer_path(config.model.tokenizer))
         return Renderer(tokenizer, config.data.template or Template.paper, _day(config.data.template_date))
@@ -99,7 +99,7 @@ def _day(given: str | None) -> date | None:
 
 
 def _renderers_behind(paths: Sequence[Path], data: InputDataSection) -> Iterator[Renderer]:
-    """Yield those of the models that the manifests beside the files name, where they are still there."""
+    """Yield the renderers of the models in the manifests beside the files, if they still exist."""
     for run_dir in dict.fromkeys(path.resolve().parent for path in paths):
         manifest = lineage.read_manifest(run_dir)
         for parent in manifest.parents if manifest else []:
@@ -115,9 +115,9 @@ def _renderers_behind(paths: Sequence[Path], data: InputDataSection) -> Iterator
 def _token_sizes(
     rows: Sequence[LabelledSample], renderer: Renderer, data: DataSection
 ) -> tuple[list[LabelledSample], Sizes, Counter[str]]:
-    """Return the rows that training would not leave out, their sizes in tokens, and the others by reason.
+    """Return the rows that training keeps, their sizes, and the number of others by reason.
 
-    Rows over `data.max_length` count as cut to it. Raises DataError where no row is left.
+    Rows longer than `data.max_length` count with that length. Raises DataError if no row is left.
     """
     kept: list[LabelledSample] = []
     lengths: list[int] = []
@@ -140,7 +140,7 @@ def _token_sizes(
 
 
 def _left_out(out: Counter[str], data: DataSection) -> list[str]:
-    """Return the line that says which rows are in no count of the plan."""
+    """Return the warning about rows that the plan does not count, if there are any."""
     if not out:
         return []
     return [f"{out.total()} rows are left out, as training does: {reasons(out)}; see data.max_length={data.max_length}"]
@@ -154,7 +154,7 @@ def _character_sizes(rows: Sequence[LabelledSample]) -> Sizes:
 
 
 def _unstable(renderer: Renderer | None, rows: Sequence[LabelledSample], settings: Settings) -> list[str]:
-    """Return what stands against CA with this tokenizer."""
+    """Return the reasons why CA does not work with this tokenizer."""
     if renderer is None:
         return []
     rewards = [row.reward for row in rows] + [settings.target_reward]

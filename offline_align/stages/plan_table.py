@@ -1,4 +1,4 @@
-"""The plan of the three methods as tables for a terminal."""
+"""The plan of the three methods as tables."""
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -8,11 +8,11 @@ from offline_align.methods.planner import ConditionalPlan, Plan, WeightedPlan
 
 BAR_WIDTH = 40
 BARS = 15
-"""Lines of the histogram of conditions, at most."""
+"""Largest number of lines in the histogram of conditions."""
 
 
 def tables(plan: Plan, warnings: list[str]) -> list[RenderableType]:
-    """Return what is printed, top to bottom."""
+    """Return the tables and texts to print, from top to bottom."""
     note = "" if plan.unit == "tokens" else " (no tokenizer is known; set model.tokenizer for tokens)"
     head = Text(f"{plan.rows:,} rows, {plan.size:,} {plan.unit}, {plan.response_size:,} of them in responses{note}")
     parts: list[RenderableType] = [head, _methods(plan), _betas(plan), _histogram(plan.conditional)]
@@ -69,7 +69,7 @@ def _betas(plan: Plan) -> Table:
 
 
 def _histogram(ca: ConditionalPlan) -> Table:
-    """Return the rows of every condition as bars, neighbours put together where they are many."""
+    """Return a bar for each condition; if there are many, neighbours share a bar."""
     table = Table("conditions", "rows", "", show_edge=False)
     items = list(ca.conditions.items())
     step = -(-len(items) // BARS)

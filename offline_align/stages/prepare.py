@@ -1,4 +1,4 @@
-"""`prepare`: raw data sets, any JSONL or the demo corpus become the rows that the other stages read."""
+"""`prepare`: turn raw data sets, JSONL or the demo corpus into rows for the other stages."""
 
 import json
 import logging
@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 def run(job: Job[PrepareRun]) -> int:
-    """Write rows, report and manifest into `run.dir` and return 0; ConfigError, DataError, StorageError."""
+    """Write rows, report and manifest into `run.dir`; return 0.
+
+    Raises ConfigError, DataError, StorageError.
+    """
     console = Console(soft_wrap=True)
     sources = input_sources(job.config.data.input, "data.input")
     if job.config.dry_run:
@@ -37,7 +40,7 @@ def run(job: Job[PrepareRun]) -> int:
 
 
 def _write(job: Job[PrepareRun], sources: list[Source]) -> dict[str, int]:
-    """Write the whole run folder, the manifest last, and return the rows of each file."""
+    """Write the run folder, the manifest last, and return the number of rows of each file."""
     job.start_folder()
     summary, outputs = _prepare(job, sources)
     job.finish(outputs, {"rows": summary})
@@ -45,11 +48,11 @@ def _write(job: Job[PrepareRun], sources: list[Source]) -> dict[str, int]:
 
 
 def _prepare(job: Job[PrepareRun], sources: list[Source]) -> tuple[dict[str, int], list[Path]]:
-    """Write all outputs and return the rows of each file, and the paths."""
+    """Write all outputs; return the number of rows of each file, and the paths."""
     config, run_dir, bad_rows = job.config, job.run_dir, job.bad_rows()
     result = prepare_rows(sources, config.prepare, config.run.seed, bad_rows)
     outputs = write_rows(result, run_dir)
-    _say_what_is_missing(config, result, bad_rows)
+    _warn_of_missing_rows(config, result, bad_rows)
     summary = {name: len(result.files[name]) for name in FILES}
     if any(source.is_demo for source in sources):
         rows = demo_prompts(config.prepare.demo_prompt_rows, config.run.seed)
@@ -62,8 +65,8 @@ def _prepare(job: Job[PrepareRun], sources: list[Source]) -> tuple[dict[str, int
     return summary, [*outputs, run_dir / REPORT]
 
 
-def _say_what_is_missing(config: PrepareRun, result: Preparation, bad_rows: BadRows) -> None:
-    """Warn of rows that were left out, and of a side of the split that got none."""
+def _warn_of_missing_rows(config: PrepareRun, result: Preparation, bad_rows: BadRows) -> None:
+    """Warn of rows that were left out, and of an empty side of the split."""
     bad_rows.report(logger)
     dropped = sum((counts.dropped for counts in result.inputs), Counter[str]())
     if dropped:
@@ -74,7 +77,7 @@ def _say_what_is_missing(config: PrepareRun, result: Preparation, bad_rows: BadR
         rows = sum(len(result.files[name]) for name in sides)
         for name in sides if rows and share else []:
             if not result.files[name]:
-                logger.warning("%s has no row: %d are few for prepare.valid_fraction=%s", name, rows, share)
+                logger.warning("%s is empty: %d rows are too few for prepare.valid_fraction=%s", name, rows, share)
 
 
 def _train_tokenizer(config: PrepareRun, result: Preparation, run_dir: Path) -> Path:
@@ -86,7 +89,7 @@ def _train_tokenizer(config: PrepareRun, result: Preparation, run_dir: Path) -> 
 
 
 def problems(job: Job[PrepareRun]) -> list[str]:
-    """Return what is wrong with settings whose bounds the readers of data know."""
+    """Return the problems of settings whose bounds are known to the readers of data."""
     settings = job.config.prepare
     found = []
     if settings.format not in (None, *FORMS):

@@ -1,6 +1,6 @@
-"""What makes one training stage different from another: its rows and its objective.
+"""What distinguishes the training stages: their rows and their objectives.
 
-Objectives need torch, so they are imported when they are asked for.
+Objectives import torch, so they are imported on use.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowSource:
-    """The form of the rows in the files, and the function that makes training rows of them."""
+    """The form of the rows in the files, and the function that makes training rows from them."""
 
     form: type[Sample] | type[PreferencePair]
     make: Callable[[Sequence[Any], Any, Renderer], MethodRows] | None = None
-    """Rows of `form`, the settings of the method and the renderer; None if pairs are trained on as they are."""
+    """Called with rows of `form`, the settings of the method and the renderer. None for pairs,
+    which are trained on directly."""
 
 
 def _plain(rows: Sequence[Sample], settings: MethodSection | None, renderer: Renderer) -> MethodRows:
@@ -31,29 +32,29 @@ def _plain(rows: Sequence[Sample], settings: MethodSection | None, renderer: Ren
 
 
 samples = RowSource(Sample, _plain)
-"""SFT rows, all of weight 1."""
+"""SFT rows, each with weight 1."""
 preference_pairs = RowSource(PreferencePair)
 
 
 def labelled(make: RowFunction[Any]) -> RowSource:
-    """Return labelled rows, of which a method makes training rows."""
+    """Return the source of labelled rows whose training rows `make` returns."""
     return RowSource(LabelledSample, make)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training stage trains, from which rows, with which objective."""
+    """What a training stage trains, on which rows, with which objective."""
 
     title: str
-    """The method in words, for model cards."""
+    """The name of the method in model cards."""
     makes: Literal["policy", "reward_model"]
     train: RowSource
     objective: Callable[[MethodSection | None], "Objective"]
     """Builds the objective from the settings of the method."""
     valid: RowSource = samples
-    """Rows for validation."""
+    """The validation rows."""
     condition: Callable[[Any], Condition] | None = None
-    """The condition that the policy stores, from the settings of the method."""
+    """Returns the condition that the policy stores, from the settings of the method."""
 
 
 def next_token(settings: MethodSection | None) -> "Objective":

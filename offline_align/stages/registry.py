@@ -1,6 +1,7 @@
-"""The commands: one record each, with all that is known of it.
+"""The commands, one record each. A record states everything about its command.
 
-A new training method is a row function in `methods/` (or an objective in `objectives/`) and a record here.
+A new training method is a row function in `methods/` (or an objective in `objectives/`) and a
+record here.
 """
 
 import importlib
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Reads(Enum):
-    """What kind of data a stage reads."""
+    """The kind of data that a stage reads."""
 
     raw_rows = "rows of any published form, which it turns into ours"
     rows = "rows of ours"
@@ -31,47 +32,49 @@ class Reads(Enum):
 
 @dataclass(frozen=True)
 class Stage:
-    """What is known of one command."""
+    """Everything about one command."""
 
     name: str
     summary: str
-    """What the list of commands says."""
+    """Its line in the list of commands."""
     schema: type[Run]
-    """Its configuration: one section a field, one key a field of a section."""
+    """Its configuration: a field is a section, and a field of a section is a key."""
     body: str
-    """The module of this package whose `run(job)` does the work, imported when it is needed.
+    """The module of this package whose `run(job)` does the work; it is imported on use.
 
-    It may have a function `problems(job)`: what is wrong with settings that it alone can judge, as lines.
+    A function `problems(job)` in it may check settings that only this stage can judge. It returns one
+    line for each problem.
     """
     reads: Reads = Reads.nothing
     data_key: str | None = None
-    """The key of its data, if it must be set."""
+    """The key that names its data, if that must be set."""
     starts_from: str | None = None
-    """What `init.from` must name, in words, if it must be set."""
+    """A description of what `init.from` must name, if that must be set."""
     needs: Literal["policy", "reward_model"] | None = None
-    """Kind of the model that `init.from` names; None if both will do."""
+    """The kind of model that `init.from` must name; None if both are accepted."""
     recipe: Recipe | None = None
-    """What a training stage trains, from which rows, with which objective."""
+    """Rows and objective of a training stage."""
     watches_the_clock: bool = False
-    """Whether its own loop looks at `trainer.max_time`, to save first; the limit ends other commands anywhere."""
+    """Whether its own loop checks `trainer.max_time`, so that it can save first. All other commands
+    are stopped wherever they are."""
     needs_run_dir: bool = True
     runs_megatron: bool = False
-    """Whether its ranks run a model on megatron-core."""
+    """Whether its ranks run a megatron-core model."""
     one_process: bool = False
-    """Whether it is one process without a GPU, although it can be a job on a cluster."""
+    """Whether it runs as one process without a GPU, even as a job on a cluster."""
 
     def compose(self, words: Sequence[str]) -> Composed:
-        """Return the configuration for command-line words; problems are collected, not raised."""
+        """Return the configuration for command-line words. Problems are collected, not raised."""
         return compose(self.name, self.schema, list(words), self.needs_run_dir)
 
     def problems(self, job: "Job[Any]") -> list[str]:
-        """Return what the body finds wrong with the settings of a job."""
+        """Return the problems that the body finds in the settings of a job."""
         check = getattr(self._module(), "problems", None)
         found: list[str] = check(job) if check is not None else []
         return found
 
     def run(self, job: "Job[Any]") -> int:
-        """Do the work of one run; returns the exit code."""
+        """Run the body and return the exit code."""
         code: int = self._module().run(job)
         return code
 
@@ -85,7 +88,7 @@ def _training(
     schema: type[runs.TrainRun],
     recipe: Recipe,
 ) -> Stage:
-    """Return the record of a stage that trains."""
+    """Return the record of a training stage."""
     return Stage(
         name,
         summary,
@@ -161,7 +164,7 @@ _ALL = (
             "policy",
             labelled(ca.training_rows),
             next_token,
-            # Validation rows have rewards too, and are read under them.
+            # Validation rows have rewards too, and each is conditioned on its own.
             valid=labelled(ca.training_rows),
             condition=ca.stored_condition,
         ),
@@ -207,6 +210,6 @@ STAGES = {stage.name: stage for stage in _ALL}
 
 
 def title(method: str) -> str:
-    """Return the name of a training method in words; the name itself if no stage is called so."""
+    """Return the title of a training method, or `method` itself if no stage has that name."""
     stage = STAGES.get(method)
     return stage.recipe.title if stage is not None and stage.recipe is not None else method

@@ -1,4 +1,4 @@
-"""What each stage needs to be given, checked before a process group exists."""
+"""Checks of what each stage needs, made before a process group exists."""
 
 import importlib.util
 from typing import Any
@@ -20,11 +20,11 @@ from offline_align.stages.registry import Reads
 
 
 def problems(job: Job[Any]) -> tuple[list[str], ModelSection | None]:
-    """Return what a stage misses, and the architecture that will run if it is known."""
+    """Return the problems of a job, and the architecture that will run, if it is known."""
     stage, config = job.stage, job.config
     found = _condition(config) + _nodes(job) + _overrides(config)
-    if _awaits_jobs(job):
-        return found, None  # their files are not there yet; the job looks again when it starts
+    if _waits_for_jobs(job):
+        return found, None  # their files do not exist yet; the job checks again when it starts
     found += _files(job) + stage.problems(job)
     if not isinstance(config, ModelRun):
         return found, None
@@ -34,9 +34,9 @@ def problems(job: Job[Any]) -> tuple[list[str], ModelSection | None]:
         return found, config.model
     try:
         source = job.source
-        source.renderer()  # refuses a chat template that is not there or not Jinja
+        source.renderer()  # raises if the chat template is missing or not valid Jinja
     except ConfigError as error:
-        # The architecture as given can still be checked beside what is wrong with the rest.
+        # The architecture in the configuration can still be checked, to report all problems.
         return found + error.problems, None if config.init.from_ else config.model
     return found + _kind(job, source.kind) + _wandb(config), source.model
 
@@ -44,7 +44,7 @@ def problems(job: Job[Any]) -> tuple[list[str], ModelSection | None]:
 def _files(job: Job[Any]) -> list[str]:
     config, key = job.config, job.stage.data_key
     missing = []
-    if key is not None and config.named_files()[key] is None and not _may_lack_data(config):
+    if key is not None and config.named_files()[key] is None and not _data_is_optional(config):
         what = "training rows" if job.stage.recipe else "read"
         missing.append(f"{key} is not set: give the file or files {'of' if job.stage.recipe else 'to'} {what}")
     if missing and job.stage.reads is Reads.raw_rows:
@@ -56,8 +56,8 @@ def _files(job: Job[Any]) -> list[str]:
     return missing
 
 
-def _may_lack_data(config: Run) -> bool:
-    """Whether there is something to do without data: the plan of a training run, or a report without answers."""
+def _data_is_optional(config: Run) -> bool:
+    """Return whether data is optional: in a dry run of training, or a report without answers."""
     if isinstance(config, EvaluateRun):
         return not (config.judge.calibration is None and config.evaluate.runs is None)
     return config.dry_run and section(config, TrainerSection) is not None
@@ -80,13 +80,13 @@ def _nodes(job: Job[Any]) -> list[str]:
     ]
 
 
-def _awaits_jobs(job: Job[Any]) -> bool:
-    """Whether the run is submitted behind jobs that write what it reads."""
+def _waits_for_jobs(job: Job[Any]) -> bool:
+    """Return whether the run is submitted after jobs that write its inputs."""
     return job.launcher is not None and job.launcher.dependency is not None and launched() is None
 
 
 def _overrides(config: Run) -> list[str]:
-    """Return what megatron-core's configuration does not know; only then is it worth loading."""
+    """Return the overrides that megatron-core does not know; load it only if there are any."""
     model = section(config, ModelSection)
     if model is None or not model.overrides:
         return []
@@ -96,7 +96,7 @@ def _overrides(config: Run) -> list[str]:
 
 
 def _condition(config: Run) -> list[str]:
-    """Return what is wrong with the text that Conditional Alignment writes into prompts."""
+    """Return the problems of the text that Conditional Alignment writes into prompts."""
     method = section(config, ConditionalMethodSection)
     if method is None:
         return []
@@ -121,4 +121,4 @@ def _wandb(config: Run) -> list[str]:
     project = trainer.wandb_project if trainer else None
     if project is None or importlib.util.find_spec("wandb") is not None:
         return []
-    return [f"trainer.wandb_project={project}: wandb is missing; pip install '.[wandb]', or leave it unset"]
+    return [f"trainer.wandb_project={project}: wandb is not installed; pip install '.[wandb]', or leave it unset"]

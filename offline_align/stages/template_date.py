@@ -1,4 +1,4 @@
-"""The day that a chat template writes as today's, fixed once for all attempts and ranks of a run."""
+"""The date that a chat template writes, fixed once for all attempts and ranks of a run."""
 
 from collections.abc import Iterator
 from datetime import date, datetime
@@ -17,9 +17,10 @@ from offline_align.stages.job import Job
 
 
 def fix_template_date(job: Job[Any]) -> str | None:
-    """Set `data.template_date`, if a template writes a date and neither user nor model fix one; returns it, else None.
+    """Set `data.template_date` if a template writes a date that nobody has fixed.
 
-    It is the day that `config.yaml` of the run folder has from an earlier attempt, else today.
+    Returns the date, or None if it was not set here. It is the date in `config.yaml` of an earlier
+    attempt, otherwise today.
     """
     data = section(job.config, DataSection)
     if data is None or data.template_date is not None or not _writes_any(job):
@@ -30,12 +31,12 @@ def fix_template_date(job: Job[Any]) -> str | None:
 
 
 def _writes_any(job: Job[Any]) -> bool:
-    """Return whether a template of the run writes a date that no model has recorded."""
+    """Return whether a template of the run writes a date that is not recorded with its model."""
     try:
         if isinstance(job.config, ModelRun):
             return _writes_unfixed(job.source)
         return isinstance(job.config, EvaluateRun) and any(map(_writes_unfixed, _judges(job.config)))
-    except ConfigError:  # files that jobs before this one will write
+    except ConfigError:  # earlier jobs have yet to write the files
         return False
 
 
@@ -50,7 +51,7 @@ def _judges(config: EvaluateRun) -> Iterator[ModelSource]:
 
 
 def _recorded(run_dir: Path) -> str | None:
-    """Return the day of an earlier attempt."""
+    """Return the date of an earlier attempt, or None."""
     try:
         found = yaml.safe_load((run_dir / lineage.CONFIG).read_text(encoding="utf-8"))
         return date.fromisoformat(found["data"]["template_date"]).isoformat()

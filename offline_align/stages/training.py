@@ -1,6 +1,6 @@
-"""The body that all training commands share: rows in, a checkpointed model out.
+"""The body of all training stages: rows in, checkpoints out.
 
-A command differs in its rows and its objective alone, which its record names as a `Recipe`.
+The stages differ only in rows and objective, which the `Recipe` of their record names.
 """
 
 import logging
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Share of the tokens from which on the hint pays for its line.
-_WORTH_GROUPING = 0.1
+# Share of repeated tokens above which the hint is logged.
+_GROUPING_HINT_SHARE = 0.1
 
 
 def run(job: Job[TrainRun]) -> int:
-    """Train, or print the plan with `dry_run=true`; returns the exit code."""
+    """Train, or print the dry run; return the exit code."""
     if job.config.dry_run:
         from offline_align.stages.dry_run import print_training_dry_run
 
@@ -46,7 +46,7 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
 
     config = job.config
     job.start_folder(job.source.model if config.init.from_ else None, ranks)
-    # A reward model of others reads rows as ours do from here on.
+    # A reward model of others is trained with our way of reading rows.
     renderer = replace(job.source.description, reading=None).renderer(job.source.tokenizer)
     bad_rows = job.bad_rows(ranks.is_main)
     recipe = _recipe(job)
@@ -54,7 +54,7 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
     valid, _ = _source(job, "valid", recipe.valid, renderer, ranks, bad_rows)
     assert data is not None
     if ranks.is_main and data.share_prompts and not config.data.group_by_prompt:
-        _say_what_grouping_saves(data.repeated_share())
+        _log_grouping_gain(data.repeated_share())
     trainer = _assemble(job, data, valid, ranks)
     with stop_requests(config.trainer.max_time) as stop:
         state = trainer.fit(stop)
@@ -70,10 +70,10 @@ def _recipe(job: Job[TrainRun]) -> Recipe:
     return job.stage.recipe
 
 
-def _say_what_grouping_saves(share: float) -> None:
-    if share >= _WORTH_GROUPING:
-        fix = "data.group_by_prompt=true takes the rows of a prompt together and computes it once"
-        logger.info("data.train: %.0f %% of the tokens are prompts that come again; %s", 100 * share, fix)
+def _log_grouping_gain(share: float) -> None:
+    if share >= _GROUPING_HINT_SHARE:
+        fix = "data.group_by_prompt=true puts the rows of a prompt into one step and computes it once"
+        logger.info("data.train: %.0f %% of the tokens are repeated prompts; %s", 100 * share, fix)
 
 
 @effort.part("data")
@@ -85,13 +85,16 @@ def _source(
     ranks: "Ranks",
     bad_rows: BadRows,
 ) -> "tuple[bins.RowSource | None, dict[str, Any]]":
-    """Return the tokenised rows of `data.train` or `data.valid`, or None if there are none, and facts about them."""
+    """Return the tokenised rows of `data.train` or `data.valid`, and facts about them.
+
+    The rows are None if the key is not set or its file is empty.
+    """
     key = f"data.{which}"
     named = job.config.named_files()[key]
     if named is None:
         return None, {}
     paths = input_paths(named, key)
-    if which == "valid" and is_empty(paths):  # as `prepare` leaves it where rows are few
+    if which == "valid" and is_empty(paths):  # `prepare` writes such files from few rows
         logger.warning("data.valid=%s: has no row; there is no validation", named)
         return None, {}
     source, facts = ranks.main_first(lambda: _tokenized(job, paths, rows, renderer, bad_rows))
@@ -132,7 +135,7 @@ def _tokenized(
 
 @effort.part("load")
 def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource | None", ranks: "Ranks") -> "Trainer":
-    """Build model, optimizer and loaders, and load the initial weights unless the run is continued."""
+    """Build the trainer, with the initial weights unless the run is continued."""
     from offline_align.distributed.setup import uses_bf16
     from offline_align.estimate.sizes import model_sizes
     from offline_align.model.build import build_model
@@ -201,7 +204,7 @@ def _loader(config: TrainRun, source: "bins.RowSource", ranks: "Ranks", max_step
 
 
 def _facts(job: Job[TrainRun], data: dict[str, Any], state: "TrainState") -> dict[str, Any]:
-    """Return what the manifest says of the training."""
+    """Return the facts about the training for the manifest."""
     recipe = _recipe(job)
     condition = recipe.condition(section(job.config, MethodSection)) if recipe.condition else None
     return {

@@ -1,4 +1,4 @@
-"""`verify`: whether the files of a run folder are whole, and which runs and data it came from."""
+"""`verify`: check the files of a run folder and of the runs and data behind it."""
 
 from pathlib import Path
 
@@ -15,10 +15,9 @@ _COLOURS = {Status.whole: "green", Status.damaged: "red", Status.changed: "yello
 
 
 def run(job: Job[VerifyRun]) -> int:
-    """Print the chain of runs with the state of each file; return 0 where all are whole.
+    """Print the chain of runs with the state of each file; return 0 if all are whole.
 
-    Raises ConfigError where there is no such folder, StorageError where a file of the chain is not as
-    recorded.
+    Raises ConfigError if the folder does not exist, StorageError if a file differs from its record.
     """
     run_dir = job.run_dir
     if not run_dir.is_dir():
@@ -36,7 +35,7 @@ def run(job: Job[VerifyRun]) -> int:
 
 
 def render(report: Verification) -> Tree:
-    """Return the chain as a tree, each run once, what it came from below it."""
+    """Return the chain as a tree: each run once, with its parents below it."""
     return _node(report, shown=set())
 
 

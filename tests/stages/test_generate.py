@@ -241,7 +241,7 @@ def test_every_prompt_is_answered_for_each_target(conditional: Path, prompts: Pa
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ("[1.0,1.01]", "asks for '<rm_score>1.0' as 1.0 does"),
+        ("[1.0,1.01]", "gives the same text '<rm_score>1.0' as 1.0"),
         ("[]", "a list of them"),
         ("[1.0,high]", "a list of them"),
     ],

@@ -144,7 +144,7 @@ def test_a_damaged_run_is_repeated_with_one_warning(tmp_path: Path, caplog: pyte
     (tmp_path / "run" / "plan.json").write_text(made[:-9])
     assert plan.run(Job(STAGES["plan"], config)) == 0
     assert (tmp_path / "run" / "plan.json").read_text() == made
-    assert caplog.text.count("plan.json is missing or cut short and is made again") == 1
+    assert caplog.text.count("plan.json is missing or incomplete and is written again") == 1
 
 
 def test_bad_rows_fail_or_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,7 +141,7 @@ def test_dropped_rows_are_reported_once(start: Start, tmp_path: Path, caplog: py
     bad, dropped, split = (record.message for record in caplog.records)
     assert bad.startswith("1 bad rows are left out, see ") and "quarantine.jsonl" in bad
     assert dropped == "1 rows are dropped, see report.json: {'duplicate of an earlier row': 1}"
-    assert split == "sft_valid.jsonl has no row: 2 are few for prepare.valid_fraction=1e-09"
+    assert split == "sft_valid.jsonl is empty: 2 rows are too few for prepare.valid_fraction=1e-09"
 
 
 def test_ids_that_are_numbers_or_null(start: Start, tmp_path: Path) -> None:
