@@ -5,7 +5,7 @@ import sys
 from rich.table import Table
 
 from offline_align.config.compose import world_size
-from offline_align.config.runs import LabelRun, ModelRun, TrainRun
+from offline_align.config.runs import GenerateRun, LabelRun, ModelRun, TrainRun
 from offline_align.config.sections import Device, ModelSection
 from offline_align.estimate.sizes import (
     MemoryEstimate,
@@ -71,6 +71,22 @@ def print_label_dry_run(job: Job[LabelRun]) -> None:
     if bf16 and on_cuda:
         table.add_row("rate", scoring_rate(config.launcher.gpu, sizes, config.data.max_length))
     _finish(table, "label", config)
+
+
+def print_generate_dry_run(job: Job[GenerateRun], condition: str, engine: str) -> None:
+    """Print the dry run of `generate`, without loading or writing anything."""
+    config, source, settings = job.config, job.source, job.config.generate
+    world = world_size(config.launcher.nproc_per_node, config.launcher.nodes)
+    sizes = model_sizes(source.model, source.model.vocab_size or 0)
+    sampling = "greedy" if settings.temperature == 0 else f"temperature {settings.temperature:g}"
+    method = source.description.method or "none"
+    table = _table(f"generate: {config.run.dir}")
+    table.add_row("policy", f"{config.init.from_}, {sizes.parameters:,} parameters, method {method}")
+    table.add_row("ranks", f"{world}, each with the whole policy and a share of the prompts")
+    table.add_row("engine", f"{engine}, {settings.batch_size} prompts at once")
+    table.add_row("answers", f"{settings.n} to each prompt, at most {settings.max_new_tokens} tokens, {sampling}")
+    table.add_row("condition", condition or "none")
+    _finish(table, "generate", config)
 
 
 def _model[R: ModelRun](job: Job[R]) -> ModelSection:

@@ -48,9 +48,9 @@ def run(job: Job[GenerateRun]) -> int:
     if problems:
         raise ConfigError(problems)
     if config.dry_run:
-        from offline_align.stages.generate_plan import print_generate_dry_run
+        from offline_align.stages.dry_run import print_generate_dry_run
 
-        print_generate_dry_run(config, source, ", ".join(map(asked_text, conditions)), engine)
+        print_generate_dry_run(job, ", ".join(map(asked_text, conditions)), engine)
         return 0
     return job.on_ranks(lambda ranks: _generate(job, conditions, engine, ranks))
 
