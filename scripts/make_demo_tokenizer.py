@@ -9,9 +9,17 @@ from offline_align.data.sentencepiece_training import train_sentencepiece
 
 SEED = 1234
 NUM_ROWS = 6000
-VOCAB_SIZE = 640
+VOCAB_SIZE = 1024
 # Words of templates and conditions. `corpus` repeats them often enough to become pieces.
 TEMPLATE_WORDS = ("User:", "Assistant: ", "System:", "<rm_score>")
+# Common words beside those of the corpus, so that other English text is not spelt out in bytes.
+COMMON_WORDS = (
+    "about after again because before between could different each every first from good great how into just know "
+    "large last little long look made make many might more most must name never new next number only other over part "
+    "people place question right said same should small some something still such take than that their them then "
+    "there these they thing think this those through time under until very want water what when where which while "
+    "who why will with word work world write year young"
+)
 
 
 def corpus() -> Iterator[str]:
@@ -20,6 +28,7 @@ def corpus() -> Iterator[str]:
         yield row["prompt"]
         yield row["response"]
         yield from TEMPLATE_WORDS
+    yield from [COMMON_WORDS] * 50
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ def test_a_dry_run_has_no_trailing_spaces_and_shows_small_models_in_millions(
     assert run(["sft", "dry_run=true", "run.dir=x", "model=demo"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line != line.rstrip()] == []
-    assert "parameters     590,464 (0.59 M)" in lines
+    assert "parameters     688,768 (0.69 M)" in lines
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

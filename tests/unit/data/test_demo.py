@@ -196,7 +196,7 @@ def test_demo_rows_are_short_in_tokens_and_any_text_survives() -> None:
     from offline_align.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(demo_tokenizer_path())
-    assert tokenizer.vocab_size == 640
+    assert tokenizer.vocab_size == 1024
     rows = list(demo_samples(500, 7, 0))
     assert max(len(tokenizer.encode(row["prompt"])) for row in rows) <= 32
     assert max(len(tokenizer.encode(row["response"])) for row in rows) <= 48
