@@ -33,7 +33,7 @@ grow with the number of answers. With it, sharing saves at most three quarters o
 
 
 def shares_prompts(trainer: ComputeSection, parallel: ParallelSection) -> bool:
-    """Return whether rows of a bin share a common prompt. With context parallelism they do not."""
+    """Return whether rows of a bin share a common prompt. With context parallelism, bins have complete rows."""
     return trainer.share_prompts and parallel.context_parallel_size == 1
 
 
@@ -160,7 +160,7 @@ class RowSource(ABC):
         return np.fromiter((numbers.setdefault(d, len(numbers)) for d in digests), np.int64, len(self))
 
     def repeated_share(self) -> float:
-        """Return the fraction of all tokens that are in a prompt that an earlier row has too."""
+        """Return the fraction of all tokens that repeat the prompt of an earlier row."""
         lengths = self._prompted.prompt_length
         _, first = np.unique(self.prompts, return_index=True)
         return float(lengths.sum() - lengths[first].sum()) / self.num_tokens()

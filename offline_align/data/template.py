@@ -6,7 +6,7 @@ Conditional Alignment puts its condition between `Assistant: ` and the response 
 
 Context, condition and response are encoded separately, in training and in generation, so no token
 crosses a boundary between them. Some tokenizers add a space to the start of a text. They do not add
-it to text that follows other text.
+it here to a text that follows other text.
 
 Third-party reward models get the same ids as in `transformers` (see `Reading`).
 
@@ -61,7 +61,7 @@ class Reading:
 
     @classmethod
     def from_values(cls, values: Any) -> "Reading | None":
-        """Return the reading stored in a file, or None; raises ValueError if it is invalid."""
+        """Return the `Reading` that a file stores, or None; raises ValueError if it is invalid."""
         if values is None:
             return None
         pad_id = values.get("pad_id") if isinstance(values, dict) else values
@@ -108,9 +108,8 @@ class Renderer:
     def spans(self, prompt: Sequence[Message], responses: Sequence[str], condition: str = "") -> list[Span]:
         """Return the spans of the context and of each response: the input of `encode`.
 
-        `rows` turns the result of `encode` into contexts and targets.
-
-        Raises DataError and ConfigError as `ChatTemplate.answer` does.
+        `rows` turns the result of `encode` into contexts and targets. Raises DataError and
+        ConfigError as `ChatTemplate.answer` does.
         """
         context = self._context_span(prompt, condition)
         if self._chat and self.reading:
@@ -128,7 +127,7 @@ class Renderer:
         return [_split(context, self.reading, whole) for whole in answers]
 
     def _finished(self, ids: list[int]) -> list[int]:
-        """Return the ids up to the last EOS; if there is none, append it.
+        """Return the ids of an answer up to EOS, which is appended unless a chat template has closed with it.
 
         A line break that the template writes after EOS is dropped, because generation stops before it.
         """
@@ -140,7 +139,7 @@ class Renderer:
         return [*ids, eos]
 
     def encode(self, spans: Sequence[Span]) -> list[list[int]]:
-        """Return the ids of every span. A text that occurs several times in the same place is encoded once."""
+        """Return the ids of every span. A text that occurs again after the same `After` is encoded once."""
         placed = [list(self._placed(span)) for span in spans]
         texts: dict[tuple[bool, After], dict[str, list[int]]] = {}
         for parts in placed:
@@ -220,7 +219,7 @@ class Renderer:
         return self._assistant_tokens + self.condition_tokens(condition)
 
     def condition_tokens(self, condition: str) -> int:
-        """Return the number of tokens of the condition in a context."""
+        """Return the number of tokens that `condition` adds to a context."""
         if not condition:
             return 0
         return len(self.tokenizer.encode(condition, special=True, after=self._after_context(_QUESTION)))

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Number of consecutive rows that are packed at a time: enough to fill the bins, and few enough that
-# rows are scored roughly in their order.
+# Number of consecutive rows that are packed at a time: enough to fill the bins, and few enough for
+# steady progress.
 _WINDOW_ROWS = 1024
 
 
@@ -49,7 +49,7 @@ def score_samples(
     parallel: ParallelSection,
     trainer: ComputeSection,
 ) -> list[float]:
-    """Return the raw reward of every sample, in order. It starts its own session, for `evaluate`.
+    """Return the raw reward of every sample, in order; for `evaluate`. Starts its own session.
 
     A sample whose response alone is longer than `data.max_length` gets NaN, with a warning.
     """

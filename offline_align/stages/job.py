@@ -72,7 +72,7 @@ class Job[R: Run]:
 
     @property
     def cache_dir(self) -> Path:
-        """The folder of tokenised data."""
+        """The folder for the cache of tokenised data."""
         data = section(self.config, DataSection)
         return Path(data.cache_dir) if data is not None and data.cache_dir else self.run_dir / "cache"
 
@@ -135,11 +135,11 @@ class Job[R: Run]:
 
     @property
     def key(self) -> RunKey:
-        """The content keys of the run. Until `on_ranks` begins it, those that follow from the settings."""
+        """The content keys of the run. Before `on_ranks` begins, they come from the settings alone."""
         return self._key or RunKey(self.settings.key, self.settings.continuation)
 
     def is_finished(self) -> bool:
-        """Return whether this run is complete in its folder; if so, log it.
+        """Return whether this run is complete; if so, log it and remove leftover files.
 
         Raises ConfigError if the folder has another run.
         """
@@ -156,8 +156,7 @@ class Job[R: Run]:
         """Lock the run folder for the block, on one rank, and yield whether there is work to do.
 
         Records the effort of this attempt. If the run can be `continued`, adds it to that of earlier
-        attempts.
-        Raises ConfigError if another job holds the lock.
+        attempts. Raises ConfigError if another job holds the lock.
         """
         with run_lock(self.run_dir, self.stage.name):
             # Another job may have finished the run in the meantime.

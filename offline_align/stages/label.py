@@ -92,8 +92,8 @@ def _score_missing(job: Job[LabelRun], source: "SampleSource", journal: Journal,
     model = load_reward_model(job.source, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
     bins = plan_bins(source, config.trainer.micro_batch_size * config.data.max_length)
     left = [b for b in bins if any(row not in done for row in b)]
-    # In each round every rank scores one bin, so if one rank is asked to stop, all stop after the
-    # same round. A rank that has no bin in the last round still votes.
+    # In each round every rank scores one bin. If one rank is asked to stop, all stop after the same
+    # round. A rank that has no bin in the last round still votes.
     rounds = list(batched(left, ranks.dp_size))
     own = [share[ranks.dp_rank] if ranks.dp_rank < len(share) else [] for share in rounds]
     writes = ranks.tp_rank == 0 and ranks.cp_rank == 0

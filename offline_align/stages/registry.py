@@ -69,7 +69,7 @@ class Stage:
         return compose(self.name, self.schema, list(words), self.needs_run_dir)
 
     def problems(self, job: "Job[Any]") -> list[str]:
-        """Return the problems that `problems` of the body finds in the settings of a job, if it exists."""
+        """Return what the `problems` function of the body returns for a job; [] if there is none."""
         check = getattr(self._module(), "problems", None)
         found: list[str] = check(job) if check is not None else []
         return found
