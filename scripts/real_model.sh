@@ -122,7 +122,7 @@ step "Conditional Alignment"
 offline-align ca run.dir="$RUNS/ca" init.from="$RUNS/sft" method.target_reward="$TARGET" \
     data.train="$RUNS/label/labelled.jsonl" "${align[@]}"
 
-step "export: a folder in Hugging Face form"
+step "export: a folder in Hugging Face format"
 offline-align convert run.dir="$RUNS/aligned" init.from="$RUNS/ca" convert.check=true
 offline-align verify run.dir="$RUNS/aligned"
 

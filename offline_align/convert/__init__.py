@@ -1,1 +1,1 @@
-"""Hugging Face form in and out: tensor names, architecture, tokenizer, model card."""
+"""Conversion from and to Hugging Face format: tensor names, architecture, tokenizer, model card."""

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Form(Enum):
-    """The form in which the weights of a model are stored."""
+    """Where the weights of a model come from."""
 
     checkpoint = "one of our checkpoints"
     huggingface = "a Hugging Face folder"
@@ -33,7 +33,7 @@ class Form(Enum):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model before it is built: what it is, its tokenizer, and where its weights are."""
+    """A model before it is built: its description, its tokenizer and the location of its weights."""
 
     description: ModelDescription
     tokenizer: Tokenizer
@@ -41,11 +41,11 @@ class ModelSource:
     folder: Path | None = None
     """The checkpoint or the Hugging Face folder; None for random weights."""
     states_template: bool = False
-    """Whether the template of the description is known from training; if not, the user may choose one."""
+    """Whether the model records the template of its training. If not, the user may choose a template."""
 
     @property
     def model(self) -> ModelSection:
-        """Its architecture, with the vocabulary size filled in."""
+        """The architecture, with the vocabulary size filled in."""
         return self.description.model
 
     @property
@@ -64,7 +64,7 @@ class ModelSource:
         source has no weights for them.
         """
         if self.folder is None:
-            logger.warning("init.from is not set: training starts from random weights")
+            logger.warning("init.from is not set: the model starts from random weights")
         elif self.form is Form.checkpoint:
             from offline_align.train.checkpoint import load_weights
 
@@ -82,12 +82,12 @@ def open_model(
     template_date: str | None = None,
     tokenizer: Path | None = None,
 ) -> ModelSource:
-    """Return the model that the setting `key` names: a run folder, a checkpoint or a Hugging Face folder.
+    """Return the model in `path`: a run folder, a checkpoint folder or a Hugging Face folder.
 
-    `template` and `template_date` apply only to a model that does not state its own. `tokenizer`
-    replaces the tokenizer of a Hugging Face folder. Raises ConfigError, naming `key`, if the folder
-    is not a supported model or the tokenizer has more entries than the model; StorageError for a
-    damaged checkpoint.
+    `key` is the setting that named it, for messages. `template` and `template_date` apply only to a
+    model that does not record its own. `tokenizer` replaces the tokenizer of a Hugging Face folder.
+    Raises ConfigError if the folder is not a supported model or the tokenizer has more entries than
+    the model, StorageError for a damaged checkpoint.
     """
     folder = find_model(path, key)
     try:
@@ -104,7 +104,7 @@ def _from_checkpoint(folder: Path) -> ModelSource:
     description = ModelDescription.load(folder)
     tokenizer = description.load_tokenizer(folder)
     check_token_ids(folder, description.model, tokenizer)
-    # A checkpoint without a method was imported by `convert`; the template of its training is unknown.
+    # `convert` has imported a checkpoint without a method, so the template of its training is unknown.
     return ModelSource(description, tokenizer, Form.checkpoint, folder, states_template=bool(description.method))
 
 
@@ -115,16 +115,18 @@ def _from_huggingface(folder: Path, given: Path | None) -> ModelSource:
     try:
         description = _description(architecture, tokenizer)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"init.from: {folder / 'config.json'}: offline_align: {error}; export it again") from error
+        raise ConfigError(
+            f"init.from: {folder / 'config.json'}: the entry offline_align is damaged: {error}; export the model again"
+        ) from error
     states_template = bool(architecture.extra.get("template"))
     return ModelSource(description, tokenizer, Form.huggingface, folder, states_template)
 
 
 def _description(architecture: Architecture, tokenizer: Tokenizer) -> ModelDescription:
-    """Return the description that our exporter wrote into `config.json`, or the one of a third-party model.
+    """Return the description that our export stored in `config.json`, or one for a third-party model.
 
-    Third-party reward models were trained with their chat template, if they have one, and read text
-    as in `transformers`. Raises TypeError and ValueError for a damaged record.
+    A third-party reward model is assumed to be trained with its chat template, if it has one, and to
+    read text as in `transformers`. Raises TypeError or ValueError if the stored entry is damaged.
     """
     extra = architecture.extra
     foreign = architecture.kind == "reward_model" and not extra

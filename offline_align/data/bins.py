@@ -1,8 +1,8 @@
-"""Sources of rows to pack (tokenised samples or pairs) and the bins they form.
+"""Sources of tokenised rows (samples or pairs), and the bins that they are packed into.
 
-Adjacent rows of a bin that have the same prompt can share it: the first row contains the prompt,
-and the others attend to its tokens. The result does not change, because in a causal model a token
-never depends on later tokens.
+A bin is a sequence of packed rows that one forward pass takes. Adjacent rows of a bin with the same
+prompt can share it: the first row contains the prompt, and the others attend to its tokens. The
+result does not change, because in a causal model a token never depends on later tokens.
 """
 
 import hashlib
@@ -21,19 +21,19 @@ from offline_align.data.batch import PackedBatch
 from offline_align.data.collate import Ids, Indices, Segment, Targets, assemble
 from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
 
-# Shorter common prefixes are recomputed: sharing them would cost more than it saves.
+# Common prefixes of fewer tokens are not shared, because sharing would cost more than it saves.
 _LEAST_SHARED = 16
 
 MOST_KEYS_IN_TRAINING = 4.0
-"""Limit on attended keys per computed token in a prefix group; sharing saves at most three quarters.
+"""Maximum number of attended keys per computed token in a prefix group.
 
-Training keeps the keys of every row for the gradient, so memory would grow with the number of
-answers without a limit.
+In training, the keys of every row are kept for the backward pass, so without this limit memory would
+grow with the number of answers. With it, sharing saves at most three quarters of the tokens.
 """
 
 
 def shares_prompts(trainer: ComputeSection, parallel: ParallelSection) -> bool:
-    """Return whether rows of a bin share a common prompt; context parallelism needs bins of whole rows."""
+    """Return whether rows of a bin share a common prompt. With context parallelism, bins have complete rows."""
     return trainer.share_prompts and parallel.context_parallel_size == 1
 
 
@@ -44,14 +44,14 @@ class BinSize:
     tokens: int
     """Computed tokens, without padding."""
     squared_lengths: int
-    """Twice the (query, key) pairs of attention."""
+    """Twice the number of (query, key) pairs in causal attention."""
 
 
 class PrefixGroup:
-    """Rows that share one prompt: the first row contains it, the others follow it.
+    """Rows that share one prompt. The first row contains it, and the others attend to it.
 
-    `sequences` are the sequences of the first row. If `shares` is false, nothing is shared, not
-    even between the sequences of one row.
+    `sequences` are the sequences of the first row: one for a sample, two for a pair. If `shares` is
+    false, nothing is shared, not even between the two sequences of a pair.
     """
 
     def __init__(self, prompt: bytes, row: int, sequences: Sequence[Ids], shares: bool) -> None:
@@ -64,7 +64,10 @@ class PrefixGroup:
         self.tokens, self._keys, self.squared_lengths = _costs(self.sequences)
 
     def joined_by(self, row: int, sequences: Sequence[Ids], capacity: float, most_keys: float) -> bool:
-        """Add `row` if it fits `capacity` tokens and the limit on keys; return whether it did."""
+        """Add `row` if the group stays within `capacity` and `most_keys`; return whether it was added.
+
+        `capacity` is in tokens, `most_keys` in attended keys per computed token.
+        """
         added = [(ids, _shared_prefix(self._head, ids)) for ids in sequences]
         tokens, keys, squared_lengths = _costs(added)
         tokens, keys = self.tokens + tokens, self._keys + keys
@@ -77,13 +80,13 @@ class PrefixGroup:
         return True
 
     def segments(self, first: int) -> Iterator[Segment]:
-        """Yield the group's segments, numbered in the bin from `first`."""
+        """Yield the segments of the group; `first` is the number of the first one in the bin."""
         for number, (ids, shared) in enumerate(self.sequences, first):
             yield Segment(ids, first if shared else number, shared)
 
 
 def _costs(sequences: Sequence[tuple[Ids, int]]) -> tuple[int, int, int]:
-    """Return the computed tokens, the attended keys and the sum of squared lengths of the sequences."""
+    """Return the computed tokens, the attended keys and the squared lengths (see `BinSize`)."""
     tokens = keys = squared_lengths = 0
     for ids, shared in sequences:
         length = len(ids)
@@ -93,11 +96,10 @@ def _costs(sequences: Sequence[tuple[Ids, int]]) -> tuple[int, int, int]:
 
 
 class RowSource(ABC):
-    """Rows to pack, of one sequence each (samples) or two (pairs).
+    """Tokenised rows to pack. A sample has one sequence, a pair has two.
 
-    With `share_prompts`, rows with the same prompt share it as long as they attend to at most
-    `most_keys` keys per computed token. `prompted` are the rows, or one side of the pairs, from
-    which the prompts are read.
+    If `share_prompts` is set, rows with the same prompt share it, up to `most_keys` attended keys per
+    computed token. The prompts are read from `prompted`: the samples, or one side of the pairs.
     """
 
     def __init__(self, prompted: TokenizedRows, share_prompts: bool, most_keys: float) -> None:
@@ -117,13 +119,16 @@ class RowSource(ABC):
 
     @abstractmethod
     def collate(self, rows: Sequence[int], pad_to_multiple: int) -> PackedBatch:
-        """Return the bin of `rows`, padded to a multiple; adjacent rows may share their prompt."""
+        """Return the bin of `rows`, padded to a multiple of `pad_to_multiple` tokens."""
 
     @abstractmethod
     def _sequences(self, row: int) -> list[Ids]: ...
 
     def groups(self, rows: Sequence[int], capacity: int) -> list[PrefixGroup]:
-        """Return `rows` as groups of one prompt, each of at most `capacity` tokens, to pack as units."""
+        """Return `rows` in prefix groups of at most `capacity` tokens; packing treats a group as one unit.
+
+        A single row may be longer than `capacity`.
+        """
         found: list[PrefixGroup] = []
         latest: dict[bytes, PrefixGroup] = {}
         for row in rows:
@@ -141,21 +146,21 @@ class RowSource(ABC):
 
     def size_of_groups(self, groups: Sequence[PrefixGroup]) -> BinSize:
         """Return the cost of a bin of `groups`, which come from this source."""
-        # `collate` puts no token limit on a group, so adjacent groups of one prompt merge in the bin.
+        # `collate` has no token limit on a group, so it merges adjacent groups with the same prompt.
         if any(left.prompt and left.prompt == right.prompt for left, right in pairwise(groups)):
             return self.size([row for group in groups for row in group.rows])
         return BinSize(sum(g.tokens for g in groups), sum(g.squared_lengths for g in groups))
 
     @cached_property
     def prompts(self) -> Indices:
-        """[rows] the number of each row's prompt; rows with the same prompt have the same number."""
+        """Prompt number of each row, shape [rows]. Rows with the same prompt have the same number."""
         numbers: dict[bytes, int] = {}
-        # Digests, because a million prompts would take gigabytes.
+        # Keys are digests, because the prompts of a million rows would take gigabytes.
         digests = (hashlib.blake2b(self._prompt(row), digest_size=16).digest() for row in range(len(self)))
         return np.fromiter((numbers.setdefault(d, len(numbers)) for d in digests), np.int64, len(self))
 
     def repeated_share(self) -> float:
-        """Return the share of all tokens that belong to the prompt of an earlier row."""
+        """Return the fraction of all tokens that repeat the prompt of an earlier row."""
         lengths = self._prompted.prompt_length
         _, first = np.unique(self.prompts, return_index=True)
         return float(lengths.sum() - lengths[first].sum()) / self.num_tokens()
@@ -196,7 +201,7 @@ class RowSource(ABC):
 
 
 class SampleSource(RowSource):
-    """Tokenised samples: one segment per row; the row's weight applies to its targets."""
+    """Tokenised samples: one segment per row. The weight of a row applies to all its targets."""
 
     def __init__(self, rows: TokenizedRows, share_prompts: bool = False, most_keys: float = math.inf) -> None:
         super().__init__(rows, share_prompts, most_keys)
@@ -221,14 +226,14 @@ class SampleSource(RowSource):
 
 
 class PairSource(RowSource):
-    """Tokenised pairs: two segments per row, chosen first. There are no targets; last tokens are scored."""
+    """Tokenised pairs: two segments per row, chosen first. Each is scored at its last token."""
 
     def __init__(self, pairs: TokenizedPairs, share_prompts: bool = False, most_keys: float = math.inf) -> None:
         super().__init__(pairs.chosen, share_prompts, most_keys)
         self.pairs = pairs
 
     def num_tokens(self) -> int:
-        """Return the number of tokens of all pairs; with `share_prompts`, a pair has its prompt once."""
+        """Return the number of tokens of all pairs. If prompts are shared, each pair counts its prompt once."""
         both = sum(int(side.offsets[-1] - side.offsets[0]) for side in (self.pairs.chosen, self.pairs.rejected))
         return both - (int(self.pairs.chosen.prompt_length.sum()) if self.share_prompts else 0)
 

@@ -1,17 +1,18 @@
 """Turn dialogues into token ids with the paper's template or the tokenizer's chat template.
 
-The paper's template (section 4) is `User:{instruction}Assistant: {response}`. Earlier answers end
-with end of sequence, a system message comes first as `System:{text}`, and Conditional Alignment
-puts its condition between `Assistant: ` and the response (Eq. 6). Context, condition and response
-are encoded separately, in training and in generation, so no token crosses a boundary between them.
-Text that follows other text is encoded without the space that some tokenizers add to the start of a
-text.
+The paper's template (section 4) is `User:{instruction}Assistant: {response}`. An end-of-sequence
+(EOS) token follows each earlier answer, a system message comes first as `System:{text}`, and
+Conditional Alignment puts its condition between `Assistant: ` and the response (Eq. 6).
 
-Third-party reward models get the same ids as in `transformers`, see `Reading`.
+Context, condition and response are encoded separately, in training and in generation, so no token
+crosses a boundary between them. Some tokenizers add a space to the start of a text. They do not add
+it here to a text that follows other text.
 
-The paper's template has no begin of sequence. It is added only if the rules of a `tokenizer.json`
-add it, because models with such a rule were never trained without it. A SentencePiece model has no
-such rule. A chat template writes its own.
+Third-party reward models get the same ids as in `transformers` (see `Reading`).
+
+The paper's template has no beginning-of-sequence (BOS) token. It is added only if the rules in a
+`tokenizer.json` add it, because models with such a rule were never trained without it. A
+SentencePiece model has no such rule. A chat template writes its own BOS.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ _QUESTION = (Message("user", "a"),)
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Text and tokens that are encoded into one list of ids."""
+    """Consecutive texts and tokens that are encoded into one list of ids."""
 
     parts: list[Part]
     after: After = After.nothing
@@ -50,9 +51,9 @@ class Span:
 class Reading:
     """How a third-party reward model reads a dialogue.
 
-    The ids are those of `apply_chat_template(prompt and answer, tokenize=True)`, which encodes the
-    whole text at once. `AutoModelForSequenceClassification` takes the score from the last token
-    that is not padding.
+    The ids are those of `apply_chat_template` on the prompt and the answer with `tokenize=True`, which
+    encodes the whole text at once. As in `AutoModelForSequenceClassification`, the score is read at
+    the last token that is not padding.
     """
 
     pad_id: int | None
@@ -60,7 +61,7 @@ class Reading:
 
     @classmethod
     def from_values(cls, values: Any) -> "Reading | None":
-        """Return the reading stored in a file, or None; raises ValueError if it is invalid."""
+        """Return the `Reading` that a file stores, or None; raises ValueError if it is invalid."""
         if values is None:
             return None
         pad_id = values.get("pad_id") if isinstance(values, dict) else values
@@ -72,8 +73,9 @@ class Reading:
 class Renderer:
     """Turns dialogues into token ids with one tokenizer and one template.
 
-    `day` is the date that the template sees as today; None stands for the actual date. Raises
-    ConfigError if `template` is the chat template and the tokenizer has none.
+    `day` is the date that a chat template writes as today's; None means the current date. `reading` is
+    only for third-party reward models. Raises ConfigError if `template` is `chat` and the tokenizer
+    has no chat template.
     """
 
     def __init__(
@@ -93,20 +95,21 @@ class Renderer:
         return self.encode([self._context_span(prompt, condition)])[0]
 
     def target(self, prompt: Sequence[Message], response: str, condition: str = "") -> list[int]:
-        """Return the ids of the response and the end of sequence; the condition does not change them.
+        """Return the ids of the response and EOS, which do not depend on the condition.
 
         Raises DataError and ConfigError as `ChatTemplate.answer` does.
         """
         return self.row(prompt, response, condition)[1]
 
     def row(self, prompt: Sequence[Message], response: str, condition: str = "") -> tuple[list[int], list[int]]:
-        """Return the ids of context and target; raises as `target`."""
+        """Return the ids of context and target; raises the same errors as `target`."""
         return self.rows(self.encode(self.spans(prompt, [response], condition)))[0]
 
     def spans(self, prompt: Sequence[Message], responses: Sequence[str], condition: str = "") -> list[Span]:
-        """Return the spans of context and responses, the input of `encode`, whose result `rows` splits.
+        """Return the spans of the context and of each response: the input of `encode`.
 
-        Raises DataError and ConfigError as `ChatTemplate.answer` does.
+        `rows` turns the result of `encode` into contexts and targets. Raises DataError and
+        ConfigError as `ChatTemplate.answer` does.
         """
         context = self._context_span(prompt, condition)
         if self._chat and self.reading:
@@ -117,17 +120,16 @@ class Renderer:
         return [context, *(Span([*answer], after) for answer in answers)]
 
     def rows(self, ids: Sequence[list[int]]) -> list[tuple[list[int], list[int]]]:
-        """Return the ids of context and target of each response, given `encode(spans(...))`."""
+        """Return (context, target) for each response, given `ids = encode(spans(...))`."""
         context, *answers = ids
         if self.reading is None:
             return [(context, self._finished(answer)) for answer in answers]
         return [_split(context, self.reading, whole) for whole in answers]
 
     def _finished(self, ids: list[int]) -> list[int]:
-        """Return the ids up to their final end of sequence, which is added if the template wrote none.
+        """Return the ids of an answer up to EOS, which is appended unless a chat template has closed with it.
 
-        A line break that the template writes after end of sequence is dropped: generation stops
-        before it.
+        A line break that the template writes after EOS is dropped, because generation stops before it.
         """
         eos = self.tokenizer.eos_id
         if self._chat and eos in ids:
@@ -137,7 +139,7 @@ class Renderer:
         return [*ids, eos]
 
     def encode(self, spans: Sequence[Span]) -> list[list[int]]:
-        """Return the ids of every span; each distinct text is encoded once for each `After`."""
+        """Return the ids of every span. A text that occurs again after the same `After` is encoded once."""
         placed = [list(self._placed(span)) for span in spans]
         texts: dict[tuple[bool, After], dict[str, list[int]]] = {}
         for parts in placed:
@@ -152,11 +154,11 @@ class Renderer:
         ]
 
     def _placed(self, span: Span) -> Iterator[int | tuple[str, bool, After]]:
-        """Yield the parts of a span, each text with what precedes it."""
+        """Yield the parts of a span: token ids, and each text with what precedes it."""
         after, started = span.after, False
         for part in span.parts:
             if isinstance(part, int):
-                # Text after begin of sequence still counts as the start of the sequence.
+                # A text after token ids alone (BOS) still counts as the start of the sequence.
                 after = After.special if started else after
                 yield part
             elif part[0]:
@@ -193,7 +195,7 @@ class Renderer:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Ids that end an answer: end of sequence, and the special token that closes it in the template."""
+        """The ids that end an answer: EOS, and the special token that closes an answer in the template."""
         before, behind = self._chat.around(_QUESTION) if self._chat else ("", "")
         end = self._chat.first_special(behind)[1] if self._chat else None
         ids = self.tokenizer.encode(end, special=True, after=After.text) if end and end not in before else []
@@ -201,7 +203,7 @@ class Renderer:
 
     @cached_property
     def start_ids(self) -> list[int]:
-        """Begin of sequence if contexts start with it, else an empty list."""
+        """`[bos_id]` if contexts start with BOS, else an empty list."""
         bos = self.tokenizer.bos_id
         if bos is None:
             return []
@@ -210,11 +212,14 @@ class Renderer:
         return [bos] if self.tokenizer.adds_bos else []
 
     def tail_tokens(self, condition: str) -> int:
-        """Return how many tokens at the end of a context request the answer, including the condition."""
+        """Return the number of tokens at the end of a context that must survive truncation.
+
+        These are the generation prompt (`Assistant: ` in the paper's template) and the condition.
+        """
         return self._assistant_tokens + self.condition_tokens(condition)
 
     def condition_tokens(self, condition: str) -> int:
-        """Return how many tokens of a context the condition takes."""
+        """Return the number of tokens that `condition` adds to a context."""
         if not condition:
             return 0
         return len(self.tokenizer.encode(condition, special=True, after=self._after_context(_QUESTION)))
@@ -235,10 +240,10 @@ def writes_date(tokenizer: Tokenizer, template: Template) -> bool:
 
 
 def _split(context: list[int], reading: Reading, whole: list[int]) -> tuple[list[int], list[int]]:
-    """Split a row of a third-party reward model into context and target, up to the token that is scored.
+    """Split the ids of a whole dialogue into context and target; the target ends with the scored token.
 
-    The target starts at the first token that differs from the context. A token that covers the end
-    of the prompt and the start of the answer therefore belongs to the target.
+    The target starts at the first token that differs from the context. So a token that covers both
+    the end of the prompt and the start of the answer belongs to the target.
     """
     end = len(whole)
     while end > 1 and whole[end - 1] == reading.pad_id:

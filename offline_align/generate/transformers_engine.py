@@ -16,7 +16,7 @@ from offline_align.generate.stop import finish, is_stopped
 
 
 class TransformersEngine:
-    """A policy in Hugging Face form on one device."""
+    """A policy in Hugging Face format on one device."""
 
     def __init__(
         self,

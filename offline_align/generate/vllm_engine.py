@@ -25,7 +25,7 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MAST
 
 
 class VllmEngine:
-    """A policy in Hugging Face form in vLLM."""
+    """A policy in Hugging Face format in vLLM."""
 
     batch_size = _REQUESTS_A_CALL
 

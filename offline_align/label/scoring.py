@@ -1,8 +1,8 @@
-"""Score many rows with a reward model, packed and data parallel.
+"""Score rows with a reward model, in packed bins that are distributed over data parallel ranks.
 
-The assignment of rows to bins is a pure function of the rows. It depends neither on the number of
-ranks nor on the progress of earlier attempts, so a row's score is the same to the bit in every run
-on the same kind of machine.
+The assignment of rows to bins depends only on the rows and the capacity, not on the number of ranks
+or the progress of earlier attempts. So the score of a row is the same to the bit in every run on the
+same kind of machine.
 """
 
 import logging
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Rows that are packed together: enough to fill the bins, few enough for steady progress.
+# Number of consecutive rows that are packed at a time: enough to fill the bins, and few enough for
+# steady progress.
 _WINDOW_ROWS = 1024
 
 
@@ -48,7 +49,7 @@ def score_samples(
     parallel: ParallelSection,
     trainer: ComputeSection,
 ) -> list[float]:
-    """Return the raw reward of every sample, in order, from a session of its own (for evaluation).
+    """Return the raw reward of every sample, in order; for `evaluate`. Starts its own session.
 
     A sample whose response alone is longer than `data.max_length` gets NaN, with a warning.
     """
@@ -73,7 +74,7 @@ def tokens_by_place(
 ) -> TokenizedRows:
     """Return the tokens of `rows`, with each row's index as its id.
 
-    Sample ids need not be unique. Indices are, and they show which rows were left out.
+    Sample ids need not be unique, but indices are, so they show which rows were left out.
     """
     cache = Path(data.cache_dir) if data.cache_dir else Path(run.dir) / "cache"
     placed = [replace(row, sample=replace(row.sample, id=str(k))) for k, row in enumerate(rows)]
@@ -81,7 +82,7 @@ def tokens_by_place(
 
 
 def say_what_is_read(renderer: Renderer, rows: TokenizedRows) -> None:
-    """Log how the reward model reads rows, with the first row as the model sees it."""
+    """Log the template and the first row, decoded from the tokens that the reward model reads."""
     first = rows.ids[: rows.offsets[1]].tolist()
     form = f"data.template={renderer.template}"
     if renderer.reading:
@@ -92,7 +93,7 @@ def say_what_is_read(renderer: Renderer, rows: TokenizedRows) -> None:
 
 
 def load_reward_model(source: ModelSource, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> "RewardModel":
-    """Return a reward model that is ready to score, at any parallel layout."""
+    """Return a reward model with its weights, ready to score, in the layout of `parallel`."""
     from offline_align.model.heads import RewardModel
 
     model = load_model(source, parallel, ranks, bf16)
@@ -102,8 +103,8 @@ def load_reward_model(source: ModelSource, parallel: ParallelSection, ranks: Ran
 
 @effort.part("load")
 def load_model(source: ModelSource, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> "Policy | RewardModel":
-    """Return a model for forward passes only, at any parallel layout."""
-    # Import megatron-core only after the session has prepared this process for it.
+    """Return a model with its weights, for forward passes only, in the layout of `parallel`."""
+    # This imports megatron-core, which works only after `session` has prepared the process.
     from offline_align.model.build import build_model
 
     model = build_model(source.kind, source.model, parallel, ranks.device, bf16)
@@ -120,7 +121,7 @@ def tokenized(
     share_prompts: bool = False,
     announced: bool = False,
 ) -> SampleSource:
-    """Return the tokens of all `samples`; log the first one if `announced` is set.
+    """Return the tokenised `samples`; if `announced` is set, log the first one.
 
     Raises DataError if a sample would be left out, because every row must get a score.
     """
@@ -141,8 +142,9 @@ def tokenized(
 def plan_bins(source: SampleSource, capacity: int) -> list[list[int]]:
     """Return the bins of rows that are scored together, each of at most `capacity` tokens.
 
-    A bin takes rows from one window of the input only. If the source shares prompts, answers to one
-    prompt are adjacent in a bin. A row longer than `capacity` raises the limit for its window.
+    All rows of a bin come from one window of `_WINDOW_ROWS` consecutive rows. If the source shares
+    prompts, answers to the same prompt are adjacent in a bin. If a window has a row longer than
+    `capacity`, the length of that row is the limit for all bins of the window.
     """
     bins: list[list[int]] = []
     for first in range(0, len(source), _WINDOW_ROWS):
@@ -154,7 +156,7 @@ def plan_bins(source: SampleSource, capacity: int) -> list[list[int]]:
 
 
 def score_all(model: "RewardModel", source: SampleSource, bins: Sequence[list[int]], ranks: Ranks) -> dict[int, float]:
-    """Return the score of every row of `bins`, distributed over the ranks; all ranks must call it."""
+    """Return {row: score} for all rows of `bins`. A collective: the ranks share the work, and all must call it."""
     own = dict(chain.from_iterable(score_bins(model, source, bins[ranks.dp_rank :: ranks.dp_size], ranks)))
     return {row: score for part in ranks.gather(own) for row, score in part.items()}
 
@@ -167,11 +169,11 @@ def score_bins(
     ranks: Ranks,
     stops: Callable[[], bool] = lambda: False,
 ) -> Generator[list[tuple[int, float]]]:
-    """Yield (row, score) of the rows of each bin, in order; ranks that share a model must iterate together.
+    """Yield a list of (row, score) for each bin, in order. Ranks that share a model must iterate together.
 
-    A bin is launched before the scores of the previous bin are read, so that the device always has
-    work. `stops` is called after each launch, including a bin without rows, which is not computed.
-    Once it returns True, no further bin is launched, and the launched ones are still read.
+    The forward pass of a bin is launched before the scores of the previous bin are read, so the device
+    always has work. A bin without rows is not computed. `stops` is called after every bin, also an
+    empty one. After it returns True, no further bin is launched, but launched bins are still yielded.
     """
     multiple = padding_multiple(model.config.tensor_model_parallel_size, ranks.cp_size, model.config.sequence_parallel)
 
@@ -194,9 +196,9 @@ def score_bins(
 def _launch(
     model: "RewardModel", rows: list[int], batch: PackedBatch, device: torch.device
 ) -> Callable[[], list[tuple[int, float]]]:
-    """Launch the forward pass of a bin; return a function that waits for its (row, score) pairs.
+    """Launch the forward pass of a bin; return a function that waits for and returns its (row, score) pairs.
 
-    The function does not wait for bins that are launched later.
+    That function does not wait for bins that are launched later.
     """
     if not rows:
         return list

@@ -1,4 +1,4 @@
-"""`convert`: the Hugging Face form of a model to ours, and back."""
+"""`convert`: convert a model between Hugging Face format and a checkpoint of this toolkit."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face form: `convert` writes them, `generate` runs them."""
+"""Checkpoints in Hugging Face format: `convert` writes them, `generate` runs them."""
 
 import shutil
 import uuid

@@ -1,7 +1,7 @@
-"""One run of a stage: what it reads, its key, its folder, its ranks and its end.
+"""A job: one run of a stage, with its inputs, content key, run folder, ranks and manifest.
 
 A job resolves the model once, hashes each input once, holds the lock of the run folder while it
-works, and writes the manifest last.
+runs, and writes the manifest last.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class Job[R: Run]:
         self._key: RunKey | None = None
 
     def change_data(self, **values: Any) -> None:
-        """Set keys of the data section, and forget everything that was derived from it."""
+        """Set keys of the data section, and drop every cached property that depends on it."""
         config: Any = self.config
         self.config = replace(config, data=replace(config.data, **values))
         for name in ("source", "sources", "settings"):
@@ -67,12 +67,12 @@ class Job[R: Run]:
 
     @property
     def launcher(self) -> LauncherSection | None:
-        """How ranks are started; None for stages that are never several ranks or a cluster job."""
+        """The launcher section; None for stages that run only as one process on this machine."""
         return section(self.config, LauncherSection)
 
     @property
     def cache_dir(self) -> Path:
-        """The folder of tokenised data."""
+        """The folder for the cache of tokenised data."""
         data = section(self.config, DataSection)
         return Path(data.cache_dir) if data is not None and data.cache_dir else self.run_dir / "cache"
 
@@ -104,7 +104,7 @@ class Job[R: Run]:
 
     @property
     def shown_runs(self) -> list[Path]:
-        """The finished runs that `evaluate.runs` names, except this one.
+        """The folders of the finished runs that `evaluate.runs` names, without the folder of this run.
 
         Raises ConfigError for a folder without a finished run.
         """
@@ -114,36 +114,38 @@ class Job[R: Run]:
             is_run = (folder / lineage.MANIFEST).is_file()
             some = [folder] if is_run else sorted(path.parent for path in folder.glob(f"*/{lineage.MANIFEST}"))
             if not some:
-                raise ConfigError(f"evaluate.runs={name}: holds no finished run; give run folders, or a folder of them")
+                raise ConfigError(
+                    f"evaluate.runs={name}: has no finished run; give run folders, or a folder of run folders"
+                )
             found += some
         own = self.run_dir.resolve()
         return [path for path in dict.fromkeys(run.resolve() for run in found) if path != own]
 
     @cached_property
     def sources(self) -> lineage.Sources:
-        """The hashes of everything that the run reads. Use it on one rank only."""
+        """The hashes of everything that the run reads. Use it on one rank only: it reads every file."""
         return lineage.read_sources(self.inputs, [*self.models, *self.shown_runs])
 
     @cached_property
     def settings(self) -> lineage.RunSettings:
-        """Everything that determines the result. The first use reads every input."""
+        """Everything that determines the result. The first use hashes every input."""
         return lineage.run_settings(self.stage.name, to_mapping(self.config), self.sources)
 
     # ---- Life cycle
 
     @property
     def key(self) -> RunKey:
-        """The keys of the run; before it has begun, those of its settings."""
+        """The content keys of the run. Before `on_ranks` begins, they come from the settings alone."""
         return self._key or RunKey(self.settings.key, self.settings.continuation)
 
     def is_finished(self) -> bool:
-        """Return whether the folder holds this run, complete, and log it if so.
+        """Return whether this run is complete; if so, log it and remove leftover files.
 
-        Raises ConfigError if it holds another run.
+        Raises ConfigError if the folder has another run.
         """
         done = lineage.completed(self.run_dir, self.stage.name, self.settings.key)
         if done:
-            # Left behind if the run was killed right after it wrote its manifest.
+            # They still exist if the run was killed right after it wrote its manifest.
             shutil.rmtree(self.run_dir / "journal", ignore_errors=True)
             effort.forget(self.run_dir)
             logger.info("%s: %s is complete", self.stage.name, self.run_dir)
@@ -151,10 +153,10 @@ class Job[R: Run]:
 
     @contextlib.contextmanager
     def held(self, continued: bool = False) -> Iterator[bool]:
-        """Hold the lock of the run folder, on one rank; yields whether there is work to do.
+        """Lock the run folder for the block, on one rank, and yield whether there is work to do.
 
-        Records the effort of this attempt, in addition to earlier ones if the run can be `continued`.
-        Raises ConfigError if another job holds the lock.
+        Records the effort of this attempt. If the run can be `continued`, adds it to that of earlier
+        attempts. Raises ConfigError if another job holds the lock.
         """
         with run_lock(self.run_dir, self.stage.name):
             # Another job may have finished the run in the meantime.
@@ -169,7 +171,7 @@ class Job[R: Run]:
     def on_ranks(self, body: "Callable[[Ranks], None]") -> int:
         """Run `body(ranks)` on all ranks unless the run is finished; return the exit code 0.
 
-        Outside a launcher the check comes before any heavy import.
+        In a process that no launcher started, this checks for a finished run before heavy imports.
         """
         if launched() is None and self.is_finished():
             return 0
@@ -198,13 +200,14 @@ class Job[R: Run]:
                 body()
 
     def start_folder(self, model: ModelSection | None = None, ranks: "Ranks | None" = None) -> None:
-        """Create the run folder with `config.yaml`; with `ranks`, rank 0 does it and all wait.
+        """Create the run folder with `config.yaml`. If `ranks` are given, rank 0 does it and all wait.
 
-        `model` is the architecture of the loaded weights, if the configuration does not state it.
+        `model` replaces the model section in `config.yaml`: if weights are loaded, the configuration
+        does not state their architecture.
         """
         if ranks is None or ranks.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            # Otherwise the first figure would write a font cache into the home folder.
+            # Without this, matplotlib would write a font cache into the home folder.
             os.environ.setdefault("MPLCONFIGDIR", str((self.run_dir / "cache" / "matplotlib").resolve()))
             own = {"model": to_mapping(replace(model, tokenizer=None))} if model is not None else {}
             lineage.write_config(self.run_dir, to_mapping(self.config) | own)
@@ -212,10 +215,10 @@ class Job[R: Run]:
             ranks.barrier()
 
     def bad_rows(self, writes: bool = True) -> BadRows:
-        """Return the handler of bad rows, one for the whole run; one rank `writes` the quarantine.
+        """Return the handler of bad rows. Call it once per run, with `writes` on one rank only.
 
-        Removes the quarantine of an earlier attempt, because its data may have been corrected since.
-        Raises StorageError.
+        That rank writes the quarantine file. It first removes the file of an earlier attempt, because
+        the data may have been corrected since. Raises StorageError if that fails.
         """
         data = section(self.config, RowDataSection)
         policy = data.on_bad_row if data is not None else OnBadRow.fail
@@ -231,7 +234,8 @@ class Job[R: Run]:
     def finish(self, outputs: Iterable[Path], facts: Mapping[str, Any]) -> None:
         """Write the manifest, which marks the run as complete.
 
-        Missing `outputs` are left out; the quarantine file is added. `facts` go into its `extra`.
+        It lists those of `outputs` that exist, and the quarantine file if there is one. `facts` go
+        into its `extra`.
         """
         written = [path for path in dict.fromkeys([*outputs, self.run_dir / QUARANTINE]) if path.exists()]
         extra = {**facts, **self.key.facts}

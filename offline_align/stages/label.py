@@ -53,8 +53,8 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
             lambda: tokenized(samples, renderer, config.data, job.cache_dir, shares, announced=True)
         )
         ranks.require_same(source.fingerprint(), "data.input")
-    # The journal is named after its content, so scores of another model, other data or other
-    # tokens of the same data are never used.
+    # The name of the journal is a hash of settings, model and tokens, so a later attempt never uses
+    # scores of another model, of other data, or of the same data with other tokens.
     scored = lineage.text_sha256(f"{job.key.continuation} {source.fingerprint()}")
     journal = Journal(job.run_dir, scored, ranks.dp_rank)
     _score_missing(job, source, journal, ranks)
@@ -65,7 +65,10 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
 
 @effort.part("data")
 def _rows(job: Job[LabelRun], renderer: Renderer, bad_rows: BadRows) -> list[Sample | PreferencePair]:
-    """Return the rows that can be scored; all others are bad. Raises DataError unless skipped."""
+    """Return the rows that can be scored. All others are bad rows.
+
+    Raises DataError for a bad row unless `data.on_bad_row` is `skip`.
+    """
     files = job.inputs
     rows = list(read_samples_and_pairs(files, bad_rows))
     return leave_out_unscorable(rows, files, renderer, job.config.data, job.cache_dir, bad_rows)
@@ -89,8 +92,8 @@ def _score_missing(job: Job[LabelRun], source: "SampleSource", journal: Journal,
     model = load_reward_model(job.source, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
     bins = plan_bins(source, config.trainer.micro_batch_size * config.data.max_length)
     left = [b for b in bins if any(row not in done for row in b)]
-    # Ranks proceed in rounds of one bin each, so that all stop at the same bin if one is asked to.
-    # A rank without a bin in the last round still votes.
+    # In each round every rank scores one bin. If one rank is asked to stop, all stop after the same
+    # round. A rank that has no bin in the last round still votes.
     rounds = list(batched(left, ranks.dp_size))
     own = [share[ranks.dp_rank] if ranks.dp_rank < len(share) else [] for share in rounds]
     writes = ranks.tp_rank == 0 and ranks.cp_rank == 0
@@ -101,20 +104,23 @@ def _score_missing(job: Job[LabelRun], source: "SampleSource", journal: Journal,
     ):
         vote = StopVote(stop, ranks)
         with closing(score_bins(model, source, own, ranks, vote)) as scored:
-            # Fewer rounds than planned if the vote is to stop.
+            # `scored` is shorter than `rounds` if the ranks vote to stop.
             for share, scores in zip(rounds, scored, strict=False):
                 for row, score in scores:
                     writer.add(row, score)
                 meter.advance(sum(map(len, share)))
         if vote.newest():
-            raise StoppedEarly(f"stopped after {meter.done} of {len(source)} rows, saved: run it again")
+            raise StoppedEarly(
+                f"stopped after {meter.done} of {len(source)} rows; their scores are saved: "
+                "run the same command to continue"
+            )
     # All scores must be on disk before any rank reads them.
     ranks.barrier()
 
 
 @effort.part("scoring")
 def _score_again(job: Job[LabelRun], samples: list[Sample], renderer: Renderer, ranks: "Ranks") -> dict[int, float]:
-    """Return new scores of the certificate's rows, each alone in its bin and in another order."""
+    """Return new scores of the rows of the certificate, with each row alone in its bin, in reverse order."""
     from offline_align.distributed.setup import uses_bf16
     from offline_align.label.scoring import load_reward_model, score_all, tokenized
 
@@ -144,7 +150,9 @@ def _write_results(
     scores = read_scores(journal, len(samples))
     missing = [s.id for i, s in enumerate(samples) if i not in scores]
     if missing:
-        raise StorageError(f"{journal.folder}: lacks {len(missing)} scores, first {missing[0]}: run it again")
+        raise StorageError(
+            f"{journal.folder}: lacks {len(missing)} scores, first of row {missing[0]}: run the same command again"
+        )
     raw = [scores[i] for i in range(len(samples))]
     _check_finite(samples, raw)
     stats = fit(raw)
@@ -171,13 +179,13 @@ def _write_results(
 def _check_finite(samples: list[Sample], raw: list[float]) -> None:
     bad = [s.id for s, x in zip(samples, raw, strict=True) if not math.isfinite(x)]
     if bad:
-        raise DataError(f"row {bad[0]}: the reward model's score is not finite ({len(bad)} such rows); train it again")
+        raise DataError(f"row {bad[0]}: its score is not finite ({len(bad)} such rows): train the reward model again")
 
 
 def _labelled(sample: Sample, raw: float, normalised: float) -> dict[str, Any]:
     """Return the labelled row: the original columns in their order, then the new ones.
 
-    A row that was labelled before keeps its `source_id`, for example the id of its pair.
+    A row that already has a `source_id`, because it was labelled before, keeps it.
     """
     known = sample.columns.get("source_id")
     source_id = known if isinstance(known, str) and known.strip() else sample.columns.get("id") or sample.id

@@ -1,6 +1,6 @@
-"""What distinguishes the training stages: their rows and their objectives.
+"""Recipes: the rows and the objective that distinguish one training stage from another.
 
-Objectives import torch, so they are imported on use.
+Objectives are imported on use, because they import torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ class RowSource:
 
     form: type[Sample] | type[PreferencePair]
     make: Callable[[Sequence[Any], Any, Renderer], MethodRows] | None = None
-    """Called with rows of `form`, the settings of the method and the renderer. None for pairs,
-    which are trained on directly."""
+    """The function that makes training rows from rows of `form`, the settings of the method and the
+    renderer. None for pairs, which are trained on directly."""
 
 
 def _plain(rows: Sequence[Sample], settings: MethodSection | None, renderer: Renderer) -> MethodRows:
@@ -34,16 +34,17 @@ def _plain(rows: Sequence[Sample], settings: MethodSection | None, renderer: Ren
 samples = RowSource(Sample, _plain)
 """SFT rows, each with weight 1."""
 preference_pairs = RowSource(PreferencePair)
+"""Preference pairs, for the reward model."""
 
 
 def labelled(make: RowFunction[Any]) -> RowSource:
-    """Return the source of labelled rows whose training rows `make` returns."""
+    """Return a source that reads labelled rows and turns them into training rows with `make`."""
     return RowSource(LabelledSample, make)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training stage trains, on which rows, with which objective."""
+    """The kind of model that a training stage trains, the rows and the objective."""
 
     title: str
     """The name of the method in model cards."""
@@ -52,9 +53,9 @@ class Recipe:
     objective: Callable[[MethodSection | None], "Objective"]
     """Builds the objective from the settings of the method."""
     valid: RowSource = samples
-    """The validation rows."""
+    """The source of the validation rows; `train` is the one of the training rows."""
     condition: Callable[[Any], Condition] | None = None
-    """Returns the condition that the policy stores, from the settings of the method."""
+    """Returns the condition that is stored with the policy, given the settings of the method."""
 
 
 def next_token(settings: MethodSection | None) -> "Objective":

@@ -1,7 +1,7 @@
-"""The commands, one record each. A record states everything about its command.
+"""The registry of commands: one record per command, which states everything about it.
 
-A new training method is a row function in `methods/` (or an objective in `objectives/`) and a
-record here.
+To add a training method, write a row function in `methods/` (or an objective in `objectives/`) and
+add a record here.
 """
 
 import importlib
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 class Reads(Enum):
     """The kind of data that a stage reads."""
 
-    raw_rows = "rows of any published form, which it turns into ours"
-    rows = "rows of ours"
+    raw_rows = "raw rows in any published form, which the stage converts to ours"
+    rows = "JSONL rows in the form that `prepare` and later stages write"
     prompts = "prompts"
-    nothing = "no data of its own"
+    nothing = "no data files"
 
 
 @dataclass(frozen=True)
@@ -36,39 +36,40 @@ class Stage:
 
     name: str
     summary: str
-    """Its line in the list of commands."""
+    """The description in `offline-align --help`."""
     schema: type[Run]
-    """Its configuration: a field is a section, and a field of a section is a key."""
+    """The class of its configuration. Each field is a section, and each field of a section is a key."""
     body: str
-    """The module of this package whose `run(job)` does the work; it is imported on use.
+    """The module in `offline_align.stages` whose `run(job)` does the work. It is imported on use.
 
-    A function `problems(job)` in it may check settings that only this stage can judge. It returns one
-    line for each problem.
+    The module may also define `problems(job)`, which checks settings that only this stage can judge
+    and returns one line for each problem.
     """
     reads: Reads = Reads.nothing
     data_key: str | None = None
-    """The key that names its data, if that must be set."""
+    """The key that names the data; None if the stage runs without data."""
     starts_from: str | None = None
-    """A description of what `init.from` must name, if that must be set."""
+    """What `init.from` must name, for messages; None if `init.from` need not be set."""
     needs: Literal["policy", "reward_model"] | None = None
     """The kind of model that `init.from` must name; None if both are accepted."""
     recipe: Recipe | None = None
-    """Rows and objective of a training stage."""
+    """The rows and the objective of a training stage; None for other stages."""
     watches_the_clock: bool = False
-    """Whether its own loop checks `trainer.max_time`, so that it can save first. All other commands
-    are stopped wherever they are."""
+    """Whether its own loop checks `trainer.max_time`, so that it can save before it stops. If false,
+    the time limit and signals interrupt the stage at any point."""
     needs_run_dir: bool = True
+    """Whether `run.dir` must be set."""
     runs_megatron: bool = False
-    """Whether its ranks run a megatron-core model."""
+    """Whether the stage runs a megatron-core model on its ranks."""
     one_process: bool = False
     """Whether it runs as one process without a GPU, even as a job on a cluster."""
 
     def compose(self, words: Sequence[str]) -> Composed:
-        """Return the configuration for command-line words. Problems are collected, not raised."""
+        """Return the configuration for command-line arguments. Problems are collected, not raised."""
         return compose(self.name, self.schema, list(words), self.needs_run_dir)
 
     def problems(self, job: "Job[Any]") -> list[str]:
-        """Return the problems that the body finds in the settings of a job."""
+        """Return what the `problems` function of the body returns for a job; [] if there is none."""
         check = getattr(self._module(), "problems", None)
         found: list[str] = check(job) if check is not None else []
         return found
@@ -106,7 +107,7 @@ def _training(
 _ALL = (
     Stage(
         "prepare",
-        "raw data sets to rows: SFT and preference files, splits, a report",
+        "turn raw data sets into SFT and preference rows, for training and validation",
         runs.PrepareRun,
         "prepare",
         reads=Reads.raw_rows,
@@ -115,13 +116,13 @@ _ALL = (
     ),
     _training(
         "sft",
-        "supervised fine-tuning of a policy (Eq. 1)",
+        "train a policy by supervised fine-tuning (Eq. 1 of the paper)",
         runs.TrainRun,
         Recipe("supervised fine-tuning", "policy", samples, next_token),
     ),
     _training(
         "reward",
-        "reward model on preference pairs (Eq. 2)",
+        "train a reward model on preference pairs (Eq. 2)",
         runs.RewardRun,
         Recipe(
             "a reward model trained on preference pairs",
@@ -133,7 +134,7 @@ _ALL = (
     ),
     Stage(
         "label",
-        "a reward model scores a data set (Figure 3)",
+        "score the answers of a data set with a reward model (Figure 3)",
         runs.LabelRun,
         "label",
         reads=Reads.rows,
@@ -145,33 +146,33 @@ _ALL = (
     ),
     _training(
         "fa",
-        "Filtering Alignment: rows above a reward threshold (Eq. 4)",
+        "Filtering Alignment: train on rows above a reward threshold (Eq. 4)",
         runs.FilteringRun,
         Recipe("Filtering Alignment", "policy", labelled(fa.training_rows), next_token),
     ),
     _training(
         "rwr",
-        "Reward-Weighted Regression: rows weighted by exp(reward / beta) (Eq. 5)",
+        "Reward-Weighted Regression: weight rows by exp(reward / beta) (Eq. 5)",
         runs.RewardWeightedRun,
         Recipe("Reward-Weighted Regression", "policy", labelled(rwr.training_rows), next_token),
     ),
     _training(
         "ca",
-        "Conditional Alignment: the reward written into the prompt (Eq. 6)",
+        "Conditional Alignment: write the reward into the prompt (Eq. 6)",
         runs.ConditionalRun,
         Recipe(
             "Conditional Alignment",
             "policy",
             labelled(ca.training_rows),
             next_token,
-            # Validation rows have rewards too, and each is conditioned on its own.
+            # Validation rows also have rewards, and each row is conditioned on its own reward.
             valid=labelled(ca.training_rows),
             condition=ca.stored_condition,
         ),
     ),
     Stage(
         "generate",
-        "a policy answers prompts",
+        "answer prompts with a policy",
         runs.GenerateRun,
         "generate",
         reads=Reads.prompts,
@@ -182,7 +183,7 @@ _ALL = (
     ),
     Stage(
         "evaluate",
-        "several sets of answers, a judge, tables and a page",
+        "compare several sets of answers with a judge, and write a report",
         runs.EvaluateRun,
         "evaluate",
         reads=Reads.rows,
@@ -190,21 +191,23 @@ _ALL = (
     ),
     Stage(
         "convert",
-        "Hugging Face form to ours and back",
+        "convert between Hugging Face format and checkpoints of this toolkit",
         runs.ConvertRun,
         "convert",
-        starts_from="a Hugging Face folder, or a policy or reward model of ours",
+        starts_from="a Hugging Face folder, or a policy or reward model of this toolkit",
     ),
     Stage(
         "plan",
-        "what FA would keep, RWR weigh and CA write: no GPU, no model",
+        "show what FA would keep, RWR weight and CA write; needs no GPU and no model",
         runs.PlanRun,
         "plan",
         reads=Reads.rows,
         data_key="data.input",
         needs_run_dir=False,
     ),
-    Stage("verify", "whether a run folder is whole and where it came from", runs.VerifyRun, "verify"),
+    Stage(
+        "verify", "check that a run and the runs behind it are unchanged, and show its origin", runs.VerifyRun, "verify"
+    ),
 )
 STAGES = {stage.name: stage for stage in _ALL}
 

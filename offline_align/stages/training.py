@@ -1,6 +1,6 @@
-"""The body of all training stages: rows in, checkpoints out.
+"""The body of all training stages: read and tokenise rows, train, write checkpoints.
 
-The stages differ only in rows and objective, which the `Recipe` of their record names.
+The stages differ only in their rows and objective, which the `Recipe` in the registry states.
 """
 
 import logging
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Share of repeated tokens above which the hint is logged.
+# If at least this share of the tokens belongs to repeated prompts, a hint is logged.
 _GROUPING_HINT_SHARE = 0.1
 
 
@@ -46,7 +46,7 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
 
     config = job.config
     job.start_folder(job.source.model if config.init.from_ else None, ranks)
-    # A reward model of others is trained with our way of reading rows.
+    # A third-party reward model that is trained further reads rows as ours do, not as in transformers.
     renderer = replace(job.source.description, reading=None).renderer(job.source.tokenizer)
     bad_rows = job.bad_rows(ranks.is_main)
     recipe = _recipe(job)
@@ -72,8 +72,8 @@ def _recipe(job: Job[TrainRun]) -> Recipe:
 
 def _log_grouping_gain(share: float) -> None:
     if share >= _GROUPING_HINT_SHARE:
-        fix = "data.group_by_prompt=true puts the rows of a prompt into one step and computes it once"
-        logger.info("data.train: %.0f %% of the tokens are repeated prompts; %s", 100 * share, fix)
+        fix = "data.group_by_prompt=true puts all rows of a prompt into one step, which computes it once"
+        logger.info("data.train: %.0f %% of the tokens belong to prompts that occur again; %s", 100 * share, fix)
 
 
 @effort.part("data")
@@ -85,7 +85,7 @@ def _source(
     ranks: "Ranks",
     bad_rows: BadRows,
 ) -> "tuple[bins.RowSource | None, dict[str, Any]]":
-    """Return the tokenised rows of `data.train` or `data.valid`, and facts about them.
+    """Return the tokenised rows of `data.train` or `data.valid`, and facts about them for the manifest.
 
     The rows are None if the key is not set or its file is empty.
     """
@@ -94,8 +94,8 @@ def _source(
     if named is None:
         return None, {}
     paths = input_paths(named, key)
-    if which == "valid" and is_empty(paths):  # `prepare` writes such files from few rows
-        logger.warning("data.valid=%s: has no row; there is no validation", named)
+    if which == "valid" and is_empty(paths):  # `prepare` writes an empty file if it has few rows
+        logger.warning("data.valid=%s: has no rows; the run goes without validation", named)
         return None, {}
     source, facts = ranks.main_first(lambda: _tokenized(job, paths, rows, renderer, bad_rows))
     ranks.require_same(source.fingerprint(), key)

@@ -1,7 +1,4 @@
-"""The training loop: steps, validation, checkpoints, early stops and resuming.
-
-It is the same for every objective.
-"""
+"""The training loop for all objectives: steps, validation, checkpoints, early stops and resuming."""
 
 import logging
 import math
@@ -39,8 +36,8 @@ from offline_align.train.speed import SpeedMeter, stragglers
 from offline_align.train.step import StepResult, TrainStep, evaluate, weights_in_place
 
 logger = logging.getLogger(__name__)
-# Rows per data parallel rank that validation packs together. There are enough to fill the bins,
-# and few enough that a stop request between two such groups is answered soon.
+# Number of rows per data parallel rank that validation packs and evaluates at a time: enough to
+# fill the bins, and few enough that a stop request, which is checked in between, is answered soon.
 _VALIDATION_ROWS = 256
 _MAX_SKIPPED_IN_A_ROW = 3
 
@@ -65,7 +62,7 @@ class Trainer:
     tokenizer: Tokenizer
     speed: SpeedMeter
     settings: str
-    """Hash of everything that the steps depend on; a checkpoint with another hash is refused."""
+    """Hash of all settings and data that the steps depend on. A checkpoint with another hash is refused."""
     state: TrainState = field(default_factory=TrainState)
     saver: Saver = field(init=False)
 
@@ -89,15 +86,15 @@ class Trainer:
 
         Raises StoppedEarly, after saving a checkpoint, if a stop is requested; ConfigError if the
         checkpoint belongs to other settings; StorageError if checkpoints exist and none is intact, or
-        if the disk is too small for the checkpoints to come; and AlignError if three steps in a row
-        are not finite.
+        if the disk has no space for the remaining checkpoints; and AlignError if the loss or gradient
+        norm is not finite in three steps in a row.
         """
         self._resume()
         train_step = TrainStep(self.model, self.optimizer, self.objective, self.optim.clip_grad)
         total = self.data.total_steps
         main = self.ranks.is_main
         self.saver.check_space(total - self.state.step, self.trainer.save_interval, self.validation is not None)
-        # Prefer Slurm's name of the node, which can differ from its host name.
+        # Slurm's name for the node is preferred. It can differ from the host name.
         hosts = self.ranks.gather(os.environ.get("SLURMD_NODENAME", socket.gethostname()))
         with (
             part("steps"),
@@ -142,7 +139,7 @@ class Trainer:
 
     @property
     def _pinned(self) -> bool:
-        """Whether batches are put into pinned memory, which allows asynchronous copies to the GPU."""
+        """Whether batches use pinned memory, which allows asynchronous copies to the GPU."""
         return self.ranks.device.type == "cuda"
 
     def _stopped(self, stop: StopRequest) -> StoppedEarly:
@@ -150,7 +147,8 @@ class Trainer:
         self.saver.finish()
         reason = stop.reason or "a request to another rank"
         return StoppedEarly(
-            f"stopped by {reason} after step {self.state.step} of {self.data.total_steps}, saved: run it again"
+            f"stopped by {reason} after step {self.state.step} of {self.data.total_steps}; a checkpoint is saved: "
+            "run the same command to continue"
         )
 
     @part("load")
@@ -161,8 +159,8 @@ class Trainer:
         saved = checkpoint.read_state(newest)
         if saved.settings != self.settings:
             raise ConfigError(
-                f"run.dir={self.run_dir}: holds a run with other settings, weights or data; "
-                "repeat its command to continue it, or give another folder"
+                f"run.dir={self.run_dir}: has a checkpoint of a run with other settings, weights or data; "
+                "repeat the command of that run to continue it, or give another folder"
             )
         self.state = checkpoint.load(self.module, self.optimizer, newest)
         # The previous attempt may have been killed between writing a checkpoint and setting its links.
@@ -170,7 +168,7 @@ class Trainer:
         logger.info("continuing after step %d of %d", self.state.step, self.data.total_steps)
 
     def _is_due(self, interval: int | None) -> bool:
-        """Return whether something that happens every `interval` steps and at the end is due now."""
+        """Return whether an action that is due every `interval` steps, and at the end, is due now."""
         at_end = self.state.step == self.data.total_steps
         return at_end or (interval is not None and self.state.step % interval == 0)
 
@@ -208,16 +206,16 @@ class Trainer:
             self.saver.finish()
             raise AlignError(
                 f"{self.state.skipped_in_a_row} steps in a row were not finite, up to step {self.state.step}: "
-                "lower optim.lr or look at the rows named above; checkpoints before them are kept"
+                "lower optim.lr, or look at the rows that the log names; earlier checkpoints are kept"
             )
 
     @part("validation")
     def _validate(self, writer: MetricsWriter, stop: StopRequest | None) -> None:
         """Evaluate the validation set, log its metrics and update the best step.
 
-        If a stop is requested meanwhile, saves a checkpoint that marks this validation as due and
-        raises StoppedEarly. With `stop` None, stop requests are ignored: a validation that was
-        postponed once must complete, or a series of short attempts would never get past it.
+        If a stop is requested during the validation, saves a checkpoint that marks the validation as
+        due and raises StoppedEarly. If `stop` is None, stop requests are ignored: a validation that was
+        interrupted once must complete in the next attempt, or short attempts would never get past it.
         """
         try:
             with closing(self._validation_batches(stop)) as batches:
@@ -232,7 +230,7 @@ class Trainer:
         self.state.validation_due = False
         if not math.isfinite(metrics["loss"]):
             logger.warning(
-                "validation after step %d: the loss is not finite, so this step is never the best", self.state.step
+                "validation after step %d: the loss is not finite; its checkpoint cannot be `best`", self.state.step
             )
         elif self.state.best_value is None or metrics["loss"] < self.state.best_value:
             self.state.best_value, self.state.best_step = metrics["loss"], self.state.step
@@ -242,8 +240,8 @@ class Trainer:
         with closing(self.validation.in_order(_VALIDATION_ROWS * self.ranks.dp_size, self._pinned)) as upcoming:
             for data in upcoming:
                 started = time.monotonic()
-                # Reading the vote waits for the previous share of the rows, so `started` to the next
-                # vote is the time that one share takes.
+                # Reading the vote waits until the previous rows are evaluated, so the time from
+                # `started` until after the yield is that of one set of rows.
                 if stop is not None and self.ranks.any_rank(stop.reason is not None)():
                     raise self._stopped(stop)
                 yield data.micro_batches

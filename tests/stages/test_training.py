@@ -252,7 +252,7 @@ def test_a_validation_that_is_not_finite_is_never_the_best(
     assert link.is_symlink() == (best is not None)
     if best is not None:
         assert link.resolve().name == f"step_{best:08d}"
-    said = [record.message for record in caplog.records if "never the best" in record.message]
+    said = [record.message for record in caplog.records if "cannot be `best`" in record.message]
     assert len(said) == sum(not isfinite(loss) for loss in losses)
 
 
@@ -376,7 +376,7 @@ def test_a_validation_file_without_rows_is_no_validation(tmp_path: Path, rows: P
     folder = train("sft", tmp_path / "run", rows, f"data.valid={empty}", "trainer.eval_interval=2")
     assert metrics(folder, "valid_loss") == []
     said = [record.message for record in caplog.records if "data.valid" in record.message]
-    assert said == [f"data.valid={empty}: has no row; there is no validation"]
+    assert said == [f"data.valid={empty}: has no rows; the run goes without validation"]
     assert run(["sft", f"run.dir={tmp_path / 'none'}", f"data.train={empty}", *TINY[:-1], *STEPS]) == 65
 
 

@@ -55,17 +55,18 @@ class DataSection(RowDataSection):
     """Maximum length of a row in tokens, including the end-of-sequence token (paper: 4096)."""
     too_long: TooLong = TooLong.truncate_prompt
     """What to do with rows over `max_length`: truncate the prompt from the left, or drop the row. A
-    row whose response alone exceeds it is always dropped. Both are counted."""
+    row whose response alone exceeds it is always dropped. Truncated and dropped
+    rows are counted."""
     template: Template | None = None
     """How a dialogue becomes text: `User:...Assistant: ...` (`paper`) or the tokenizer's chat
-    template (`chat`). If unset, the template of the model in `init.from`, `chat` for a reward model
-    that was not trained here, else `paper`."""
+    template (`chat`). If unset, the template that the model in `init.from` records. If it
+    records none, `chat` for a third-party reward model with a chat template, else `paper`."""
     template_date: str | None = None
     """The day (YYYY-MM-DD) that a chat template writes as today's. If unset, the day that the model
     was trained with, else the day on which the run started."""
     cache_dir: str | None = None
-    """Folder for the cache of tokenised data, whose entries are keyed by content. If unset,
-    `cache/` in `run.dir`."""
+    """Folder for the cache of tokenised data. An entry is found by its content, so runs can share
+    the folder. If unset, `cache/` in `run.dir`."""
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,8 @@ class ParallelSection:
     """Tensor parallel size: the number of ranks that share each layer (paper: 4, set with
     `parallel=tp4 launcher.nproc_per_node=4`)."""
     sequence_parallel: bool = False
-    """Outside the matrix products, split the activations along the sequence over the tensor
-    parallel ranks."""
+    """Split the activations along the sequence over the tensor parallel ranks, except in the
+    tensor parallel matrix products."""
     context_parallel_size: int = 1
     """Context parallel size: the number of ranks that share each packed bin. For rows whose
     activations do not fit on one GPU."""
@@ -78,8 +78,8 @@ class LimitSection:
     """Settings of every stage that can take long."""
 
     max_time: str | None = None
-    """Wall-clock limit, as `3h50m`, `HH:MM:SS` or seconds. The stage saves and exits with 75 before
-    it. If unset, there is no limit."""
+    """Wall-clock limit, as `3h50m`, `HH:MM:SS` or seconds. Before this limit, the stage saves and
+    exits with 75. If unset, there is no limit."""
 
 
 @dataclass(frozen=True)

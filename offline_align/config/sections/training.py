@@ -116,8 +116,8 @@ class OptimSection:
     clip_grad: float = 1.0
     """Maximum global gradient norm. 0 disables clipping."""
     use_precision_aware_optimizer: bool = False
-    """Store the moments in bf16, and of each main weight only the 16 bits that its bf16 weight
-    lacks. This halves the optimizer memory and needs Transformer Engine."""
+    """Store the moments in bf16, and only those 16 bits of each fp32 main weight that its bf16
+    weight lacks. This halves the optimizer memory and needs Transformer Engine."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A random tiny policy in Hugging Face form with its tokenizer, and prompts for it."""
+"""A random tiny policy in Hugging Face format with its tokenizer, and prompts for it."""
 
 from pathlib import Path
 
