@@ -52,7 +52,7 @@ class Job[R: Run]:
         """Set keys of the data section, and drop every cached property that depends on it."""
         config: Any = self.config
         self.config = replace(config, data=replace(config.data, **values))
-        for name in ("source", "sources", "settings"):
+        for name in ("source", "hashed", "settings"):
             self.__dict__.pop(name, None)
 
     @property
@@ -122,14 +122,14 @@ class Job[R: Run]:
         return [path for path in dict.fromkeys(run.resolve() for run in found) if path != own]
 
     @cached_property
-    def sources(self) -> lineage.Sources:
+    def hashed(self) -> lineage.Sources:
         """The hashes of everything that the run reads. Use it on one rank only: it reads every file."""
         return lineage.read_sources(self.inputs, [*self.models, *self.shown_runs])
 
     @cached_property
     def settings(self) -> lineage.RunSettings:
         """Everything that determines the result. The first use hashes every input."""
-        return lineage.run_settings(self.stage.name, to_mapping(self.config), self.sources)
+        return lineage.run_settings(self.stage.name, to_mapping(self.config), self.hashed)
 
     # ---- Life cycle
 
@@ -239,4 +239,4 @@ class Job[R: Run]:
         """
         written = [path for path in dict.fromkeys([*outputs, self.run_dir / QUARANTINE]) if path.exists()]
         extra = {**facts, **self.key.facts}
-        lineage.write_manifest(self.run_dir, self.stage.name, self.key.finished, self.sources, written, extra)
+        lineage.write_manifest(self.run_dir, self.stage.name, self.key.finished, self.hashed, written, extra)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RowSource:
+class RowRecipe:
     """The form of the rows in the files, and the function that makes training rows from them."""
 
     form: type[Sample] | type[PreferencePair]
@@ -31,15 +31,15 @@ def _plain(rows: Sequence[Sample], settings: MethodSection | None, renderer: Ren
     return MethodRows([TrainingRow(row) for row in rows])
 
 
-samples = RowSource(Sample, _plain)
+samples = RowRecipe(Sample, _plain)
 """SFT rows, each with weight 1."""
-preference_pairs = RowSource(PreferencePair)
+preference_pairs = RowRecipe(PreferencePair)
 """Preference pairs, for the reward model."""
 
 
-def labelled(make: RowFunction[Any]) -> RowSource:
+def labelled(make: RowFunction[Any]) -> RowRecipe:
     """Return a source that reads labelled rows and turns them into training rows with `make`."""
-    return RowSource(LabelledSample, make)
+    return RowRecipe(LabelledSample, make)
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Recipe:
     title: str
     """The name of the method in model cards."""
     makes: Literal["policy", "reward_model"]
-    train: RowSource
+    train: RowRecipe
     objective: Callable[[MethodSection | None], "Objective"]
     """Builds the objective from the settings of the method."""
-    valid: RowSource = samples
+    valid: RowRecipe = samples
     """The source of the validation rows; `train` is the one of the training rows."""
     condition: Callable[[Any], Condition] | None = None
     """Returns the condition that is stored with the policy, given the settings of the method."""

@@ -16,7 +16,7 @@ from offline_align.data.records import BadRows, PreferencePair, input_paths, rea
 from offline_align.data.template import Renderer
 from offline_align.lineage import effort
 from offline_align.stages.job import Job
-from offline_align.stages.recipe import Recipe, RowSource
+from offline_align.stages.recipe import Recipe, RowRecipe
 
 if TYPE_CHECKING:
     from offline_align.data import bins
@@ -80,7 +80,7 @@ def _log_grouping_gain(share: float) -> None:
 def _source(
     job: Job[TrainRun],
     which: Literal["train", "valid"],
-    rows: RowSource,
+    rows: RowRecipe,
     renderer: Renderer,
     ranks: "Ranks",
     bad_rows: BadRows,
@@ -103,7 +103,7 @@ def _source(
 
 
 def _tokenized(
-    job: Job[TrainRun], paths: list[Path], rows: RowSource, renderer: Renderer, bad_rows: BadRows
+    job: Job[TrainRun], paths: list[Path], rows: RowRecipe, renderer: Renderer, bad_rows: BadRows
 ) -> "tuple[bins.RowSource, dict[str, Any]]":
     from offline_align.data.bins import MOST_KEYS_IN_TRAINING, PairSource, SampleSource, shares_prompts
     from offline_align.data.tokenize import tokenize_pairs, tokenize_samples
