@@ -140,7 +140,7 @@ def use_megatrons_form() -> None:
     state.to_load = lambda optimizer, weights: optimizer.sharded_state_dict(
         dict(weights), is_loading=True, metadata=form
     )
-    state.take = lambda optimizer, loaded: optimizer.load_state_dict(loaded)
+    state.load_state = lambda optimizer, loaded: optimizer.load_state_dict(loaded)
 
 
 def _watched(action: Callable[[], Any]) -> tuple[float, float]:

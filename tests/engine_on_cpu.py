@@ -285,4 +285,4 @@ def build_from_its_layers(attention: str = "unfused") -> None:
     optimizers: Any = optim
     optimizers._register_own_adam = lambda *_: None
     refusals: Any = checks
-    refusals._engine = lambda _: []
+    refusals._transformer_engine = lambda _: []

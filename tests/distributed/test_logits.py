@@ -49,13 +49,18 @@ def theirs(folder: Path, rows: list[list[int]]) -> torch.Tensor:
         return torch.cat([model(torch.tensor([row])).logits[0] for row in rows])
 
 
+def assert_equal_to_rounding(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    """Allow 100 units of fp32 rounding (2^-24, 6e-8) of the largest logit: ranks and kernels sum in other orders."""
+    assert (found - expected).abs().max() < 100 * 2**-24 * max(1.0, float(expected.abs().max())), name
+
+
 def test_every_family_on_two_ranks(tmp_path: Path) -> None:
     folders = [save(tmp_path / name, *spec) for name, spec in FAMILIES.items()]
     for folder, found in zip(folders, ours(folders, ROWS, 2, tmp_path), strict=True):
-        assert (found - theirs(folder, ROWS)).abs().max() < 1e-5, folder.name
+        assert_equal_to_rounding(found, theirs(folder, ROWS), folder.name)
 
 
 def test_nine_heads_on_three_ranks(tmp_path: Path) -> None:
     folder = save(tmp_path / "nine", *NINE_HEADS)
     (found,) = ours([folder], ROWS, 3, tmp_path)
-    assert (found - theirs(folder, ROWS)).abs().max() < 1e-5
+    assert_equal_to_rounding(found, theirs(folder, ROWS), folder.name)

@@ -102,7 +102,7 @@ def test_a_continuation_with_other_settings_is_refused(tmp_path: Path, rows: Pat
     assert run([*words, "trainer.max_time=0.001"]) == 75
     assert run([*words, "optim.adam_beta1=0.5", "run.seed=7"]) == 78
     said = capsys.readouterr().err.splitlines()
-    assert [line.partition("; to")[0] for line in said if "error" in line][-2:] == [
+    assert [line.partition("; restore")[0] for line in said if "error" in line][-2:] == [
         "offline-align: error: optim.adam_beta1=0.5: this run began with 0.9",
         "offline-align: error: run.seed=7: this run began with 1234",
     ]
