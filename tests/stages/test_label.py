@@ -152,7 +152,9 @@ def test_a_row_that_cannot_be_scored_is_reported_or_skipped(
         return run(["label", f"run.dir={folder / kind / name}", f"data.input={file}", *words, *more])
 
     assert start("out", path) == 65
-    assert f"{path}:3: response: too long to be scored, raise data.max_length=64; fix the row" in capsys.readouterr().err
+    assert (
+        f"{path}:3: response: too long to be scored, raise data.max_length=64; fix the row" in capsys.readouterr().err
+    )
     assert start("out", path, "data.on_bad_row=skip") == 0
     assert [r.message.partition(" are")[0] for r in caplog.records if "left out, see" in r.message] == ["1 bad rows"]
     assert start("clean", folder / kind / "clean.jsonl") == 0
