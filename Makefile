@@ -51,6 +51,8 @@ check: $(READY) ## check lint, format and types (ruff, mypy)
 
 # Two workers suit two cores. loadfile runs a test file in one worker, so its fixtures are built once. Tests with
 # several ranks choose free ports, so they can run in parallel.
+# Threads that wait asleep leave the cores to the tests beside them. The commands set this for themselves.
+test test-fast: export OMP_WAIT_POLICY ?= passive
 test: check $(ENGINE) ## run check and the whole test suite; GPU tests are skipped without a GPU
 	$(BIN)/pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
