@@ -226,11 +226,22 @@ class SampleSource(RowSource):
 
 
 class PairSource(RowSource):
-    """Tokenised pairs: two segments per row, chosen first. Each is scored at its last token."""
+    """Tokenised pairs: two segments per row, chosen first.
 
-    def __init__(self, pairs: TokenizedPairs, share_prompts: bool = False, most_keys: float = math.inf) -> None:
+    A reward model scores each segment at its last token. If `with_targets` is set, the tokens of both
+    answers are targets too, so that a policy can compute their likelihoods.
+    """
+
+    def __init__(
+        self,
+        pairs: TokenizedPairs,
+        share_prompts: bool = False,
+        most_keys: float = math.inf,
+        *,
+        with_targets: bool = False,
+    ) -> None:
         super().__init__(pairs.chosen, share_prompts, most_keys)
-        self.pairs = pairs
+        self.pairs, self.with_targets = pairs, with_targets
 
     def num_tokens(self) -> int:
         """Return the number of tokens of all pairs. If prompts are shared, each pair counts its prompt once."""
@@ -245,7 +256,15 @@ class PairSource(RowSource):
         """Return the bin of both answers of each pair of `rows`."""
         margins = np.nan_to_num(self.pairs.margin[list(rows)], nan=0.0).astype(np.float32)
         row_ids = [self.pairs.row_ids[row] for row in rows]
-        return assemble(self._segments(rows), row_ids, None, margins, pad_to_multiple)
+        targets = self._targets(list(rows)) if self.with_targets else None
+        return assemble(self._segments(rows), row_ids, targets, margins, pad_to_multiple)
+
+    def _targets(self, rows: list[int]) -> Targets:
+        """Return the targets of the segments of `rows`, in the order chosen, rejected, chosen, ..."""
+        sides = (self.pairs.chosen, self.pairs.rejected)
+        start = np.stack([side.target_start[rows] for side in sides], axis=1)
+        weight = np.stack([side.weight[rows] for side in sides], axis=1)
+        return Targets(start.reshape(-1), weight.reshape(-1))
 
     def _sequences(self, row: int) -> list[Ids]:
         return [_ids(self.pairs.chosen, row), _ids(self.pairs.rejected, row)]

@@ -121,7 +121,9 @@ def _tokenized(
     if rows.make is None:
         pairs = [row for row in read if isinstance(row, PreferencePair)]
         tokenized_pairs = tokenize_pairs(pairs, renderer, config.data, job.cache_dir, reject)
-        source, dropped = PairSource(tokenized_pairs, shares, MOST_KEYS_IN_TRAINING), tokenized_pairs.dropped
+        with_targets = _recipe(job).makes == "policy"
+        source = PairSource(tokenized_pairs, shares, MOST_KEYS_IN_TRAINING, with_targets=with_targets)
+        dropped = tokenized_pairs.dropped
     else:
         made = rows.make(read, section(config, MethodSection), renderer)
         tokenized = tokenize_samples(made.rows, renderer, config.data, job.cache_dir, reject)

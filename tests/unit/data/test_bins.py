@@ -51,6 +51,29 @@ def test_a_pair_has_its_prompt_once() -> None:
     assert source.size([0]) == BinSize(7, 5**2 + 6**2 - 4**2)
 
 
+def test_both_answers_of_a_pair_can_be_targets() -> None:
+    """The targets are those of the same rows as samples, whether or not the bin shares their prompts."""
+    chosen = tokenized([[*PROMPT, 1, 2], [*PROMPT, 3]], [3, 3])
+    rejected = tokenized([[*PROMPT, 1, 5, 6], [4, 4]], [3, 1])
+    rejected = replace(rejected, weight=np.array([2, 0.5], np.float32))
+    tokens = TokenizedPairs(chosen, rejected, np.zeros(2, np.float32), ["a", "b"], {})
+    source = PairSource(tokens, share_prompts=True, with_targets=True)
+    batch = source.collate([1, 0], 1)
+    assert batch.tokens.tolist() == [[*PROMPT, 3, 4, 4, 1, 2, 1, 5, 6]]
+    assert batch.target_ids.tolist() == [3, 4, 1, 2, 1, 5, 6]
+    assert batch.target_index.tolist() == [2, 4, 2, 6, 2, 8, 9]
+    assert batch.target_weights.tolist() == [1, 0.5, 1, 1, 2, 2, 2]
+    # Alone, the answers of pair "a" also share their first token, at position 3.
+    alone = source.collate([0], 1)
+    assert alone.tokens.tolist() == [[*PROMPT, 1, 2, 5, 6]]
+    assert (alone.target_ids.tolist(), alone.target_index.tolist()) == ([1, 2, 1, 5, 6], [2, 3, 2, 3, 5])
+    apart = PairSource(tokens, with_targets=True).collate([1, 0], 1)
+    assert (apart.target_ids.tolist(), apart.target_index.tolist()) == ([3, 4, 1, 2, 1, 5, 6], [2, 4, 8, 9, 13, 14, 15])
+    assert PairSource(tokens, share_prompts=True).collate([1, 0], 1).target_ids.numel() == 0
+    empty = PairSource(tokens, with_targets=True).collate([], 4)
+    assert (empty.target_ids.numel(), empty.last_index.numel(), empty.num_padding) == (0, 0, 4)
+
+
 def test_each_pair_attends_only_to_its_own_prompt() -> None:
     source = PairSource(pairs([[*PROMPT, 1], [*PROMPT, 2]], [[*PROMPT, 3], [4, 4]]), share_prompts=True)
     batch = source.collate([1, 0], pad_to_multiple=1)

@@ -90,6 +90,24 @@ def test_likelihoods_of_answers_to_one_prompt(ranks: Ranks) -> None:
     assert_same(model, *(model(b) for b in bins))
 
 
+def test_likelihoods_of_both_answers_of_a_pair(ranks: Ranks) -> None:
+    """A pair's bin gives a policy the same likelihoods and gradients as its answers as samples."""
+    from offline_align.model.build import build_model
+
+    model = build_model("policy", MODEL, ParallelSection(), ranks.device, bf16=False)
+    draw = np.random.Generator(np.random.PCG64(3))
+    prompts = [draw.integers(0, 90, n).tolist() for n in (25, 18)]
+    answers = [draw.integers(0, 90, n).tolist() for n in (1, 7, 13, 5)]
+    ids = [prompts[i // 2] + answer for i, answer in enumerate(answers)]
+    starts = [25, 25, 18, 18]
+    chosen, rejected = (rows(ids[k::2], starts[k::2]) for k in (0, 1))
+    both = TokenizedPairs(chosen, rejected, np.zeros(2, np.float32), ["a", "b"], {})
+    for share in (True, False):
+        samples = model(SampleSource(rows(ids, starts)).collate(range(4), 1))
+        assert samples.numel() == sum(map(len, answers))
+        assert_same(model, model(PairSource(both, share, with_targets=True).collate(range(2), 1)), samples)
+
+
 def test_scores_without_gradients_spare_the_mask(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without gradients, answers to a shared prompt use products, and other rows torch's kernel."""
     from offline_align.model.attention_products import attend_by_products
