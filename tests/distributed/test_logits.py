@@ -43,24 +43,29 @@ def ours(folders: Sequence[Path], rows: list[list[int]], tp_size: int, scratch: 
     return [found[str(k)] for k in range(len(folders))]
 
 
-def theirs(folder: Path, rows: list[list[int]]) -> torch.Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def theirs(folder: Path, rows: list[list[int]], dtype: torch.dtype) -> torch.Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     with torch.no_grad():
         return torch.cat([model(torch.tensor([row])).logits[0] for row in rows])
 
 
-def assert_equal_to_rounding(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    """Allow 100 units of fp32 rounding (2^-24, 6e-8) of the largest logit: ranks and kernels sum in other orders."""
-    assert (found - expected).abs().max() < 100 * 2**-24 * max(1.0, float(expected.abs().max())), name
+def assert_as_exact_as_theirs(found: torch.Tensor, folder: Path) -> None:
+    """Compare with float64: our fp32 error is at most twice that of transformers in fp32 on the same machine.
+
+    Ranks and kernels sum in different orders, so the size of either error depends on the machine.
+    """
+    exact = theirs(folder, ROWS, torch.float64)
+    allowed = 2 * (theirs(folder, ROWS, torch.float32) - exact).abs().max()
+    assert (found - exact).abs().max() <= allowed, folder.name
 
 
 def test_every_family_on_two_ranks(tmp_path: Path) -> None:
     folders = [save(tmp_path / name, *spec) for name, spec in FAMILIES.items()]
     for folder, found in zip(folders, ours(folders, ROWS, 2, tmp_path), strict=True):
-        assert_equal_to_rounding(found, theirs(folder, ROWS), folder.name)
+        assert_as_exact_as_theirs(found, folder)
 
 
 def test_nine_heads_on_three_ranks(tmp_path: Path) -> None:
     folder = save(tmp_path / "nine", *NINE_HEADS)
     (found,) = ours([folder], ROWS, 3, tmp_path)
-    assert_equal_to_rounding(found, theirs(folder, ROWS), folder.name)
+    assert_as_exact_as_theirs(found, folder)
