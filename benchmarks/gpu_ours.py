@@ -139,8 +139,9 @@ def label(_: str, __: str, backend: str, rows: str) -> None:
     lengths = row_lengths(rows == "full", 2 * BINS_PER_STEP * MAX_LENGTH)
     source = SampleSource(random_rows(lengths))
     with session(PARALLEL, RunSection(dir="unused", device=Device(DEVICE.type))) as ranks:
-        from offline_align.label.scoring import plan_bins, score_all
+        from offline_align.label.scoring import score_all
         from offline_align.model.build import build_model
+        from offline_align.model.passes import plan_bins
 
         model: Any = build_model(
             "reward_model", model_section(FULL_LAYERS, backend), PARALLEL, ranks.device, not SMOKE

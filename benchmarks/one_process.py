@@ -56,8 +56,9 @@ def contenders(rows: TokenizedRows, ranks: Any) -> dict[str, Callable[[int], flo
     from torch.nn.parallel import DistributedDataParallel
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-    from offline_align.label.scoring import plan_bins, score_all
+    from offline_align.label.scoring import score_all
     from offline_align.model.build import build_model
+    from offline_align.model.passes import plan_bins
     from offline_align.objectives.next_token import next_token
     from offline_align.train.optim import build_optimizer, wrap_model
     from offline_align.train.step import TrainStep

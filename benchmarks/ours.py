@@ -76,7 +76,8 @@ def label(workload: str, scratch: str, rows: str) -> None:
     from offline_align.convert.source import open_model
     from offline_align.data.records import BadRows, Sample, read_rows
     from offline_align.distributed.setup import session
-    from offline_align.label.scoring import load_reward_model, plan_bins, score_all, tokenized
+    from offline_align.label.scoring import load_reward_model, score_all, tokenized
+    from offline_align.model.passes import plan_bins
 
     folder = Path(workload)
     reward_model = open_model(folder / "reward")

@@ -166,6 +166,24 @@ def _conditional(method: s.ConditionalMethodSection) -> list[str]:
     return _finite(method, "method", "target_reward", "reward_limit")
 
 
+def _pairs(method: s.PairsMethodSection) -> list[str]:
+    good = math.isfinite(method.min_gap) and method.min_gap >= 0
+    return [] if good else [f"method.min_gap={method.min_gap}: must be a finite number of at least 0"]
+
+
+def _preference(method: s.PreferenceMethodSection) -> list[str]:
+    found = []
+    if not (math.isfinite(method.beta) and method.beta > 0):
+        found.append(f"method.beta={method.beta}: must be a finite number above 0")
+    if not 0 <= method.label_smoothing < 0.5:
+        found.append(f"method.label_smoothing={method.label_smoothing}: must be at least 0 and below 0.5")
+    elif method.label_smoothing and method.loss is not s.PreferenceLoss.sigmoid:
+        found.append(f"method.label_smoothing={method.label_smoothing}: only method.loss=sigmoid has it; set it to 0")
+    if not (math.isfinite(method.sft_coefficient) and method.sft_coefficient >= 0):
+        found.append(f"method.sft_coefficient={method.sft_coefficient}: must be a finite number of at least 0")
+    return found
+
+
 def _generate(generate: s.GenerateSection) -> list[str]:
     found = _positive(generate, "generate", "max_new_tokens", "n", "batch_size")
     if not (math.isfinite(generate.temperature) and generate.temperature >= 0):
@@ -270,6 +288,8 @@ _SECTION_CHECKS: dict[type, Any] = {
     s.TrainerSection: _trainer,
     s.OptimSection: _optim,
     s.FilteringMethodSection: _filtering,
+    s.PairsMethodSection: _pairs,
+    s.PreferenceMethodSection: _preference,
     s.RewardWeightedMethodSection: _weighted,
     s.ConditionalMethodSection: _conditional,
     s.GenerateSection: _generate,

@@ -107,6 +107,13 @@ class ConditionalRun(TrainRun):
 
 
 @dataclass(frozen=True)
+class PreferenceRun(TrainRun):
+    """`dpo`: Direct Preference Optimization."""
+
+    method: s.PreferenceMethodSection = field(default_factory=s.PreferenceMethodSection)
+
+
+@dataclass(frozen=True)
 class LabelRun(ModelRun):
     """`label`: score a data set with a reward model."""
 
@@ -181,8 +188,10 @@ class ConvertRun(ModelRun):
 
 
 @dataclass(frozen=True)
-class PlanMethodSection(s.FilteringMethodSection, s.RewardWeightedMethodSection, s.ConditionalMethodSection):
-    """Settings of all three methods."""
+class PlanMethodSection(
+    s.FilteringMethodSection, s.RewardWeightedMethodSection, s.ConditionalMethodSection, s.PairsMethodSection
+):
+    """Settings of all methods that learn from labelled rows."""
 
 
 @dataclass(frozen=True)

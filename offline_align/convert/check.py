@@ -158,6 +158,7 @@ def packed(rows: Sequence[Sequence[int]]) -> PackedBatch:
         target_index=none,
         target_ids=none,
         target_weights=torch.zeros(0),
+        target_counts=torch.zeros(len(rows), dtype=torch.int64),
         last_index=ends[1:] - 1,
         margins=torch.zeros(0),
         row_ids=(),

@@ -73,6 +73,8 @@ class PackedBatch:
     """[N] int64: the target tokens."""
     target_weights: Tensor
     """[N] fp32: weight of the row of each target (Eq. 4 and 5; 1 for other methods)."""
+    target_counts: Tensor
+    """[S] int64: number of targets of each segment. The targets are in the order of the segments."""
     last_index: Tensor
     """[S] int64: position in `tokens` of the last token of each segment, where a reward is read."""
     margins: Tensor
@@ -87,6 +89,9 @@ class PackedBatch:
     """Keys that rows share with earlier rows; None if no row shares any."""
     last_is_here: Tensor | None = None
     """[S] bool: whether the last token of a segment is on this rank; None if all are."""
+    reference: Tensor | None = None
+    """[S] fp64: log-likelihood in nats of the targets of each segment under the weights at the start of
+    the run; None if the objective does not need it."""
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch on `device`."""

@@ -15,6 +15,7 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from offline_align.config.sections import ComputeSection, ParallelSection
 from offline_align.data.batch import PackedBatch
@@ -229,7 +230,8 @@ class PairSource(RowSource):
     """Tokenised pairs: two segments per row, chosen first.
 
     A reward model scores each segment at its last token. If `with_targets` is set, the tokens of both
-    answers are targets too, so that a policy can compute their likelihoods.
+    answers are targets too, so that a policy can compute their likelihoods. `reference` [pairs, 2] has
+    the log-likelihoods of both answers of each pair at the start of the run.
     """
 
     def __init__(
@@ -239,9 +241,10 @@ class PairSource(RowSource):
         most_keys: float = math.inf,
         *,
         with_targets: bool = False,
+        reference: npt.NDArray[np.float64] | None = None,
     ) -> None:
         super().__init__(pairs.chosen, share_prompts, most_keys)
-        self.pairs, self.with_targets = pairs, with_targets
+        self.pairs, self.with_targets, self.reference = pairs, with_targets, reference
 
     def num_tokens(self) -> int:
         """Return the number of tokens of all pairs. If prompts are shared, each pair counts its prompt once."""
@@ -264,7 +267,14 @@ class PairSource(RowSource):
         sides = (self.pairs.chosen, self.pairs.rejected)
         start = np.stack([side.target_start[rows] for side in sides], axis=1)
         weight = np.stack([side.weight[rows] for side in sides], axis=1)
-        return Targets(start.reshape(-1), weight.reshape(-1))
+        reference = None if self.reference is None else self.reference[rows].reshape(-1)
+        return Targets(start.reshape(-1), weight.reshape(-1), reference)
+
+    def with_reference(self, reference: npt.NDArray[np.float64]) -> "PairSource":
+        """Return the same pairs with the log-likelihoods [pairs, 2] of their answers at the start of the run."""
+        return PairSource(
+            self.pairs, self.share_prompts, self.most_keys, with_targets=self.with_targets, reference=reference
+        )
 
     def _sequences(self, row: int) -> list[Ids]:
         return [_ids(self.pairs.chosen, row), _ids(self.pairs.rejected, row)]

@@ -34,6 +34,8 @@ class Targets:
 
     start: npt.NDArray[np.int32]
     weight: npt.NDArray[np.float32]
+    reference: npt.NDArray[np.float64] | None = None
+    """Log-likelihood of the targets of each segment at the start of the run, in nats."""
 
 
 def assemble(
@@ -55,7 +57,8 @@ def assemble(
     bounds = np.concatenate(([0], np.cumsum(lengths)))
     shared = np.array([s.shared for s in segments] + [0] * (len(own) - len(segments)))
     positions = np.arange(len(tokens)) + np.repeat(shared - bounds[:-1], lengths)
-    index, ids, weights = _places(segments, targets, bounds)
+    index, ids, weights, counts = _places(segments, targets, bounds)
+    reference = None if targets is None or targets.reference is None else torch.from_numpy(targets.reference)
     keys, attention = _shared_keys(segments, bounds) if shared.any() else (None, ())
     return PackedBatch(
         tokens=torch.from_numpy(tokens)[None],
@@ -65,30 +68,36 @@ def assemble(
         target_index=torch.from_numpy(index),
         target_ids=torch.from_numpy(ids),
         target_weights=torch.from_numpy(weights),
+        target_counts=torch.from_numpy(counts),
         last_index=torch.from_numpy(bounds[1 : len(segments) + 1] - 1),
         margins=torch.from_numpy(margins),
         row_ids=tuple(row_ids),
         num_padding=padding,
         slices=attention,
         shared_keys=keys,
+        reference=reference,
     )
 
 
 def _places(
     segments: list[Segment], targets: Targets | None, bounds: Indices
-) -> tuple[Indices, Indices, npt.NDArray[np.float32]]:
-    """Return the positions whose next token is a target, the target ids and their weights, each [N]."""
+) -> tuple[Indices, Indices, npt.NDArray[np.float32], Indices]:
+    """Return the positions whose next token is a target, the target ids and their weights, each [N].
+
+    The last array [S] has the number of targets of each segment.
+    """
     if targets is None or not segments:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
+        none = np.zeros(0, np.int64)
+        return none, none, np.zeros(0, np.float32), np.zeros(len(segments), np.int64)
     starts = targets.start.tolist()
-    counts = np.array([len(s.ids) - start for s, start in zip(segments, starts, strict=True)])
+    counts = np.array([len(s.ids) - start for s, start in zip(segments, starts, strict=True)], np.int64)
     ids = np.concatenate([s.ids[start:] for s, start in zip(segments, starts, strict=True)]).astype(np.int64)
     first = np.repeat(targets.start.astype(np.int64) - np.cumsum(counts) + counts, counts)
     before = np.arange(counts.sum()) + first - 1
     number = np.repeat(np.arange(len(segments)), counts)
     shared, heads = np.array([s.shared for s in segments])[number], np.array([s.head for s in segments])[number]
     places = np.where(before < shared, bounds[heads] + before, bounds[number] + before - shared)
-    return places.astype(np.int64), ids, np.repeat(targets.weight, counts).astype(np.float32)
+    return places.astype(np.int64), ids, np.repeat(targets.weight, counts).astype(np.float32), counts
 
 
 def _shared_keys(segments: list[Segment], bounds: Indices) -> tuple[SharedKeys, tuple[AttentionSlice, ...]]:

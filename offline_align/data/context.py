@@ -46,10 +46,17 @@ def share_of_context(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
         target_index=local[batch.target_index][targets],
         target_ids=batch.target_ids[targets],
         target_weights=batch.target_weights[targets],
+        target_counts=_counts(batch, targets),
         last_index=ends.clamp(min=0),
         last_is_here=ends >= 0,
         margins=batch.margins if rank == 0 else batch.margins[:0],
     )
+
+
+def _counts(batch: PackedBatch, chosen: torch.Tensor) -> torch.Tensor:
+    """Return the number of targets of each segment among those that `chosen` [N] selects."""
+    segment = torch.repeat_interleave(batch.target_counts)
+    return torch.bincount(segment[chosen], minlength=batch.target_counts.numel())
 
 
 def _attention(bounds: Bounds, first: int, last: int) -> AttentionSlice:

@@ -28,7 +28,7 @@ __all__ = [
     "input_paths",
     "parse_row",
     "read_rows",
-    "read_samples_and_pairs",
+    "read_rows_and_pairs",
     "reject_rows",
     "text_id",
     "write_jsonl",
@@ -71,6 +71,8 @@ class PreferencePair:
     rejected: str
     margin: float | None
     columns: dict[str, Any]
+    made_of: tuple[str, ...] = ()
+    """Ids of the labelled rows that it was made of; empty for a pair from a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,30 +112,34 @@ def read_rows[T](paths: Sequence[Path], kind: type[T], bad_rows: BadRows) -> Ite
     return _read(paths, bad_rows, lambda columns, row_id: parse_row(columns, kind, row_id))
 
 
-def read_samples_and_pairs(paths: Sequence[Path], bad_rows: BadRows) -> Iterator[Sample | PreferencePair]:
-    """Yield rows with a `chosen` or `rejected` column as pairs, others as samples; see `read_rows`."""
-    return _read(paths, bad_rows, _sample_or_pair)
+def read_rows_and_pairs[T](paths: Sequence[Path], kind: type[T], bad_rows: BadRows) -> Iterator[T | PreferencePair]:
+    """Yield rows with a `chosen` or `rejected` column as pairs, others as `kind`; see `read_rows`."""
+    return _read(paths, bad_rows, lambda columns, row_id: _row_or_pair(columns, kind, row_id))
 
 
-def reject_rows(paths: Sequence[Path], kind: type | None, reasons: Mapping[str, str], bad_rows: BadRows) -> None:
+def reject_rows(
+    paths: Sequence[Path], kind: type, reasons: Mapping[str, str], bad_rows: BadRows, and_pairs: bool = False
+) -> None:
     """Reject the rows whose ids are in `reasons`, naming file and line.
 
-    A `kind` of None stands for samples and pairs. Raises DataError as `BadRows.reject`. The files
-    are read again, because rows do not store their line numbers.
+    With `and_pairs`, the files may hold pairs too, as in `read_rows_and_pairs`. Raises DataError as
+    `BadRows.reject`. The files are read again, because rows do not store their line numbers.
     """
     if not reasons:
         return
-    parse = _sample_or_pair if kind is None else lambda columns, row_id: parse_row(columns, kind, row_id)
+
+    def parse(columns: dict[str, Any], row_id: str) -> Any:
+        return (_row_or_pair if and_pairs else parse_row)(columns, kind, row_id)
+
     for line, row in _accepted(paths, BadRows(OnBadRow.skip, None), parse):
         if row.id in reasons:
             line.reject(bad_rows, reasons[row.id])
     bad_rows.report(_log)
 
 
-def _sample_or_pair(columns: dict[str, Any], row_id: str) -> Sample | PreferencePair:
-    if "chosen" in columns or "rejected" in columns:
-        return parse_row(columns, PreferencePair, row_id)
-    return parse_row(columns, Sample, row_id)
+def _row_or_pair[T](columns: dict[str, Any], kind: type[T], row_id: str) -> T | PreferencePair:
+    is_pair = "chosen" in columns or "rejected" in columns
+    return parse_row(columns, PreferencePair, row_id) if is_pair else parse_row(columns, kind, row_id)
 
 
 def _read[T](paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str, Any], str], T]) -> Iterator[T]:

@@ -22,7 +22,8 @@ from offline_align.data.pack import padding_multiple
 from offline_align.data.records import Sample, TrainingRow
 from offline_align.distributed.setup import Ranks, session, uses_bf16
 from offline_align.evaluate.statistics import Floats
-from offline_align.label.scoring import load_model, plan_bins, tokens_by_place
+from offline_align.label.scoring import load_model, tokens_by_place
+from offline_align.model.passes import plan_bins
 
 if TYPE_CHECKING:
     from offline_align.model.heads import Policy

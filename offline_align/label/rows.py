@@ -46,7 +46,7 @@ def leave_out_unscorable(
     found = unusable_samples([TrainingRow(a) for _, a in answers], renderer, data, cache_dir, empty_answers=True)
     for place, status in found.items():
         reasons.setdefault(answers[place][0], _reason(status, data))
-    reject_rows(files, None, reasons, bad_rows)
+    reject_rows(files, Sample, reasons, bad_rows, and_pairs=True)
     if len(reasons) == len(rows):
         raise DataError(f"{', '.join(map(str, files))}: no row can be scored; see data.max_length={data.max_length}")
     return [row for row in rows if row.id not in reasons]

@@ -1,44 +1,28 @@
-"""Score rows with a reward model, in packed bins that are distributed over data parallel ranks.
-
-The assignment of rows to bins depends only on the rows and the capacity, not on the number of ranks
-or the progress of earlier attempts. So the score of a row is the same to the bit in every run on the
-same kind of machine.
-"""
+"""Score rows with a reward model; `model/passes.py` distributes the forward passes over the ranks."""
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from offline_align.config.sections import ComputeSection, DataSection, ParallelSection, RunSection, TooLong
 from offline_align.convert.source import ModelSource, open_model
-from offline_align.data.batch import PackedBatch
 from offline_align.data.bins import SampleSource, shares_prompts
-from offline_align.data.context import share_of_context
-from offline_align.data.pack import pack, padding_multiple
-from offline_align.data.prefetch import prefetch
 from offline_align.data.records import Sample, TrainingRow
 from offline_align.data.template import Renderer
 from offline_align.data.tokenize import TokenizedRows, reasons, tokenize_samples
 from offline_align.distributed.setup import Ranks, session, uses_bf16
 from offline_align.errors import DataError
 from offline_align.lineage import effort
+from offline_align.model.passes import Compute, computed_bins, plan_bins
 
 if TYPE_CHECKING:
     from offline_align.model.heads import Policy, RewardModel
 
 logger = logging.getLogger(__name__)
-
-# Number of consecutive rows that are packed at a time: enough to fill the bins, and few enough for
-# steady progress.
-_WINDOW_ROWS = 1024
 
 
 def score_samples(
@@ -139,29 +123,12 @@ def tokenized(
     return SampleSource(rows, share_prompts)
 
 
-def plan_bins(source: SampleSource, capacity: int) -> list[list[int]]:
-    """Return the bins of rows that are scored together, each of at most `capacity` tokens.
-
-    All rows of a bin come from one window of `_WINDOW_ROWS` consecutive rows. If the source shares
-    prompts, answers to the same prompt are adjacent in a bin. If a window has a row longer than
-    `capacity`, the length of that row is the limit for all bins of the window.
-    """
-    bins: list[list[int]] = []
-    for first in range(0, len(source), _WINDOW_ROWS):
-        groups = source.groups(range(first, min(first + _WINDOW_ROWS, len(source))), capacity)
-        lengths = [group.tokens for group in groups]
-        packed = pack(lengths, max(capacity, *lengths))
-        bins += [[row for i in b for row in groups[i].rows] for b in packed if b]
-    return bins
-
-
 def score_all(model: "RewardModel", source: SampleSource, bins: Sequence[list[int]], ranks: Ranks) -> dict[int, float]:
     """Return {row: score} for all rows of `bins`. A collective: the ranks share the work, and all must call it."""
     own = dict(chain.from_iterable(score_bins(model, source, bins[ranks.dp_rank :: ranks.dp_size], ranks)))
     return {row: score for part in ranks.gather(own) for row, score in part.items()}
 
 
-@torch.inference_mode()
 def score_bins(
     model: "RewardModel",
     source: SampleSource,
@@ -169,45 +136,12 @@ def score_bins(
     ranks: Ranks,
     stops: Callable[[], bool] = lambda: False,
 ) -> Generator[list[tuple[int, float]]]:
-    """Yield a list of (row, score) for each bin, in order. Ranks that share a model must iterate together.
-
-    The forward pass of a bin is launched before the scores of the previous bin are read, so the device
-    always has work. A bin without rows is not computed. `stops` is called after every bin, also an
-    empty one. After it returns True, no further bin is launched, but launched bins are still yielded.
-    """
-    multiple = padding_multiple(model.config.tensor_model_parallel_size, ranks.cp_size, model.config.sequence_parallel)
-
-    def collated(number: int) -> PackedBatch:
-        batch = share_of_context(source.collate(bins[number], multiple), ranks.cp_rank, ranks.cp_size)
-        return batch.pin() if ranks.device.type == "cuda" else batch
-
-    launched: deque[Callable[[], list[tuple[int, float]]]] = deque()
-    with closing(prefetch(collated, range(len(bins)))) as batches:
-        for rows, batch in zip(bins, batches, strict=True):
-            launched.append(_launch(model, rows, batch, ranks.device))
-            if len(launched) > 1:
-                yield launched.popleft()()
-            if stops():
-                break
-    while launched:
-        yield launched.popleft()()
+    """Yield a list of (row, score) for each bin, in order; see `computed_bins`."""
+    compute, sequence_parallel = scores_of(model)
+    for found in computed_bins(compute, source, bins, ranks, sequence_parallel, stops):
+        yield [(row, score) for row, (score,) in found]
 
 
-def _launch(
-    model: "RewardModel", rows: list[int], batch: PackedBatch, device: torch.device
-) -> Callable[[], list[tuple[int, float]]]:
-    """Launch the forward pass of a bin; return a function that waits for and returns its (row, score) pairs.
-
-    That function does not wait for bins that are launched later.
-    """
-    if not rows:
-        return list
-    scores = model(batch.to(device)).float().to("cpu", non_blocking=True)
-    copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-
-    def read() -> list[tuple[int, float]]:
-        if copied is not None:
-            copied.synchronize()
-        return list(zip(rows, scores.tolist(), strict=True))
-
-    return read
+def scores_of(model: "RewardModel") -> tuple[Compute, bool]:
+    """Return the function that scores the segments of a bin, and whether the model is sequence parallel."""
+    return lambda batch: model(batch).float(), model.config.sequence_parallel

@@ -7,7 +7,14 @@ the root of the file system with it. A whole tree of data and runs can therefore
 be verified.
 """
 
-from offline_align.lineage.files import FileRecord, file_sha256, folder_sha256, text_sha256, write_atomically
+from offline_align.lineage.files import (
+    FileRecord,
+    canonical_json,
+    file_sha256,
+    folder_sha256,
+    text_sha256,
+    write_atomically,
+)
 from offline_align.lineage.key import (
     CHANGES,
     RunSettings,
@@ -43,6 +50,7 @@ __all__ = [
     "Sources",
     "Status",
     "Verification",
+    "canonical_json",
     "completed",
     "file_sha256",
     "finished_key",

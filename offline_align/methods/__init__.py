@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from offline_align.data.records import LabelledSample, TrainingRow
+from offline_align.data.records import LabelledSample, PreferencePair, TrainingRow
 from offline_align.data.template import Renderer
 from offline_align.errors import DataError
 
@@ -32,6 +32,15 @@ class MethodRows:
     rows: list[TrainingRow]
     finalize: Callable[[Sequence[int]], Finalized] = lambda places: Finalized()
     """Called with the indices into `rows` of the rows that fit and are trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodPairs:
+    """The training pairs of a method."""
+
+    pairs: list[PreferencePair]
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Entries for the manifest."""
 
 
 type RowFunction[Settings] = Callable[[Sequence[LabelledSample], Settings, Renderer], MethodRows]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from offline_align.data.batch import PackedBatch
 from offline_align.model.attention import Segments, attention_dtype
+from offline_align.model.context_sum import over_context_ranks
 from offline_align.model.layers import read_places
 from offline_align.model.rotary import PackedRotaryEmbedding
 from offline_align.model.vocabulary import target_nll
@@ -123,7 +124,9 @@ class RewardModel(GPTModel):  # type: ignore[misc]
     def _scores(self, hidden_states: Tensor, context: PackedBatch, **_: Any) -> Tensor:
         hidden = _hidden_at(context.last_index, hidden_states, self.config.sequence_parallel)
         scores: Tensor = self.reward_head(hidden)
-        return scores if context.last_is_here is None else _all_scores(scores, context.last_is_here)
+        if context.last_is_here is None:
+            return scores
+        return over_context_ranks(torch.where(context.last_is_here, scores, 0.0))
 
 
 def _segments(model: "Policy | RewardModel", batch: PackedBatch, read: Tensor | None) -> Segments:
@@ -143,17 +146,6 @@ def _hidden_at(index: Tensor, hidden: Tensor, sequence_parallel: bool) -> Tensor
     if not sequence_parallel:
         return hidden[: index.numel(), 0]
     return _whole_sequence(hidden, sequence_parallel).index_select(0, index)[:, 0]
-
-
-def _all_scores(scores: Tensor, is_here: Tensor) -> Tensor:
-    """Return the scores [S] of all segments on every context parallel rank.
-
-    Each rank has computed the scores of the segments that end on it, as `is_here` [S] says.
-    """
-    group = parallel_state.get_context_parallel_group()
-    own = torch.where(is_here, scores, 0.0)
-    gathered: Tensor = tensor_parallel.gather_from_sequence_parallel_region(own, group=group)
-    return gathered.view(group.size(), -1).sum(0)
 
 
 def _whole_sequence(hidden: Tensor, sequence_parallel: bool) -> Tensor:

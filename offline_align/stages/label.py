@@ -3,20 +3,18 @@
 import json
 import logging
 import math
-from contextlib import closing
-from itertools import batched
 from typing import TYPE_CHECKING, Any
 
 from offline_align import lineage
 from offline_align.config.runs import LabelRun
 from offline_align.data.bins import shares_prompts
 from offline_align.data.journal import Journal
-from offline_align.data.records import BadRows, PreferencePair, Sample, read_samples_and_pairs, write_jsonl
+from offline_align.data.records import BadRows, PreferencePair, Sample, read_rows_and_pairs, write_jsonl
+from offline_align.data.score_journal import read_scores
 from offline_align.data.template import Renderer
-from offline_align.errors import DataError, StoppedEarly, StorageError
+from offline_align.errors import DataError, StorageError
 from offline_align.label.certificate import FILE_NAME, certify, choose_rows, in_words
 from offline_align.label.rows import leave_out_unscorable, single_answers
-from offline_align.label.score_journal import ScoreWriter, read_scores
 from offline_align.label.statistics import fit, normalise
 from offline_align.lineage import effort
 from offline_align.stages.job import Job
@@ -70,7 +68,7 @@ def _rows(job: Job[LabelRun], renderer: Renderer, bad_rows: BadRows) -> list[Sam
     Raises DataError for a bad row unless `data.on_bad_row` is `skip`.
     """
     files = job.inputs
-    rows = list(read_samples_and_pairs(files, bad_rows))
+    rows = list(read_rows_and_pairs(files, Sample, bad_rows))
     return leave_out_unscorable(rows, files, renderer, job.config.data, job.cache_dir, bad_rows)
 
 
@@ -81,41 +79,26 @@ def _score_missing(job: Job[LabelRun], source: "SampleSource", journal: Journal,
     Raises StoppedEarly, with all scores on disk, if a rank was asked to stop.
     """
     from offline_align.distributed.setup import uses_bf16
-    from offline_align.distributed.stopping import StopVote, stop_requests
-    from offline_align.label.scoring import load_reward_model, plan_bins, score_bins
-    from offline_align.progress import Meter
+    from offline_align.label.scoring import load_reward_model, scores_of
+    from offline_align.model.passes import Compute, complete_journal
 
     config = job.config
-    done = ranks.from_main(lambda: read_scores(journal, len(source)))
-    if len(done) == len(source):
-        return
-    model = load_reward_model(job.source, config.parallel, ranks, uses_bf16(config.trainer.precision, ranks.device))
-    bins = plan_bins(source, config.trainer.micro_batch_size * config.data.max_length)
-    left = [b for b in bins if any(row not in done for row in b)]
-    # In each round every rank scores one bin. If one rank is asked to stop, all stop after the same
-    # round. A rank that has no bin in the last round still votes.
-    rounds = list(batched(left, ranks.dp_size))
-    own = [share[ranks.dp_rank] if ranks.dp_rank < len(share) else [] for share in rounds]
-    writes = ranks.tp_rank == 0 and ranks.cp_rank == 0
-    with (
-        stop_requests(config.trainer.max_time) as stop,
-        ScoreWriter(journal, config.label.flush_rows, writes) as writer,
-        Meter("labelling", len(source), "rows", len(done), ranks.is_main) as meter,
-    ):
-        vote = StopVote(stop, ranks)
-        with closing(score_bins(model, source, own, ranks, vote)) as scored:
-            # `scored` is shorter than `rounds` if the ranks vote to stop.
-            for share, scores in zip(rounds, scored, strict=False):
-                for row, score in scores:
-                    writer.add(row, score)
-                meter.advance(sum(map(len, share)))
-        if vote.newest():
-            raise StoppedEarly(
-                f"stopped after {meter.done} of {len(source)} rows; their scores are saved: "
-                "run the same command to continue"
-            )
-    # All scores must be on disk before any rank reads them.
-    ranks.barrier()
+
+    def build() -> tuple[Compute, bool]:
+        bf16 = uses_bf16(config.trainer.precision, ranks.device)
+        return scores_of(load_reward_model(job.source, config.parallel, ranks, bf16))
+
+    complete_journal(
+        journal,
+        source,
+        1,
+        config.trainer.micro_batch_size * config.data.max_length,
+        build,
+        ranks,
+        title="labelling",
+        max_time=config.trainer.max_time,
+        flush_rows=config.label.flush_rows,
+    )
 
 
 @effort.part("scoring")
@@ -153,7 +136,7 @@ def _write_results(
         raise StorageError(
             f"{journal.folder}: lacks {len(missing)} scores, first of row {missing[0]}: run the same command again"
         )
-    raw = [scores[i] for i in range(len(samples))]
+    raw = [scores[i][0] for i in range(len(samples))]
     _check_finite(samples, raw)
     stats = fit(raw)
     normalised = normalise(raw, stats).tolist()

@@ -5,13 +5,22 @@ Objectives are imported on use, because they import torch.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from offline_align.config.sections import MethodSection, RewardMethodSection
+from offline_align.config.sections import MethodSection, PreferenceMethodSection, RewardMethodSection
 from offline_align.data.condition import Condition
-from offline_align.data.records import LabelledSample, PreferencePair, Sample, TrainingRow
+from offline_align.data.records import (
+    BadRows,
+    LabelledSample,
+    PreferencePair,
+    Sample,
+    TrainingRow,
+    read_rows,
+    read_rows_and_pairs,
+)
 from offline_align.data.template import Renderer
-from offline_align.methods import MethodRows, RowFunction
+from offline_align.methods import MethodPairs, MethodRows, RowFunction, dpo
 
 if TYPE_CHECKING:
     from offline_align.objectives import Objective
@@ -21,20 +30,42 @@ if TYPE_CHECKING:
 class RowRecipe:
     """The form of the rows in the files, and the function that makes training rows from them."""
 
-    form: type[Sample] | type[PreferencePair]
-    make: Callable[[Sequence[Any], Any, Renderer], MethodRows] | None = None
+    form: type[Sample]
+    make: Callable[[Sequence[Any], Any, Renderer], MethodRows]
     """The function that makes training rows from rows of `form`, the settings of the method and the
-    renderer. None for pairs, which are trained on directly."""
+    renderer."""
+
+
+@dataclass(frozen=True)
+class PairRecipe:
+    """The forms of the rows in the files, and the function that makes training pairs from them."""
+
+    also: type[LabelledSample] | None
+    """The form of the rows that are not pairs; None if all rows must be pairs."""
+    make: Callable[[Sequence[Any], Any], MethodPairs]
+    """The function that makes training pairs from the rows and the settings of the method."""
+
+    def read(self, paths: Sequence[Path], bad_rows: BadRows) -> list[Any]:
+        """Return the rows of the files; raises DataError as `read_rows` does."""
+        if self.also is None:
+            return list(read_rows(paths, PreferencePair, bad_rows))
+        return list(read_rows_and_pairs(paths, self.also, bad_rows))
 
 
 def _plain(rows: Sequence[Sample], settings: MethodSection | None, renderer: Renderer) -> MethodRows:
     return MethodRows([TrainingRow(row) for row in rows])
 
 
+def _given(rows: Sequence[PreferencePair], settings: MethodSection | None) -> MethodPairs:
+    return MethodPairs([*rows])
+
+
 samples = RowRecipe(Sample, _plain)
 """SFT rows, each with weight 1."""
-preference_pairs = RowRecipe(PreferencePair)
+preference_pairs = PairRecipe(None, _given)
 """Preference pairs, for the reward model."""
+ranked_answers = PairRecipe(LabelledSample, dpo.training_pairs)
+"""Preference pairs, and labelled answers that pairs are made of."""
 
 
 def labelled(make: RowFunction[Any]) -> RowRecipe:
@@ -49,13 +80,16 @@ class Recipe:
     title: str
     """The name of the method in model cards."""
     makes: Literal["policy", "reward_model"]
-    train: RowRecipe
+    train: RowRecipe | PairRecipe
     objective: Callable[[MethodSection | None], "Objective"]
     """Builds the objective from the settings of the method."""
-    valid: RowRecipe = samples
+    valid: RowRecipe | PairRecipe = samples
     """The source of the validation rows; `train` is the one of the training rows."""
     condition: Callable[[Any], Condition] | None = None
     """Returns the condition that is stored with the policy, given the settings of the method."""
+    needs_reference: bool = False
+    """Whether the objective compares the likelihoods of answers with those at the start of the run. Then
+    both `train` and `valid` are pairs."""
 
 
 def next_token(settings: MethodSection | None) -> "Objective":
@@ -71,3 +105,11 @@ def pairwise(settings: MethodSection | None) -> "Objective":
 
     assert isinstance(settings, RewardMethodSection)
     return objective(settings.use_margin, settings.center_rewards_coefficient)
+
+
+def preference(settings: MethodSection | None) -> "Objective":
+    """Return the objective of DPO and IPO."""
+    from offline_align.objectives.preference import preference as objective
+
+    assert isinstance(settings, PreferenceMethodSection)
+    return objective(settings)

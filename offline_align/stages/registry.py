@@ -15,7 +15,16 @@ from offline_align.config import runs
 from offline_align.config.compose import Composed, compose
 from offline_align.config.runs import Run
 from offline_align.methods import ca, fa, rwr
-from offline_align.stages.recipe import Recipe, labelled, next_token, pairwise, preference_pairs, samples
+from offline_align.stages.recipe import (
+    Recipe,
+    labelled,
+    next_token,
+    pairwise,
+    preference,
+    preference_pairs,
+    ranked_answers,
+    samples,
+)
 
 if TYPE_CHECKING:
     from offline_align.stages.job import Job
@@ -168,6 +177,19 @@ _ALL = (
             # Validation rows also have rewards, and each row is conditioned on its own reward.
             valid=labelled(ca.training_rows),
             condition=ca.stored_condition,
+        ),
+    ),
+    _training(
+        "dpo",
+        "Direct Preference Optimization: train on preference pairs, or on pairs of labelled rows",
+        runs.PreferenceRun,
+        Recipe(
+            "Direct Preference Optimization",
+            "policy",
+            ranked_answers,
+            preference,
+            valid=ranked_answers,
+            needs_reference=True,
         ),
     ),
     Stage(

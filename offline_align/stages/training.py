@@ -5,10 +5,13 @@ The stages differ only in their rows and objective, which the `Recipe` in the re
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from offline_align import lineage
 from offline_align.config.runs import TrainRun, section
 from offline_align.config.sections import MethodSection, Precision
 from offline_align.data.jsonl import is_empty
@@ -16,7 +19,7 @@ from offline_align.data.records import BadRows, PreferencePair, input_paths, rea
 from offline_align.data.template import Renderer
 from offline_align.lineage import effort
 from offline_align.stages.job import Job
-from offline_align.stages.recipe import Recipe, RowRecipe
+from offline_align.stages.recipe import PairRecipe, Recipe, RowRecipe
 
 if TYPE_CHECKING:
     from offline_align.data import bins
@@ -80,7 +83,7 @@ def _log_grouping_gain(share: float) -> None:
 def _source(
     job: Job[TrainRun],
     which: Literal["train", "valid"],
-    rows: RowRecipe,
+    rows: RowRecipe | PairRecipe,
     renderer: Renderer,
     ranks: "Ranks",
     bad_rows: BadRows,
@@ -103,36 +106,59 @@ def _source(
 
 
 def _tokenized(
-    job: Job[TrainRun], paths: list[Path], rows: RowRecipe, renderer: Renderer, bad_rows: BadRows
+    job: Job[TrainRun], paths: list[Path], rows: RowRecipe | PairRecipe, renderer: Renderer, bad_rows: BadRows
 ) -> "tuple[bins.RowSource, dict[str, Any]]":
-    from offline_align.data.bins import MOST_KEYS_IN_TRAINING, PairSource, SampleSource, shares_prompts
-    from offline_align.data.tokenize import tokenize_pairs, tokenize_samples
+    before = Counter(bad_rows.counts)
+    source: bins.RowSource
+    if isinstance(rows, PairRecipe):
+        source, facts = _pairs(job, paths, rows, renderer, bad_rows)
+    else:
+        source, facts = _samples(job, paths, rows, renderer, bad_rows)
+    bad = dict(Counter(bad_rows.counts) - before)
+    return source, {**facts, "rows": len(source), "bad_rows": bad}
+
+
+def _samples(
+    job: Job[TrainRun], paths: list[Path], rows: RowRecipe, renderer: Renderer, bad_rows: BadRows
+) -> "tuple[bins.SampleSource, dict[str, Any]]":
+    from offline_align.data.bins import MOST_KEYS_IN_TRAINING, SampleSource, shares_prompts
+    from offline_align.data.tokenize import tokenize_samples
 
     config = job.config
-    before = Counter(bad_rows.counts)
     read = list(read_rows(paths, rows.form, bad_rows))
-    shares = shares_prompts(config.trainer, config.parallel)
-    source: bins.RowSource
+    made = rows.make(read, section(config, MethodSection), renderer)
+    tokenized = tokenize_samples(
+        made.rows,
+        renderer,
+        config.data,
+        job.cache_dir,
+        lambda refused: reject_rows(paths, rows.form, refused, bad_rows),
+    )
+    final = made.finalize(tokenized.places)
+    weighed = tokenized.weighed(final.weights)
+    source = SampleSource(weighed, shares_prompts(config.trainer, config.parallel), MOST_KEYS_IN_TRAINING)
+    return source, {**final.facts, "dropped": tokenized.dropped}
+
+
+def _pairs(
+    job: Job[TrainRun], paths: list[Path], rows: PairRecipe, renderer: Renderer, bad_rows: BadRows
+) -> "tuple[bins.PairSource, dict[str, Any]]":
+    from offline_align.data.bins import MOST_KEYS_IN_TRAINING, PairSource, shares_prompts
+    from offline_align.data.tokenize import tokenize_pairs
+
+    config = job.config
+    made = rows.make(rows.read(paths, bad_rows), section(config, MethodSection))
+    made_of = {pair.id: pair.made_of or (pair.id,) for pair in made.pairs}
 
     def reject(refused: dict[str, str]) -> None:
-        reject_rows(paths, rows.form, refused, bad_rows)
+        reasons = {row: reason for pair, reason in refused.items() for row in made_of[pair]}
+        reject_rows(paths, rows.also or PreferencePair, reasons, bad_rows, and_pairs=True)
 
-    facts: dict[str, Any] = {}
-    if rows.make is None:
-        pairs = [row for row in read if isinstance(row, PreferencePair)]
-        tokenized_pairs = tokenize_pairs(pairs, renderer, config.data, job.cache_dir, reject)
-        with_targets = _recipe(job).makes == "policy"
-        source = PairSource(tokenized_pairs, shares, MOST_KEYS_IN_TRAINING, with_targets=with_targets)
-        dropped = tokenized_pairs.dropped
-    else:
-        made = rows.make(read, section(config, MethodSection), renderer)
-        tokenized = tokenize_samples(made.rows, renderer, config.data, job.cache_dir, reject)
-        final = made.finalize(tokenized.places)
-        weighed = tokenized.weighed(final.weights)
-        source, dropped = SampleSource(weighed, shares, MOST_KEYS_IN_TRAINING), tokenized.dropped
-        facts = final.facts
-    bad = dict(Counter(bad_rows.counts) - before)
-    return source, {**facts, "rows": len(source), "dropped": dropped, "bad_rows": bad}
+    tokenized = tokenize_pairs(made.pairs, renderer, config.data, job.cache_dir, reject)
+    shares = shares_prompts(config.trainer, config.parallel)
+    with_targets = _recipe(job).makes == "policy"
+    source = PairSource(tokenized, shares, MOST_KEYS_IN_TRAINING, with_targets=with_targets)
+    return source, {**made.facts, "dropped": tokenized.dropped}
 
 
 @effort.part("load")
@@ -150,9 +176,17 @@ def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource
     bf16 = uses_bf16(config.trainer.precision, ranks.device)
     fp8 = config.trainer.precision is Precision.fp8
     module = build_model(recipe.makes, source.model, config.parallel, ranks.device, bf16, config.trainer.recompute, fp8)
-    if ranks.broadcast(checkpoint.newest(job.run_dir) is None):
+
+    def load() -> None:
         fresh = ("reward_head.",) if recipe.makes == "reward_model" and source.kind == "policy" else ()
         source.load_into(module, ranks, fresh)
+
+    is_new = ranks.broadcast(checkpoint.newest(job.run_dir) is None)
+    if is_new:
+        load()
+    if recipe.needs_reference:
+        # A continued run needs the weights of the start again if the file of the reference is gone.
+        data, valid = _with_reference(job, data, valid, module, (lambda: None) if is_new else load, bf16, ranks)
     on_cuda = ranks.device.type == "cuda"
     model = wrap_model(module, config.parallel, on_cuda)
     assert source.model.vocab_size is not None
@@ -180,6 +214,52 @@ def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource
         speed=SpeedMeter(sizes, config.parallel.sequence_parallel, ranks.device, ranks.world_size),
         settings=job.key.continuation,
     )
+
+
+@effort.part("reference")
+def _with_reference(
+    job: Job[TrainRun],
+    data: "bins.RowSource",
+    valid: "bins.RowSource | None",
+    module: Any,
+    load: Callable[[], None],
+    bf16: bool,
+    ranks: "Ranks",
+) -> "tuple[bins.PairSource, bins.PairSource | None]":
+    """Return the pairs with the likelihoods of their answers at the start of the run.
+
+    `load` loads the weights of the start into `module`, if it does not have them yet.
+    """
+    from offline_align.data.bins import PairSource
+    from offline_align.train.reference import Reference
+
+    config = job.config
+    reference = Reference(
+        run_dir=job.run_dir,
+        cache_dir=job.cache_dir,
+        weights=ranks.from_main(lambda: _start_hash(job, bf16)),
+        capacity=config.trainer.micro_batch_size * config.data.max_length,
+        max_time=config.trainer.max_time,
+    )
+
+    @cache
+    def model() -> Any:
+        load()
+        return module
+
+    assert isinstance(data, PairSource)
+    if not isinstance(valid, PairSource):
+        return reference.of(data, model, ranks), None
+    return reference.of(data, model, ranks), reference.of(valid, model, ranks)
+
+
+def _start_hash(job: Job[TrainRun], bf16: bool) -> str:
+    """Return a hash of the weights at the start of the run and the precision of the forward pass."""
+    config = job.config
+    weights = [parent.content_sha256 for parent in job.hashed.parents.values()]
+    random = [asdict(job.source.model), config.run.seed] if job.source.folder is None else None
+    precision = "fp8" if config.trainer.precision is Precision.fp8 else "bf16" if bf16 else "fp32"
+    return lineage.text_sha256(lineage.canonical_json([weights, random, precision]))
 
 
 def _loader(config: TrainRun, source: "bins.RowSource", ranks: "Ranks", max_steps: int | None) -> "Loader":

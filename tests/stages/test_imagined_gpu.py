@@ -97,7 +97,8 @@ lengths = [280, 20, 180, 80, 70, 480, 40] * 8
 answers = [[number % 4] * 20 + [4 + number] * length for number, length in enumerate(lengths)]
 source = SampleSource(tokenized(answers, [20] * 56), share_prompts=True)
 with imagined_rank(layout.parallel, layout.world) as gpu:
-    from offline_align.label.scoring import plan_bins, score_bins
+    from offline_align.label.scoring import score_bins
+    from offline_align.model.passes import plan_bins
     from offline_align.model.build import build_model
     ranks = Ranks(0, 8, 0, 2, 0, 4, 0, 1, torch.device("cuda", 0))
     model = build_model("reward_model", SEVERAL_BUCKETS, layout.parallel, ranks.device, True).eval()
@@ -124,7 +125,8 @@ for tensor in (1, 4):
     sizes, ranks = model_sizes(llama3_8b(), 128256, scalar_head=True), ParallelSizes(tensor, tensor, 1)
     planned = scoring_memory(sizes, layout.parallel, ranks, 16384, True)
     with imagined_rank(layout.parallel, tensor) as gpu:
-        from offline_align.label.scoring import plan_bins, score_bins
+        from offline_align.label.scoring import score_bins
+        from offline_align.model.passes import plan_bins
         from offline_align.model.build import build_model
         ranks = Ranks(0, tensor, 0, 1, 0, tensor, 0, 1, torch.device("cuda", 0))
         model = build_model("reward_model", llama3_8b(), layout.parallel, ranks.device, True).eval()

@@ -42,6 +42,20 @@ class DecayStyle(StrEnum):
     linear = "linear"
 
 
+class PreferenceLoss(StrEnum):
+    """Losses of `dpo` on a pair."""
+
+    sigmoid = "sigmoid"
+    ipo = "ipo"
+
+
+class PairsOf(StrEnum):
+    """Which pairs `dpo` makes of the labelled answers to one prompt."""
+
+    best_worst = "best_worst"
+    all = "all"
+
+
 @dataclass(frozen=True)
 class ComputeSection(LimitSection):
     """Settings of every stage that runs a model."""
@@ -168,3 +182,30 @@ class ConditionalMethodSection(MethodSection):
     reward_limit: float = 9.9
     """Rewards are clipped to plus or minus this value in the condition text, so that its length
     stays the same."""
+
+
+@dataclass(frozen=True)
+class PairsMethodSection(MethodSection):
+    """Pairs of labelled answers."""
+
+    pairs: PairsOf = PairsOf.best_worst
+    """Pairs to make of the labelled answers to one prompt: `best_worst` (the highest against the
+    lowest reward) or `all`. Rows that are pairs already are used as they are."""
+    min_gap: float = 0.0
+    """Make only pairs whose normalised rewards differ by at least this. Equal rewards never make a
+    pair."""
+
+
+@dataclass(frozen=True)
+class PreferenceMethodSection(PairsMethodSection):
+    """Direct Preference Optimization (Rafailov et al. 2023)."""
+
+    loss: PreferenceLoss = PreferenceLoss.sigmoid
+    """`sigmoid` (DPO) or `ipo` (Azar et al. 2023). `ipo` divides log-likelihoods by the number of
+    their tokens."""
+    beta: float = 0.1
+    """Strength of the pull to the policy at the start of the run (Rafailov et al.: 0.1)."""
+    label_smoothing: float = 0.0
+    """Assumed share of pairs whose labels are swapped, for `method.loss=sigmoid`. 0 trusts all."""
+    sft_coefficient: float = 0.0
+    """Weight of the SFT loss of the chosen answer, which is a mean over its tokens. 0 disables it."""

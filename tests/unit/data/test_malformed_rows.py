@@ -17,7 +17,7 @@ from offline_align.data.records import (
     Prompt,
     Sample,
     read_rows,
-    read_samples_and_pairs,
+    read_rows_and_pairs,
 )
 from offline_align.errors import DataError
 
@@ -183,7 +183,7 @@ def test_answers_of_a_pair_take_ids_too(tmp_path: Path) -> None:
         path = tmp_path / "rows.jsonl"
         write_jsonl(path, rows)
         with pytest.raises(DataError, match=r":2: id: duplicate id, with other content"):
-            list(read_samples_and_pairs([path], BadRows(OnBadRow.fail, None)))
+            list(read_rows_and_pairs([path], Sample, BadRows(OnBadRow.fail, None)))
 
 
 @pytest.mark.parametrize("kind", FORMS)

@@ -15,7 +15,7 @@ from offline_align.data.records import (
     Prompt,
     Sample,
     read_rows,
-    read_samples_and_pairs,
+    read_rows_and_pairs,
     reject_rows,
 )
 from offline_align.errors import DataError
@@ -71,9 +71,9 @@ def test_rows_are_rejected_by_their_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", {"no": "row"}, SAMPLE, PAIR, SAMPLE | {"response": "other"}, {"prompt": "b"})
     reasons = {"p": "second", "s": "first", "absent": "none"}
     with pytest.raises(DataError, match=rf"^{path}:2: first; fix the row"):
-        reject_rows([path], None, reasons, STRICT)
+        reject_rows([path], Sample, reasons, STRICT, and_pairs=True)
     skipping = BadRows(OnBadRow.skip, tmp_path / "quarantine.jsonl")
-    reject_rows([path], None, reasons, skipping)
+    reject_rows([path], Sample, reasons, skipping, and_pairs=True)
     quarantined = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["file"], row["line"], row["reason"]) for row in quarantined] == [
         (str(path), 2, "first"),
@@ -94,12 +94,12 @@ def test_ids_are_those_of_the_kind_that_was_read(tmp_path: Path) -> None:
 
 
 def test_nothing_is_read_again_if_nothing_is_rejected(tmp_path: Path) -> None:
-    reject_rows([tmp_path / "absent.jsonl"], None, {}, STRICT)
+    reject_rows([tmp_path / "absent.jsonl"], Sample, {}, STRICT, and_pairs=True)
 
 
 def test_samples_and_pairs_are_told_apart_row_by_row(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", SAMPLE, PAIR)
-    assert [type(row) for row in read_samples_and_pairs([path], STRICT)] == [Sample, PreferencePair]
+    assert [type(row) for row in read_rows_and_pairs([path], Sample, STRICT)] == [Sample, PreferencePair]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_the_reason_for_a_refusal(
 def test_half_a_pair_is_no_sample(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", SAMPLE | {"rejected": "x"})
     with pytest.raises(DataError, match=r":1: chosen: missing"):
-        list(read_samples_and_pairs([path], STRICT))
+        list(read_rows_and_pairs([path], Sample, STRICT))
 
 
 def test_an_id_names_one_row(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def batch(weights: list[float], margins: list[float]) -> PackedBatch:
         target_index=empty,
         target_ids=empty,
         target_weights=torch.tensor(weights),
+        target_counts=empty,
         last_index=empty,
         margins=torch.tensor(margins),
         row_ids=(),
