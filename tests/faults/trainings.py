@@ -1,4 +1,4 @@
-"""Small runs of the five training stages for the fault tests: their inputs, commands and results."""
+"""Small runs of all training stages for the fault tests: their inputs, commands and results."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.training import TINY, labelled, pairs, samples, write_jsonl
 
-TRAINERS = ("sft", "reward", "fa", "rwr", "ca")
+TRAINERS = ("sft", "reward", "fa", "rwr", "ca", "dpo")
 # Three epochs of 14 rows (13 for fa), 4 a step: steps that span two epochs, and a short one at the end.
 _WORDS = [word for word in TINY if word != "debug=true"]
 _WORDS += ["trainer.global_batch_size=4", "trainer.max_epochs=3", "optim.lr=1e-2", "trainer.save_interval=2"]
@@ -24,7 +24,7 @@ def write_rows(folder: Path) -> None:
 
 def words(stage: str, folder: Path, run_dir: Path, *more: str) -> list[str]:
     """Return the command of a training stage in `run_dir` on the rows in `folder`."""
-    rows = folder / ({"sft": "samples", "reward": "pairs"}.get(stage, "labelled") + ".jsonl")
+    rows = folder / ({"sft": "samples", "reward": "pairs", "dpo": "pairs"}.get(stage, "labelled") + ".jsonl")
     return [stage, f"run.dir={run_dir}", f"data.train={rows}", f"data.valid={rows}", *_WORDS, *more]
 
 
