@@ -68,6 +68,16 @@ REWARD = [
     Contender("TRL RewardTrainer, one pair at a time", "peers", "trl_reward", arguments=("1", "plain")),
     Contender("bare matrix products", "matrices", "pairs", limit=True),
 ]
+DPO = [
+    Contender("offline-align dpo, packed, prompts once", "ours", "dpo", ours=True),
+    Contender("the same, with its reference passes", "ours", "dpo_and_reference", ours=True),
+    Contender("the same, a prompt an answer", "ours", "dpo", arguments=("trainer.share_prompts=false",), ours=True),
+    Contender("TRL DPOTrainer, its defaults", "peers", "trl_dpo", arguments=("8", "checkpointing", "model"), slow=True),
+    Contender("TRL DPOTrainer, no checkpointing", "peers", "trl_dpo", arguments=("8", "plain", "model")),
+    Contender("TRL DPOTrainer, one pair at a time", "peers", "trl_dpo", arguments=("1", "plain", "model")),
+    Contender("TRL DPOTrainer, reference before", "peers", "trl_dpo", arguments=("1", "plain", "precomputed")),
+    Contender("bare matrix products", "matrices", "preference", limit=True),
+]
 
 
 def _scoring(rows: str) -> list[Contender]:
@@ -105,6 +115,7 @@ TASKS = {
     "sft": (SFT, "targets_per_second", "target tokens/s"),
     "together": (TOGETHER, "targets_per_second", "target tokens/s"),
     "reward": (REWARD, "pairs_per_second", "pairs/s"),
+    "dpo": (DPO, "pairs_per_second", "pairs/s"),
     "label": (LABEL, "tokens_per_second", "tokens/s"),
     # Two answers to each prompt. offline-align computes the prompt once.
     "answers": (_scoring("answers"), "tokens_per_second", "tokens/s"),

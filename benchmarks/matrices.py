@@ -48,6 +48,19 @@ def pairs(workload: str, scratch: str) -> None:
     _measure(workload, rows, [2 * len(b) for b in bins], False, True, "pairs_per_second", len(sides))
 
 
+def preference(workload: str, scratch: str) -> None:
+    """Measure the products of the second epoch of DPO, whose output layer runs on both answers."""
+    sides = _sides(workload)
+    targets = [
+        len(pair["chosen"]) + len(pair["rejected"]) - 2 * pair["target_start"]
+        for pair in load(Path(workload) / "pairs_tokens.json")
+    ]
+    bins = list(_bins_of_steps([sum(own for own, _ in pair) for pair in sides]))
+    rows = [[row for i in b for row in sides[i]] for b in bins]
+    read = [sum(targets[i] for i in b) for b in bins]
+    _measure(workload, rows, read, True, True, "pairs_per_second", len(sides))
+
+
 def scoring(workload: str, scratch: str, rows: str) -> None:
     """Measure the products of one forward pass over all rows."""
     lengths = [len(r["ids"]) for r in load(Path(workload) / f"{rows}_tokens.json")]

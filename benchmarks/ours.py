@@ -65,6 +65,20 @@ def reward(workload: str, scratch: str, *words: str) -> None:
     report(**_rates(_train("reward", workload, scratch, "pairs.jsonl", *words), "pairs_per_second"))
 
 
+def dpo(workload: str, scratch: str, *words: str) -> None:
+    """Train a policy on packed pairs with DPO."""
+    report(**_rates(_train("dpo", workload, scratch, "pairs.jsonl", *words), "pairs_per_second"))
+
+
+def dpo_and_reference(workload: str, scratch: str, *words: str) -> None:
+    """Train with DPO; the time of an epoch includes the forward passes for the reference before it."""
+    rates = _rates(_train("dpo", workload, scratch, "pairs.jsonl", *words), "pairs_per_second")
+    extra = json.loads((Path(scratch) / "dpo" / "manifest.json").read_text(encoding="utf-8"))["extra"]
+    seconds = rates["seconds"] + extra["rank_seconds"]["reference"]
+    changed = {name: rates[name] * rates["seconds"] / seconds for name in ("pairs_per_second", "tokens_per_second")}
+    report(**(rates | changed | {"seconds": seconds}))
+
+
 def method(workload: str, scratch: str, stage: str, *words: str) -> None:
     """Train on the same rows with rewards, using the stage of a method."""
     report(**_rates(_train(stage, workload, scratch, "labelled.jsonl", *words), "targets_per_second"))

@@ -139,6 +139,47 @@ def trl_reward(workload: str, scratch: str, micro: str, checkpointing: str) -> N
     report(**clock.result("pairs_per_second", len(pairs)))
 
 
+def trl_dpo(workload: str, scratch: str, micro: str, checkpointing: str, reference: str) -> None:
+    """Train with TRL's DPOTrainer on tokenised pairs.
+
+    `reference` is `model` (a second model in memory) or `precomputed` (before the first step).
+    """
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    class Tokenised(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    pairs = load(Path(workload) / "pairs_tokens.json")
+    columns = [
+        {
+            "prompt_ids": p["chosen"][: p["target_start"]],
+            "chosen_ids": p["chosen"][p["target_start"] :],
+            "rejected_ids": p["rejected"][p["target_start"] :],
+        }
+        for p in pairs
+    ]
+    clock, before = Clock(), time.perf_counter()
+    trainer = Tokenised(
+        model=AutoModelForCausalLM.from_pretrained(Path(workload) / "model", dtype=torch.float32),
+        args=DPOConfig(
+            **_arguments(workload, scratch, micro, "random"),
+            gradient_checkpointing=checkpointing == "checkpointing",
+            precompute_ref_log_probs=reference == "precomputed",
+            precompute_ref_batch_size=int(micro),
+        ),
+        train_dataset=Dataset.from_list(columns),
+        processing_class=_tokenizer(workload),
+        callbacks=[clock.callback()],
+    )
+    prepared = time.perf_counter() - before
+    trainer.data_collator = clock.watch(trainer.data_collator)
+    trainer.train()
+    report(**clock.result("pairs_per_second", len(pairs)), seconds_before=prepared)
+
+
 def _padded(rows: list[list[int]], padding: int = 0) -> tuple[Tensor, Tensor]:
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), padding)

@@ -132,7 +132,7 @@ def _write_tokens(folder: Path) -> None:
         list(read_rows([folder / "pairs.jsonl"], PreferencePair, bad)), renderer, section, folder / "cache"
     )
     sides = zip(_rows(pairs.chosen), _rows(pairs.rejected), strict=True)
-    _dump(folder / "pairs_tokens.json", [{"chosen": c[0], "rejected": r[0]} for c, r in sides])
+    _dump(folder / "pairs_tokens.json", [{"chosen": c[0], "rejected": r[0], "target_start": c[1]} for c, r in sides])
 
 
 def _rows(rows: Any) -> list[tuple[list[int], int]]:

@@ -122,6 +122,11 @@ class RowSource(ABC):
     def collate(self, rows: Sequence[int], pad_to_multiple: int) -> PackedBatch:
         """Return the bin of `rows`, padded to a multiple of `pad_to_multiple` tokens."""
 
+    @property
+    @abstractmethod
+    def num_read(self) -> Indices:
+        """Number of positions that the head reads for each row: [rows]."""
+
     @abstractmethod
     def _sequences(self, row: int) -> list[Ids]: ...
 
@@ -222,6 +227,11 @@ class SampleSource(RowSource):
         row_ids = [self.rows.row_ids[row] for row in rows]
         return assemble(self._segments(rows), row_ids, targets, np.zeros(0, np.float32), pad_to_multiple)
 
+    @cached_property
+    def num_read(self) -> Indices:
+        """Number of targets of each row: [rows]."""
+        return _num_targets(self.rows)
+
     def _sequences(self, row: int) -> list[Ids]:
         return [_ids(self.rows, row)]
 
@@ -270,6 +280,13 @@ class PairSource(RowSource):
         reference = None if self.reference is None else self.reference[rows].reshape(-1)
         return Targets(start.reshape(-1), weight.reshape(-1), reference)
 
+    @cached_property
+    def num_read(self) -> Indices:
+        """Number of targets of both answers, or 2 for a reward model: [pairs]."""
+        if not self.with_targets:
+            return np.full(len(self), 2)
+        return _num_targets(self.pairs.chosen) + _num_targets(self.pairs.rejected)
+
     def with_reference(self, reference: npt.NDArray[np.float64]) -> "PairSource":
         """Return the same pairs with the log-likelihoods [pairs, 2] of their answers at the start of the run."""
         return PairSource(
@@ -278,6 +295,10 @@ class PairSource(RowSource):
 
     def _sequences(self, row: int) -> list[Ids]:
         return [_ids(self.pairs.chosen, row), _ids(self.pairs.rejected, row)]
+
+
+def _num_targets(rows: TokenizedRows) -> Indices:
+    return np.diff(rows.offsets) - rows.target_start
 
 
 def _ids(rows: TokenizedRows, row: int) -> Ids:

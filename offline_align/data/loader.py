@@ -32,6 +32,8 @@ class StepData:
     """Padding tokens over all ranks."""
     squared_lengths: int
     """Twice the (query, key) pairs of attention inside these rows: the sum of their squared lengths."""
+    num_read: int
+    """Positions that the head reads: targets of a policy, last tokens of a reward model's answers."""
 
     def pin(self) -> "StepData":
         """Return a copy with the batches in pinned memory."""
@@ -121,6 +123,7 @@ class Loader:
             num_tokens=tokens,
             num_padding=sum(self._padded(size.tokens) for size in sizes) - tokens,
             squared_lengths=sum(size.squared_lengths for size in sizes),
+            num_read=int(self.source.num_read[rows].sum()),
         )
 
     def _groups(self, rows: list[int]) -> list[PrefixGroup]:

@@ -1,4 +1,4 @@
-"""Compute what FA, RWR and CA would do with a labelled file and what each would cost.
+"""Compute what each method would do with a labelled file and what it would cost.
 
 A cost is a number of tokens, relative to plain SFT over the same rows. The time of an epoch is
 about proportional to it.
@@ -10,12 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from offline_align.config.sections import PairsOf
 from offline_align.data.condition import condition_text
 from offline_align.data.records import LabelledSample, Message
-from offline_align.methods import ca, checked, fa, rwr
+from offline_align.methods import ca, checked, dpo, fa, rwr
 
 BETAS = (0.5, 1.0, 2.0, 5.0, 10.0)
 """Temperatures to show in addition to the chosen one (paper: 5)."""
+
+FORWARD_SHARE = 1 / 3
+"""Cost of a forward pass, as a fraction of the cost of a training step."""
 
 TOP_SHARE = 0.01
 """Fraction of the rows, by largest weight, whose share of the total weight is `top_mass`."""
@@ -75,8 +79,31 @@ class ConditionalPlan:
 
 
 @dataclass(frozen=True)
+class PreferencePlan:
+    """Pairs that DPO would make of the answers to one prompt."""
+
+    pairs: int
+    prompts: int
+    """Prompts that have a pair."""
+    single_answers: int
+    """Prompts with only one answer, which can have none."""
+    min_gap: float
+    mean_gap: float
+    max_gap: float
+    """Smallest, mean and largest difference of the normalised rewards in a pair; 0 without pairs."""
+    mean_chosen: float
+    mean_rejected: float
+    """Mean size of the chosen and of the rejected responses; 0 without pairs. If they differ much, DPO
+    may learn the length instead of the quality."""
+    size: int
+    """Tokens (or characters) of all pairs, with the prompt of a pair counted once."""
+    cost: float
+    """Cost of an epoch, and of the forward pass over all pairs before it."""
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What the three methods would do with one labelled file."""
+    """What the methods would do with one labelled file."""
 
     rows: int
     unit: str
@@ -90,6 +117,7 @@ class Plan:
     filtering: FilteringPlan
     weighted: WeightedPlan
     conditional: ConditionalPlan
+    preference: PreferencePlan
     betas: tuple[WeightedPlan, ...]
     """RWR at several temperatures, among them the chosen one."""
 
@@ -104,6 +132,8 @@ class Settings:
     reward_format: str
     reward_limit: float
     best_of: int | None = None
+    pairs: PairsOf = PairsOf.best_worst
+    min_gap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,6 +166,7 @@ def plan(rows: Iterable[LabelledSample], sizes: Sizes, settings: Settings) -> Pl
         filtering=filtering(labelled, sizes, settings.threshold, settings.best_of),
         weighted=weighted(rewards, settings.beta),
         conditional=conditional(labelled, sizes, settings),
+        preference=preference(labelled, sizes, settings.pairs, settings.min_gap),
         betas=betas,
     )
 
@@ -201,4 +232,27 @@ def conditional(rows: Sequence[LabelledSample], sizes: Sizes, settings: Settings
         target_rows=conditions[target_text],
         extra_size=extra,
         cost=1 + extra / sum(sizes.rows),
+    )
+
+
+def preference(rows: Sequence[LabelledSample], sizes: Sizes, which: PairsOf, min_gap: float) -> PreferencePlan:
+    """Return the pairs that DPO makes of the rows, possibly none, summarised."""
+    made = dpo.pairs(rows, which, min_gap)
+    response = {row.id: size for row, size in zip(rows, sizes.responses, strict=True)}
+    prompt = _prompt_sizes(rows, sizes)
+    chosen, rejected = ([response[pair.made_of[k]] for pair in made] for k in (0, 1))
+    size = sum(prompt[pair.made_of[0]] for pair in made) + sum(chosen) + sum(rejected)
+    gaps = [pair.margin for pair in made if pair.margin is not None] or [0.0]
+    answers = Counter(row.prompt for row in rows)
+    return PreferencePlan(
+        pairs=len(made),
+        prompts=len({pair.prompt for pair in made}),
+        single_answers=sum(count == 1 for count in answers.values()),
+        min_gap=min(gaps),
+        mean_gap=math.fsum(gaps) / len(gaps),
+        max_gap=max(gaps),
+        mean_chosen=sum(chosen) / max(1, len(made)),
+        mean_rejected=sum(rejected) / max(1, len(made)),
+        size=size,
+        cost=(1 + FORWARD_SHARE) * size / sum(sizes.rows),
     )

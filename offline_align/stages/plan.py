@@ -1,4 +1,4 @@
-"""`plan`: what FA keeps, RWR weighs and CA writes, and the cost of each. No GPU, no model.
+"""`plan`: what FA keeps, RWR weighs, CA writes and DPO pairs, and the cost of each. No GPU, no model.
 
 Sizes are in tokens if a tokenizer is known: `model.tokenizer`, or that of the reward model in the
 manifest of the labelled file. Otherwise they are in characters, and the table says so.
@@ -83,6 +83,8 @@ def _settings(config: PlanRun) -> Settings:
         reward_format=method.reward_format,
         reward_limit=method.reward_limit,
         best_of=method.best_of,
+        pairs=method.pairs,
+        min_gap=method.min_gap,
     )
 
 

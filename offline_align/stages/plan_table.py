@@ -1,10 +1,10 @@
-"""The plan of the three methods as tables."""
+"""The plan of all methods as tables."""
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from offline_align.methods.planner import ConditionalPlan, Plan, WeightedPlan
+from offline_align.methods.planner import ConditionalPlan, Plan, PreferencePlan, WeightedPlan
 
 BAR_WIDTH = 40
 BARS = 15
@@ -38,7 +38,18 @@ def _methods(plan: Plan) -> Table:
     size = f"{plan.size + ca.extra_size:,}"
     ca_once = _share(ca.cost - plan.repeated / plan.size)
     table.add_row("ca", _conditions(ca), f"{plan.rows:,}", size, _share(ca.cost), ca_once)
+    dpo = plan.preference
+    # The two answers of a pair always share their prompt.
+    pairs = f"{dpo.pairs:,} pairs"
+    table.add_row("dpo", _pairs(dpo, plan.unit), pairs, f"{dpo.size:,}", _share(dpo.cost), _share(dpo.cost))
     return table
+
+
+def _pairs(dpo: PreferencePlan, unit: str) -> str:
+    if not dpo.pairs:
+        return f"has no pair: {dpo.single_answers:,} prompts have one answer"
+    gaps = f"gaps {dpo.min_gap:.2f} to {dpo.max_gap:.2f}, mean {dpo.mean_gap:.2f}"
+    return f"pairs of {dpo.prompts:,} prompts, {gaps}; {dpo.mean_chosen:.0f} against {dpo.mean_rejected:.0f} {unit}"
 
 
 def _weights(rwr: WeightedPlan) -> str:

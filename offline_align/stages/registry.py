@@ -220,7 +220,7 @@ _ALL = (
     ),
     Stage(
         "plan",
-        "show what FA would keep, RWR weight and CA write; needs no GPU and no model",
+        "show what FA would keep, RWR weight, CA write and DPO pair; needs no GPU and no model",
         runs.PlanRun,
         "plan",
         reads=Reads.rows,

@@ -86,7 +86,7 @@ class SpeedMeter:
     _tokens: int = 0
     _data_seconds: float = 0.0
 
-    def step(self, data: StepData, targets: int, seconds: float, data_seconds: float) -> dict[str, float]:
+    def step(self, data: StepData, seconds: float, data_seconds: float) -> dict[str, float]:
         """Record a step of `seconds`, of which `data_seconds` were spent waiting for rows; return its rates.
 
         - `tokens_per_second`: tokens of rows over all ranks. A shared prompt counts once, padding never.
@@ -107,18 +107,15 @@ class SpeedMeter:
             "data_seconds": data_seconds,
             "peak_memory_bytes": float(peak_memory_bytes(self.device)),
         }
-        return values | self._utilisation(data, targets, seconds)
+        return values | self._utilisation(data, seconds)
 
-    def _utilisation(self, data: StepData, targets: int, seconds: float) -> dict[str, float]:
+    def _utilisation(self, data: StepData, seconds: float) -> dict[str, float]:
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         if peak is None:
             return {}
         tokens = data.num_tokens
-        # A scalar head reads the last token of each of the two answers of a pair.
-        read = 2 * targets if self.sizes.scalar_head else targets
-        causal = self.sizes.train_flops(
-            tokens, data.squared_lengths, targets, tokens if self.reads_everywhere else read
-        )
+        read = tokens if self.reads_everywhere else data.num_read
+        causal = self.sizes.train_flops(tokens, data.squared_lengths, data.num_read, read)
         full = self.sizes.train_flops(tokens, 2 * data.squared_lengths, tokens, tokens)
         available = seconds * peak * self.world_size
         return {"mfu": causal / available, "mfu_full_attention": full / available}

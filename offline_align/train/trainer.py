@@ -118,7 +118,7 @@ class Trainer:
                 profiler.after(self.state.step + 1)
                 seconds = time.monotonic() - started
                 self._advance(data, result, seconds)
-                speed = self.speed.step(data, result.count, seconds, data_seconds)
+                speed = self.speed.step(data, seconds, data_seconds)
                 if self._is_due(self.trainer.log_interval):
                     slow = stragglers(result.rank_seconds, hosts)
                     writer.write(self.state.step, self._report(result, rate) | speed | slow)

@@ -67,7 +67,7 @@ def test_loss_and_gradient_are_those_of_float64(folder: Path, start: Path, data:
         policies.append(transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float64))
     reference, policy = policies
     loss = torch.stack([_loss(policy, reference, *ids) for ids in _token_ids(own)]).mean()
-    loss.backward()
+    torch.autograd.backward(loss)
     norm = math.sqrt(sum(float(p.grad.pow(2).sum()) for p in policy.parameters() if p.grad is not None))
     assert metrics(own)[1] == pytest.approx(float(loss), rel=1e-5)
     assert metrics(own, "grad_norm")[1] == pytest.approx(norm, rel=1e-4)
@@ -90,7 +90,7 @@ def _loss(
     policy: torch.nn.Module, reference: torch.nn.Module, chosen: torch.Tensor, rejected: torch.Tensor, start: int
 ) -> torch.Tensor:
     def likelihood(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        logs = model(ids[None]).logits[0].log_softmax(-1)
+        logs: torch.Tensor = model(ids[None]).logits[0].log_softmax(-1)
         return logs[start - 1 : -1].gather(1, ids[start:, None]).sum()
 
     own = [likelihood(policy, ids) for ids in (chosen, rejected)]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from offline_align.config.sections import PairsOf
 from offline_align.data.records import LabelledSample, Message
 from offline_align.errors import ConfigError, DataError
 from offline_align.methods import ca, fa, rwr
@@ -49,6 +50,24 @@ def test_repeated_prompts() -> None:
     assert made.repeated == 15 + 20 + 30
     # FA keeps the last three rows, of which the fourth repeats the prompt of the third.
     assert (made.filtering.rows, made.filtering.repeated) == (3, 20)
+
+
+def test_pairs_by_hand() -> None:
+    rows = labelled(-1.0, 0.5, 1.0, 2.0, 3.0)
+    other = (Message("user", "Bye"),)
+    rows = [replace(row, prompt=other, response=f"{number}") if number < 2 else row for number, row in enumerate(rows)]
+    rows = [replace(row, response=f"{number}") for number, row in enumerate(rows)]
+    pairs = plan(rows, sizes(10, 20, 30, 40, 60), SETTINGS).preference
+    # Half of each row is its prompt: 10 + 10 / 2 for row 1 against 0, and 30 + 30 / 2 for row 4 against 2.
+    assert (pairs.pairs, pairs.prompts, pairs.single_answers) == (2, 2, 0)
+    assert (pairs.min_gap, pairs.mean_gap, pairs.max_gap) == (1.5, 1.75, 2.0)
+    assert (pairs.mean_chosen, pairs.mean_rejected) == (20.0, 10.0)
+    assert pairs.size == (10 + 10 + 5) + (30 + 30 + 15)
+    assert pairs.cost == pytest.approx(4 / 3 * 100 / 160)
+    every = plan(rows, sizes(10, 20, 30, 40, 60), replace(SETTINGS, pairs=PairsOf.all, min_gap=1.5)).preference
+    assert (every.pairs, every.max_gap) == (2, 2.0)
+    alone = plan(rows[:1], sizes(10), SETTINGS).preference
+    assert (alone.pairs, alone.single_answers, alone.size) == (0, 1, 0)
 
 
 def test_the_plan_agrees_with_the_methods() -> None:

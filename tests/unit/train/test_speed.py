@@ -18,7 +18,9 @@ SIZES = model_sizes(
     10,
 )
 # Rows of 3 and 5 tokens, and 2 tokens of padding.
-DATA = StepData([], num_rows=2, num_tokens=8, num_padding=2, squared_lengths=34)
+DATA = StepData([], num_rows=2, num_tokens=8, num_padding=2, squared_lengths=34, num_read=4)
+# A pair, whose head reads the last tokens of both answers.
+PAIR = replace(DATA, num_rows=1, num_read=2)
 
 
 def meter(scalar_head: bool = False, device: str = "cpu", reads_everywhere: bool = False) -> SpeedMeter:
@@ -26,7 +28,7 @@ def meter(scalar_head: bool = False, device: str = "cpu", reads_everywhere: bool
 
 
 def test_only_tokens_of_rows_count() -> None:
-    values = meter().step(DATA, 4, 0.5, 0.1)
+    values = meter().step(DATA, 0.5, 0.1)
     assert values["tokens_per_second"] == 16
     assert values["tokens_per_second_per_rank"] == 4
     assert values["padding_fraction"] == 0.2
@@ -37,21 +39,20 @@ def test_only_tokens_of_rows_count() -> None:
 def test_both_conventions_of_utilisation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(speed, "peak_memory_bytes", lambda _: 0)
-    values = meter(device="cuda").step(DATA, 4, 0.5, 0.0)
+    values = meter(device="cuda").step(DATA, 0.5, 0.0)
     available = 0.5 * 989e12 * 4
     assert values["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 4, 4) / available)
     assert values["mfu_full_attention"] == pytest.approx(SIZES.train_flops(8, 68, 8, 8) / available)
-    # For one pair, the head reads the last tokens of both answers.
-    pair = meter(True, "cuda").step(DATA, 1, 0.5, 0.0)
+    pair = meter(True, "cuda").step(PAIR, 0.5, 0.0)
     assert pair["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 0, 2) / available)
-    whole = meter(True, "cuda", reads_everywhere=True).step(DATA, 1, 0.5, 0.0)
+    whole = meter(True, "cuda", reads_everywhere=True).step(PAIR, 0.5, 0.0)
     assert whole["mfu"] == pytest.approx(SIZES.train_flops(8, 34, 0, 8) / available)
 
 
 def test_summary_of_many_steps() -> None:
     counted = meter()
     for seconds in [*[1.0] * 18, 2.0, 3.0]:
-        counted.step(DATA, 4, seconds, 0.1)
+        counted.step(DATA, seconds, 0.1)
     summary = counted.summary()
     assert summary["step_seconds_median"] == 1.0
     assert summary["step_seconds_p95"] == pytest.approx(2.05)
