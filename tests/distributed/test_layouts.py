@@ -199,7 +199,7 @@ def test_methods_compute_a_prompt_once_for_the_answers_of_a_step(folder: Path, f
 def test_dpo_agrees_between_layouts(folder: Path, forks: Forks, alone: Path, layout: str) -> None:
     # The prompts are long enough to be shared by both answers of a pair.
     data = write_jsonl(folder / "preferred.jsonl", [{**row, "prompt": f"{row['prompt']} " * 12} for row in pairs()])
-    words = ["trainer.global_batch_size=5", "optim.lr=1e-3", "method.sft_coefficient=0.1", f"data.valid={data}"]
+    words = ["trainer.global_batch_size=6", "optim.lr=1e-3", "method.sft_coefficient=0.1", f"data.valid={data}"]
     one = folder / "dpo_one"
     if not one.exists():
         train("dpo", one, data, *words, model=continued(alone))
@@ -209,7 +209,7 @@ def test_dpo_agrees_between_layouts(folder: Path, forks: Forks, alone: Path, lay
     for name in ("loss", "valid_loss", "reward_gap", "chosen_log_likelihood"):
         assert metrics(split, name) == pytest.approx(metrics(one, name), abs=1e-4, rel=1e-5), name
     assert metrics(split, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-4)
-    assert metrics(split, "count") == metrics(one, "count") == [5] * 5
+    assert metrics(split, "count") == metrics(one, "count") == [6] * 5
 
 
 def test_the_distance_between_policies_agrees_between_layouts(folder: Path, forks: Forks, alone: Path) -> None:
