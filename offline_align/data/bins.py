@@ -284,7 +284,7 @@ class PairSource(RowSource):
     def num_read(self) -> Indices:
         """Number of targets of both answers, or 2 for a reward model: [pairs]."""
         if not self.with_targets:
-            return np.full(len(self), 2)
+            return np.full(len(self), 2, np.int64)
         return _num_targets(self.pairs.chosen) + _num_targets(self.pairs.rejected)
 
     def with_reference(self, reference: npt.NDArray[np.float64]) -> "PairSource":
@@ -298,7 +298,8 @@ class PairSource(RowSource):
 
 
 def _num_targets(rows: TokenizedRows) -> Indices:
-    return np.diff(rows.offsets) - rows.target_start
+    lengths: Indices = rows.offsets[1:] - rows.offsets[:-1]
+    return lengths - rows.target_start
 
 
 def _ids(rows: TokenizedRows, row: int) -> Ids:

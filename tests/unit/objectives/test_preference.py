@@ -42,7 +42,7 @@ def nll() -> Tensor:
 
 def by_hand(values: Tensor, settings: PreferenceMethodSection) -> Tensor:
     """Return the summed loss of the pairs, written out in float64."""
-    answers = [-part.sum() for part in values.split(COUNTS)]
+    answers = [-part.sum() for part in torch.split(values, COUNTS)]
     total = torch.zeros((), dtype=torch.float64)
     for p in range(len(COUNTS) // 2):
         w, r = 2 * p, 2 * p + 1
@@ -80,7 +80,7 @@ def test_losses_and_gradients_are_those_of_the_equations(settings: PreferenceMet
 
 def test_the_start_of_the_run_has_the_loss_ln_2() -> None:
     values = nll()
-    start = [float(-part.double().sum()) for part in values.split(COUNTS)]
+    start = [float(-part.double().sum()) for part in torch.split(values, COUNTS)]
     result = preference(DPO)(values, batch(COUNTS, start))
     assert float(result.total) / 3 == pytest.approx(math.log(2), abs=1e-6)
     assert float(result.metrics["reward_gap"]) == pytest.approx(0.0, abs=1e-12)
