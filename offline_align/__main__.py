@@ -27,6 +27,7 @@ from offline_align.launch import needs_launch, run_ranks, set_cuda_environment, 
 from offline_align.lineage import effort
 from offline_align.stages.job import Job
 from offline_align.stages.registry import STAGES
+from offline_align.stages.template import fix_template
 
 _INTERNAL = 70
 _LOG_FORM, _LOG_TIME = "%(asctime)s %(message)s", "%H:%M:%S"
@@ -108,6 +109,7 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
     if launched() is None and (leftovers := forget_leftovers()):
         logging.getLogger(__name__).info("no launcher has started this process; ignored: %s", leftovers)
     job = Job(stage, composed.config, composed.explicit)
+    fix_template(job)
     require(composed, _problems(job))
     if not job.config.dry_run:
         from offline_align.stages.hub import fetch_data_sets

@@ -20,6 +20,14 @@ def real_data_dir() -> Path:
     return folder
 
 
+def smollm2() -> Path:
+    """Return the folder of SmolLM2-135M in Hugging Face format, or skip the test if it does not exist."""
+    folder = Path(os.environ.get("OFFLINE_ALIGN_SMOLLM2", REPOSITORY / "models" / "SmolLM2-135M"))
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no model at {folder}; set OFFLINE_ALIGN_SMOLLM2 to a Hugging Face folder of SmolLM2-135M")
+    return folder
+
+
 def free_ports(count: int) -> list[int]:
     """Return free ports, in increasing order, that stay free until they are used.
 

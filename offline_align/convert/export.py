@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from offline_align.config.sections import ModelSection
+from offline_align.config.sections import ModelSection, Template
 from offline_align.convert import names
 from offline_align.convert.architecture import huggingface_config
 from offline_align.convert.card import model_card
@@ -22,8 +22,9 @@ from offline_align.convert.files import INDEX, SINGLE
 from offline_align.convert.names import Entry, Kind
 from offline_align.convert.provenance import UNKNOWN, Provenance
 from offline_align.convert.recipe import recipe
+from offline_align.convert.same_ids import same_ids
 from offline_align.convert.tensors import split
-from offline_align.convert.tokenizer_files import Written, first_prompt_difference, is_replaced, write_tokenizer
+from offline_align.convert.tokenizer_files import Written, is_replaced, write_tokenizer
 from offline_align.convert.weights import parse_size, write_weights
 from offline_align.data.chat import uses_date
 from offline_align.data.records import Message
@@ -44,11 +45,13 @@ def export_huggingface(
     target: Path,
     max_shard_size: str = "5GB",
     known: Provenance = UNKNOWN,
+    for_people: bool = True,
 ) -> list[Path]:
     """Write a folder that `transformers` and vLLM can load, and return its files.
 
     `state` yields whole tensors (gathered over tensor parallel ranks) under our names. `known` goes
-    into the model card. Raises ConfigError for a model that no family can represent and for missing
+    into the model card. A folder that is not `for_people` gets no model card, and its ids are not
+    compared with those of `transformers`. Raises ConfigError for a model that no family can represent and for missing
     or unknown tensors, and StorageError if writing fails.
     """
     max_shard_bytes = parse_size(max_shard_size)
@@ -61,9 +64,10 @@ def export_huggingface(
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": written.pad_id}
         _write_json(work / "config.json", _config(description, dtype) | ids)
         _write_json(work / "generation_config.json", ids | {"do_sample": False})
-        _write_card(description, tokenizer, work, known, written.fast)
         if description.reading is not None and description.reading.pad_id is not None:
             _keep_padding(work, description.reading.pad_id, tokenizer)
+        if for_people:
+            _write_card(description, tokenizer, work, known, written.fast)
         names_written = sorted(path.name for path in work.iterdir())
     return [target / name for name in names_written]
 
@@ -128,7 +132,9 @@ def _write_tokenizer(description: ModelDescription, tokenizer: Tokenizer, target
 
 
 def _chat_template(description: ModelDescription, tokenizer: Tokenizer) -> str:
-    return chat_template(tokenizer, description.template, _condition(description), description.template_date)
+    ours = description.kind == "reward_model" and description.reading is None
+    ends_rows = ours and description.template is Template.chat and not description.renderer(tokenizer).ends_rows
+    return chat_template(tokenizer, description.template, _condition(description), description.template_date, ends_rows)
 
 
 def _condition(description: ModelDescription) -> str:
@@ -152,11 +158,10 @@ def _write_card(
             "`AutoTokenizer` of transformers 5 uses the tokenizer class of the model's family instead of this "
             "`tokenizer.json`: load it with `PreTrainedTokenizerFast.from_pretrained`."
         )
-    if fast and not code and first_prompt_difference(target, description.renderer(tokenizer), condition) is not None:
-        notes.append(
-            "`transformers` encodes some prompts differently from training: use `tokenizer.json` with the "
-            "library tokenizers to get the tokens of training."
-        )
+    found = same_ids(target, description, description.renderer(tokenizer), condition, fast)
+    logger.log(logging.WARNING if found.different else logging.INFO, "convert: %s", found.in_words())
+    if found.different and not code:
+        notes.append(f"A check at the export found: {found.in_words()}.")
     if uses_date(_chat_template(description, tokenizer)):
         notes.append("The chat template writes the current date; this model has no fixed date.")
     card = model_card(description, condition, notes, known, code)
@@ -168,6 +173,7 @@ def _config(description: ModelDescription, dtype: str) -> dict[str, Any]:
     ours: dict[str, Any] = {
         "method": description.method,
         "template": description.template.value,
+        "encoding": description.encoding.value,
         "condition": None if condition is None else asdict(condition),
     }
     if description.template_date is not None:

@@ -1,7 +1,7 @@
-"""Python code for the model card that encodes a dialogue with `transformers` exactly as in training.
+"""Python code for the model card of an older model that encodes a dialogue with `transformers` as in training.
 
-Context, condition and response were encoded separately. A tokenizer that gets the whole text can
-join their ends into one token, so this code encodes them separately too.
+Earlier versions encoded context, condition and response separately (`Encoding.pieces`). A tokenizer
+that gets the whole text can join their ends into one token, so this code encodes them separately too.
 """
 
 import json
@@ -9,7 +9,7 @@ import json
 from offline_align.config.sections import Template
 from offline_align.data.prefix import After, PrefixRule
 from offline_align.data.records import Message
-from offline_align.data.template import ASSISTANT, PREFIXES, Renderer
+from offline_align.data.template import ASSISTANT, PREFIXES, Encoding, Renderer
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.model.description import ModelDescription
 
@@ -19,14 +19,16 @@ _PROBES = ("Fine, thanks.", " two", "\nline", "5.0", "-1.5", "(a)", "<rm_score>5
 
 
 def recipe(description: ModelDescription, tokenizer: Tokenizer) -> str:
-    """Return the code, or "" if `apply_chat_template` alone gives the tokens of training.
+    """Return the code, or "" if `apply_chat_template` alone is meant to give the tokens of training.
 
     It defines `prompt_ids(messages)` for a policy and `row_ids(messages)` for a reward model.
     """
     renderer = description.renderer(tokenizer)
     is_policy = description.kind == "policy"
     condition = description.condition.text if description.condition else ""
-    if renderer.reading or (description.template is Template.chat and is_policy and not condition):
+    if renderer.encoding is Encoding.whole or renderer.reading:
+        return ""
+    if description.template is Template.chat and is_policy and not condition:
         return ""
     behind = "behind" if _is_apart(renderer) else "encode"
     paper = description.template is Template.paper

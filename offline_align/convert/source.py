@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING
 
 from offline_align.config.sections import ModelSection, Template
 from offline_align.convert.architecture import Architecture, read_architecture
+from offline_align.convert.template_choice import TemplateChoice, automatic
 from offline_align.convert.token_ids import check_token_ids
 from offline_align.data.condition import Condition
-from offline_align.data.template import Reading, Renderer
+from offline_align.data.template import Encoding, Reading, Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.errors import ConfigError
-from offline_align.model.description import ModelDescription, day_of, find_model, is_huggingface
+from offline_align.model.description import (
+    ModelDescription,
+    day_of,
+    find_model,
+    is_huggingface,
+    recorded_template,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +49,10 @@ class ModelSource:
     """The checkpoint or the Hugging Face folder; None for random weights."""
     states_template: bool = False
     """Whether the model records the template of its training. If not, the user may choose a template."""
+    named: str = ""
+    """The folder or the tokenizer, as the user named it."""
+    choice: TemplateChoice | None = None
+    """The template of a run with this model, and why it is used; None if no run asked."""
 
     @property
     def model(self) -> ModelSection:
@@ -52,6 +63,20 @@ class ModelSource:
     def kind(self) -> str:
         """`policy` or `reward_model`."""
         return self.description.kind
+
+    def choose(self, given: Template | None, trains: bool = False) -> TemplateChoice:
+        """Return the template of the model: the recorded one, otherwise `given`, otherwise the automatic one.
+
+        `trains` says that the model is trained with it. Whether `given` contradicts the recorded one
+        is for the caller to say.
+        """
+        own = self.description
+        if self.states_template:
+            return TemplateChoice(own.template, f", recorded in {self.named}")
+        if given is not None and given is not Template.auto:
+            return TemplateChoice(given, ", as data.template says")
+        is_foreign_judge = own.reading is not None
+        return automatic(self.tokenizer, self.named, trains and not is_foreign_judge, must=is_foreign_judge)
 
     def renderer(self) -> Renderer:
         """Return the renderer that encodes dialogues as the model reads them."""
@@ -94,8 +119,9 @@ def open_model(
         found = _from_huggingface(folder, tokenizer) if is_huggingface(folder) else _from_checkpoint(folder)
     except ConfigError as error:
         raise ConfigError([problem.replace("init.from:", f"{key}:", 1) for problem in error.problems]) from error
+    found = replace(found, named=str(path))
     own = found.description
-    chosen = own.template if found.states_template or template is None else template
+    chosen = found.choose(template).template
     described = replace(own, template=chosen, template_date=own.template_date or template_date)
     return replace(found, description=described)
 
@@ -105,7 +131,10 @@ def _from_checkpoint(folder: Path) -> ModelSource:
     tokenizer = description.load_tokenizer(folder)
     check_token_ids(folder, description.model, tokenizer)
     # `convert` has imported a checkpoint without a method, so the template of its training is unknown.
-    return ModelSource(description, tokenizer, Form.checkpoint, folder, states_template=bool(description.method))
+    states_template = bool(description.method)
+    if not states_template:
+        description = replace(description, encoding=Encoding.whole)
+    return ModelSource(description, tokenizer, Form.checkpoint, folder, states_template)
 
 
 def _from_huggingface(folder: Path, given: Path | None) -> ModelSource:
@@ -130,14 +159,15 @@ def _description(architecture: Architecture, tokenizer: Tokenizer) -> ModelDescr
     """
     extra = architecture.extra
     foreign = architecture.kind == "reward_model" and not extra
-    usual = Template.chat if foreign and tokenizer.chat_template is not None else Template.paper
+    before = Encoding.pieces if extra.get("template") else Encoding.whole
     return ModelDescription(
         kind=architecture.kind,
         model=architecture.model,
-        template=Template(extra["template"]) if extra.get("template") else usual,
+        template=recorded_template(extra["template"]) if extra.get("template") else Template.paper,
         tokenizer_hash=tokenizer.content_hash,
         condition=Condition.from_values(extra.get("condition")),
         method=str(extra.get("method", "")),
         template_date=day_of(extra.get("template_date")),
         reading=Reading(architecture.pad_token_id) if foreign else Reading.from_values(extra.get("reading")),
+        encoding=Encoding(extra.get("encoding", before)),
     )

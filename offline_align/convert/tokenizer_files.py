@@ -1,4 +1,4 @@
-"""Write the tokenizer files of an exported folder, and check that `transformers` gets the same ids."""
+"""Write the tokenizer files of an exported folder."""
 
 import json
 import logging
@@ -9,8 +9,6 @@ from typing import Any
 from offline_align.convert.names import Kind
 from offline_align.data import sentencepiece_fast
 from offline_align.data.companions import HUGGING_FACE_FILE
-from offline_align.data.records import Message
-from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -20,11 +18,6 @@ _CLASS = "PreTrainedTokenizerFast"
 
 # Keys that record how one version loaded the tokenizer, or name classes of one version.
 _VERSION_KEYS = {"auto_map", "backend", "is_local", "local_files_only", "name_or_path", "processor_class"}
-
-_DIALOGUES = (
-    (Message("user", "What is the capital of France?"),),
-    (Message("user", "Hi, who are you?\n"), Message("assistant", "A model."), Message("user", "2 + 2 = ?")),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,23 +113,6 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], set[str]]:
     model = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
     pieces = {model.id_to_piece(token): token for token in range(model.get_piece_size())}
     return pieces, {text for text, token in pieces.items() if model.is_control(token)}
-
-
-def first_prompt_difference(folder: Path, renderer: Renderer, condition: str) -> str | None:
-    """Return the first sample dialogue that `transformers` encodes differently from `renderer`, or None.
-
-    They differ if a token of the exported tokenizer crosses the boundary between two turns, or
-    between prompt and condition, because we encode these separately.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    loaded = PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
-    for dialogue in _DIALOGUES:
-        turns = [{"role": message.role, "content": message.content} for message in dialogue]
-        text = loaded.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        if loaded.encode(text, add_special_tokens=False) != renderer.context(dialogue, condition):
-            return str(text)
-    return None
 
 
 def is_replaced(folder: Path, tokenizer: Tokenizer) -> bool:

@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from offline_align.data.records import Message
+from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import ConfigError, DataError
 
 PRIVATE_USE = range(0x100000, 0x10FFFE)
@@ -27,6 +28,9 @@ PRIVATE_USE = range(0x100000, 0x10FFFE)
 _CLOCK = "strftime_now"
 _MARKER = chr(PRIVATE_USE[-1])
 """Placeholder answer, used to find the text that a template writes around an answer."""
+_QUESTION = (Message("user", "a"),)
+
+_REWRITES = "it renders a prompt differently once it has an answer, so prompt and answer cannot be separated"
 
 Piece = tuple[str, bool]
 """A text, and whether special-token strings in it are special tokens."""
@@ -91,8 +95,8 @@ class ChatTemplate:
         whole = self._run(shielded, generation_prompt=False)
         if not whole.startswith(context):
             raise ConfigError(
-                "data.template=chat: the tokenizer's chat template renders the prompt differently once it has "
-                "an answer, so prompt and answer cannot be separated; use data.template=paper"
+                f"data.template=chat: the tokenizer's chat template cannot be used for training: {_REWRITES}; "
+                "use data.template=paper"
             )
         return _pieces(whole[len(context) :], shields)
 
@@ -119,7 +123,13 @@ class ChatTemplate:
                 **self._named_tokens,
             )
         except Exception as error:  # a template is third-party code, which can fail in any way
-            raise DataError(f"chat template: {error}") from error
+            raise DataError(f"chat template: {error}{_system_fix(messages)}") from error
+
+
+def _system_fix(messages: Sequence[Message]) -> str:
+    if not messages or messages[0].role != "system":
+        return ""
+    return " (if the template takes no system message: move its text into the user's, or use data.template=paper)"
 
 
 def _pieces(text: str, shields: Mapping[str, str]) -> list[Piece]:
@@ -128,6 +138,41 @@ def _pieces(text: str, shields: Mapping[str, str]) -> list[Piece]:
         return [(text, True)] if text else []
     parts = re.split("([" + "".join(shields) + "])", text)
     return [(shields.get(part, part), part not in shields) for part in parts if part]
+
+
+def of_tokenizer(tokenizer: Tokenizer, day: date | None = None) -> ChatTemplate:
+    """Return the chat template of a tokenizer that has one; raises ConfigError if it is not valid Jinja."""
+    assert tokenizer.chat_template is not None
+    return ChatTemplate(tokenizer.chat_template, tokenizer.named_tokens, tokenizer.special_texts, day)
+
+
+def training_problem(tokenizer: Tokenizer, trains: bool) -> str | None:
+    """Return why a chat template cannot render questions or, if `trains`, targets of training; None if it can.
+
+    Raises ConfigError if it is not valid Jinja, DataError if it refuses a question.
+    """
+    template = of_tokenizer(tokenizer)
+    template.prompt(_QUESTION)
+    if not trains:
+        return None
+    template.whole([*_QUESTION, Message("assistant", "b")])
+    for dialogue in (_QUESTION, (*_QUESTION, Message("assistant", "b"), *_QUESTION)):
+        try:
+            template.answer(dialogue, "b")
+        except ConfigError:
+            return _REWRITES
+        except DataError:  # a template that takes one turn only refuses the other rows one by one
+            continue
+    return None
+
+
+def limits(tokenizer: Tokenizer) -> str:
+    """Return what a usable template does to system messages if it does not render them, else an empty text."""
+    try:
+        pieces = of_tokenizer(tokenizer).prompt([Message("system", _MARKER), *_QUESTION])
+    except DataError:
+        return "; it refuses system messages, so rows that have one are bad"
+    return "" if any(_MARKER in text for text, _ in pieces) else "; it leaves out system messages"
 
 
 class Generation(Extension):

@@ -235,7 +235,7 @@ def _key(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits) ->
     rules = [
         FORMAT_VERSION,
         renderer.tokenizer.content_hash,
-        renderer.template,
+        renderer.form,
         str(renderer.day),
         str(renderer.reading),
         limits.max_length,

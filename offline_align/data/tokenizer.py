@@ -54,6 +54,8 @@ class Tokenizer(Protocol):
     """Strings that become one special token if `special=True`."""
     chat_template: str | None
     """Jinja source of the chat template."""
+    template_origin: str
+    """The file that holds the chat template. If there is none in spite of a file: the reason, else empty."""
     prefix_rule: PrefixRule
     """Where a space is added to the start of a text."""
     content_hash: str
@@ -163,6 +165,7 @@ class SentencePieceTokenizer(Prefixed):
     """
 
     chat_template: str | None = None
+    template_origin = ""
     adds_bos = False
 
     def __init__(self, model: bytes) -> None:
@@ -254,7 +257,7 @@ class HuggingFaceTokenizer(Prefixed):
         self.bos_id = self._id_of("bos_token")
         self.pad_id = self._id_of("pad_token")
         self.adds_bos = self._adds_bos(config.get("add_bos_token"))
-        self.chat_template = _chat_template(config, self._files)
+        self.chat_template, self.template_origin = _chat_template(config, self._files)
         begins = config.get("add_bos_token") is True or "bos_token" in (self.chat_template or "")
         if begins and self.bos_id is None and "bos_token" in self.named_tokens:
             raise self._unknown("bos_token")
@@ -352,10 +355,14 @@ def _flag_special(definition: dict[str, Any], named: set[str]) -> tuple[str, ...
     return tuple(special)
 
 
-def _chat_template(config: dict[str, Any], files: Mapping[str, bytes]) -> str | None:
+def _chat_template(config: dict[str, Any], files: Mapping[str, bytes]) -> tuple[str | None, str]:
+    """Return the chat template and its file; if there is no template for plain dialogues, None and why."""
     if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode("utf-8")
-    source = config.get("chat_template")
+        return files["chat_template.jinja"].decode("utf-8"), "chat_template.jinja"
+    source, origin = config.get("chat_template"), "tokenizer_config.json"
     if isinstance(source, list):  # several named templates; `default` is for plain dialogues
-        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
-    return source if isinstance(source, str) else None
+        named = {str(entry.get("name")): entry.get("template") for entry in source}
+        if "default" not in named:
+            return None, f"{origin} has chat templates only for {', '.join(named)}, and none named default"
+        source = named["default"]
+    return (source, origin) if isinstance(source, str) else (None, "")

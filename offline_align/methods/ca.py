@@ -21,6 +21,9 @@ class ContextRenderer(Protocol):
     def context(self, prompt: Sequence[Message], condition: str = "") -> list[int]:
         """Return the token ids of everything before the response."""
 
+    def tail_tokens(self, condition: str) -> int:
+        """Return the number of tokens of the generation prompt and the condition."""
+
 
 def training_rows(
     labelled: Sequence[LabelledSample], settings: ConditionalMethodSection, renderer: Renderer
@@ -56,18 +59,23 @@ def check_stable(renderer: ContextRenderer, rewards: Iterable[float], reward_for
     """Check that the condition texts of `rewards` have different tokens, but equally many.
 
     Raises ConfigError if two condition texts have the same token ids, if texts with the same sign
-    differ in their number of tokens, or if a text changes the token ids of the prompt before it.
+    differ in their number of tokens, or if a text changes the token ids of the prompt before it. A
+    token may join the text with the end of the generation prompt, if it does so for every text.
     """
     check_format(reward_format, reward_limit)
     prompt = [Message("user", "a")]
     plain = renderer.context(prompt)
+    asked = len(plain) - renderer.tail_tokens("")
+    kept: int | None = None
     seen: dict[tuple[int, ...], str] = {}
     lengths: dict[bool, tuple[int, str]] = {}
     for negative, text in _texts(rewards, reward_format, reward_limit):
         ids = renderer.context(prompt, text)
-        if ids[: len(plain)] != plain:
+        same = next((k for k, (one, two) in enumerate(zip(plain, ids, strict=False)) if one != two), len(plain))
+        kept = same if kept is None else kept
+        if same != kept or same < asked:
             raise _unstable(reward_format, f"{text!r} changes the tokens of the prompt before it")
-        added = tuple(ids[len(plain) :])
+        added = tuple(ids[kept:])
         if (other := seen.setdefault(added, text)) != text:
             raise _unstable(reward_format, f"{text!r} and {other!r} are the same tokens")
         length, other = lengths.setdefault(negative, (len(added), text))

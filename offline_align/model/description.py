@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from offline_align.config.sections import Backend, ModelSection, Template
 from offline_align.data.condition import Condition
-from offline_align.data.template import Reading, Renderer
+from offline_align.data.template import Encoding, Reading, Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.errors import ConfigError, StorageError
 
@@ -35,6 +35,8 @@ class ModelDescription:
     """The day that the template takes for today, as `YYYY-MM-DD`; None: it writes none, or nobody has fixed it."""
     reading: Reading | None = None
     """How a reward model of others reads rows; None: as ours do."""
+    encoding: Encoding = Encoding.whole
+    """Which texts of a dialogue are encoded together; files without this entry mean `pieces`."""
 
     @property
     def text_form(self) -> dict[str, str]:
@@ -43,12 +45,14 @@ class ModelDescription:
         It must agree between two models if the output of one is training data of the other.
         """
         dated = {"template_date": self.template_date} if self.template_date else {}
-        return {"tokenizer_hash": self.tokenizer_hash, "template": self.template.value} | dated
+        form = {"tokenizer_hash": self.tokenizer_hash, "template": self.template.value, "encoding": self.encoding.value}
+        return form | dated
 
     def renderer(self, tokenizer: Tokenizer) -> Renderer:
         """Return what turns dialogues into the ids that the model was trained with."""
         day = date.fromisoformat(self.template_date) if self.template_date else None
-        return Renderer(tokenizer, self.template, day, self.reading)
+        scores = self.kind == "reward_model"
+        return Renderer(tokenizer, self.template, day, self.reading, self.encoding, scores)
 
     def save(self, folder: Path) -> None:
         """Write `model.json` into `folder`."""
@@ -90,13 +94,22 @@ class ModelDescription:
         return cls(
             kind=values["kind"],
             model=ModelSection(**values["model"], backend=Backend.auto, tokenizer=None),
-            template=Template(values["template"]),
+            template=recorded_template(values["template"]),
             tokenizer_hash=str(values["tokenizer_hash"]),
             condition=Condition.from_values(values["condition"]),
             method=str(values["method"]),
             template_date=day_of(values.get("template_date")),
             reading=Reading.from_values(values.get("reading")),
+            encoding=Encoding(values.get("encoding", Encoding.pieces)),
         )
+
+
+def recorded_template(value: Any) -> Template:
+    """Return the template that a file records; ValueError if it is none that a model can have."""
+    template = Template(value)
+    if template is Template.auto:
+        raise ValueError("the template of a model is paper or chat")
+    return template
 
 
 def day_of(value: Any) -> str | None:

@@ -46,7 +46,7 @@ def begin_or_continue(run_dir: Path, settings: RunSettings, given: dict[str, Any
     `given` are the settings as the user wrote them, by dotted keys. Raises ConfigError with a line for
     each setting that may not change, StorageError.
     """
-    step = _steps_done(run_dir)
+    step = steps_done(run_dir)
     lines = _read(run_dir / FILE_NAME) if step is not None else []
     now = {"settings": _plain(settings.flat()), "given": _plain(given)}
     if lines:
@@ -96,7 +96,7 @@ def _problem(key: str, before: dict[str, Any], after: dict[str, Any], why: str) 
     return f"{key}={new}: this run began with {old}" + (f" ({why})" if why else "")
 
 
-def _steps_done(run_dir: Path) -> int | None:
+def steps_done(run_dir: Path) -> int | None:
     """Return the step of the newest checkpoint, 0 if only a journal has results, otherwise None."""
     steps = [int(folder.name[5:]) for folder in run_dir.glob("checkpoints/step_*") if folder.name[5:].isdigit()]
     results = any(part.stat().st_size for part in run_dir.glob("journal/*/part_*.jsonl"))

@@ -1,6 +1,7 @@
 """The output of `dry_run=true`: ranks, batches, parameters, memory and the launch command."""
 
 import sys
+from typing import Any
 
 from rich.table import Table
 
@@ -36,6 +37,7 @@ def print_training_dry_run(job: Job[TrainRun]) -> None:
     bf16 = trainer.precision.in_bf16(on_cuda)
     table = _table(f"{stage.name}: {config.run.dir}")
     _add_model(table, sizes, model)
+    _add_template(table, job)
     _add_ranks(table, ranks)
     table.add_row("global batch", f"{trainer.global_batch_size} rows a step, packed")
     table.add_row("micro-batch", f"up to {capacity:,} tokens ({trainer.micro_batch_size} x {config.data.max_length:,})")
@@ -62,6 +64,7 @@ def print_label_dry_run(job: Job[LabelRun]) -> None:
     ranks = _ranks(config)
     table = _table(f"label: {config.run.dir}")
     _add_model(table, sizes, model)
+    _add_template(table, job)
     _add_ranks(table, ranks)
     capacity = config.trainer.micro_batch_size * config.data.max_length
     table.add_row("batch", f"packed bins of up to {capacity:,} tokens, forward only")
@@ -82,6 +85,7 @@ def print_generate_dry_run(job: Job[GenerateRun], condition: str, engine: str) -
     method = source.description.method or "none"
     table = _table(f"generate: {config.run.dir}")
     table.add_row("policy", f"{config.init.from_}, {sizes.parameters:,} parameters, method {method}")
+    _add_template(table, job)
     table.add_row("ranks", f"{world}, each with the whole policy and a share of the prompts")
     table.add_row("engine", f"{engine}, {settings.batch_size} prompts at once")
     table.add_row("answers", f"{settings.n} to each prompt, at most {settings.max_new_tokens} tokens, {sampling}")
@@ -115,6 +119,12 @@ def _add_model(table: Table, sizes: ModelSizes, model: ModelSection) -> None:
     table.add_row("parameters", f"{number:,} ({short})")
     shape = f"{sizes.layers} layers, hidden {sizes.hidden}, {model.num_attention_heads} heads, FFN {sizes.ffn}"
     table.add_row("model", f"{shape}, vocabulary {model.vocab_size} (padded to {sizes.padded_vocab})")
+
+
+def _add_template(table: Table, job: Job[Any]) -> None:
+    """Add the template and the reason for it, if the run has a model."""
+    if job.template is not None:
+        table.add_row("template", job.template.in_words())
 
 
 def _add_ranks(table: Table, ranks: ParallelSizes) -> None:

@@ -83,7 +83,7 @@ def problems(job: Job[EvaluateRun]) -> list[str]:
     if config.judge.model is None:
         return ["judge.model is not set: give the run folder of a reward model", *found]
     wrong, template = _reward_model("judge.model", config.judge.model, config)
-    given = config.data.template
+    given = config.data.named_template
     if template is not None and given is not None and given is not template:
         wrong = [f"data.template={given}: judge.model was trained with {template}; leave data.template unset"]
     return wrong + found

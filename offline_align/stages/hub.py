@@ -37,7 +37,7 @@ def fetch_data_sets(job: Job[Any]) -> None:
     values = {key.partition("data.")[2]: value for key, value in job.config.named_files().items()}
     changed = {k: _with_files(job, f"data.{k}", v) for k, v in values.items() if k and _names_hub_data(v)}
     if changed:
-        job.change_data(**changed)
+        job.change_data(keep_source=True, **changed)
 
 
 def _names_hub_data(value: Any) -> bool:

@@ -29,13 +29,18 @@ def build(source: ModelSource, ranks: Ranks, bf16: bool) -> Any:
 
 
 def write(
-    source: ModelSource, target: Path, ranks: Ranks, max_shard_size: str = "5GB", evaluation: Path | None = None
+    source: ModelSource,
+    target: Path,
+    ranks: Ranks,
+    max_shard_size: str = "5GB",
+    evaluation: Path | None = None,
+    for_people: bool = True,
 ) -> list[Path]:
     """Write the checkpoint of `source` into `target` and return its files. All ranks must call it.
 
     Weights keep the precision that they were saved in. The table of an `evaluation` run goes into the
-    model card. Raises StorageError for a damaged checkpoint or a failed write, ConfigError for an
-    evaluation of other models.
+    model card. See `export_huggingface` for `for_people`. Raises StorageError for a damaged
+    checkpoint or a failed write, ConfigError for an evaluation of other models.
     """
     assert source.folder is not None
     model = build(source, ranks, _saved_in_bf16(source.folder, ranks))
@@ -43,7 +48,7 @@ def write(
         return []
     state = ((name, parameter.detach()) for name, parameter in model.named_parameters())
     known = replace(provenance(source.folder, evaluation), method=title(source.description.method))
-    return export_huggingface(state, source.description, source.tokenizer, target, max_shard_size, known)
+    return export_huggingface(state, source.description, source.tokenizer, target, max_shard_size, known, for_people)
 
 
 def _saved_in_bf16(folder: Path, ranks: Ranks) -> bool:
@@ -68,7 +73,7 @@ def cached(source: ModelSource, cache: Path, ranks: Ranks) -> Path:
     if ranks.broadcast(folder.is_dir()):
         return folder
     attempt = cache / ranks.broadcast(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    write(source, attempt, ranks)
+    write(source, attempt, ranks, for_people=False)
     if ranks.is_main:
         try:
             for leftover in cache.glob(f".{folder.name}.tmp-*"):

@@ -21,6 +21,7 @@ from offline_align.config.compose import to_mapping
 from offline_align.config.runs import ModelRun, Run, section
 from offline_align.config.sections import DataSection, LauncherSection, ModelSection, OnBadRow, RowDataSection
 from offline_align.convert.source import ModelSource
+from offline_align.convert.template_choice import TemplateChoice
 from offline_align.data.records import BadRows, input_paths
 from offline_align.data.sources import input_sources
 from offline_align.distributed.launched import launched
@@ -46,13 +47,18 @@ class Job[R: Run]:
         self.stage = stage
         self.config = config
         self.explicit = explicit
+        self.template: TemplateChoice | None = None
+        """The template of the run, and why, once `fix_template` has settled it."""
         self._key: RunKey | None = None
 
-    def change_data(self, **values: Any) -> None:
-        """Set keys of the data section, and drop every cached property that depends on it."""
+    def change_data(self, keep_source: bool = False, **values: Any) -> None:
+        """Set keys of the data section, and drop every cached property that depends on it.
+
+        `keep_source` says that the model is not changed by the new values.
+        """
         config: Any = self.config
         self.config = replace(config, data=replace(config.data, **values))
-        for name in ("source", "hashed", "settings"):
+        for name in ("hashed", "settings", *([] if keep_source else ["source"])):
             self.__dict__.pop(name, None)
 
     @property
@@ -211,8 +217,15 @@ class Job[R: Run]:
             os.environ.setdefault("MPLCONFIGDIR", str((self.run_dir / "cache" / "matplotlib").resolve()))
             own = {"model": to_mapping(replace(model, tokenizer=None))} if model is not None else {}
             lineage.write_config(self.run_dir, to_mapping(self.config) | own)
+            self._say_template()
         if ranks is not None:
             ranks.barrier()
+
+    def _say_template(self) -> None:
+        """Log which template the run uses, and why; as a warning if it replaces that of the model's folder."""
+        choice = self.template
+        if choice is not None:
+            logger.log(logging.WARNING if choice.is_fallback else logging.INFO, "template   %s", choice.in_words())
 
     def bad_rows(self, writes: bool = True) -> BadRows:
         """Return the handler of bad rows. Call it once per run, with `writes` on one rank only.

@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from offline_align.config.checks import template_date
-from offline_align.config.runs import ModelRun, section
+from offline_align.config.runs import ModelRun, TrainRun, section
 from offline_align.config.sections import DataSection, ModelSection, Template
 from offline_align.convert.source import Form, ModelSource, open_model
-from offline_align.data.template import writes_date
+from offline_align.convert.template_choice import TemplateChoice
+from offline_align.data.template import Encoding, writes_date
 from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import ConfigError
-from offline_align.model.description import ModelDescription
+from offline_align.model.description import FILE_NAME, ModelDescription
 
 # These keys decide how a model is run here, not what it is.
 _FREE_KEYS = {"model.tokenizer", "model.backend", "model.overrides"}
@@ -24,8 +25,10 @@ def resolve(config: ModelRun, explicit: frozenset[str]) -> ModelSource:
     """
     found = _fresh(config) if config.init.from_ is None else _opened(config, config.init.from_, explicit)
     data = section(config, DataSection)
-    template = _template(data.template if data else None, found)
-    found = replace(found, description=replace(found.description, template=template))
+    choice = template_choice(config, found, explicit)
+    encoding = _encoding(config, found)
+    described = replace(found.description, template=choice.template, encoding=encoding)
+    found = replace(found, description=described, choice=choice if data else None)
     day = _template_date(data.template_date if data else None, found)
     return replace(found, description=replace(found.description, template_date=day))
 
@@ -53,7 +56,7 @@ def _fresh(config: ModelRun) -> ModelSource:
         )
     model = replace(config.model, vocab_size=size or tokenizer.vocab_size)
     description = ModelDescription("policy", model, Template.paper, tokenizer.content_hash)
-    return ModelSource(description, tokenizer, Form.random)
+    return ModelSource(description, tokenizer, Form.random, named=config.model.tokenizer)
 
 
 def _opened(config: ModelRun, source: str, explicit: frozenset[str]) -> ModelSource:
@@ -82,13 +85,28 @@ def _merged(given: ModelSection, found: ModelSection, explicit: frozenset[str], 
     return replace(found, backend=given.backend, overrides=found.overrides | given.overrides)
 
 
-def _template(given: Template | None, source: ModelSource) -> Template:
-    own = source.description.template
-    if source.states_template and given is not None and given is not own:
+def template_choice(config: ModelRun, source: ModelSource, explicit: frozenset[str]) -> TemplateChoice:
+    """Return the template of a run, and why. Raises ConfigError if the model records another one than was set."""
+    data = section(config, DataSection)
+    given, own = data.template if data else Template.auto, source.description
+    if source.states_template and given not in (None, Template.auto, own.template):
         raise ConfigError(
-            f"data.template={given}: the model in init.from was trained with {own}; leave data.template unset"
+            f"data.template={given}: the model in init.from was trained with {own.template}; leave data.template unset"
         )
-    return own if source.states_template or given is None else given
+    if given is None and not source.states_template:  # a run that an earlier version began without the key
+        has_template = own.reading is not None and source.tokenizer.chat_template is not None
+        return TemplateChoice(Template.chat if has_template else Template.paper, ", as this run began")
+    choice = source.choose(given, trains=isinstance(config, TrainRun))
+    was_chosen = given is not Template.auto and "data.template" not in explicit and not source.states_template
+    return replace(choice, why=", as this run began") if was_chosen else choice
+
+
+def _encoding(config: ModelRun, source: ModelSource) -> Encoding:
+    """Return how texts are encoded: as in the checkpoint of this run if it is continued, else as in the model."""
+    begun = Path(config.run.dir) / "checkpoints" / "latest"
+    if isinstance(config, TrainRun) and (begun / FILE_NAME).is_file():
+        return ModelDescription.load(begun).encoding
+    return source.description.encoding
 
 
 def _template_date(given: str | None, source: ModelSource) -> str | None:

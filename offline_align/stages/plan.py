@@ -15,8 +15,9 @@ from pathlib import Path
 
 from offline_align import lineage
 from offline_align.config.runs import PlanRun
-from offline_align.config.sections import DataSection, InputDataSection, Template
+from offline_align.config.sections import DataSection, InputDataSection
 from offline_align.convert.source import open_model
+from offline_align.convert.template_choice import automatic
 from offline_align.data.condition import check_format
 from offline_align.data.records import LabelledSample, read_rows
 from offline_align.data.template import Renderer
@@ -92,7 +93,8 @@ def _renderer(config: PlanRun, paths: Sequence[Path]) -> Renderer | None:
     """Return the renderer of `model.tokenizer` or of a model behind a labelled file, or None."""
     if config.model.tokenizer is not None:
         tokenizer = load_tokenizer(tokenizer_path(config.model.tokenizer))
-        return Renderer(tokenizer, config.data.template or Template.paper, _day(config.data.template_date))
+        usual = automatic(tokenizer, config.model.tokenizer, trains=True).template
+        return Renderer(tokenizer, config.data.named_template or usual, _day(config.data.template_date))
     return next(_renderers_behind(paths, config.data), None)
 
 
@@ -108,7 +110,7 @@ def _renderers_behind(paths: Sequence[Path], data: InputDataSection) -> Iterator
             folder = run_dir / parent.path / (parent.part or "")
             try:
                 found = open_model(folder, template=data.template, template_date=data.template_date)
-                template = data.template or found.description.template
+                template = data.named_template or found.description.template
                 yield replace(found.description, template=template).renderer(found.tokenizer)
             except ConfigError:
                 logger.debug("%s: not a model", folder)

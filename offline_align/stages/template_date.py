@@ -47,7 +47,7 @@ def _writes_unfixed(source: ModelSource) -> bool:
 def _judges(config: EvaluateRun) -> Iterator[ModelSource]:
     for key, named in config.named_models().items():
         if named is not None:
-            yield open_model(named, key, config.data.template)
+            yield open_model(named, key, config.data.named_template)
 
 
 def _recorded(run_dir: Path) -> str | None:

@@ -50,9 +50,9 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
     config = job.config
     job.start_folder(job.source.model if config.init.from_ else None, ranks)
     # A third-party reward model that is trained further reads rows as ours do, not as in transformers.
-    renderer = replace(job.source.description, reading=None).renderer(job.source.tokenizer)
-    bad_rows = job.bad_rows(ranks.is_main)
     recipe = _recipe(job)
+    renderer = replace(job.source.description, kind=recipe.makes, reading=None).renderer(job.source.tokenizer)
+    bad_rows = job.bad_rows(ranks.is_main)
     data, facts = _source(job, "train", recipe.train, renderer, ranks, bad_rows)
     valid, _ = _source(job, "valid", recipe.valid, renderer, ranks, bad_rows)
     assert data is not None

@@ -4,7 +4,6 @@ Skipped without the model. Put it into `models/SmolLM2-135M`, or set OFFLINE_ALI
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 
 from offline_align.__main__ import run
 from tests.distributed.test_logits import ours
-from tests.support import REPOSITORY
+from tests.support import smollm2
 from tests.training import metrics
 
 pytestmark = pytest.mark.slow
@@ -24,12 +23,9 @@ DIALOGUES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Path:
-    folder = Path(os.environ.get("OFFLINE_ALIGN_SMOLLM2", REPOSITORY / "models" / "SmolLM2-135M"))
-    if not (folder / "config.json").is_file():
-        pytest.skip(f"no model at {folder}; set OFFLINE_ALIGN_SMOLLM2 to a Hugging Face folder of SmolLM2-135M")
-    return folder
+@pytest.fixture(scope="module", name="smollm2")
+def folder_of_smollm2() -> Path:
+    return smollm2()
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,12 @@ class TooLong(StrEnum):
 
 
 class Template(StrEnum):
-    """Format of a dialogue: `User:...Assistant: ...` (paper) or the tokenizer's chat template."""
+    """Format of a dialogue: `User:...Assistant: ...` (paper) or the tokenizer's chat template.
 
+    `auto` chooses one of them when a run begins; a model never records `auto`.
+    """
+
+    auto = "auto"
     paper = "paper"
     chat = "chat"
 
@@ -57,16 +61,21 @@ class DataSection(RowDataSection):
     """What to do with rows over `max_length`: truncate the prompt from the left, or drop the row. A
     row whose response alone exceeds it is always dropped. Truncated and dropped
     rows are counted."""
-    template: Template | None = None
+    template: Template | None = Template.auto
     """How a dialogue becomes text: `User:...Assistant: ...` (`paper`) or the tokenizer's chat
-    template (`chat`). If unset, the template that the model in `init.from` records. If it
-    records none, `chat` for a third-party reward model with a chat template, else `paper`."""
+    template (`chat`). `auto` is the template that the model in `init.from` records. If it records
+    none, `auto` is `chat` if the model's folder has a chat template that can be used, else `paper`."""
     template_date: str | None = None
     """The day (YYYY-MM-DD) that a chat template writes as today's. If unset, the day that the model
     was trained with, else the day on which the run started."""
     cache_dir: str | None = None
     """Folder for the cache of tokenised data. An entry is found by its content, so runs can share
     the folder. If unset, `cache/` in `run.dir`."""
+
+    @property
+    def named_template(self) -> Template | None:
+        """The template, or None if it is not settled."""
+        return None if self.template is Template.auto else self.template
 
 
 @dataclass(frozen=True)

@@ -339,6 +339,7 @@ def test_config_keeps_what_generation_needs(export: Callable[..., Path], sentenc
     assert extra == {
         "method": "ca",
         "template": "paper",
+        "encoding": "whole",
         "condition": {"reward_format": "<rm_score>{reward:.1f}", "reward_limit": 9.9, "target_reward": 5.0},
     }
 

@@ -1,4 +1,4 @@
-"""The code in model cards, run unchanged, encodes with `transformers` as in training."""
+"""The code in model cards of older models, run unchanged, encodes with `transformers` as in training."""
 
 import re
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from offline_align.convert.export import export_huggingface
 from offline_align.convert.load import load_huggingface
 from offline_align.data.condition import Condition
 from offline_align.data.records import Message
-from offline_align.data.template import Renderer
+from offline_align.data.template import Encoding, Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.model.description import ModelDescription
 from tests.small_tokenizers import TEMPLATES, with_spaces_in_front, write_hugging_face, write_sentencepiece
@@ -24,7 +24,7 @@ DIALOGUE = (Message("user", "Name the capital."), Message("assistant", "Fine, th
 DIALOGUES = (DIALOGUE[:1], DIALOGUE, (Message("system", "Be brief."), *DIALOGUE), (Message("user", " 2 + 2 = ?\n"),))
 JSON = ["byte_level", "prepend", "always", "first"]
 # A SentencePiece model has no chat template.
-KINDS = [("sentencepiece", Template.paper), *((name, template) for name in JSON for template in Template)]
+KINDS = [("sentencepiece", Template.paper), *((name, template) for name in JSON for template in (Template.paper, Template.chat))]
 
 
 @pytest.fixture
@@ -36,7 +36,9 @@ def export(save_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Pat
     ) -> Path:
         source = save_model("llama3", head)
         found = read_architecture(source)
-        description = ModelDescription(found.kind, found.model, template, tokenizer.content_hash, condition)
+        description = ModelDescription(
+            found.kind, found.model, template, tokenizer.content_hash, condition, encoding=Encoding.pieces
+        )
         export_huggingface(load_huggingface(source), description, tokenizer, tmp_path / "out")
         return tmp_path / "out"
 
@@ -89,7 +91,7 @@ def test_the_card_of_a_policy_gives_the_prompts_of_training(
     text = "<rm_score>5.0" if condition else ""
     for dialogue in DIALOGUES:
         found = recipe["prompt_ids"](turns(dialogue)) if recipe else their_context(folder, dialogue)
-        assert found == Renderer(tokenizer, template).context(dialogue, text)
+        assert found == Renderer(tokenizer, template, encoding=Encoding.pieces).context(dialogue, text)
 
 
 @pytest.mark.parametrize(("name", "template"), KINDS)
@@ -105,7 +107,7 @@ def test_the_card_of_a_reward_model_gives_the_rows_of_training(
     recipe = recipe_of(folder, monkeypatch)
     for dialogue in DIALOGUES:
         for answer in ("Fine, thank you!", "- one\n- two", "\n"):
-            context, target = Renderer(tokenizer, template).row(dialogue, answer)
+            context, target = Renderer(tokenizer, template, encoding=Encoding.pieces).row(dialogue, answer)
             assert recipe["row_ids"]([*turns(dialogue), {"role": "assistant", "content": answer}]) == context + target
 
 
@@ -113,4 +115,4 @@ def test_byte_level_tokenizers_join_what_training_kept_apart(export: Callable[..
     """Otherwise the tests above would run recipes that are not needed."""
     tokenizer = load_tokenizer(write_hugging_face(tmp_path / "tokenizer"))
     folder = export(tokenizer, Template.paper, CONDITION)
-    assert their_context(folder, DIALOGUE) != Renderer(tokenizer, Template.paper).context(DIALOGUE, "<rm_score>5.0")
+    assert their_context(folder, DIALOGUE) != Renderer(tokenizer, Template.paper, encoding=Encoding.pieces).context(DIALOGUE, "<rm_score>5.0")

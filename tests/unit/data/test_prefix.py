@@ -7,7 +7,7 @@ import pytest
 from offline_align.config.sections import Template
 from offline_align.data.prefix import After, PrefixRule, rule_of
 from offline_align.data.records import Message
-from offline_align.data.template import Renderer
+from offline_align.data.template import Encoding, Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from tests.small_tokenizers import TEMPLATES, with_spaces_in_front, write_hugging_face, write_sentencepiece
 
@@ -40,8 +40,13 @@ def test_a_condition_has_no_space_in_front(tokenizer: Tokenizer) -> None:
     assert len(context) - len(paper.context(QUESTION)) == paper.condition_tokens("<rm_score>5.0")
 
 
-def test_earlier_answers_have_the_ids_of_targets(tokenizer: Tokenizer) -> None:
-    paper = Renderer(tokenizer, Template.paper)
+def test_earlier_answers_have_the_ids_of_the_whole_text(tokenizer: Tokenizer) -> None:
+    begin = [*tokenizer.encode("User:Hello, how are you?Assistant: Fine."), tokenizer.eos_id]
+    assert Renderer(tokenizer, Template.paper).context(DIALOGUE)[: len(begin)] == begin
+
+
+def test_earlier_answers_of_older_models_have_the_ids_of_targets(tokenizer: Tokenizer) -> None:
+    paper = Renderer(tokenizer, Template.paper, encoding=Encoding.pieces)
     context, target = paper.row(QUESTION, "Fine.")
     assert paper.context(DIALOGUE)[: len(context + target)] == context + target
 

@@ -10,7 +10,7 @@ from offline_align.config.sections import Template
 from offline_align.data.chat import ChatTemplate
 from offline_align.data.prefix import After
 from offline_align.data.records import Message
-from offline_align.data.template import Renderer
+from offline_align.data.template import Encoding, Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.errors import ConfigError, DataError
 from tests.small_tokenizers import CHATML, write_hugging_face, write_sentencepiece
@@ -63,15 +63,14 @@ def test_paper_text_of_one_turn(paper: Renderer) -> None:
 def test_paper_text_of_many_turns(paper: Renderer) -> None:
     encode, eos = paper.tokenizer.encode, paper.tokenizer.eos_id
     assert paper.context(DIALOGUE) == [
-        *encode("System:Answer in short lines.User:HelloAssistant: "),
-        *encode("Hi!\n", after=After.text),
+        *encode("System:Answer in short lines.User:HelloAssistant: Hi!\n"),
         eos,
         *encode("User:  What can you do?  Assistant: "),
     ]
 
 
-def test_earlier_turns_have_the_ids_they_were_trained_with(paper: Renderer) -> None:
-    first = DIALOGUE[:2]
+def test_earlier_turns_of_older_models_have_the_ids_they_were_trained_with(tokenizer: Tokenizer) -> None:
+    first, paper = DIALOGUE[:2], Renderer(tokenizer, Template.paper, encoding=Encoding.pieces)
     trained = paper.context(first) + paper.target(first, DIALOGUE[2].content)
     assert paper.context(DIALOGUE)[: len(trained)] == trained
 

@@ -1,6 +1,7 @@
 """FA, RWR and CA: the equations of the paper, and numeric edge cases of rewards and settings."""
 
 import math
+import re
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -186,7 +187,7 @@ def test_limits_that_cannot_work(limit: float) -> None:
 ALL_VALUES = [i / 10 for i in range(-99, 100)]
 
 
-@pytest.mark.parametrize("template", list(Template))
+@pytest.mark.parametrize("template", [Template.paper, Template.chat])
 def test_the_default_format_is_stable_with_a_byte_level_tokenizer(template: Template, tmp_path: Path) -> None:
     renderer = Renderer(load_tokenizer(write_hugging_face(tmp_path)), template)
     ca.check_stable(renderer, ALL_VALUES, FORMAT, LIMIT)
@@ -212,7 +213,10 @@ class FakeRenderer:
         self.change = change
 
     def context(self, prompt: Sequence[Message], condition: str = "") -> list[int]:
-        return self.change([ord(c) for c in "".join(m.content for m in prompt) + condition])
+        return self.change([ord(c) for c in "".join(m.content for m in prompt) + "!" + condition])
+
+    def tail_tokens(self, condition: str) -> int:
+        return 1 + len(condition)
 
 
 def test_conditions_with_the_same_tokens_are_refused() -> None:
@@ -222,9 +226,20 @@ def test_conditions_with_the_same_tokens_are_refused() -> None:
 
 
 def test_conditions_that_change_the_prompt_are_refused() -> None:
-    merging = FakeRenderer(lambda ids: ids[1:] if len(ids) > 1 else ids)
+    merging = FakeRenderer(lambda ids: ids[1:] if len(ids) > 2 else ids)
     with pytest.raises(ConfigError, match=r"'<rm_score>1.0' changes the tokens of the prompt"):
         ca.check_stable(merging, [1.0], FORMAT, LIMIT)
+
+
+def test_conditions_may_join_the_generation_prompt_if_all_do() -> None:
+    def join(pattern: str) -> FakeRenderer:
+        return FakeRenderer(lambda ids: [ord(c) for c in re.sub(pattern, "\x01", "".join(map(chr, ids)))])
+
+    ca.check_stable(join("!<"), [1.0, 2.0], FORMAT, LIMIT)
+    with pytest.raises(ConfigError, match=r"'2.0>' changes the tokens of the prompt"):
+        ca.check_stable(join("!2"), [1.0, 2.0], "{reward:.1f}>", LIMIT)
+    with pytest.raises(ConfigError, match=r"'<rm_score>1.0' changes the tokens of the prompt"):
+        ca.check_stable(join("a!<"), [1.0, 2.0], FORMAT, LIMIT)
 
 
 def test_merged_digits_are_refused_only_among_values_of_one_sign() -> None:
