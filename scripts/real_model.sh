@@ -14,8 +14,8 @@ DATA=${DATA:?set DATA to a folder of prepared rows}
 RUNS=${RUNS:-runs/real_model}
 PROMPTS=${PROMPTS:-$DATA/eval_prompts.jsonl}
 TARGET=${TARGET:-2.0}
-# `chat` for a model that was trained with its chat template, `paper` for any other.
-TEMPLATE=${TEMPLATE:-chat}
+# `auto`: the chat template of the model's folder if it has one, else the paper's.
+TEMPLATE=${TEMPLATE:-auto}
 SIZE=${SIZE:-full}
 
 PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin:$PATH"
@@ -109,8 +109,7 @@ differences = []
 for row in rows:
     prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
     turns = [*prompt, {"role": "assistant", "content": row["response"]}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
+    ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True).input_ids.to(device)
     with torch.no_grad():
         differences.append(abs(float(model(ids).logits[0, 0]) - row["reward_raw"]))
 print(f"{len(rows)} scores: largest difference {max(differences):.2g}")

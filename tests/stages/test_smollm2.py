@@ -4,6 +4,7 @@ Skipped without the model. Put it into `models/SmolLM2-135M`, or set OFFLINE_ALI
 """
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from offline_align.__main__ import run
 from tests.distributed.test_logits import ours
 from tests.support import smollm2
-from tests.training import metrics
+from tests.training import metrics, write_jsonl
 
 pytestmark = pytest.mark.slow
 DIALOGUES = [
@@ -86,3 +87,48 @@ def test_the_first_loss_equals_that_of_transformers(
             scores = model(torch.tensor([context + target])).logits[0, len(context) - 1 : -1].log_softmax(-1)
         total -= float(scores[torch.arange(len(target)), target].sum())
     assert metrics(tmp_path / "sft") == [pytest.approx(total / sum(len(t) for _, t in texts), abs=1e-5)]
+
+
+PROMPTS = [
+    [{"role": "user", "content": "Why is the sky blue?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name three primes."}],
+    [
+        {"role": "user", "content": "Hi!"},
+        {"role": "assistant", "content": "Hello, what can I do?"},
+        {"role": "user", "content": "Name a colour of the rainbow."},
+    ],
+    [{"role": "user", "content": "Write a sentence about the sea.\n"}],
+]
+
+
+@pytest.mark.parametrize("template", ["auto", "paper"])
+def test_greedy_answers_of_an_export_are_those_of_generate(
+    smollm2: Path, template: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fine-tuned by `ca`, exported, and asked with `apply_chat_template` alone."""
+    rows = [
+        {"id": str(k), "source_id": str(k), "prompt": PROMPTS[k % 4], "response": answer, "reward_raw": r, "reward": r}
+        for k, (r, (_, answer)) in enumerate(zip((1.3, -0.4, 0.2, -1.1), DIALOGUES * 2, strict=True))
+    ]
+    data, prompts = write_jsonl(tmp_path / "rows.jsonl", rows), [{"prompt": prompt} for prompt in PROMPTS]
+    asked = write_jsonl(tmp_path / "prompts.jsonl", prompts)
+    common = ["run.device=cpu", "trainer.precision=fp32"]
+    caplog.set_level(logging.INFO, "offline_align")
+    ca = ["data.max_length=128", "trainer.global_batch_size=4", "trainer.max_steps=2", f"data.template={template}"]
+    assert run(["ca", f"run.dir={tmp_path / 'ca'}", f"data.train={data}", f"init.from={smollm2}", *ca, *common]) == 0
+    chosen = "paper, as data.template says" if template == "paper" else f"chat, from {smollm2} (tokenizer_config.json)"
+    assert f"template   {chosen}" in caplog.messages
+    assert run(["convert", f"run.dir={tmp_path / 'out'}", f"init.from={tmp_path / 'ca'}", "run.device=cpu"]) == 0
+    assert any("gives the token ids of training (5 dialogues compared)" in message for message in caplog.messages)
+    words = [f"init.from={tmp_path / 'ca'}", f"data.input={asked}", "generate.max_new_tokens=12"]
+    assert run(["generate", f"run.dir={tmp_path / 'answers'}", *words, *common]) == 0
+    ours = [json.loads(line)["response"] for line in (tmp_path / "answers" / "generations.jsonl").open()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    theirs = []
+    for prompt in PROMPTS:
+        given = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        answer = model.generate(**given, max_new_tokens=12, do_sample=False)[0, given["input_ids"].shape[1] :]
+        theirs.append(tokenizer.decode(answer, skip_special_tokens=True))
+    assert theirs == ours
+    assert len(set(ours)) == 4

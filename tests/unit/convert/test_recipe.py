@@ -24,7 +24,10 @@ DIALOGUE = (Message("user", "Name the capital."), Message("assistant", "Fine, th
 DIALOGUES = (DIALOGUE[:1], DIALOGUE, (Message("system", "Be brief."), *DIALOGUE), (Message("user", " 2 + 2 = ?\n"),))
 JSON = ["byte_level", "prepend", "always", "first"]
 # A SentencePiece model has no chat template.
-KINDS = [("sentencepiece", Template.paper), *((name, template) for name in JSON for template in (Template.paper, Template.chat))]
+KINDS = [
+    ("sentencepiece", Template.paper),
+    *((name, template) for name in JSON for template in (Template.paper, Template.chat)),
+]
 
 
 @pytest.fixture
@@ -115,4 +118,6 @@ def test_byte_level_tokenizers_join_what_training_kept_apart(export: Callable[..
     """Otherwise the tests above would run recipes that are not needed."""
     tokenizer = load_tokenizer(write_hugging_face(tmp_path / "tokenizer"))
     folder = export(tokenizer, Template.paper, CONDITION)
-    assert their_context(folder, DIALOGUE) != Renderer(tokenizer, Template.paper, encoding=Encoding.pieces).context(DIALOGUE, "<rm_score>5.0")
+    assert their_context(folder, DIALOGUE) != Renderer(tokenizer, Template.paper, encoding=Encoding.pieces).context(
+        DIALOGUE, "<rm_score>5.0"
+    )

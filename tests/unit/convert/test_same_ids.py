@@ -84,9 +84,7 @@ def test_a_scored_row_has_the_ids_of_its_whole_text(name: str, template: Templat
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("eos", ["<|im_end|>", "<|pad|>"])
-def test_a_scored_row_ends_at_end_of_sequence_whatever_the_template_writes(
-    name: str, eos: str, tmp_path: Path
-) -> None:
+def test_a_scored_row_ends_at_end_of_sequence_whatever_the_template_writes(name: str, eos: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_hugging_face(tmp_path / "tokenizer", "\n" + TEMPLATES[name] + "\n", eos_token=eos))
     description, out = replace(described(tokenizer, Template.chat), kind="reward_model"), tmp_path / "out"
     _write_tokenizer(description, tokenizer, out)
