@@ -15,7 +15,7 @@ from offline_align.convert.load import load_huggingface
 from offline_align.data.batch import PackedBatch
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
-from offline_align.errors import AlignError
+from offline_align.errors import AlignError, ConfigError, DataError
 
 TOLERANCE = 1e-4
 """Largest difference that passes, relative to the largest value; fp32 rounds to 6e-8 in each layer."""
@@ -70,7 +70,7 @@ def compare(folder: Path, renderer: Renderer, device: torch.device) -> Differenc
     """
     found = read_architecture(folder)
     assert found.model.vocab_size is not None
-    rows = [renderer.context(prompt) + renderer.target(prompt, answer) for prompt, answer in _DIALOGUES]
+    rows = [_row(renderer, prompt, answer) for prompt, answer in _DIALOGUES]
     last = min(found.model.vocab_size, renderer.tokenizer.vocab_size) - 1
     spread = [k * last // (_VOCABULARY_TOKENS - 1) for k in range(_VOCABULARY_TOKENS)]
     eos = renderer.tokenizer.eos_id
@@ -88,6 +88,16 @@ def compare(folder: Path, renderer: Renderer, device: torch.device) -> Differenc
     if not difference.passes:
         raise AlignError(f"{folder}: {difference.in_words()}: do not use this folder, and report its config.json")
     return difference
+
+
+def _row(renderer: Renderer, prompt: Sequence[Message], answer: str) -> list[int]:
+    """Return the ids of a dialogue, or of its plain text if the chat template has no row for it."""
+    try:
+        context, target = renderer.row(prompt, answer)
+        return context + target
+    except (ConfigError, DataError):
+        text = "".join(message.content for message in prompt) + answer
+        return [*renderer.tokenizer.encode(text), renderer.tokenizer.eos_id]
 
 
 @torch.inference_mode()

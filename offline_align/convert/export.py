@@ -28,8 +28,9 @@ from offline_align.convert.tokenizer_files import Written, is_replaced, write_to
 from offline_align.convert.weights import parse_size, write_weights
 from offline_align.data.chat import uses_date
 from offline_align.data.records import Message
+from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import Tokenizer
-from offline_align.errors import ConfigError, StorageError
+from offline_align.errors import ConfigError, DataError, StorageError
 from offline_align.lineage.files import fsync_path
 from offline_align.model.description import ModelDescription
 
@@ -126,9 +127,17 @@ def _split(entry: Entry, tensor: Tensor, model: ModelSection) -> list[Tensor]:
 def _write_tokenizer(description: ModelDescription, tokenizer: Tokenizer, target: Path) -> Written:
     template = _chat_template(description, tokenizer)
     renderer = description.renderer(tokenizer)
-    last = frozenset({tokenizer.eos_id, renderer.target((Message("user", "a"),), "b")[-1]})
+    last = frozenset({tokenizer.eos_id, *_last_of_row(renderer)})
     length = description.model.max_position_embeddings
     return write_tokenizer(tokenizer, target, template, length, description.kind, last)
+
+
+def _last_of_row(renderer: Renderer) -> list[int]:
+    """Return the last id of a row, if the template can write rows; for generation it need not."""
+    try:
+        return renderer.target((Message("user", "a"),), "b")[-1:]
+    except (ConfigError, DataError):
+        return []
 
 
 def _chat_template(description: ModelDescription, tokenizer: Tokenizer) -> str:

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from offline_align import lineage
 from offline_align.__main__ import run
+from offline_align.data.tokenizer import load_tokenizer
 from offline_align.model.description import ModelDescription
-from tests.small_tokenizers import write_sentencepiece
+from tests.random_llama import save_random_llama
+from tests.small_tokenizers import CHATML, write_hugging_face, write_sentencepiece
 from tests.training import samples, write_jsonl
 
 SIZES: dict[str, Any] = {
@@ -86,6 +88,17 @@ def test_a_round_trip_keeps_every_bit(
     assert manifest is not None
     assert manifest.parents[0].path == "../ours"
     assert (back / "model.safetensors.index.json").is_file()
+
+
+def test_a_round_trip_keeps_the_chat_template(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
+    save_random_llama(theirs, load_tokenizer(write_hugging_face(theirs, CHATML)))
+    write_hugging_face(theirs, CHATML)
+    caplog.set_level("INFO", "offline_align")
+    assert convert(theirs, ours, "megatron") == 0
+    assert convert(ours, back, "huggingface") == 0
+    assert load_tokenizer(back).chat_template == CHATML
+    assert any("gives the token ids of training (5 dialogues compared)" in message for message in caplog.messages)
 
 
 def test_the_check_scores_padded_batches(

@@ -1,6 +1,7 @@
 """Training, labelling and export agree with transformers: same losses and scores for the same weights."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import transformers
 
 from offline_align.__main__ import run
 from offline_align.config.sections import OnBadRow, Template
-from offline_align.data.records import BadRows, PreferencePair, Sample, read_rows
+from offline_align.data.records import BadRows, Message, PreferencePair, Sample, read_rows
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import load_tokenizer
-from tests.small_tokenizers import write_sentencepiece
+from tests.random_llama import save_random_llama
+from tests.small_tokenizers import CHATML, write_hugging_face, write_sentencepiece
 from tests.support import real_data_dir
 from tests.training import STEPS, TINY, metrics, pairs, samples, write_jsonl
 
@@ -55,6 +57,41 @@ def test_the_first_loss_equals_that_of_transformers(tmp_path: Path, family: str)
     assert metrics(tmp_path / "sft") == [pytest.approx(total / count, abs=1e-5)]
 
 
+def dialogue(prompt: Sequence[Message], answer: str) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in (*prompt, Message("assistant", answer))]
+
+
+@pytest.mark.parametrize("template", ["auto", "paper"])
+def test_scores_of_plain_transformers_are_those_of_label(template: str, tmp_path: Path) -> None:
+    """A byte-level tokenizer, which joins an answer with the `Assistant: ` before it."""
+    base = write_hugging_face(tmp_path / "base", CHATML)
+    save_random_llama(base, load_tokenizer(base))
+    write_hugging_face(base, CHATML)
+    system, turn = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}
+    earlier = [turn, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Name a fox."}]
+    asked: list[list[dict[str, str]]] = [[turn], [system, turn], earlier, [system, *earlier]]
+    given = [
+        {"id": str(k), "prompt": prompt, "chosen": f"Fine, thank you! {k}", "rejected": "- one\n"}
+        for k, prompt in enumerate(asked)
+    ]
+    rows, source = write_jsonl(tmp_path / "pairs.jsonl", given), f"init.from={tmp_path / 'reward'}"
+    common = ["data.max_length=128", "run.device=cpu"]
+    reward = [f"run.dir={tmp_path / 'reward'}", f"init.from={base}", f"data.train={rows}", f"data.template={template}"]
+    assert run(["reward", *reward, *common, "trainer.global_batch_size=4", "trainer.max_steps=1"]) == 0
+    assert run(["label", f"run.dir={tmp_path / 'label'}", source, f"data.input={rows}", *common]) == 0
+    assert run(["convert", f"run.dir={tmp_path / 'out'}", source, "run.device=cpu"]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    labelled = [json.loads(line) for line in (tmp_path / "label" / "labelled.jsonl").open()]
+    turns = [[*row["prompt"], {"role": "assistant", "content": row["response"]}] for row in labelled]
+    rendered = [tokenizer.apply_chat_template(one, return_tensors="pt", return_dict=True) for one in turns]
+    with torch.no_grad():
+        found = [float(model(**ids).logits) for ids in rendered]
+    assert found == pytest.approx([row["reward_raw"] for row in labelled], abs=1e-5)
+    assert len(set(found)) == 8
+    assert ("<|im_start|>" in tokenizer.decode(rendered[0]["input_ids"][0])) is (template == "auto")
+
+
 def test_exported_scores_equal_those_of_label_on_real_pairs(tmp_path: Path) -> None:
     lines = (real_data_dir() / "preferences_train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
     data = tmp_path / "real.jsonl"
@@ -68,11 +105,11 @@ def test_exported_scores_equal_those_of_label_on_real_pairs(tmp_path: Path) -> N
     assert run(["label", f"run.dir={labelled}", source, *words]) == 0
     assert run(["convert", f"run.dir={tmp_path / 'out'}", source, "run.device=cpu", "convert.check=true"]) == 0
 
-    renderer = Renderer(load_tokenizer(tmp_path / "out"), Template.paper)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     expected = [json.loads(line)["reward_raw"] for line in (labelled / "labelled.jsonl").read_text().splitlines()]
     answers = [
-        renderer.context(pair.prompt) + renderer.target(pair.prompt, text)
+        tokenizer.apply_chat_template(dialogue(pair.prompt, text), return_dict=False)
         for pair in read_rows([data], PreferencePair, STRICT)
         for text in (pair.chosen, pair.rejected)
     ]

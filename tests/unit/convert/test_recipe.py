@@ -118,6 +118,5 @@ def test_byte_level_tokenizers_join_what_training_kept_apart(export: Callable[..
     """Otherwise the tests above would run recipes that are not needed."""
     tokenizer = load_tokenizer(write_hugging_face(tmp_path / "tokenizer"))
     folder = export(tokenizer, Template.paper, CONDITION)
-    assert their_context(folder, DIALOGUE) != Renderer(tokenizer, Template.paper, encoding=Encoding.pieces).context(
-        DIALOGUE, "<rm_score>5.0"
-    )
+    older = Renderer(tokenizer, Template.paper, encoding=Encoding.pieces)
+    assert their_context(folder, DIALOGUE) != older.context(DIALOGUE, "<rm_score>5.0")

@@ -95,6 +95,17 @@ def test_a_scored_row_ends_at_end_of_sequence_whatever_the_template_writes(name:
         assert their_ids(out, prompt) == Renderer(tokenizer, Template.chat).context(prompt)
 
 
+def test_a_template_that_is_for_generation_only_is_exported(tmp_path: Path) -> None:
+    """Some templates of reasoning models open a thought for generation that finished dialogues do not have."""
+    turns = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    source = turns + "{% if add_generation_prompt %}<think>{% endif %}"
+    tokenizer, out = load_tokenizer(write_hugging_face(tmp_path / "tokenizer", source)), tmp_path / "out"
+    description = described(tokenizer, Template.chat)
+    _write_tokenizer(description, tokenizer, out)
+    assert their_ids(out, TURNS) == description.renderer(tokenizer).context(TURNS)
+    assert load_tokenizer(out).chat_template == source
+
+
 def test_both_answers_of_a_pair_have_one_context(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_hugging_face(tmp_path))
     renderer = Renderer(tokenizer, Template.paper, scores=True)

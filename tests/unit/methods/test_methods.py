@@ -1,8 +1,8 @@
 """FA, RWR and CA: the equations of the paper, and numeric edge cases of rewards and settings."""
 
 import math
-import re
 import random
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from offline_align.__main__ import run
 from offline_align.config.sections import Template
 from offline_align.data.template import Encoding
 from offline_align.data.tokenizer import load_tokenizer
@@ -100,3 +101,17 @@ def test_stages_without_a_model_leave_it_to_the_models_that_they_read(tmp_path: 
     made = job("plan", [f"run.dir={tmp_path}", "model.tokenizer=demo"])
     fix_template(made)
     assert made.config.data.template is None
+
+
+def test_the_dry_run_shows_it(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", samples(4))
+    words = [
+        f"run.dir={tmp_path / 'run'}",
+        f"init.from={base}",
+        f"data.train={rows}",
+        "dry_run=true",
+        "data.max_length=64",
+    ]
+    assert run(["sft", *words]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("template")]
+    assert line.split()[1:3] == ["chat,", "from"]
