@@ -105,13 +105,7 @@ def test_stages_without_a_model_leave_it_to_the_models_that_they_read(tmp_path: 
 
 def test_the_dry_run_shows_it(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", samples(4))
-    words = [
-        f"run.dir={tmp_path / 'run'}",
-        f"init.from={base}",
-        f"data.train={rows}",
-        "dry_run=true",
-        "data.max_length=64",
-    ]
-    assert run(["sft", *words]) == 0
+    words = [f"run.dir={tmp_path / 'run'}", f"init.from={base}", f"data.train={rows}", "data.max_length=64"]
+    assert run(["sft", *words, "dry_run=true"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("template")]
     assert line.split()[1:3] == ["chat,", "from"]
