@@ -67,6 +67,9 @@ class DataSection(RowDataSection):
     cache_dir: str | None = None
     """Folder for the cache of tokenised data. An entry is found by its content, so runs can share
     the folder. If unset, `cache/` in `run.dir`."""
+    dry_run_rows: int | None = 1000
+    """Number of rows, spread over the files, that `dry_run=true` reads and tokenises. If `null`,
+    all. 0 reads none."""
 
 
 @dataclass(frozen=True)
