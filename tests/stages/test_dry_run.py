@@ -16,6 +16,7 @@ from offline_align.config.sections import (
     Precision,
     RunSection,
 )
+from offline_align.data.tokenizer import HuggingFaceTokenizer
 from offline_align.estimate import host
 from offline_align.estimate.host import Gpu
 from offline_align.estimate.sizes import ParallelSizes, model_sizes, training_memory
@@ -23,6 +24,7 @@ from offline_align.stages.dry_run import print_label_dry_run
 from offline_align.stages.job import Job
 from offline_align.stages.registry import STAGES
 from tests.runs import compose
+from tests.small_tokenizers import write_hugging_face
 from tests.training import TINY, labelled, pairs, samples, train, write_jsonl
 
 
@@ -256,3 +258,25 @@ def test_label_and_generate_read_rows_too(in_folder: Path, capsys: pytest.Captur
     for stage, model in (("label", reward), ("generate", policy)):
         assert run([stage, "run.dir=out", f"init.from={model}", *common]) == 65
         assert "pairs.jsonl:1: prompt: missing" in capsys.readouterr().err
+
+
+def test_a_command_builds_its_tokenizer_once(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a template that writes the date, the model is resolved again, and `model.tokenizer` is read beside it."""
+    template = "{{ strftime_now('%d') }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    tokenizer = write_hugging_face(in_folder / "tokenizer", template, pad_token=str(in_folder))
+    data = write_jsonl(in_folder / "rows.jsonl", samples(4))
+    model = [word for word in TINY if word != "model=demo"]
+    built: list[object] = []
+    usual = HuggingFaceTokenizer.__init__
+
+    def spy(self: HuggingFaceTokenizer, files: Any) -> None:
+        built.append(files)
+        usual(self, files)
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "__init__", spy)
+    words = [f"model.tokenizer={tokenizer}", "model.vocab_size=null", "data.template=chat", "trainer.max_steps=1"]
+    train("sft", in_folder / "sft", data, *words, model=model)
+    continued = [f"init.from={in_folder / 'sft'}", f"model.tokenizer={tokenizer}", "trainer.max_steps=1"]
+    train("sft", in_folder / "next", data, *continued, model=[word for word in model if "model." not in word])
+    # The second command finds the files of the first in its checkpoint, with the same content.
+    assert len(built) == 1

@@ -68,8 +68,8 @@ class DataSection(RowDataSection):
     """Folder for the cache of tokenised data. An entry is found by its content, so runs can share
     the folder. If unset, `cache/` in `run.dir`."""
     dry_run_rows: int | None = 1000
-    """Number of rows, spread over the files, that `dry_run=true` reads and tokenises. If `null`,
-    all. 0 reads none."""
+    """Number of rows, spread over the files, that a dry run of a training, `label` or `generate`
+    reads and tokenises. If `null`, all. 0 reads none."""
 
 
 @dataclass(frozen=True)
