@@ -127,10 +127,10 @@ def _two_columns(left: str, text: str) -> list[str]:
 
 def _defaults_of_stage(stage: str, schema: type[Run]) -> dict[str, str]:
     """Return the defaults that the groups of a stage set, such as the learning rate of `reward`."""
-    config = compose(stage, schema, [], needs_run_dir=False).config
+    config: Any = compose(stage, schema, [], needs_run_dir=False).config
     found: dict[str, str] = {}
     for key in schema_keys(schema):
-        value = reduce(getattr, (key.name.replace("init.from", "init.from_")).split("."), config)
+        value: Any = reduce(getattr, (key.name.replace("init.from", "init.from_")).split("."), config)
         if isinstance(value, bool | int | float | str) and not isinstance(value, Enum) and value != MISSING:
             found[key.name] = str(value).lower() if isinstance(value, bool) else str(value)
     return found

@@ -254,7 +254,7 @@ def _add_cpu_rate(
     rate = CPU_SHARE * product_flops / flops
     table.add_row("rate", f"about {rate:,.0f} tokens/s on each rank (from a matrix product timed now)")
     if rows is not None and rows.step is not None:
-        seconds = rows.step.tokens / rate / _ranks(config).data * _ranks(config).tensor
+        seconds = rows.step.tokens / (rate * _ranks(config).world)
         table.add_row("time", f"about {in_words(seconds)} a step, {in_words(seconds * _steps(config, rows))} in all")
 
 

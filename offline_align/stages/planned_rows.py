@@ -19,7 +19,7 @@ from offline_align.errors import ConfigError, DataError
 from offline_align.stages.job import Job
 
 # Steps whose bins are packed, to show what a step takes.
-_STEPS = 8
+_STEPS = 32
 
 
 class NotedRows(BadRows):

@@ -1,5 +1,6 @@
 """The sizes and the memory that `dry_run=true` prints, without writing anything."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,19 @@ def test_a_dry_run_reads_rows_and_writes_nothing(in_folder: Path, capsys: pytest
     ):
         assert text in shown, (text, shown)
     assert [path.name for path in in_folder.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.usefixtures("here")
+def test_ranks_share_the_cpu_so_the_time_of_a_step_stays(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_jsonl(in_folder / "rows.jsonl", samples(14))
+    shown = []
+    for ranks in (1, 2):
+        assert plan("sft", data, f"launcher.nproc_per_node={ranks}") == 0
+        text = capsys.readouterr().out
+        rate = float(re.findall(r"about ([\d,]+) tokens/s on each rank", text)[0].replace(",", ""))
+        shown.append((rate, re.findall(r"^time +(.*)$", text, re.MULTILINE)))
+    assert shown[0][0] == pytest.approx(2 * shown[1][0], rel=0.01)
+    assert shown[0][1] == shown[1][1] != []
 
 
 def test_a_dry_run_reads_a_sample_of_many_rows(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
