@@ -7,7 +7,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from offline_align.data.jsonl import HUB_PREFIX, count_lines, is_empty
 from offline_align.data.records import BadRows, Prompt, Sample, input_paths, read_rows, read_rows_and_pairs, reject_rows
 from offline_align.errors import ConfigError, DataError
 from offline_align.stages.job import Job
+from offline_align.stages.recipe import PairRecipe
 
 # Steps whose bins are packed, to show what a step takes.
 _STEPS = 32
@@ -130,7 +131,11 @@ def training_rows(job: Job[TrainRun], which: str, paths: list[Path], data_ranks:
 
     recipe = recipe_of(job)
     form = recipe.train if which == "train" else recipe.valid
-    found, every = _opened(paths, job.config.data)
+    data = job.config.data
+    if isinstance(form, PairRecipe) and form.also is not None:
+        # Pairs are made of all answers to a prompt, so a sample of the answers would miss most pairs.
+        data = replace(data, dry_run_rows=None)
+    found, every = _opened(paths, data)
     if which == "valid" and is_empty(paths):
         return found
     with _temporary_cache() as cache:

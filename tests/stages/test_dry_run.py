@@ -243,6 +243,17 @@ def test_the_first_row_shows_condition_and_weight(in_folder: Path, capsys: pytes
     assert "  chosen    red please</s>\n  rejected  redred</s>\n" in capsys.readouterr().out
 
 
+def test_answers_that_pairs_are_made_of_are_all_read(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = labelled([float(k) for k in range(12)])
+    for k, row in enumerate(rows):
+        row["prompt"] = f"Name {k // 2}"
+    data = write_jsonl(in_folder / "labelled.jsonl", rows)
+    assert plan("dpo", data, "data.dry_run_rows=2") == 0
+    shown = capsys.readouterr().out
+    assert "data.train: 12, all read" in shown and "of 6 rows" in shown
+    assert "  chosen    " in shown and "  rejected  " in shown
+
+
 def test_a_run_of_one_step_is_a_warning_before_and_after(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

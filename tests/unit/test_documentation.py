@@ -155,7 +155,7 @@ def started_by(shell: str) -> list[list[str]]:
 def made_up_row(stage: str) -> dict[str, Any]:
     """Return a row that `stage` reads."""
     row = {"prompt": "Name a prime.", "response": "2"}
-    if stage == "reward":
+    if stage in ("reward", "dpo"):
         return {"prompt": "Name a prime.", "chosen": "2", "rejected": "4"}
     return row | ({"reward_raw": 1.0, "reward": 1.0, "source_id": "a"} if stage in ("fa", "rwr", "ca") else {})
 
