@@ -2,7 +2,8 @@
 
 offline-align                      the stages
 offline-align --version            the version
-offline-align sft --help           the keys of a stage
+offline-align sft --help           the keys of a stage that people set
+offline-align sft --help=all       all its keys
 offline-align sft model=demo data.train=rows.jsonl run.dir=runs/sft
 torchrun --nproc-per-node=8 -m offline_align sft ...
 """
@@ -98,10 +99,10 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
     if name not in STAGES:
         raise ConfigError(f"{name}: no such stage; there are {', '.join(STAGES)}")
     stage = STAGES[name]
-    if "-h" in words or "--help" in words:
+    if asked := {"-h", "--help", "--help=all"}.intersection(words):
         from offline_align.config.reference import stage_help
 
-        print(stage_help(name, stage.schema, stage.summary))
+        print(stage_help(name, stage.schema, stage.summary, stage.required, whole="--help=all" in asked))
         return 0
     set_openmp_environment()
     composed = stage.compose(words)

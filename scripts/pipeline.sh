@@ -2,9 +2,12 @@
 # Run the whole pipeline, from raw data to a report that compares the aligned policies.
 #
 #   scripts/pipeline.sh                    the demo: a small synthetic corpus and a tiny model, minutes on two CPU cores
-#   RUNS=/big/runs DATA=my_rows.jsonl PROMPTS=my_prompts.jsonl MODEL=llama3_8b INIT=/models/llama3_8b \
-#     TRAIN_OPTIONS='parallel=tp4 launcher.nproc_per_node=8' scripts/pipeline.sh
+#   RUNS=runs/mine DATA=[my_rows.jsonl,my_pairs.jsonl] PROMPTS=my_questions.jsonl INIT=models/SmolLM2-135M-Instruct \
+#     OPTIONS=trainer=cpu scripts/pipeline.sh
+#   RUNS=/big/runs DATA=my_rows.jsonl PROMPTS=my_prompts.jsonl INIT=/models/llama3_8b \
+#     OPTIONS=launcher.nproc_per_node=8 TRAIN_OPTIONS=parallel=tp4 scripts/pipeline.sh
 #
+# With INIT, the last step exports the CA policy in Hugging Face format to $RUNS/aligned.
 # After a crash, a full disk or a time limit (exit code 75), run the same line again: complete stages are skipped, and
 # an interrupted stage continues where it stopped.
 set -euo pipefail
@@ -14,8 +17,9 @@ set -euo pipefail
 RUNS=${RUNS:-runs}                             # folder for the run folders of all stages
 DATA=${DATA:-demo}                             # raw data: a path, [a,b,...], hf:<name>, or demo
 PROMPTS=${PROMPTS:-}                           # held-out prompts; the demo corpus has its own
-MODEL=${MODEL:-demo}                           # a file in configs/model
 INIT=${INIT:-}                                 # pre-trained weights, a Hugging Face folder; empty: train from scratch
+MODEL=${MODEL:-}                               # a file in configs/model, for training from scratch
+[[ -n "$INIT" ]] || MODEL=${MODEL:-demo}
 
 if [[ -z "$PROMPTS" ]]; then
     [[ "$DATA" == demo ]] || { echo "pipeline.sh: set PROMPTS to a file of prompts to answer" >&2 && exit 78; }
@@ -46,7 +50,9 @@ fi
 TARGET_REWARD=${TARGET_REWARD:-5.0}            # target reward for Conditional Alignment (the paper's)
 LOW_REWARD=${LOW_REWARD:--2.0}                 # a low target reward, for poor answers on purpose
 
-# Options for every training stage (TRAIN_OPTIONS) and for each kind of stage, from the environment.
+# Options for every stage that runs a model (OPTIONS), for every training stage (TRAIN_OPTIONS) and for each kind of
+# stage, from the environment. Later ones win.
+read -ra all <<<"${OPTIONS:-}"
 read -ra prepare <<<"${PREPARE_OPTIONS:-}"
 read -ra train <<<"${TRAIN_OPTIONS:-}"
 read -ra sft <<<"${SFT_OPTIONS:-}"
@@ -68,47 +74,53 @@ offline-align prepare run.dir="$RUNS/prepare" data.input="$DATA" "${prepare[@]}"
 
 # ---- Steps 1 and 2: the SFT policy, and the reward model that starts from it -----------------------------------------
 
-offline-align sft run.dir="$RUNS/sft" model="$MODEL" ${INIT:+init.from="$INIT"} \
+offline-align sft run.dir="$RUNS/sft" ${MODEL:+model="$MODEL"} ${INIT:+init.from="$INIT"} \
     data.train="$RUNS/prepare/sft_train.jsonl" data.valid="$RUNS/prepare/sft_valid.jsonl" \
-    "${train[@]}" "${sft[@]}"
+    "${all[@]}" "${train[@]}" "${sft[@]}"
 
 offline-align reward run.dir="$RUNS/reward" init.from="$RUNS/sft" \
     data.train="$RUNS/prepare/preferences_train.jsonl" data.valid="$RUNS/prepare/preferences_valid.jsonl" \
-    "${train[@]}" "${reward[@]}"
+    "${all[@]}" "${train[@]}" "${reward[@]}"
 
 # ---- Step 3: the reward model scores the SFT rows and both answers of every pair -------------------------------------
 
 offline-align label run.dir="$RUNS/label" init.from="$RUNS/reward" \
     data.input="[$RUNS/prepare/sft_train.jsonl,$RUNS/prepare/preferences_train.jsonl]" \
-    "${label[@]}"
+    "${all[@]}" "${label[@]}"
 
 # ---- Step 4: three ways to learn from the same labelled rows ---------------------------------------------------------
 
 # Filtering Alignment keeps the rows above the threshold.
 offline-align fa run.dir="$RUNS/fa" init.from="$RUNS/sft" \
-    data.train="$RUNS/label/labelled.jsonl" "${train[@]}" "${align[@]}"
+    data.train="$RUNS/label/labelled.jsonl" "${all[@]}" "${train[@]}" "${align[@]}"
 
 # Reward-Weighted Regression weights every row by its reward.
 offline-align rwr run.dir="$RUNS/rwr" init.from="$RUNS/sft" \
-    data.train="$RUNS/label/labelled.jsonl" "${train[@]}" "${align[@]}" "${rwr[@]}"
+    data.train="$RUNS/label/labelled.jsonl" "${all[@]}" "${train[@]}" "${align[@]}" "${rwr[@]}"
 
 # Conditional Alignment writes the reward into the prompt, so that a reward can be requested at generation.
 offline-align ca run.dir="$RUNS/ca" init.from="$RUNS/sft" method.target_reward="$TARGET_REWARD" \
-    data.train="$RUNS/label/labelled.jsonl" "${train[@]}" "${align[@]}" "${ca[@]}"
+    data.train="$RUNS/label/labelled.jsonl" "${all[@]}" "${train[@]}" "${align[@]}" "${ca[@]}"
 
 # ---- Answers to prompts that no stage has seen -----------------------------------------------------------------------
 
 for policy in sft fa rwr; do
     offline-align generate run.dir="$RUNS/generate_$policy" init.from="$RUNS/$policy" \
-        data.input="$PROMPTS" "${generate[@]}"
+        data.input="$PROMPTS" "${all[@]}" "${generate[@]}"
 done
 
 # Ask the CA policy for good and for poor answers, to see how far the condition steers it.
 offline-align generate run.dir="$RUNS/generate_ca" init.from="$RUNS/ca" \
-    method.target_reward="[$TARGET_REWARD,$LOW_REWARD]" data.input="$PROMPTS" "${generate[@]}"
+    method.target_reward="[$TARGET_REWARD,$LOW_REWARD]" data.input="$PROMPTS" "${all[@]}" "${generate[@]}"
 
 # ---- The comparison --------------------------------------------------------------------------------------------------
 
 answers=("$RUNS"/generate_{sft,fa,rwr,ca}/generations.jsonl)
 offline-align evaluate run.dir="$RUNS/evaluate" judge=reward_model judge.model="$RUNS/reward" \
-    data.input="[$(IFS=, && echo "${answers[*]}")]" "${evaluate[@]}"
+    data.input="[$(IFS=, && echo "${answers[*]}")]" "${all[@]}" "${evaluate[@]}"
+
+# ---- The aligned model in Hugging Face format ------------------------------------------------------------------------
+
+if [[ -n "$INIT" ]]; then
+    offline-align convert run.dir="$RUNS/aligned" init.from="$RUNS/ca"
+fi

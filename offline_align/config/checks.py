@@ -97,6 +97,8 @@ def _run(run: s.RunSection) -> list[str]:
 def _data(data: s.DataSection) -> list[str]:
     short = data.max_length < 2
     found = [f"data.max_length={data.max_length}: a row needs at least 2 tokens; use 2 or more"] if short else []
+    if data.dry_run_rows is not None and data.dry_run_rows < 0:
+        found.append(f"data.dry_run_rows={data.dry_run_rows}: must be 0 or more, or null for all rows")
     return found + template_date(data.template_date)
 
 

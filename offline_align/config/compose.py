@@ -93,7 +93,10 @@ def compose(stage: str, schema: type[Run], words: list[str], needs_run_dir: bool
     groups = [o for o in overrides if _is_group(o.key_or_group, searched)]
     chosen = [w for o in groups if (w := _group_choice(o, searched, problems))]
     tree = _compose_groups(stage, chosen, folder, problems)
-    values = [_Value(k, v, "configs/", explicit=False) for k, v in _leaves(tree)]
+    config = OmegaConf.structured(schema)
+    _thaw(config)
+    others = _keys_of_choices(chosen) - dict(_schema_keys(config)).keys()
+    values = [_Value(k, v, "configs/", explicit=False) for k, v in _leaves(tree) if k not in others]
     if file is not None:
         values += _file_values(file, problems)
     values += [
@@ -101,8 +104,6 @@ def compose(stage: str, schema: type[Run], words: list[str], needs_run_dir: bool
         for o in overrides
         if o not in groups
     ]
-    config = OmegaConf.structured(schema)
-    _thaw(config)
     accepted = [v for v in values if _assign(config, v, problems)]
     refused = unreadable | {v.key for v in values if v not in accepted}
     if "run.dir" not in refused and _lacks_run_dir(config, needs_run_dir):
@@ -174,6 +175,21 @@ def _compose_groups(stage: str, chosen: list[str], folder: Path | None, problems
     tree = OmegaConf.to_container(composed)
     assert isinstance(tree, dict)
     return {str(k): v for k, v in tree.items()}
+
+
+def _keys_of_choices(chosen: list[str]) -> set[str]:
+    """Return the keys that the chosen groups of the package set.
+
+    A group such as `trainer=cpu` serves several stages, and each takes the keys that it has.
+    """
+    found: set[str] = set()
+    for group, _, choice in (word.partition("=") for word in chosen):
+        path = configs_dir() / group / f"{choice}.yaml"
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            prefix = "" if text.startswith("# @package _global_") else f"{group}."
+            found |= {key for key, _ in _leaves(yaml.safe_load(text), prefix)}
+    return found
 
 
 def _file_values(file: Path, problems: list[str]) -> list[_Value]:

@@ -8,14 +8,16 @@ import ast
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
+from functools import cache, reduce
 from types import NoneType, UnionType
 from typing import Any, cast, get_args
 
-from offline_align.config.compose import MISSING, configs_dir
+from offline_align.config.compose import MISSING, compose, configs_dir
 from offline_align.config.runs import Run, TrainRun
 
 
@@ -29,16 +31,109 @@ class Key:
     text: str
 
 
-def stage_help(stage: str, schema: type[Run], summary: str) -> str:
-    """Return what `offline-align <stage> --help` prints."""
-    head = f"offline-align {stage} [group=choice ...] [key=value ...]\n\n{summary}\n"
+# The keys that people set, in the order in which `--help` shows them. Each stage shows those that it has.
+_COMMON = (
+    "init.from",
+    "data.train",
+    "data.valid",
+    "data.input",
+    "data.max_length",
+    "data.template",
+    "data.on_bad_row",
+    "prepare.format",
+    "prepare.valid_fraction",
+    "prepare.max_rows",
+    "tokenizer.train",
+    "judge.model",
+    "judge.base_url",
+    "method.threshold",
+    "method.best_of",
+    "method.beta",
+    "method.target_reward",
+    "generate.max_new_tokens",
+    "generate.temperature",
+    "generate.n",
+    "generate.engine",
+    "evaluate.baseline",
+    "evaluate.runs",
+    "convert.to",
+    "convert.dtype",
+    "convert.check",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.global_batch_size",
+    "trainer.micro_batch_size",
+    "trainer.precision",
+    "trainer.eval_interval",
+    "trainer.save_interval",
+    "trainer.max_time",
+    "optim.lr",
+    "optim.lr_warmup_steps",
+    "optim.weight_decay",
+    "launcher.nproc_per_node",
+    "launcher.nodes",
+    "run.device",
+    "run.seed",
+    "dry_run",
+)
+_KEY_WIDTH = 36
+"""Columns of a key with its default; a longer one has its text on the next line."""
+
+
+def stage_help(stage: str, schema: type[Run], summary: str, required: Sequence[str] = (), whole: bool = True) -> str:
+    """Return what `offline-align <stage> --help=all` prints, or `--help` if `whole` is false.
+
+    The `required` keys come first. The short help has the keys that people set, each with the first
+    sentence of its text.
+    """
+    known = {key.name: key for key in schema_keys(schema)}
+    shown = list(known) if whole else [name for name in _COMMON if name in known]
+    others = [known[name] for name in shown if name not in required]
+    defaults = _defaults_of_stage(stage, schema)
+    lines = [f"offline-align {stage} [group=choice ...] [key=value ...]", "", summary]
+    lines += _section_of_help("Required", [known[name] for name in required], whole, {})
+    lines += _section_of_help("Optional (default)" if whole else "Often set (default)", others, whole, defaults)
     groups = [f"  {name}={'|'.join(choices)}" for name, choices in stage_groups(stage).items()]
-    lines = [head, *(["Groups", *groups, ""] if groups else []), "Keys (default)"]
+    lines += ["", "Groups: several keys at once", *groups] if groups else []
+    flags = "--config FILE reads values from a YAML file. --config-dir DIR adds your own groups."
+    more = [] if whole else [f"offline-align {stage} --help=all shows all {len(known)} keys."]
+    return "\n".join([*lines, "", *more, flags])
+
+
+def _section_of_help(title: str, keys: Sequence[Key], whole: bool, defaults: Mapping[str, str]) -> list[str]:
+    lines = ["", title] if keys else []
+    for key in keys:
+        default = "" if title == "Required" else f" ({defaults.get(key.name, key.default)})"
+        text = key.text if whole or title == "Required" else _in_short_text(key)
+        lines += _two_columns(f"  {key.name}{default}", text)
+    return lines
+
+
+def _in_short_text(key: Key) -> str:
+    """Return the first sentence of a key's text and, if it is unset, what that means."""
+    first, *more = re.split(r"(?<=\.) (?=[A-Z`])", key.text)
+    return " ".join([first, *(text for text in more if key.default == "unset" and text.startswith("If unset"))])
+
+
+def _two_columns(left: str, text: str) -> list[str]:
+    width = min(max(shutil.get_terminal_size().columns, 60), 120)
+    indent = " " * _KEY_WIDTH
+    wrapped = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    if len(left) < _KEY_WIDTH - 1 and wrapped:
+        wrapped[0] = left.ljust(_KEY_WIDTH) + wrapped[0].lstrip()
+        return wrapped
+    return [left, *wrapped]
+
+
+def _defaults_of_stage(stage: str, schema: type[Run]) -> dict[str, str]:
+    """Return the defaults that the groups of a stage set, such as the learning rate of `reward`."""
+    config: Any = compose(stage, schema, [], needs_run_dir=False).config
+    found: dict[str, str] = {}
     for key in schema_keys(schema):
-        lines.append(f"  {key.name} ({key.default})\n      {key.text}")
-    return "\n".join(
-        [*lines, "", "--config FILE reads values from a YAML file. --config-dir DIR adds your own groups."]
-    )
+        value: Any = reduce(getattr, (key.name.replace("init.from", "init.from_")).split("."), config)
+        if isinstance(value, bool | int | float | str) and not isinstance(value, Enum) and value != MISSING:
+            found[key.name] = str(value).lower() if isinstance(value, bool) else str(value)
+    return found
 
 
 def schema_keys(schema: type[Run]) -> list[Key]:

@@ -33,6 +33,7 @@ _WHY: dict[Change, dict[str, str]] = {
         "launcher": "who starts the ranks, and how many",
         "parallel": "results do not depend on the layout",
         "data.cache_dir": "location of the token cache",
+        "data.dry_run_rows": "prints only",
         "trainer.max_time": "when to stop, to continue later",
         "trainer.micro_batch_size": "results do not depend on it",
         "trainer.share_prompts": "results do not depend on it",

@@ -94,3 +94,24 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
                     raise ConfigError(f"init.from: {folder}: tensor {name} is in two files; keep one")
                 slices[name] = handle.get_slice(name)
         yield slices
+
+
+_MOST_HEADER_BYTES = 2**26
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def stored_dtype(folder: Path) -> str | None:
+    """Return the precision of the embedding in `folder`, or None if it cannot be read or is another one.
+
+    Reads headers alone, without torch. Whoever reads the weights says what is wrong with them.
+    """
+    single = folder / SINGLE
+    for path in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
+        try:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(size, _MOST_HEADER_BYTES)))
+            return _DTYPES.get(header["model.embed_tokens.weight"]["dtype"])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+    return None

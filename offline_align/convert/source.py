@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from offline_align.config.sections import ModelSection, Template
 from offline_align.convert.architecture import Architecture, read_architecture
+from offline_align.convert.files import stored_dtype
 from offline_align.convert.template_choice import TemplateChoice, automatic
 from offline_align.convert.token_ids import check_token_ids
 from offline_align.data.condition import Condition
@@ -148,6 +149,7 @@ def _from_huggingface(folder: Path, given: Path | None) -> ModelSource:
             f"init.from: {folder / 'config.json'}: the entry offline_align is damaged: {error}; export the model again"
         ) from error
     states_template = bool(architecture.extra.get("template"))
+    description = replace(description, source_dtype=stored_dtype(folder))
     return ModelSource(description, tokenizer, Form.huggingface, folder, states_template)
 
 

@@ -93,20 +93,28 @@ def readable(raw: bytes) -> str:
     return raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
 
 
-def read_objects(paths: Sequence[Path], bad_rows: BadRows) -> Iterator[Line]:
+def read_objects(paths: Sequence[Path], bad_rows: BadRows, every: int = 1) -> Iterator[Line]:
     """Yield every JSON object of the files in order; other lines go to `bad_rows`.
 
-    Blank lines are ignored but counted in line numbers. A byte order mark at the start of a file is
+    With `every`, only the first of so many lines is read, then the first of the next ones. Blank
+    lines are ignored but counted in line numbers. A byte order mark at the start of a file is
     allowed. Raises DataError for a file that is not JSONL at all, even if bad rows are skipped.
     """
     for path in paths:
         for number, raw in _numbered_lines(path, bad_rows):
-            if not raw.strip():
+            if (number - 1) % every or not raw.strip():
                 continue
             try:
                 yield Line(path, number, raw, parse_object(raw))
             except RowError as error:
                 bad_rows.reject(path, number, str(error), readable(raw))
+
+
+def count_lines(paths: Sequence[Path], every: int = 1) -> int:
+    """Return how many lines `read_objects` reads; raises DataError (not JSONL), StorageError."""
+    found = BadRows(OnBadRow.skip, None)
+    lines = (line for path in paths for line in _numbered_lines(path, found))
+    return sum(1 for number, raw in lines if not (number - 1) % every and raw.strip())
 
 
 def is_empty(paths: Sequence[Path]) -> bool:

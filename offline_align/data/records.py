@@ -102,19 +102,21 @@ class Prompt:
     columns: dict[str, Any]
 
 
-def read_rows[T](paths: Sequence[Path], kind: type[T], bad_rows: BadRows) -> Iterator[T]:
-    """Yield the rows of the files as `kind`, one of the classes above, in order.
+def read_rows[T](paths: Sequence[Path], kind: type[T], bad_rows: BadRows, every: int = 1) -> Iterator[T]:
+    """Yield the rows of the files as `kind`, one of the classes above, in order; or one of `every` so many lines.
 
     A missing id becomes `<file name>:<line number>`. Ids must be unique over all files, including
     the ids of the two answers of a pair, `<id>/chosen` and `<id>/rejected`. Raises DataError for a
     bad row (unless bad rows are skipped) and if there is no usable row at all.
     """
-    return _read(paths, bad_rows, lambda columns, row_id: parse_row(columns, kind, row_id))
+    return _read(paths, bad_rows, lambda columns, row_id: parse_row(columns, kind, row_id), every)
 
 
-def read_rows_and_pairs[T](paths: Sequence[Path], kind: type[T], bad_rows: BadRows) -> Iterator[T | PreferencePair]:
+def read_rows_and_pairs[T](
+    paths: Sequence[Path], kind: type[T], bad_rows: BadRows, every: int = 1
+) -> Iterator[T | PreferencePair]:
     """Yield rows with a `chosen` or `rejected` column as pairs, others as `kind`; see `read_rows`."""
-    return _read(paths, bad_rows, lambda columns, row_id: _row_or_pair(columns, kind, row_id))
+    return _read(paths, bad_rows, lambda columns, row_id: _row_or_pair(columns, kind, row_id), every)
 
 
 def reject_rows(
@@ -142,9 +144,11 @@ def _row_or_pair[T](columns: dict[str, Any], kind: type[T], row_id: str) -> T | 
     return parse_row(columns, PreferencePair, row_id) if is_pair else parse_row(columns, kind, row_id)
 
 
-def _read[T](paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str, Any], str], T]) -> Iterator[T]:
+def _read[T](
+    paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str, Any], str], T], every: int
+) -> Iterator[T]:
     found = False
-    for _, row in _accepted(paths, bad_rows, parse):
+    for _, row in _accepted(paths, bad_rows, parse, every):
         found = True
         yield row
     bad_rows.report(_log)
@@ -153,12 +157,12 @@ def _read[T](paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str
 
 
 def _accepted[T](
-    paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str, Any], str], T]
+    paths: Sequence[Path], bad_rows: BadRows, parse: Callable[[dict[str, Any], str], T], every: int = 1
 ) -> Iterator[tuple[Line, T]]:
     """Yield each usable row together with its line."""
     names = Counter(path.name for path in paths)
     seen: dict[str, bytes] = {}
-    for line in read_objects(paths, bad_rows):
+    for line in read_objects(paths, bad_rows, every):
         name = line.path.name if names[line.path.name] == 1 else str(line.path)
         try:
             row = parse(line.value, f"{name}:{line.number}")

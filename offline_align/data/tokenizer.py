@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,22 +91,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     If a folder has both, `tokenizer.json` is used, as in Hugging Face. Companion files are applied
     to a `tokenizer.json` and to the `.model` of a folder; a `.model` file that is given by its own
-    path is read without them. Raises ConfigError naming `model.tokenizer`.
+    path is read without them. Files with the same content give the same object, which is built once.
+    Raises ConfigError naming `model.tokenizer`.
     """
     found = _find(Path(path))
     try:
         beside = [found.with_name(name) for name in COMPANIONS]
         companions = {file.name: file.read_bytes() for file in beside if file.is_file()}
         if found.suffix == ".json":
-            return HuggingFaceTokenizer({HUGGING_FACE_FILE: found.read_bytes()} | companions)
+            return _from_files(tuple(({HUGGING_FACE_FILE: found.read_bytes()} | companions).items()))
         if companions and Path(path).is_dir():
             from offline_align.data.sentencepiece_folder import with_tokenizer_json
 
             files = with_tokenizer_json(found.read_bytes(), companions)
             if files is not None:
-                return HuggingFaceTokenizer(files)
+                return _from_files(tuple(files.items()))
             logger.warning("%s: read without %s: no tokenizer.json can reproduce its ids", found, ", ".join(companions))
-        return SentencePieceTokenizer(found.read_bytes())
+        return _from_model(found.read_bytes())
     except OSError as error:
         raise _problem(found, f"cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -115,6 +117,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if not (isinstance(error, Exception) or is_panic(error)):
             raise
         raise _problem(found, f"is damaged ({type(error).__name__}: {str(error).partition('\n')[0]})") from error
+
+
+# A command reads the same tokenizer from its model, its judge and its checkpoints. To build a large one takes seconds.
+@lru_cache(maxsize=4)
+def _from_files(files: tuple[tuple[str, bytes], ...]) -> "HuggingFaceTokenizer":
+    return HuggingFaceTokenizer(dict(files))
+
+
+@lru_cache(maxsize=4)
+def _from_model(model: bytes) -> "SentencePieceTokenizer":
+    return SentencePieceTokenizer(model)
 
 
 def is_panic(error: BaseException) -> bool:

@@ -13,6 +13,8 @@ from offline_align.estimate.sizes import ModelSizes, ParallelSizes, training_mem
 
 # Share of the bf16 peak that the matrix products of large models attain, attention included.
 COMPUTE_SHARE = 0.60
+# Share of the rate of a large matrix product that an fp32 step on the CPU attains. Measured with 135 M parameters.
+CPU_SHARE = 0.6
 # Share of a link's one-directional rate that NCCL's ring collectives attain on large messages.
 LINK_SHARE = 0.80
 # Share of the memory bandwidth that a fused optimizer attains.

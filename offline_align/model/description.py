@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from offline_align.config.sections import Backend, ModelSection, Template
+from offline_align.config.sections import Backend, ConvertDtype, ModelSection, Template
 from offline_align.data.condition import Condition
 from offline_align.data.template import Encoding, Reading, Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
@@ -37,6 +37,9 @@ class ModelDescription:
     """How a reward model of others reads rows; None: as ours do."""
     encoding: Encoding = Encoding.whole
     """Which texts of a dialogue are encoded together; files without this entry mean `pieces`."""
+    source_dtype: str | None = None
+    """The precision of the Hugging Face folder in which the chain of trainings began, `float32`, `bfloat16` or
+    `float16`; None: it began with random weights, or an older version did not record it."""
 
     @property
     def text_form(self) -> dict[str, str]:
@@ -101,6 +104,7 @@ class ModelDescription:
             template_date=day_of(values.get("template_date")),
             reading=Reading.from_values(values.get("reading")),
             encoding=Encoding(values.get("encoding", Encoding.pieces)),
+            source_dtype=dtype_of(values.get("source_dtype")),
         )
 
 
@@ -110,6 +114,11 @@ def recorded_template(value: Any) -> Template:
     if template is Template.auto:
         raise ValueError("the template of a model is paper or chat")
     return template
+
+
+def dtype_of(value: Any) -> str | None:
+    """Return a precision as files have it; ValueError if it is none."""
+    return None if value is None else ConvertDtype(value).value
 
 
 def day_of(value: Any) -> str | None:

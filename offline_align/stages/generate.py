@@ -50,7 +50,7 @@ def run(job: Job[GenerateRun]) -> int:
     if config.dry_run:
         from offline_align.stages.dry_run import print_generate_dry_run
 
-        print_generate_dry_run(job, ", ".join(map(asked_text, conditions)), engine)
+        print_generate_dry_run(job, [asked_text(condition) for condition in conditions], engine)
         return 0
     return job.on_ranks(lambda ranks: _generate(job, conditions, engine, ranks))
 

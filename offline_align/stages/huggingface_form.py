@@ -11,7 +11,7 @@ from offline_align.convert.files import weight_files
 from offline_align.convert.provenance import provenance
 from offline_align.convert.source import Form, ModelSource
 from offline_align.distributed.setup import Ranks
-from offline_align.errors import StorageError
+from offline_align.errors import ConfigError, StorageError
 from offline_align.stages.registry import title
 from offline_align.train import checkpoint, safe_unpickling
 
@@ -34,21 +34,44 @@ def write(
     ranks: Ranks,
     max_shard_size: str = "5GB",
     evaluation: Path | None = None,
+    dtype: str | None = None,
     for_people: bool = True,
 ) -> list[Path]:
     """Write the checkpoint of `source` into `target` and return its files. All ranks must call it.
 
-    Weights keep the precision that they were saved in. The table of an `evaluation` run goes into the
-    model card. See `export_huggingface` for `for_people`. Raises StorageError for a damaged
-    checkpoint or a failed write, ConfigError for an evaluation of other models.
+    Weights are written as `dtype`, or in the precision that they were saved in if it is None. The
+    table of an `evaluation` run goes into the model card. See `export_huggingface` for `for_people`.
+    Raises StorageError for a damaged checkpoint or a failed write, ConfigError for an evaluation of
+    other models.
     """
     assert source.folder is not None
     model = build(source, ranks, _saved_in_bf16(source.folder, ranks))
     if not ranks.is_main:
         return []
-    state = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    state = ((name, _cast(name, parameter.detach(), dtype)) for name, parameter in model.named_parameters())
     known = replace(provenance(source.folder, evaluation), method=title(source.description.method))
     return export_huggingface(state, source.description, source.tokenizer, target, max_shard_size, known, for_people)
+
+
+def _cast(name: str, weight: Any, dtype: str | None) -> Any:
+    """Return a weight as `dtype`. The scalar head of a reward model is fp32 at every precision.
+
+    Raises ConfigError for a weight that `dtype` cannot hold.
+    """
+    import torch
+
+    if dtype is None or name.startswith("reward_head."):
+        return weight
+    cast = weight.to(getattr(torch, dtype))
+    if not cast.isfinite().all():
+        raise ConfigError(f"convert.dtype={dtype}: {name} has values beyond its range; use bfloat16 or float32")
+    return cast
+
+
+def saved_dtype(source: ModelSource, ranks: Ranks) -> str:
+    """Return the precision in which a checkpoint was saved. All ranks must call it."""
+    assert source.folder is not None
+    return "bfloat16" if _saved_in_bf16(source.folder, ranks) else "float32"
 
 
 def _saved_in_bf16(folder: Path, ranks: Ranks) -> bool:

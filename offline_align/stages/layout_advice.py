@@ -2,8 +2,8 @@
 
 from offline_align.config.compose import world_size
 from offline_align.config.runs import TrainRun
-from offline_align.config.sections import GpuKind, ModelSection
-from offline_align.estimate.hardware import NODES
+from offline_align.config.sections import ModelSection
+from offline_align.estimate.hardware import Node
 from offline_align.estimate.sizes import ModelSizes
 from offline_align.estimate.step_time import Layout, StepTime, Work, fastest_layout, label_seconds, layout
 
@@ -12,9 +12,8 @@ _GIB = 2**30
 _SMALLEST_GAIN = 1.05
 
 
-def layout_advice(config: TrainRun, model: ModelSection, sizes: ModelSizes) -> list[tuple[str, str]]:
-    """Return lines of (title, text) for training in bf16 on the GPUs of `launcher.gpu`."""
-    node = NODES[config.launcher.gpu.value]
+def layout_advice(config: TrainRun, model: ModelSection, sizes: ModelSizes, node: Node) -> list[tuple[str, str]]:
+    """Return lines of (title, text) for training in bf16 on the GPUs of `node`s."""
     world = world_size(config.launcher.nproc_per_node, config.launcher.nodes)
     rows, length = config.trainer.global_batch_size, config.data.max_length
     work = Work(
@@ -35,9 +34,8 @@ def layout_advice(config: TrainRun, model: ModelSection, sizes: ModelSizes) -> l
     ]
 
 
-def scoring_rate(gpu: GpuKind, sizes: ModelSizes, length: int) -> str:
+def scoring_rate(node: Node, sizes: ModelSizes, length: int) -> str:
     """Return how fast one GPU scores full rows of `length` tokens, as text."""
-    node = NODES[gpu.value]
     return f"about {length / label_seconds(sizes, length, length**2, 1, node):,.0f} tokens/s on each {node.gpu}"
 
 

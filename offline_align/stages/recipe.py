@@ -45,11 +45,11 @@ class PairRecipe:
     make: Callable[[Sequence[Any], Any], MethodPairs]
     """The function that makes training pairs from the rows and the settings of the method."""
 
-    def read(self, paths: Sequence[Path], bad_rows: BadRows) -> list[Any]:
-        """Return the rows of the files; raises DataError as `read_rows` does."""
+    def read(self, paths: Sequence[Path], bad_rows: BadRows, every: int = 1) -> list[Any]:
+        """Return the rows of the files; parameters and errors as for `read_rows`."""
         if self.also is None:
-            return list(read_rows(paths, PreferencePair, bad_rows))
-        return list(read_rows_and_pairs(paths, self.also, bad_rows))
+            return list(read_rows(paths, PreferencePair, bad_rows, every))
+        return list(read_rows_and_pairs(paths, self.also, bad_rows, every))
 
 
 def _plain(rows: Sequence[Sample], settings: MethodSection | None, renderer: Renderer) -> MethodRows:

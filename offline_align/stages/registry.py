@@ -73,6 +73,12 @@ class Stage:
     one_process: bool = False
     """Whether it runs as one process without a GPU, even as a job on a cluster."""
 
+    @property
+    def required(self) -> list[str]:
+        """The keys without which the stage does not run, except for a report on finished runs."""
+        keys = {"run.dir": self.needs_run_dir, "init.from": self.starts_from is not None}
+        return [key for key, needed in keys.items() if needed] + ([self.data_key] if self.data_key else [])
+
     def compose(self, words: Sequence[str]) -> Composed:
         """Return the configuration for command-line arguments. Problems are collected, not raised."""
         return compose(self.name, self.schema, list(words), self.needs_run_dir)

@@ -45,17 +45,21 @@ def run(job: Job[TrainRun]) -> int:
 
 
 def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
+    from offline_align.data.shown import first_row
     from offline_align.distributed.stopping import stop_requests
 
     config = job.config
     job.start_folder(job.source.model if config.init.from_ else None, ranks)
-    # A third-party reward model that is trained further reads rows as ours do, not as in transformers.
-    recipe = _recipe(job)
-    renderer = replace(job.source.description, kind=recipe.makes, reading=None).renderer(job.source.tokenizer)
+    renderer = training_renderer(job)
     bad_rows = job.bad_rows(ranks.is_main)
+    recipe = recipe_of(job)
     data, facts = _source(job, "train", recipe.train, renderer, ranks, bad_rows)
     valid, _ = _source(job, "valid", recipe.valid, renderer, ranks, bad_rows)
     assert data is not None
+    short = one_step(config, len(data))
+    if ranks.is_main:
+        logger.info("first row, as the model sees it:\n%s", first_row(data, renderer))
+        _warn(short)
     if ranks.is_main and data.share_prompts and not config.data.group_by_prompt:
         _log_grouping_gain(data.repeated_share())
     trainer = _assemble(job, data, valid, ranks)
@@ -65,12 +69,37 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
         done = _facts(job, facts, state) | {"speed": trainer.speed.summary()}
         job.finish([job.run_dir / "metrics.jsonl", job.run_dir / "checkpoints"], done)
         logger.info("%s: done after %d steps, %s: %s", job.stage.name, state.step, effort.in_words(), job.run_dir)
+        _warn(short)
     ranks.barrier()
 
 
-def _recipe(job: Job[TrainRun]) -> Recipe:
+def recipe_of(job: Job[TrainRun]) -> Recipe:
+    """Return the rows and the objective of a training stage."""
     assert job.stage.recipe is not None
     return job.stage.recipe
+
+
+def training_renderer(job: Job[TrainRun]) -> Renderer:
+    """Return what turns the rows of a training into ids."""
+    # A third-party reward model that is trained further reads rows as ours do, not as in transformers.
+    description = replace(job.source.description, kind=recipe_of(job).makes, reading=None)
+    return description.renderer(job.source.tokenizer)
+
+
+def one_step(config: TrainRun, rows: int) -> str | None:
+    """Return a warning if the batch is so large that all epochs over `rows` rows are one step, else None."""
+    trainer = config.trainer
+    if trainer.max_steps is not None or rows * trainer.max_epochs > trainer.global_batch_size:
+        return None
+    return (
+        f"the run has only 1 step: trainer.global_batch_size={trainer.global_batch_size} takes all {rows} rows of "
+        f"trainer.max_epochs={trainer.max_epochs} at once; use a smaller batch, or more epochs"
+    )
+
+
+def _warn(problem: str | None) -> None:
+    if problem is not None:
+        logger.warning("%s", problem)
 
 
 def _log_grouping_gain(share: float) -> None:
@@ -100,38 +129,54 @@ def _source(
     if which == "valid" and is_empty(paths):  # `prepare` writes an empty file if it has few rows
         logger.warning("data.valid=%s: has no rows; the run goes without validation", named)
         return None, {}
-    source, facts = ranks.main_first(lambda: _tokenized(job, paths, rows, renderer, bad_rows))
+    source, facts = ranks.main_first(lambda: tokenized(job, paths, rows, renderer, bad_rows, job.cache_dir))
     ranks.require_same(source.fingerprint(), key)
     return source, facts
 
 
-def _tokenized(
-    job: Job[TrainRun], paths: list[Path], rows: RowRecipe | PairRecipe, renderer: Renderer, bad_rows: BadRows
+def tokenized(
+    job: Job[TrainRun],
+    paths: list[Path],
+    rows: RowRecipe | PairRecipe,
+    renderer: Renderer,
+    bad_rows: BadRows,
+    cache_dir: Path,
+    every: int = 1,
 ) -> "tuple[bins.RowSource, dict[str, Any]]":
+    """Return the tokenised rows of `paths`, or of one of `every` so many lines, and facts about them.
+
+    Raises DataError and ConfigError for rows or settings that leave nothing to train on.
+    """
     before = Counter(bad_rows.counts)
     source: bins.RowSource
     if isinstance(rows, PairRecipe):
-        source, facts = _pairs(job, paths, rows, renderer, bad_rows)
+        source, facts = _pairs(job, paths, rows, renderer, bad_rows, cache_dir, every)
     else:
-        source, facts = _samples(job, paths, rows, renderer, bad_rows)
+        source, facts = _samples(job, paths, rows, renderer, bad_rows, cache_dir, every)
     bad = dict(Counter(bad_rows.counts) - before)
     return source, {**facts, "rows": len(source), "bad_rows": bad}
 
 
 def _samples(
-    job: Job[TrainRun], paths: list[Path], rows: RowRecipe, renderer: Renderer, bad_rows: BadRows
+    job: Job[TrainRun],
+    paths: list[Path],
+    rows: RowRecipe,
+    renderer: Renderer,
+    bad_rows: BadRows,
+    cache_dir: Path,
+    every: int,
 ) -> "tuple[bins.SampleSource, dict[str, Any]]":
     from offline_align.data.bins import MOST_KEYS_IN_TRAINING, SampleSource, shares_prompts
     from offline_align.data.tokenize import tokenize_samples
 
     config = job.config
-    read = list(read_rows(paths, rows.form, bad_rows))
+    read = list(read_rows(paths, rows.form, bad_rows, every))
     made = rows.make(read, section(config, MethodSection), renderer)
     tokenized = tokenize_samples(
         made.rows,
         renderer,
         config.data,
-        job.cache_dir,
+        cache_dir,
         lambda refused: reject_rows(paths, rows.form, refused, bad_rows),
     )
     final = made.finalize(tokenized.places)
@@ -141,22 +186,28 @@ def _samples(
 
 
 def _pairs(
-    job: Job[TrainRun], paths: list[Path], rows: PairRecipe, renderer: Renderer, bad_rows: BadRows
+    job: Job[TrainRun],
+    paths: list[Path],
+    rows: PairRecipe,
+    renderer: Renderer,
+    bad_rows: BadRows,
+    cache_dir: Path,
+    every: int,
 ) -> "tuple[bins.PairSource, dict[str, Any]]":
     from offline_align.data.bins import MOST_KEYS_IN_TRAINING, PairSource, shares_prompts
     from offline_align.data.tokenize import tokenize_pairs
 
     config = job.config
-    made = rows.make(rows.read(paths, bad_rows), section(config, MethodSection))
+    made = rows.make(rows.read(paths, bad_rows, every), section(config, MethodSection))
     made_of = {pair.id: pair.made_of or (pair.id,) for pair in made.pairs}
 
     def reject(refused: dict[str, str]) -> None:
         reasons = {row: reason for pair, reason in refused.items() for row in made_of[pair]}
         reject_rows(paths, rows.also or PreferencePair, reasons, bad_rows, and_pairs=True)
 
-    tokenized = tokenize_pairs(made.pairs, renderer, config.data, job.cache_dir, reject)
+    tokenized = tokenize_pairs(made.pairs, renderer, config.data, cache_dir, reject)
     shares = shares_prompts(config.trainer, config.parallel)
-    with_targets = _recipe(job).makes == "policy"
+    with_targets = recipe_of(job).makes == "policy"
     source = PairSource(tokenized, shares, MOST_KEYS_IN_TRAINING, with_targets=with_targets)
     return source, {**made.facts, "dropped": tokenized.dropped}
 
@@ -172,7 +223,7 @@ def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource
     from offline_align.train.speed import SpeedMeter
     from offline_align.train.trainer import Trainer
 
-    config, source, recipe = job.config, job.source, _recipe(job)
+    config, source, recipe = job.config, job.source, recipe_of(job)
     bf16 = uses_bf16(config.trainer.precision, ranks.device)
     fp8 = config.trainer.precision is Precision.fp8
     module = build_model(recipe.makes, source.model, config.parallel, ranks.device, bf16, config.trainer.recompute, fp8)
@@ -201,8 +252,8 @@ def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource
         model=model,
         optimizer=build_optimizer(model, config.optim, config.parallel, bf16, on_cuda),
         objective=recipe.objective(settings),
-        data=_loader(config, data, ranks, config.trainer.max_steps),
-        validation=_loader(config, valid, ranks, None) if valid is not None else None,
+        data=loader(config, data, ranks, config.trainer.max_steps),
+        validation=loader(config, valid, ranks, None) if valid is not None else None,
         description=replace(
             source.description,
             kind=recipe.makes,
@@ -262,7 +313,8 @@ def _start_hash(job: Job[TrainRun], bf16: bool) -> str:
     return lineage.text_sha256(lineage.canonical_json([weights, random, precision]))
 
 
-def _loader(config: TrainRun, source: "bins.RowSource", ranks: "Ranks", max_steps: int | None) -> "Loader":
+def loader(config: TrainRun, source: "bins.RowSource", ranks: "Ranks", max_steps: int | None) -> "Loader":
+    """Return the steps of a run over `source`: `max_steps`, or all epochs if it is None."""
     from offline_align.data.loader import Loader
     from offline_align.data.pack import padding_multiple
 
@@ -287,7 +339,7 @@ def _loader(config: TrainRun, source: "bins.RowSource", ranks: "Ranks", max_step
 
 def _facts(job: Job[TrainRun], data: dict[str, Any], state: "TrainState") -> dict[str, Any]:
     """Return the facts about the training for the manifest."""
-    recipe = _recipe(job)
+    recipe = recipe_of(job)
     condition = recipe.condition(section(job.config, MethodSection)) if recipe.condition else None
     return {
         "method": job.stage.name,

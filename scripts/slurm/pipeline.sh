@@ -67,7 +67,7 @@ draw() {
 source "$here/../pipeline.sh"
 [[ "$mode" != --dry-run ]] || exit 0
 
-report=${folders[-1]}
+report=$RUNS/evaluate
 if [[ "$mode" == --wait ]]; then
     ids=$(IFS=, && echo "${job[*]}")
     ids=$(tr -s ',' <<<"$ids")

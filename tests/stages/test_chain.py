@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 from offline_align.__main__ import run
-from tests.training import TINY
+from offline_align.data.tokenizer import load_tokenizer
+from tests.random_llama import save_random_llama
+from tests.small_tokenizers import write_hugging_face
+from tests.support import REPOSITORY
+from tests.training import TINY, pairs, samples, write_jsonl
+from tests.unit.test_documentation import commands as commands_of
 
 SHORT = ["trainer.global_batch_size=8", "trainer.max_steps=3", "optim.lr=1e-2", "data.max_length=128"]
 CPU = ["run.device=cpu", "debug=true"]
@@ -127,3 +132,33 @@ def test_a_plan_needs_no_model(runs: Path, capsys: Any) -> None:
     # The target is beyond all of these rewards, as is often the case for the paper's 5.0.
     assert run(["plan", f"data.input={runs / 'label' / 'labelled.jsonl'}", "method.target_reward=9.5"]) == 0
     assert "outside the rewards of the data" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_tutorial_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of the tutorial in order, with a tiny model, few rows and one rank."""
+    monkeypatch.chdir(tmp_path)
+    model = write_hugging_face(tmp_path / "models" / "SmolLM2-135M")
+    save_random_llama(model, load_tokenizer(model))
+    (tmp_path / "raw").mkdir()
+    rows = {"instructions": samples(24), "comparisons": pairs(12), "questions": samples(2)}
+    for name, made in rows.items():
+        kept = [{k: v for k, v in row.items() if name != "questions" or k != "response"} for row in made]
+        write_jsonl(tmp_path / "raw" / f"{name}.jsonl", kept)
+    trained = ["trainer.max_steps=1", "trainer.global_batch_size=4", "data.max_length=128"]
+    more = {
+        "prepare": ["prepare.valid_fraction=0.2"],
+        **dict.fromkeys(("sft", "reward", "fa", "rwr", "ca"), trained),
+        "label": ["data.max_length=128"],
+        "generate": ["data.max_length=128", "generate.max_new_tokens=4"],
+        "evaluate": ["data.max_length=128", "evaluate.bootstrap_samples=20"],
+    }
+    text = (REPOSITORY / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    done = []
+    for command in commands_of(text):
+        words = [word for word in command.words if not word.startswith("launcher.nproc_per_node=")]
+        on_cpu = [] if command.stage in ("prepare", "plan", "verify") else ["run.device=cpu"]
+        code = run([command.stage, *words, *more.get(command.stage, []), *on_cpu])
+        assert code == 0, command
+        done.append(command.stage)
+    assert done[-2:] == ["convert", "verify"] and len(done) > 13
+    assert (tmp_path / "models" / "aligned" / "model.safetensors").is_file()

@@ -169,3 +169,44 @@ def test_a_foreign_reward_model_labels_like_its_conversion(save: Callable[..., P
         found.append([json.loads(line)["reward_raw"] for line in (target / "labelled.jsonl").read_text().splitlines()])
     assert found[0] == pytest.approx(found[1], abs=1e-6)
     assert len(set(found[0])) > 1
+
+
+def dtypes(folder: Path) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in tensors(folder).values()}
+
+
+def test_an_export_has_the_precision_of_the_model_that_training_began_with(
+    save: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The CPU trains in fp32, and the model was in bf16."""
+    theirs, rows = save("LlamaForCausalLM", torch.bfloat16), write_jsonl(tmp_path / "rows.jsonl", samples(4))
+    short = ["trainer.max_steps=1", "trainer.global_batch_size=4", "data.max_length=128", "run.device=cpu"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(["sft", f"run.dir={first}", f"init.from={theirs}", f"data.train={rows}", *short]) == 0
+    assert run(["sft", f"run.dir={second}", f"init.from={first}", f"data.train={rows}", *short]) == 0
+    with caplog.at_level("INFO"):
+        assert convert(second, tmp_path / "auto", "huggingface", "convert.check=true") == 0
+    assert "bfloat16, the precision of the model that training started from; the checkpoint has float32" in caplog.text
+    assert dtypes(tmp_path / "auto") == {torch.bfloat16}
+    assert json.loads((tmp_path / "auto" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert convert(second, tmp_path / "fp32", "huggingface", "convert.dtype=float32") == 0
+    assert dtypes(tmp_path / "fp32") == {torch.float32}
+    exact, rounded = tensors(tmp_path / "fp32"), tensors(tmp_path / "auto")
+    assert all(torch.equal(tensor.bfloat16(), rounded[name]) for name, tensor in exact.items())
+    manifest = lineage.read_manifest(tmp_path / "auto")
+    assert manifest is not None and manifest.extra["dtype"] == "bfloat16"
+
+
+def test_the_precision_can_be_chosen_both_ways(
+    save: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = save("LlamaForSequenceClassification")
+    assert convert(theirs, tmp_path / "ours", "megatron", "convert.dtype=bfloat16") == 0
+    assert convert(tmp_path / "ours", tmp_path / "half", "huggingface", "convert.dtype=float16") == 0
+    found = tensors(tmp_path / "half")
+    assert found.pop("score.weight").dtype is torch.float32
+    assert {tensor.dtype for tensor in found.values()} == {torch.float16}
+    weight = tensors(theirs)["model.embed_tokens.weight"]
+    assert torch.equal(found["model.embed_tokens.weight"], weight.bfloat16().half())
+    assert convert(theirs, tmp_path / "no", "megatron", "convert.dtype=float16") == 78
+    assert "convert.dtype=float16: a checkpoint" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,15 +152,23 @@ def started_by(shell: str) -> list[list[str]]:
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
-def make_up(words: tuple[str, ...]) -> None:
-    """Write stand-ins for the models and rows that a command reads, since a dry run checks that they exist."""
-    for key, _, value in (word.partition("=") for word in words):
+def made_up_row(stage: str) -> dict[str, Any]:
+    """Return a row that `stage` reads."""
+    row = {"prompt": "Name a prime.", "response": "2"}
+    if stage in ("reward", "dpo"):
+        return {"prompt": "Name a prime.", "chosen": "2", "rejected": "4"}
+    return row | ({"reward_raw": 1.0, "reward": 1.0, "source_id": "a"} if stage in ("fa", "rwr", "ca") else {})
+
+
+def make_up(command: Command) -> None:
+    """Write stand-ins for the models and rows that a command reads, since a dry run reads some of them."""
+    for key, _, value in (word.partition("=") for word in command.words):
         for path in map(Path, value.strip("[]").split(",")):
             if key in ("init.from", "judge.model"):
                 make_up_model(path)
             elif key in ("data.train", "data.valid", "data.input"):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text('{"prompt": "Name a prime.", "response": "2"}\n', encoding="utf-8")
+                path.write_text(json.dumps(made_up_row(command.stage)) + "\n", encoding="utf-8")
 
 
 def make_up_model(folder: Path) -> None:
@@ -195,9 +204,11 @@ def test_commands_of_the_readme_pass_a_dry_run(
             continue
         command = parse([word.replace("/data/", "data/") for word in words])
         assert command is not None, words
-        make_up(command.words)
+        make_up(command)
         ranks = [f"launcher.nproc_per_node={command.ranks}"] if command.ranks else []
-        assert run([command.stage, *command.words, *ranks, "dry_run=true"]) == 0, (words, capsys.readouterr())
+        # The stand-in of a run has the format that `convert` would write.
+        other = ["convert.to=megatron"] if command.stage == "convert" else []
+        assert run([command.stage, *command.words, *ranks, *other, "dry_run=true"]) == 0, (words, capsys.readouterr())
 
 
 def dry_runs() -> Iterator[tuple[str, str]]:
@@ -300,7 +311,8 @@ BEHIND_A_JOB = ["init.from=before", "data.input=before.jsonl", "launcher=slurm",
 
 def examples(stage: str) -> list[list[str]]:
     """Return every example `key=value ...` in the help of a stage."""
-    shown = [text.split() for text in re.findall(r"`([^`]+)`", stage_help(stage, STAGES[stage].schema, ""))]
+    texts = " ".join(key.text for key in schema_keys(STAGES[stage].schema))
+    shown = [text.split() for text in re.findall(r"`([^`]+)`", texts)]
     return [words for words in shown if all(re.match(r"[a-z_.]+(\.[A-Z_]+)?=[^=]", word) for word in words)]
 
 
@@ -321,6 +333,28 @@ def test_examples_of_the_help_pass_a_dry_run(
 def test_examples_of_the_help_are_found() -> None:
     assert ["parallel=tp4", "launcher.nproc_per_node=4"] in examples("sft")
     assert ["launcher.environment.NCCL_DEBUG=INFO"] in examples("prepare")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_short_help_has_the_required_keys_first_and_fits_a_terminal(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    record = STAGES[stage]
+    short, whole = (stage_help(stage, record.schema, "", record.required, whole) for whole in (False, True))
+    assert max(map(len, short.splitlines())) <= 100
+    for text in (short, whole):
+        first = re.findall(r"^  ([a-z_.]+)", text.partition("\nRequired\n")[2], re.MULTILINE)
+        assert first[: len(record.required)] == record.required
+    keys = [key.name for key in schema_keys(record.schema)]
+    assert [key for key in keys if f"\n  {key} " not in whole + " "] == []
+    assert f"--help=all shows all {len(keys)} keys" in short
+    assert len(re.findall(r"^  [a-z_.]+ \(", short, re.MULTILINE)) <= 24
+
+
+def test_the_help_shows_the_defaults_of_the_stage() -> None:
+    assert "optim.lr (9e-06)" in stage_help("reward", STAGES["reward"].schema, "", whole=False)
+    assert "optim.lr (5e-06)" in stage_help("sft", STAGES["sft"].schema, "", whole=False)
 
 
 def test_the_configuration_reference_is_up_to_date() -> None:

@@ -38,6 +38,7 @@ from offline_align.config.sections.execution import (
 )
 from offline_align.config.sections.model import (
     Backend,
+    ConvertDtype,
     ConvertSection,
     ConvertTo,
     InitSection,
@@ -65,6 +66,7 @@ __all__ = [
     "Backend",
     "ComputeSection",
     "ConditionalMethodSection",
+    "ConvertDtype",
     "ConvertSection",
     "ConvertTo",
     "DataSection",

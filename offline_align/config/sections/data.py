@@ -71,6 +71,9 @@ class DataSection(RowDataSection):
     cache_dir: str | None = None
     """Folder for the cache of tokenised data. An entry is found by its content, so runs can share
     the folder. If unset, `cache/` in `run.dir`."""
+    dry_run_rows: int | None = 1000
+    """Number of rows, spread over the files, that a dry run of a training, `label` or `generate`
+    reads and tokenises. If `null`, all. 0 reads none."""
 
     @property
     def named_template(self) -> Template | None:

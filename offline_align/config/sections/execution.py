@@ -93,8 +93,9 @@ class LauncherSection:
     """Ranks per node. Under torchrun, leave it unset or equal to torchrun's `--nproc-per-node`."""
     nodes: int = 1
     """Number of nodes. More than one needs Slurm, or torchrun on every node."""
-    gpu: GpuKind = GpuKind.h100_80gb
-    """GPU model that `dry_run=true` estimates memory and time for."""
+    gpu: GpuKind | None = None
+    """GPU model that `dry_run=true` estimates memory and time for. If unset, the device that this
+    machine has; `h100_80gb` for several nodes, or if `run.device=cuda` and there is no GPU here."""
     job_name: str | None = None
     """Name of the Slurm job. If unset, `offline-align-<stage>`."""
     partition: str | None = None

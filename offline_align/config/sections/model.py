@@ -107,12 +107,25 @@ class ModelSection:
         return -(-vocab_size // self.make_vocab_size_divisible_by) * self.make_vocab_size_divisible_by
 
 
+class ConvertDtype(StrEnum):
+    """Precision of the written weights; `auto` is that of the model in which the chain of runs began."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 @dataclass(frozen=True)
 class ConvertSection:
     """Conversion between checkpoint formats."""
 
     to: ConvertTo = ConvertTo.huggingface
     """Format to write: `huggingface` or `megatron`."""
+    dtype: ConvertDtype = ConvertDtype.auto
+    """Precision of the written weights. `auto` is that of the Hugging Face folder from which the
+    first training started, also if the policy was trained in another one, or that of the checkpoint
+    if training started from random weights."""
     max_shard_size: str = "5GB"
     """Maximum size of one safetensors file in a Hugging Face folder."""
     evaluation: str | None = None

@@ -218,3 +218,33 @@ def test_every_key_is_documented(stage: str) -> None:
 def test_groups_of_a_stage_are_listed() -> None:
     assert set(stage_groups("fa")) == {"model", "parallel", "trainer", "optim", "launcher"}
     assert "tp4" in stage_groups("fa")["parallel"]
+
+
+def test_the_group_for_a_small_machine_serves_every_stage_that_runs_a_model() -> None:
+    """Each stage takes the keys that it has, and the learning rate of the group wins over that of `reward`."""
+    for stage in ("sft", "reward", "label", "fa", "rwr", "ca", "generate", "evaluate"):
+        found = compose(stage, ["run.dir=x", "trainer=cpu"])
+        assert found.problems == []
+        assert found.config.run.device is Device.cpu
+        assert found.config.data.max_length == 512  # type: ignore[attr-defined]
+    reward, label = composed("reward", "trainer=cpu"), compose("label", ["run.dir=x", "trainer=cpu"]).config
+    assert (reward.trainer.max_steps, reward.optim.lr) == (20, 2e-5)
+    assert composed("reward", "trainer=cpu", "optim.lr=1e-5").optim.lr == 1e-5
+    assert isinstance(label, LabelRun) and label.trainer.micro_batch_size == 2
+    for stage in ("prepare", "convert", "plan", "verify"):
+        assert "has no group trainer" in compose(stage, ["run.dir=x", "trainer=cpu"]).problems[0]
+
+
+def test_a_mistake_in_an_own_group_is_not_taken_for_a_key_of_another_stage(tmp_path: Path) -> None:
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "mine.yaml").write_text("micro_batch: 2\n")
+    (problem,) = compose("label", ["run.dir=x", "--config-dir", str(tmp_path), "trainer=mine"]).problems
+    assert "trainer.micro_batch=2" in problem and "unknown key" in problem
+
+
+def test_every_key_of_the_packages_groups_exists_in_some_stage() -> None:
+    known = {key.name for stage in STAGES.values() for key in schema_keys(stage.schema)}
+    for path in configs_dir().glob("*/*.yaml"):
+        if path.parent.name != "stage":
+            choice = f"{path.parent.name}={path.stem}"
+            assert compose_module._keys_of_choices([choice]) <= known | {"init.from_"}, choice

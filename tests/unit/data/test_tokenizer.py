@@ -256,3 +256,12 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert load_tokenizer(folder).eos_id == SPECIALS.index("<|im_end|>")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("write", [write_hugging_face, write_sentencepiece])
+def test_equal_files_are_built_once_and_changed_files_again(tmp_path: Path, write: Any) -> None:
+    first, copy = (load_tokenizer(write(tmp_path / name)) for name in ("a", "b"))
+    assert first is copy
+    changed = write_hugging_face(tmp_path / "b", adds_bos=True) if write is write_hugging_face else None
+    if changed is not None:
+        assert load_tokenizer(changed).content_hash != first.content_hash

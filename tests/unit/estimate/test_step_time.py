@@ -107,10 +107,10 @@ def test_where_nothing_fits_there_is_no_advice(llama: ModelSizes) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["parallel=tp4", "launcher.nproc_per_node=8"], "parallel.tensor_model_parallel_size=1"),
+        (["parallel=tp4", "launcher.nproc_per_node=8", "run.device=cuda"], "parallel.tensor_model_parallel_size=1"),
         (["parallel=tp4", "launcher.nproc_per_node=8", "launcher.gpu=a100_40gb"], "none that fits is more than 5%"),
-        (["launcher.nproc_per_node=8"], "does not fit"),
-        (["launcher.nproc_per_node=1"], "nothing fits"),
+        (["launcher.nproc_per_node=8", "launcher.gpu=h100_80gb"], "does not fit"),
+        (["launcher.nproc_per_node=1", "launcher.gpu=h100_80gb"], "nothing fits"),
     ],
 )
 def test_a_dry_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
@@ -122,7 +122,7 @@ def test_a_dry_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], w
 
 
 def test_the_plan_of_a_reward_model_has_no_output_layer(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["run.dir=x", "model=gpt_8b", "parallel=tp4", "launcher.nproc_per_node=8"]
+    words = ["run.dir=x", "model=gpt_8b", "parallel=tp4", "launcher.nproc_per_node=8", "launcher.gpu=h100_80gb"]
     assert run(["reward", *words, "dry_run=true"]) == 0
     # 8,523,091,968 of the policy less 256,000 rows of 4,096, and a head of 4,096.
     assert "parameters     7,474,520,064 (7.47 B)" in capsys.readouterr().out
