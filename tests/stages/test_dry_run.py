@@ -240,7 +240,8 @@ def test_the_first_row_shows_condition_and_weight(in_folder: Path, capsys: pytes
     assert "weight 0.897" in capsys.readouterr().out
     data = write_jsonl(in_folder / "pairs.jsonl", pairs(4))
     assert plan("reward", data) == 0
-    assert "  chosen    red please</s>\n  rejected  redred</s>\n" in capsys.readouterr().out
+    # Rows of a reward model are encoded whole, so the first token of an answer has the space before it.
+    assert "  chosen     red please</s>\n  rejected   redred</s>\n" in capsys.readouterr().out
 
 
 def test_answers_that_pairs_are_made_of_are_all_read(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
