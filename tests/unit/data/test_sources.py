@@ -89,6 +89,12 @@ def test_a_data_set_that_cannot_be_loaded_is_a_configuration_error(tmp_path: Pat
         ("a.json", b'[{"a": 1e999}]'),
         ("a.json", b"[1]"),
         ("a.parquet", b"PAR1 no"),
+        ("a.arrow", b"ARROW1 no"),
+        ("a.csv", b"prompt,response\na,b,c\n"),
+        ("a.csv", b"prompt,response\na\n"),
+        ("a.csv", b"prompt,prompt\na,b\n"),
+        ("a.csv", b'prompt,response\na,"b\n'),
+        ("a.csv", b"prompt,response\na,\xff\n"),
     ],
 )
 def test_damaged_files_are_bad_data(tmp_path: Path, name: str, content: bytes) -> None:
@@ -96,6 +102,49 @@ def test_damaged_files_are_bad_data(tmp_path: Path, name: str, content: bytes) -
     [source] = input_sources(str(tmp_path / name), "data.input")
     with pytest.raises(DataError, match=rf"{name}:\d+: "):
         values(source)
+
+
+def test_cells_of_a_table_are_text_and_rows_are_named_by_their_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    long = "x" * 200_000
+    path.write_text(f',prompt,response\n0,"two\nlines, a comma and a ""quote""",42\n\n1,{long},\n')
+    [source] = input_sources(str(path), "data.input")
+    found = [(line.number, line.value) for line in read_source(source, STRICT, None)]
+    assert found == [
+        (2, {"prompt": 'two\nlines, a comma and a "quote"', "response": "42"}),
+        (5, {"prompt": long, "response": None}),
+    ]
+
+
+def test_a_float_that_is_not_a_number_is_a_missing_value(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"score": [1.5, float("nan")]}), tmp_path / "a.parquet")
+    [source] = input_sources(str(tmp_path / "a.parquet"), "data.input")
+    assert values(source) == [{"score": 1.5}, {"score": None}]
+
+
+def test_a_folder_or_a_pattern_stands_for_its_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "set" / ".cache").mkdir(parents=True)
+    for name in ("b.jsonl", "a.parquet", "test.jsonl.gz", ".cache/c.jsonl"):
+        write(tmp_path / "set" / name)
+    for name in ("dataset_info.json", "state.json", "README.md"):
+        (tmp_path / "set" / name).write_text("{}")
+    sources = input_sources([str(tmp_path / "set")], "data.input")
+    assert [source.name for source in sources] == ["a.parquet", "b.jsonl", "test.jsonl.gz"]
+    assert [record.message for record in caplog.records] == [
+        f"data.input={tmp_path / 'set'}: takes test.jsonl.gz too; name the files to leave it out"
+    ]
+    sources = input_sources(str(tmp_path / "set" / "*.jsonl*"), "data.input")
+    assert [source.name for source in sources] == ["b.jsonl", "test.jsonl.gz"]
+    for name in (tmp_path / "set" / "*.csv", tmp_path / "set" / ".cache" / "none"):
+        name.parent.mkdir(exist_ok=True)
+        with pytest.raises(ConfigError, match=r"data\.input=.*: (no file matches|no such file)"):
+            input_sources(str(name), "data.input")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty: the folder has no data file"):
+        input_sources(str(tmp_path / "empty"), "data.input")
 
 
 def test_names_stay_unique(tmp_path: Path) -> None:
