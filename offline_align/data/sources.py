@@ -83,7 +83,9 @@ def _files(name: Any, key: str) -> list[Any]:
         found = [file for file in sorted(path.rglob("*")) if _is_data(file, path)]
         problem = f"the folder has no data file ({', '.join(DATA_SUFFIXES)}); name its files"
     elif glob.has_magic(str(name)) and not path.exists():
-        found = [file for file in map(Path, sorted(glob.glob(str(name), recursive=True))) if file.is_file()]
+        # `Path.glob` takes no absolute pattern.
+        matches = glob.glob(str(name), recursive=True)  # noqa: PTH207
+        found = [file for file in map(Path, sorted(matches)) if file.is_file()]
         problem = "no file matches"
     else:
         return [name]

@@ -138,7 +138,8 @@ def test_bad_rows_stop_the_run_or_are_quarantined(start: Start, tmp_path: Path) 
 def test_dropped_rows_are_reported_once(start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "rows.jsonl", sample(1), {"prompt": "x"}, sample(1, id="again"), sample(2))
     start(path, words=["data.on_bad_row=skip", "prepare.valid_fraction=1e-9"])
-    bad, dropped, split = (record.message for record in caplog.records)
+    found, bad, dropped, split = (record.message for record in caplog.records)
+    assert found == "rows.jsonl: 3 rows of the form sft: 3 SFT rows; read prompt, response, id"
     assert bad.startswith("1 bad rows are left out, see ") and "quarantine.jsonl" in bad
     assert dropped == "1 rows are dropped, see report.json: {'duplicate of an earlier row': 1}"
     assert split == "sft_valid.jsonl is empty: 2 rows are too few for prepare.valid_fraction=1e-09"
@@ -204,7 +205,7 @@ def test_a_tokenizer_is_trained_on_the_training_rows(start: Start) -> None:
 
 def test_all_wrong_settings_are_reported_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
-        "prepare.format=alpaca",
+        "prepare.format=pickled",
         "prepare.valid_fraction=1.0",
         "prepare.max_rows=0",
         "prepare.demo_prompt_rows=1000000000",

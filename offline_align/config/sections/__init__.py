@@ -19,13 +19,16 @@ from offline_align.config.sections.data import (
     DataSection,
     InputDataSection,
     OnBadRow,
+    Pairs,
     PrepareSection,
+    Rated,
     RawDataSection,
     RowDataSection,
     Template,
     TokenizerSection,
     TooLong,
     TrainDataSection,
+    Turns,
 )
 from offline_align.config.sections.execution import (
     Device,
@@ -89,6 +92,7 @@ __all__ = [
     "ModelSection",
     "OnBadRow",
     "OptimSection",
+    "Pairs",
     "PairsMethodSection",
     "PairsOf",
     "ParallelSection",
@@ -96,6 +100,7 @@ __all__ = [
     "PreferenceLoss",
     "PreferenceMethodSection",
     "PrepareSection",
+    "Rated",
     "RawDataSection",
     "Recompute",
     "RewardMethodSection",
@@ -107,4 +112,5 @@ __all__ = [
     "TooLong",
     "TrainDataSection",
     "TrainerSection",
+    "Turns",
 ]
