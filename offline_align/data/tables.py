@@ -5,6 +5,7 @@ value: null.
 """
 
 import csv
+import json
 import math
 import sys
 from collections import Counter
@@ -17,6 +18,8 @@ from offline_align.data.jsonl import FIXES, NOT_UTF8, BadRows, RowError, numbere
 from offline_align.errors import DataError
 
 BATCH_ROWS = 1000
+_VALUES = ("rank", "margin", "deleted", "synthetic", "review_result")
+"""Columns of known forms that never hold text."""
 _DELIMITERS = (",", ";", "\t")
 
 type Numbered = Iterator[tuple[int, Any]]
@@ -64,10 +67,19 @@ def _check_names(path: Path, number: int, names: list[str]) -> None:
         raise DataError(f"{path}:{number}: header: {twice[0]} occurs twice; rename one of the columns")
 
 
-def _row(names: list[str], cells: list[str]) -> dict[str, str | None] | RowError:
+def _row(names: list[str], cells: list[str]) -> dict[str, Any] | RowError:
     if len(cells) != len(names):
         return RowError(f"table: {len(cells)} fields, but the header has {len(names)}")
-    return {name: cell or None for name, cell in zip(names, cells, strict=True) if name}
+    return {name: _value(name, cell) for name, cell in zip(names, cells, strict=True) if name}
+
+
+def _value(name: str, cell: str) -> Any:
+    if name in _VALUES:
+        try:
+            return json.loads(cell.strip().lower() or "null")
+        except ValueError:
+            return cell
+    return cell or None
 
 
 def parquet_rows(path: Path) -> Numbered:

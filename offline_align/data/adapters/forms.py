@@ -143,18 +143,16 @@ def recognise(columns: dict[str, Any], name: str | None = None, named: Mapping[s
     if name is not None and len(candidates) == 1:
         return candidates[0]  # its adapter reports what is missing
     if name is None:
-        signs = [(form.name, sign) for form in _OWN_FIRST for sign in form.signs]
-        raise UnknownForm(
-            unknown(columns, [s for s in signs if not any("." in column for column in s[1])], named or {})
-        )
+        raise UnknownForm(unknown(columns, _NEAREST, named or {}))
     needed = " or ".join("+".join(sorted(sign)) for form in candidates for sign in form.signs)
     raise RowError(f"columns: not of the form {name}, which has {needed}")
 
 
-# In which order the nearest form is looked for. oasst1 is none that a file comes near to by chance.
-_OWN_FIRST = sorted(
-    (form for form in KNOWN if form.name != "oasst1"), key=lambda form: (form.own is None, form.name != "sft")
-)
+# Among which the nearest form is looked for, the first of equally near ones: our own forms, then others. `pair` and
+# oasst1 have signs that a file comes near to by chance.
+_NEAREST = [(form.name, frozenset(form.reads)) for form in KNOWN if form.name in ("sft", "preference")]
+_NEAREST.sort(reverse=True)
+_NEAREST += [(f.name, sign) for f in KNOWN if f.own is None and f.name not in ("oasst1", "pair") for sign in f.signs]
 
 
 def _forms_named(name: str | None) -> list[Form]:

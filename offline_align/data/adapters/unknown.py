@@ -30,7 +30,7 @@ def unknown(columns: Mapping[str, Any], signs: Sequence[tuple[str, frozenset[str
     missing = sorted(sign - {*names})
     guesses = {name: _guess(name, names) or "<column>" for name in missing}
     asked = ", ".join(f"{ours}: {theirs}" for ours, theirs in guesses.items())
-    absent = [str(theirs) for theirs in named.values() if theirs not in columns and theirs not in named]
+    absent = [str(theirs) for ours, theirs in named.items() if ours not in columns]
     note = f"; prepare.columns names {', '.join(absent)}, which the row lacks" if absent else ""
     return (
         f"columns: no known form; the row has {_listed(names)}; the nearest form is {form}, which lacks "
@@ -38,17 +38,21 @@ def unknown(columns: Mapping[str, Any], signs: Sequence[tuple[str, frozenset[str
     )
 
 
-def _nearness(names: Sequence[str], sign: frozenset[str]) -> tuple[float, int]:
-    found = sum(1.0 if name in names else 0.9 if _guess(name, names) else 0.0 for name in sign)
-    return found / len(sign), -len(sign)
+def _nearness(names: Sequence[str], sign: frozenset[str]) -> float:
+    """Return how much of a form there is, from 0 to 1; a column of another name counts less."""
+    worth = (1.0 if n in names else 0.95 if _synonym(n, names) else 0.8 if _guess(n, names) else 0.0 for n in sign)
+    return sum(worth) / len(sign)
+
+
+def _synonym(name: str, names: Sequence[str]) -> str | None:
+    lower = {other.lower(): other for other in names}
+    return next((lower[word] for word in (name, *_SYNONYMS.get(name, ())) if word in lower), None)
 
 
 def _guess(name: str, names: Sequence[str]) -> str | None:
     """Return the column that may hold what a form calls `name`, by synonyms and by spelling."""
-    lower = {other.lower(): other for other in names}
-    synonym = next((lower[word] for word in _SYNONYMS.get(name, ()) if word in lower), None)
-    close = get_close_matches(name, lower, n=1, cutoff=0.75)
-    return synonym or (lower[close[0]] if close else None)
+    close = get_close_matches(name, names, n=1, cutoff=0.75)
+    return _synonym(name, names) or (close[0] if close else None)
 
 
 def _listed(names: Sequence[str]) -> str:
