@@ -5,11 +5,10 @@ Rows of every kind pass the same strict checks as a JSONL line.
 
 import glob
 import json
-import logging
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -45,8 +44,6 @@ _LISTS = ("data", "rows", "train", "examples", "records", "samples")
 """Names under which a JSON file may hold its rows."""
 _HELD_OUT = re.compile(r"(^|[^a-z])(test|valid|validation|eval|dev)([^a-z]|$)", re.IGNORECASE)
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -80,7 +77,7 @@ def _files(name: Any, key: str) -> list[Any]:
         return [name]
     path = Path(name)
     if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if _is_data(file, path)]
+        found = _data_files(path)
         problem = f"the folder has no data file ({', '.join(DATA_SUFFIXES)}); name its files"
     elif glob.has_magic(str(name)) and not path.exists():
         # `Path.glob` takes no absolute pattern.
@@ -91,16 +88,27 @@ def _files(name: Any, key: str) -> list[Any]:
         return [name]
     if not found:
         raise ConfigError(f"{key}={name}: {problem}")
-    held_out = [file.name for file in found if _HELD_OUT.search(file.stem)]
-    if held_out and len(held_out) < len(found):
-        _log.warning("%s=%s: takes %s too; name the files to leave it out", key, name, ", ".join(held_out))
     return [str(file) for file in found]
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Return the data files in a folder and in those below it, without those of runs in it."""
+    runs = {file.parent for file in folder.rglob("config.yaml")} - {folder}
+    return [file for file in sorted(folder.rglob("*")) if _is_data(file, folder) and not runs & {*file.parents}]
 
 
 def _is_data(file: Path, folder: Path) -> bool:
     hidden = any(part.startswith((".", "_")) for part in file.relative_to(folder).parts)
     known = inner_suffix(file) in DATA_SUFFIXES
     return known and not hidden and not _COMPANIONS.fullmatch(file.name) and file.is_file()
+
+
+def held_out_files(value: Any, sources: Sequence[Source]) -> list[str]:
+    """Return the test and validation files among those that a folder or a pattern in `value` stands for."""
+    names = {str(name) for name in ([value] if isinstance(value, (str, Path)) else value)}
+    found = [source.path for source in sources if source.path and str(source.path) not in names]
+    held_out = [str(path) for path in found if _HELD_OUT.search(path.stem)]
+    return held_out if len(held_out) < len(found) else []
 
 
 def _is_special(name: Any) -> bool:

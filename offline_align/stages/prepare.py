@@ -11,13 +11,15 @@ from rich.console import Console
 
 from offline_align import lineage
 from offline_align.config.runs import PrepareRun
-from offline_align.config.sections import LabelSection
+from offline_align.config.sections import LabelSection, OnBadRow
+from offline_align.data.adapters.convert import convert
+from offline_align.data.adapters.counts import KINDS, InputCounts
 from offline_align.data.adapters.forms import FORMS, KNOWN
 from offline_align.data.adapters.ratings import REWARD, VERDICTS
 from offline_align.data.demo import MOST_PROMPTS, demo_prompts
 from offline_align.data.jsonl import BadRows, write_jsonl
 from offline_align.data.preparation import FILES, LABELLED, Preparation, prepare_rows, report, write_rows
-from offline_align.data.sources import Source, input_sources
+from offline_align.data.sources import Source, held_out_files, input_sources, read_source
 from offline_align.errors import DataError
 from offline_align.label.results import labelled_rows, write_results
 from offline_align.label.statistics import RewardStats, normalise
@@ -36,6 +38,8 @@ def run(job: Job[PrepareRun]) -> int:
     """
     console = Console(soft_wrap=True)
     sources = input_sources(job.config.data.input, "data.input")
+    if held_out := held_out_files(job.config.data.input, sources):
+        logger.warning("data.input takes %s too; name the files to leave them out", ", ".join(held_out))
     if job.config.dry_run:
         console.print(_plan(job.config, sources), highlight=False, markup=False)
         return 0
@@ -135,10 +139,23 @@ def problems(job: Job[PrepareRun]) -> list[str]:
     return found
 
 
+def _first_row(source: Source, config: PrepareRun) -> str:
+    """Return what the first row of a file is and becomes, or why it cannot be used."""
+    bad_rows, counts = BadRows(OnBadRow.fail, None), InputCounts(source.name)
+    try:
+        made = list(convert(read_source(source, bad_rows, 1), config.prepare, bad_rows, counts))
+    except DataError as error:
+        return str(error).removeprefix(f"{source.path}:")
+    form = ", ".join(counts.forms) or "nothing"
+    kinds = ", ".join(f"{number} {KINDS[kind]}" for kind, number in Counter(c.kind for c in made).items())
+    dropped = ", ".join(counts.dropped)
+    return f"the first row has the form {form} and becomes {kinds or 'nothing'}{f' ({dropped})' if dropped else ''}"
+
+
 def _plan(config: PrepareRun, sources: list[Source]) -> str:
     lines = [f"prepare into {config.run.dir}", "reads"]
     for source in sources:
-        size = f", {source.path.stat().st_size:,} bytes" if source.path else ""
+        size = f", {source.path.stat().st_size:,} bytes: {_first_row(source, config)}" if source.path else ""
         lines.append(f"  {source.path or source.name}{size}")
     demo = [PROMPTS] if any(source.is_demo for source in sources) else []
     tokenizer = [TOKENIZER] if config.tokenizer.train else []

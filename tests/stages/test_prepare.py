@@ -187,10 +187,12 @@ def test_the_same_seed_gives_the_same_bytes(start: Start) -> None:
 
 
 def test_a_dry_run_writes_nothing(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path / "rows.jsonl", {"no": "row"})
-    folder = start(path, "demo", words=["dry_run=true"])
+    path, good = write(tmp_path / "rows.jsonl", {"no": "row"}), write(tmp_path / "good.jsonl", sample(1, rating=2))
+    folder = start(path, good, "demo", words=["dry_run=true"])
     assert not folder.exists()
     out = capsys.readouterr().out
+    assert f"{path}, 14 bytes: 1: columns: no known form; the row has no;" in out
+    assert "bytes: the first row has the form sft and becomes 1 labelled rows" in out
     assert all(name in out for name in [str(path), *ROW_FILES, "prompts.jsonl", "report.json"])
     assert "tokenizer.model" not in out
 

@@ -1,7 +1,8 @@
 """Dialogues written into one text, with a marker before each turn.
 
 Read are `Human:` and `Assistant:` (HH-RLHF, Nectar), the same after `###` (Guanaco), Alpaca's
-`### Instruction:` and `### Response:`, ChatML, and Llama 2's `[INST]`.
+`### Instruction:` and `### Response:`, ChatML, Llama 2's `[INST]`, and `<extra_id_1>` before each
+turn but the first (HelpSteer2).
 """
 
 import re
@@ -22,7 +23,9 @@ _STYLES = (
     re.compile(r"(?:^|\n)### ?(Human|User|Assistant|System): ?"),
     re.compile(r"(?:^|\n)### ?(Instruction|Input|Response):[ \n]?"),
     re.compile(r"(?:^|\n)(User|Human|Assistant|System): ?"),
+    re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)\n"),
 )
+_HELPSTEER = "<extra_id_1>"
 _ALPACA = re.compile(r"\ABelow is an instruction[^\n]*\n+(?=### ?Instruction)")
 _CHATML = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)(?:<\|im_end\|>\n?|\Z)", re.DOTALL)
 _LLAMA = re.compile(r"(?:<s>)?\s*\[INST\](.*?)\[/INST\](.*?)(?:</s>|(?=<s>|\[INST\])|\Z)", re.DOTALL)
@@ -35,6 +38,8 @@ def transcript(text: str) -> Messages | None:
     A text with only one side of a dialogue is none.
     """
     stripped = text.strip()
+    if _HELPSTEER in stripped and not stripped.startswith(_HELPSTEER):
+        stripped = f"{_HELPSTEER}User\n{stripped}"
     for found in (_chatml(stripped), _llama(stripped), *(_marked(stripped, style) for style in _STYLES)):
         if found and {"user", "assistant"} <= {message["role"] for message in found}:
             return found

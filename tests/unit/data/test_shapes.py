@@ -226,6 +226,7 @@ def test_system_columns_of_own_rows_become_system_messages(tmp_path: Path) -> No
         ("\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:", said("Hi", "Hello", "Why?")),
         ("Human: Hi\n\nAssistant: ", said("Hi")),
         ("User: Hi\nAssistant:", said("Hi")),
+        ("Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nWhy?", said("Hi", "Hello", "Why?")),
         ("Translate: Human: Hi\n\nAssistant:", None),
         ("Human: Hi\n\nHuman: Hey\n\nAssistant:", None),
         ("Who said 'Assistant: Hi'?", None),

@@ -10,7 +10,7 @@ import pytest
 
 from offline_align.config.sections import OnBadRow
 from offline_align.data.jsonl import BadRows
-from offline_align.data.sources import Source, input_sources, read_source
+from offline_align.data.sources import Source, held_out_files, input_sources, read_source
 from offline_align.errors import AlignError, ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"naïve {i}", "response": "b", "n": i} for i in range(5)]
@@ -125,17 +125,19 @@ def test_a_float_that_is_not_a_number_is_a_missing_value(tmp_path: Path) -> None
     assert values(source) == [{"score": 1.5}, {"score": None}]
 
 
-def test_a_folder_or_a_pattern_stands_for_its_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "set" / ".cache").mkdir(parents=True)
-    for name in ("b.jsonl", "a.parquet", "test.jsonl.gz", ".cache/c.jsonl"):
+def test_a_folder_or_a_pattern_stands_for_its_files(tmp_path: Path) -> None:
+    for folder in (".cache", "run"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    (tmp_path / "set" / "run" / "config.yaml").touch()
+    for name in ("b.jsonl", "a.parquet", "test.jsonl.gz", ".cache/c.jsonl", "run/sft_train.jsonl"):
         write(tmp_path / "set" / name)
     for name in ("dataset_info.json", "state.json", "README.md"):
         (tmp_path / "set" / name).write_text("{}")
     sources = input_sources([str(tmp_path / "set")], "data.input")
     assert [source.name for source in sources] == ["a.parquet", "b.jsonl", "test.jsonl.gz"]
-    assert [record.message for record in caplog.records] == [
-        f"data.input={tmp_path / 'set'}: takes test.jsonl.gz too; name the files to leave it out"
-    ]
+    held_out = [str(tmp_path / "set" / "test.jsonl.gz")]
+    assert held_out_files([str(tmp_path / "set")], sources) == held_out
+    assert held_out_files(held_out, input_sources(held_out, "data.input")) == []
     sources = input_sources(str(tmp_path / "set" / "*.jsonl*"), "data.input")
     assert [source.name for source in sources] == ["b.jsonl", "test.jsonl.gz"]
     for pattern in ("*.csv", "none"):
