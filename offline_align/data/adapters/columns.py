@@ -24,6 +24,7 @@ _UNSUPPORTED = {
     "images, sound and video": ("image", "images", "audio", "audios", "video", "videos"),
 }
 """Columns whose rows no stage can learn from, by what they hold."""
+_UNSUPPORTED_NAMES = frozenset(name for names in _UNSUPPORTED.values() for name in names)
 
 
 class DroppedRow(Exception):
@@ -59,16 +60,18 @@ def renamed(columns: dict[str, Any], names: Mapping[str, Any]) -> dict[str, Any]
 
     A name that a row lacks changes nothing.
     """
+    if not names:
+        return columns
     known = {ours: theirs for ours, theirs in names.items() if theirs in columns}
     return without(columns, *known.values()) | {ours: columns[theirs] for ours, theirs in known.items()}
 
 
 def refuse_unsupported(columns: Mapping[str, Any]) -> None:
     """Raise RowError if a column holds tool calls, images, sound or video."""
-    for what, names in _UNSUPPORTED.items():
-        for name in names:
-            if not is_blank(columns.get(name)):
-                raise RowError(f"{name}: {what} are not supported")
+    for name in _UNSUPPORTED_NAMES & columns.keys():
+        if not is_blank(columns[name]):
+            what = next(what for what, names in _UNSUPPORTED.items() if name in names)
+            raise RowError(f"{name}: {what} are not supported")
 
 
 def objects(value: Any, name: str) -> list[dict[str, Any]]:

@@ -189,14 +189,14 @@ def _note(
 ) -> None:
     """Count the use of the columns of a row, under the names of the input."""
     kept = {*(made.rows[0].row if made.rows else columns)}
-    ours = {theirs: name for name, theirs in settings.columns.items()}
     read = {*form.reads, "id", *weights(settings.score_column)}
     if verdict(columns) is not None:
         read |= {*VERDICTS}
     elif is_scored and not settings.score_column:
         read.add(str(rating_column(columns)))
-    for names in (read, kept):
-        names |= {theirs for theirs, name in ours.items() if name in names}
+    if settings.columns:
+        for names in (read, kept):
+            names |= {theirs for name, theirs in settings.columns.items() if name in names}
     counts.note(form.name, line.value, read, kept)
 
 

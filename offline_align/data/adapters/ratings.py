@@ -20,6 +20,7 @@ RATINGS = (REWARD, "score", "rating", "reward", "overall_score")
 """Columns whose numbers rate an answer, if `prepare.score_column` names none."""
 HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 """The ratings of HelpSteer2; the first one is used."""
+_JUDGING = frozenset((*VERDICTS, *RATINGS, *HELPSTEER))
 REJECTED = "people rejected the answer"
 UNSCORED = "an answer without a score"
 UNPAIRED = "no other answer to the same prompt follows with another rating"
@@ -37,8 +38,11 @@ def verdict(columns: Mapping[str, Any]) -> bool | None:
 
     A verdict is true or false, 1 or 0, or 1 or -1, also as text.
     """
-    found = (_WORDS.get(str(columns[name]).strip().lower()) for name in VERDICTS if name in columns)
-    return next((value for value in found if value is not None), None)
+    for name in VERDICTS:
+        said = _WORDS.get(str(columns[name]).strip().lower()) if name in columns else None
+        if said is not None:
+            return said
+    return None
 
 
 def rating(columns: Mapping[str, Any], settings: PrepareSection) -> float | None:
@@ -47,10 +51,12 @@ def rating(columns: Mapping[str, Any], settings: PrepareSection) -> float | None
     Raises DroppedRow for an answer that was rejected or that has no score, and RowError if the score
     is not a number or if several columns may be the rating.
     """
-    said = verdict(columns)
     wanted = weights(settings.score_column)
     if wanted:
         return _score(columns, wanted)
+    if not _JUDGING & columns.keys():
+        return None
+    said = verdict(columns)
     if settings.rated is Rated.ignore or (settings.rated is None and said is not None):
         if said is False:
             raise DroppedRow(REJECTED)

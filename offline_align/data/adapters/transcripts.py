@@ -47,9 +47,10 @@ def transcript(text: str) -> Messages | None:
 
 
 def _marked(text: str, style: re.Pattern[str]) -> Messages:
-    before, *parts = style.split(_ALPACA.sub("", text))
-    if before.strip():
+    text = _ALPACA.sub("", text)
+    if not style.match(text):
         return []
+    _, *parts = style.split(text)
     messages: Messages = []
     for speaker, content in zip(parts[::2], parts[1::2], strict=True):
         role, content = _SPEAKERS[speaker.lower()], content.strip()
