@@ -105,7 +105,7 @@ class TrainDataSection(DataSection):
     """Training and validation files."""
 
     train: Any = None
-    """Path or list of paths of training rows (JSONL, also `.gz`)."""
+    """Path or list of paths of training rows (JSONL, also `.gz` or `.zst`)."""
     valid: Any = None
     """Path or list of paths of validation rows. If unset, there is no validation."""
     group_by_prompt: bool = False
@@ -118,7 +118,7 @@ class InputDataSection(DataSection):
     """Input files."""
 
     input: Any = None
-    """Path or list of paths of rows (JSONL, also `.gz`)."""
+    """Path or list of paths of rows (JSONL, also `.gz` or `.zst`)."""
 
 
 @dataclass(frozen=True)

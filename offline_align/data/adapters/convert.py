@@ -17,7 +17,7 @@ from offline_align.data.adapters.dialogues import prompt_of
 from offline_align.data.adapters.forms import Form, recognise
 from offline_align.data.adapters.messages import with_system
 from offline_align.data.adapters.oasst1 import Node, oasst1_nodes, oasst1_rows
-from offline_align.data.adapters.pairs import side_scores
+from offline_align.data.adapters.pairs import margin, side_scores
 from offline_align.data.adapters.ratings import (
     REWARD,
     TIED,
@@ -137,6 +137,8 @@ def _made(line: Line, columns: dict[str, Any], form: Form, settings: PrepareSect
     _note(line, columns, form, settings, made, counts, score is not None)
     if sides and settings.rated is Rated.labelled:
         return _Made([side for pair in made.rows for side in _labelled_sides(pair)], made.dropped)
+    if sides and settings.rated is not Rated.ignore and (found := margin(columns)):
+        return _Made([Converted(pair.row | found, line) for pair in made.rows], made.dropped)
     if form.many:
         return _Made(_from_answers(made, settings), made.dropped)
     if score is None:

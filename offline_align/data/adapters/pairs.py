@@ -17,8 +17,7 @@ _RATINGS = ("score", "rating", "reward")
 def pair(columns: dict[str, Any], settings: PrepareSection) -> list[dict[str, Any]]:
     """Return the pair of a row. The prompt is in a column of its own, or the two sides begin with it.
 
-    Two ratings of the sides, such as `score_chosen` and `score_rejected`, give the margin. Raises
-    DroppedRow if the sides differ before the last answer, or if the ratings contradict the preference.
+    Raises DroppedRow if the sides differ before the last answer.
     """
     chosen, rejected = (_side(columns, side) for side in SIDES)
     if chosen[:-1] != rejected[:-1]:
@@ -32,7 +31,7 @@ def pair(columns: dict[str, Any], settings: PrepareSection) -> list[dict[str, An
         raise RowError("prompt: missing; the sides do not begin with it either")
     rest = further(columns, read, [*contents(chosen), *contents(rejected), *contents(prompt)])
     answers = {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
-    return [{"prompt": with_system(prompt, columns), **answers, **rest, **_margin(columns)}]
+    return [{"prompt": with_system(prompt, columns), **answers, **rest}]
 
 
 def _side(columns: dict[str, Any], name: str) -> Messages:
@@ -64,7 +63,12 @@ def _prompt(columns: dict[str, Any], name: str | None, context: Messages) -> Mes
     return [given[0], *context] if leads else context
 
 
-def _margin(columns: dict[str, Any]) -> dict[str, float]:
+def margin(columns: dict[str, Any]) -> dict[str, float]:
+    """Return the margin that two ratings of the sides give; {} if there are none, or if the row has a margin.
+
+    The ratings may be called `score_chosen` and `score_rejected`, for example. Raises DroppedRow if
+    they contradict the preference.
+    """
     scores = side_scores(columns)
     if scores is None or not is_blank(columns.get("margin")):
         return {}

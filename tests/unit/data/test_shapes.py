@@ -411,6 +411,12 @@ def test_two_ratings_are_refused_until_one_is_named(tmp_path: Path) -> None:
 
 def test_scores_of_the_sides_of_a_pair(tmp_path: Path) -> None:
     row = {"prompt": PRIME, "chosen": "a", "rejected": "b", "chosen_rating": "4", "rejected_rating": 1.5}
+    wrong = row | {"prompt": EVEN, "chosen_rating": 1}
+    rows, dropped = made(tmp_path, row, wrong)
+    assert rows == [(PRIME, "a", "b", 2.5)]
+    assert dropped == {"the rejected answer has the higher rating": 1}
+    assert made(tmp_path, row | {"margin": 0.5})[0] == [(PRIME, "a", "b", 0.5)]
+    assert len(made(tmp_path, row, wrong, rated=Rated.ignore)[0]) == 2
     assert made(tmp_path, row, rated=Rated.labelled)[0] == [(PRIME, "a", 4.0), (PRIME, "b", 1.5)]
 
 
