@@ -79,7 +79,19 @@ def _value(name: str, cell: str) -> Any:
             return json.loads(cell.strip().lower() or "null")
         except ValueError:
             return cell
-    return cell or None
+    return _messages(cell) or cell or None
+
+
+def _messages(cell: str) -> Any:
+    """Return a message or a list of them that is written as JSON into a cell; None for any other cell."""
+    if not cell.startswith(("[", "{")):
+        return None
+    try:
+        found = json.loads(cell)
+    except (ValueError, RecursionError):
+        return None
+    items = found if isinstance(found, list) else [found]
+    return found if all(isinstance(i, dict) and ("role" in i or {"from", "value"} <= i.keys()) for i in items) else None
 
 
 def parquet_rows(path: Path) -> Numbered:

@@ -51,7 +51,7 @@ def test_rows_that_do_not_fit_are_bad_rows(tmp_path: Path, capsys: pytest.Captur
     name = published(tmp_path / "set", [{"text": "only a text"}, *as_dolly()])
     command = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={name}", *TINY, *STEPS]
     assert run(command) == 65
-    assert f"{name}:1: instruction: not a string" in capsys.readouterr().err
+    assert f"{name}:1: text: plain text without turns" in capsys.readouterr().err
     assert run([*command, "data.on_bad_row=skip"]) == 0
     [quarantine] = (tmp_path / "run" / "cache" / "hub").glob("*.quarantine.jsonl")
     assert "only a text" in quarantine.read_text()

@@ -91,7 +91,10 @@ def objects(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 def parsed(value: Any) -> Any:
-    """Return a list or an object that is stored as JSON text, as in a table; anything else as it is."""
+    """Return a list or an object that is stored as JSON text; anything else as it is.
+
+    Only for columns that never hold text: a prompt or an answer may be JSON.
+    """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -129,7 +132,6 @@ def further(columns: dict[str, Any], read: Sequence[str], texts: Sequence[str]) 
 
 def _repeats(value: Any, texts: Sequence[str]) -> bool:
     """Return whether a text, or every text in a list of messages, is one of `texts`."""
-    value = parsed(value)
     if isinstance(value, list):
         return all(isinstance(item, dict) and _repeats(item.get("content", item.get("value")), texts) for item in value)
     return isinstance(value, str) and value.strip() in texts

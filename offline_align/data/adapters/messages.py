@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from offline_align.config.sections import Turns
-from offline_align.data.adapters.columns import DroppedRow, is_blank, objects, optional_text, parsed
+from offline_align.data.adapters.columns import DroppedRow, is_blank, objects, optional_text
 from offline_align.data.jsonl import RowError
 
 ROLES = {
@@ -34,7 +34,6 @@ def messages_of(value: Any, name: str) -> Messages:
 
 def text_or_messages(value: Any, name: str, role: str) -> Messages:
     """Return a text as one message of `role`; one message, or a list of them, as they are."""
-    value = parsed(value)
     if isinstance(value, str):
         return [{"role": role, "content": value.strip()}]
     is_message = isinstance(value, dict) and not all(isinstance(part, list) for part in value.values())
@@ -43,7 +42,7 @@ def text_or_messages(value: Any, name: str, role: str) -> Messages:
 
 def is_dialogue(value: Any) -> bool:
     """Return whether a value is one message or a list of messages, rather than a text."""
-    return isinstance(parsed(value), (list, dict))
+    return isinstance(value, (list, dict))
 
 
 def is_plain(value: Any) -> bool:

@@ -440,6 +440,22 @@ def test_a_score_is_a_weighted_sum_and_an_answer_without_one_is_dropped(tmp_path
     assert "no usable row" in message and "an answer without a score" in message
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", '{"a": 1}', '[{"role": "user", "content": "x"}]', "[]"])
+def test_texts_that_are_json_stay_texts(tmp_path: Path, text: str) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": text, "response": text},
+        {"prompt": "a", "completion": text},
+        {"instruction": "b", "output": text},
+        {"prompt": "c", "chosen": text, "rejected": "d"},
+        {"question": "e", "chosen": text, "rejected": "f"},
+        {"messages": said("g", text)},
+    ]
+    assert made(tmp_path, *rows)[0] == [
+        *[(text, text), ("a", text), ("b", text), (said("g"), text)],
+        *[("c", text, "d", None), (said("e"), text, "f", None)],
+    ]
+
+
 def test_columns_can_be_named(tmp_path: Path) -> None:
     row = {"question": PRIME, "answer": "Seven.", "note": 1}
     assert made(tmp_path, row, columns={"prompt": "question", "response": "answer"})[0] == [(PRIME, "Seven.")]
