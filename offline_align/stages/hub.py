@@ -17,10 +17,10 @@ from offline_align.config.sections import DataSection, PrepareSection, Rated
 from offline_align.data.adapters.convert import Converted, convert
 from offline_align.data.adapters.counts import InputCounts
 from offline_align.data.jsonl import HUB_PREFIX, BadRows, write_jsonl
-from offline_align.data.records import Sample
 from offline_align.data.sources import Source, read_source
 from offline_align.errors import ConfigError, DataError
 from offline_align.stages.job import Job
+from offline_align.stages.recipe import samples
 from offline_align.stages.registry import Reads
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def _rows(job: Job[Any], bad_rows: BadRows, counts: InputCounts) -> Iterator[dic
         # If one row has an id, `datasets` gives all others an empty one.
         return (line.value | {"id": line.value.get("id") or f"{name}:{line.number}"} for line in lines)
     recipe = job.stage.recipe
-    learns_all = recipe is not None and recipe.train.form is Sample
+    learns_all = recipe is not None and recipe.train is samples
     settings = PrepareSection(rated=None if learns_all else Rated.ignore)
     return (_unrated(converted, name) for converted in convert(lines, settings, bad_rows, counts))
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from offline_align.config.sections.training import PairsOf
+
 
 class OnBadRow(StrEnum):
     """`fail` stops at the first bad row; `skip` writes bad rows to `quarantine.jsonl`."""
@@ -39,13 +41,6 @@ class Rated(StrEnum):
     labelled = "labelled"
     pairs = "pairs"
     ignore = "ignore"
-
-
-class Pairs(StrEnum):
-    """Which pairs ranked answers give: every two of different rank, or the best and the worst."""
-
-    all = "all"
-    best_worst = "best_worst"
 
 
 class Turns(StrEnum):
@@ -138,7 +133,7 @@ class PrepareSection:
     rated: Rated | None = None
     """What rated answers become: `labelled` rows, `pairs` of answers to the same prompt, or, with
     `ignore`, rows without a rating. If unset, `labelled` for one answer a row, `pairs` for several."""
-    pairs: Pairs = Pairs.all
+    pairs: PairsOf = PairsOf.all
     """Pairs from several rated or ranked answers to a prompt: every two of different rating (`all`), or
     one of the best and the worst (`best_worst`)."""
     turns: Turns = Turns.all

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from offline_align.config.sections import Pairs, PrepareSection, Rated
+from offline_align.config.sections import PairsOf, PrepareSection, Rated
 from offline_align.data.adapters.columns import DroppedRow, number
 from offline_align.data.jsonl import RowError
 
@@ -99,7 +99,7 @@ def rating_column(columns: Mapping[str, Any]) -> str | None:
     )
 
 
-def pairs_of(rows: Sequence[Mapping[str, Any]], which: Pairs) -> Iterator[dict[str, Any]]:
+def pairs_of(rows: Sequence[Mapping[str, Any]], which: PairsOf) -> Iterator[dict[str, Any]]:
     """Yield pairs of rated answers to one prompt, each of two different ratings, the better one first.
 
     A pair has the columns that are equal in both rows. Its margin is the difference of the ratings,
@@ -108,7 +108,7 @@ def pairs_of(rows: Sequence[Mapping[str, Any]], which: Pairs) -> Iterator[dict[s
     if not rows:
         return
     ordered = sorted(rows, key=lambda row: -float(row[REWARD]))
-    both = combinations(ordered, 2) if which is Pairs.all else [(ordered[0], ordered[-1])]
+    both = combinations(ordered, 2) if which is PairsOf.all else [(ordered[0], ordered[-1])]
     for better, worse in both:
         if better[REWARD] > worse[REWARD]:
             yield _pair(better, worse)

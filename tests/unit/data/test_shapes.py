@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from offline_align.config.sections import OnBadRow, Pairs, PrepareSection, Rated, Turns
+from offline_align.config.sections import OnBadRow, PairsOf, PrepareSection, Rated, Turns
 from offline_align.data.adapters.forms import FORMS
 from offline_align.data.jsonl import BadRows
 from offline_align.data.preparation import Preparation, prepare_rows
@@ -329,7 +329,7 @@ RANKED = {"prompt": PRIME, "answers": [{"answer": a, "rank": r} for a, r in [("c
 def test_ranked_answers_give_all_pairs_or_the_best_and_the_worst(tmp_path: Path) -> None:
     rows, _ = made(tmp_path, RANKED)
     assert [row[1:3] for row in rows] == [("a", "b"), ("a", "bb"), ("a", "c"), ("b", "c"), ("bb", "c")]
-    assert [row[1:3] for row in made(tmp_path, RANKED, pairs=Pairs.best_worst)[0]] == [("a", "c")]
+    assert [row[1:3] for row in made(tmp_path, RANKED, pairs=PairsOf.best_worst)[0]] == [("a", "c")]
     rows, _ = made(tmp_path, RANKED, rated=Rated.labelled)
     assert [row[1:] for row in rows] == [("c", -3.0), ("a", -1.0), ("b", -2.0), ("bb", -2.0)]
     tied = {"prompt": EVEN, "answers": [{"answer": a, "rank": 1} for a in "ab"]}
