@@ -233,7 +233,28 @@ def _prepare(prepare: s.PrepareSection) -> list[str]:
     found = _positive(prepare, "prepare", "max_rows", "demo_sft_rows", "demo_preference_rows", "demo_prompt_rows")
     if not 0 <= prepare.valid_fraction < 1:
         found.append(f"prepare.valid_fraction={prepare.valid_fraction}: must be at least 0 and below 1")
-    return found
+    found += [
+        f"prepare.columns.{ours}={theirs}: must be the name of a column"
+        for ours, theirs in prepare.columns.items()
+        if not isinstance(theirs, str) or not theirs.strip()
+    ]
+    if prepare.text_prompt is not None and not prepare.text_prompt.strip():
+        found.append("prepare.text_prompt: must not be empty; leave it unset to refuse plain texts")
+    return found + _score_column(prepare)
+
+
+def _score_column(prepare: s.PrepareSection) -> list[str]:
+    given = prepare.score_column
+    if isinstance(given, dict):
+        numbers = [isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) for w in given.values()]
+        fits = bool(given) and all(numbers)
+    else:
+        fits = given is None or (isinstance(given, str) and bool(given.strip()))
+    if not fits:
+        return [f"prepare.score_column={given}: must be a column, or a mapping of columns to finite weights"]
+    if given is not None and prepare.rated is s.Rated.ignore:
+        return [f"prepare.rated=ignore: contradicts prepare.score_column={given}; leave one of them unset"]
+    return []
 
 
 def _label(label: s.LabelSection) -> list[str]:

@@ -28,7 +28,10 @@ from offline_align.errors import ConfigError
 
 # `from` is a Python keyword, so the field for the key `init.from` has a trailing underscore.
 _ALIASES = {"init.from": "init.from_"}
-_OPEN_MAPPINGS = ("model.overrides.", "model.rope_scaling.", "launcher.environment.", "launcher.sbatch.")
+_OPEN_MAPPINGS = (
+    *("model.overrides.", "model.rope_scaling.", "launcher.environment.", "launcher.sbatch."),
+    *("prepare.columns.", "prepare.score_column."),
+)
 # Keys that name files or folders. `~` is expanded in all of them, since a shell expands it only at
 # the start of a word.
 _PATHS = {

@@ -163,7 +163,8 @@ def _keys(cls: type, prefix: str) -> Iterator[Key]:
             yield from _keys(cast(type, nested), f"{prefix}{field.name}.")
             continue
         name = f"{prefix}{field.name}".rstrip("_")
-        yield Key(name, _kind(field.type), _default(field), texts.get(field.name, ""))
+        kind = field.metadata.get("kind") or _kind(field.type)
+        yield Key(name, kind, _default(field), texts.get(field.name, ""))
 
 
 @cache

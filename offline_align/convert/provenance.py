@@ -137,7 +137,7 @@ def _reward_model(runs: list[SourceRun]) -> Rows:
     """Return the known facts about the reward model whose labels the policy was trained on."""
     found: Rows = []
     for run in runs[1:]:
-        if run.manifest.stage == "label":
+        if run.manifest.stage == "label" or "statistics" in run.manifest.extra:
             statistics = run.manifest.extra.get("statistics", {})
             found.append(("labelled answers", _number(statistics.get("count"))))
             found.append(("raw rewards", f"{_number(statistics.get('mean'))} +- {_number(statistics.get('std'))}"))

@@ -1,9 +1,10 @@
-"""Strict reading and atomic writing of JSONL: one object per line, UTF-8, optionally gzipped.
+"""Strict reading and atomic writing of JSONL: one object per line, UTF-8, optionally compressed.
 
 Nothing is guessed and nothing is dropped silently. A line that is not one plain JSON object is
 rejected with file, line and reason; this ends the run or goes into a quarantine file.
 """
 
+import contextlib
 import gzip
 import json
 import logging
@@ -17,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from offline_align.config.sections import OnBadRow
-from offline_align.data.file_kinds import GZIP, HEAD_BYTES, UTF8_BOM, refuse_other_kinds
+from offline_align.data.file_kinds import GZIP, HEAD_BYTES, UTF8_BOM, ZSTD, refuse_other_kinds
 from offline_align.errors import ConfigError, DataError, StorageError
 from offline_align.lineage.files import fsync_path
 
 HUB_PREFIX = "hf:"
 NOT_UTF8 = "encoding: not UTF-8"
 DAMAGED = "gzip: damaged or truncated, the rest of the file is lost"
+DAMAGED_ZSTD = "zstd: damaged or truncated, the rest of the file is lost"
 FIXES = {
     NOT_UTF8: "save the file as UTF-8 (from Latin-1: `iconv -f LATIN1 -t UTF-8`)",
     DAMAGED: "fetch the file again",
+    DAMAGED_ZSTD: "fetch the file again",
 }
 BRACKETS_TO_CHECK = 500  # a line with fewer brackets is never nested too deeply to be serialised again
 
@@ -101,7 +104,7 @@ def read_objects(paths: Sequence[Path], bad_rows: BadRows, every: int = 1) -> It
     allowed. Raises DataError for a file that is not JSONL at all, even if bad rows are skipped.
     """
     for path in paths:
-        for number, raw in _numbered_lines(path, bad_rows):
+        for number, raw in numbered_lines(path, bad_rows):
             if (number - 1) % every or not raw.strip():
                 continue
             try:
@@ -113,37 +116,68 @@ def read_objects(paths: Sequence[Path], bad_rows: BadRows, every: int = 1) -> It
 def count_lines(paths: Sequence[Path], every: int = 1) -> int:
     """Return how many lines `read_objects` reads; raises DataError (not JSONL), StorageError."""
     found = BadRows(OnBadRow.skip, None)
-    lines = (line for path in paths for line in _numbered_lines(path, found))
+    lines = (line for path in paths for line in numbered_lines(path, found))
     return sum(1 for number, raw in lines if not (number - 1) % every and raw.strip())
 
 
 def is_empty(paths: Sequence[Path]) -> bool:
     """Return whether the files have only blank lines; raises DataError (not JSONL), StorageError."""
     found = BadRows(OnBadRow.skip, None)
-    return not any(raw.strip() for path in paths for _, raw in _numbered_lines(path, found)) and not found.counts
+    return not any(raw.strip() for path in paths for _, raw in numbered_lines(path, found)) and not found.counts
 
 
-def _numbered_lines(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: Path, bad_rows: BadRows, jsonl_only: bool = True) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file, unpacked, with their numbers from 1 and without a byte order mark.
+
+    Raises DataError for a file that is not JSONL if `jsonl_only`, and StorageError. A damaged
+    compression goes to `bad_rows`.
+    """
     number = 0
     try:
-        with path.open("rb") as stored, _unpacked(path, stored) as file:
-            refuse_other_kinds(path, file.peek(HEAD_BYTES))
+        with unpacked(path) as file:
+            if jsonl_only:
+                refuse_other_kinds(path, file.peek(HEAD_BYTES))
             for number, raw in enumerate(file, start=1):
                 yield number, raw.removeprefix(UTF8_BOM) if number == 1 else raw
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        bad_rows.reject(path, number + 1, DAMAGED, "")
-    except OSError as error:
-        raise StorageError(f"{path}: cannot read: {error.strerror}") from error
+    except (EOFError, OSError, zlib.error) as error:
+        bad_rows.reject(path, number + 1, damage(path, error), "")
 
 
-def _unpacked(path: Path, stored: BufferedReader) -> BufferedReader | gzip.GzipFile:
-    """Return the file to read, decompressed if its content is gzip, whatever its name."""
-    head = stored.peek(len(GZIP))
-    if head.startswith(GZIP):
-        return gzip.GzipFile(fileobj=stored)
-    if head and path.suffix == ".gz":
-        raise DataError(f"{path}:1: gzip: not a gzip file, despite its name; rename it, or fetch it again")
-    return stored
+def damage(path: Path, error: Exception) -> str:
+    """Return what is wrong with the compression of a file; raises StorageError if it cannot be read."""
+    if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
+        return DAMAGED
+    assert isinstance(error, OSError)
+    if error.errno is None:  # from the decompressor, not from the operating system
+        return DAMAGED_ZSTD
+    raise StorageError(f"{path}: cannot read: {error.strerror}") from error
+
+
+def is_packed(path: Path) -> bool:
+    """Return whether the content of a file is gzip or zstd, whatever its name; raises OSError."""
+    with path.open("rb") as stored:
+        return stored.peek(len(ZSTD)).startswith((GZIP, ZSTD))
+
+
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[BufferedReader | gzip.GzipFile]:
+    """Open a file, decompressed if its content is gzip or zstd, whatever its name.
+
+    Raises DataError for a file whose name promises another compression, and OSError.
+    """
+    with path.open("rb") as stored:
+        head = stored.peek(len(ZSTD))
+        if head.startswith(GZIP):
+            yield gzip.GzipFile(fileobj=stored)
+        elif head.startswith(ZSTD):
+            import pyarrow
+
+            yield BufferedReader(pyarrow.CompressedInputStream(stored, "zstd"))
+        elif head and path.suffix in (".gz", ".zst"):
+            kind = "gzip" if path.suffix == ".gz" else "zstd"
+            raise DataError(f"{path}:1: {kind}: not a {kind} file, despite its name; rename it, or fetch it again")
+        else:
+            yield stored
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

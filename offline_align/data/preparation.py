@@ -21,6 +21,8 @@ from offline_align.data.split import answers, content_digest, is_validation
 from offline_align.errors import DataError
 
 FILES = ("sft_train.jsonl", "sft_valid.jsonl", "preferences_train.jsonl", "preferences_valid.jsonl")
+LABELLED = ("labelled.jsonl", "labelled_valid.jsonl")
+"""Files of rated answers, which exist only if there are any."""
 DUPLICATE = "duplicate of an earlier row"
 PROGRESS_EVERY_ROWS = 500
 
@@ -31,16 +33,17 @@ _log = logging.getLogger(__name__)
 class Preparation:
     """Rows by output file, and counts by input."""
 
-    files: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {name: [] for name in FILES})
+    files: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {name: [] for name in (*FILES, *LABELLED)})
+    """Rows by file. Those of `LABELLED` have their score in `reward_raw`, but no `reward` yet."""
     inputs: list[InputCounts] = field(default_factory=list)
     digests: set[bytes] = field(default_factory=set)
     ids: set[str] = field(default_factory=set)
 
     def training_texts(self) -> Iterator[str]:
         """Yield every message and answer of the training rows."""
-        for name in FILES:
-            if name.endswith("_train.jsonl"):
-                for row in self.files[name]:
+        for name, rows in self.files.items():
+            if not name.endswith("_valid.jsonl"):
+                for row in rows:
                     yield from _prompt_texts(row)
                     yield from answers(row).values()
 
@@ -71,7 +74,7 @@ def _without_rows(result: Preparation, bad_rows: BadRows) -> str:
 
 def _rows(source: Source, settings: PrepareSection, counts: InputCounts, bad_rows: BadRows) -> Iterator[Converted]:
     lines = _watched(read_source(source, bad_rows, settings.max_rows), counts, bad_rows)
-    return convert(lines, settings.format, bad_rows, counts)
+    return convert(lines, settings, bad_rows, counts)
 
 
 def _demo_rows(settings: PrepareSection, seed: int, counts: InputCounts) -> Iterator[Converted]:
@@ -115,7 +118,8 @@ def _place(
     valid_fraction: float,
     seed: int,
 ) -> None:
-    row, digest = converted.row, content_digest(converted.row)
+    row, kind = converted.row, converted.kind
+    digest = kind.encode() + content_digest(row)
     if digest in result.digests:
         counts.dropped[DUPLICATE] += 1
     elif row["id"] in result.ids:
@@ -124,9 +128,13 @@ def _place(
         result.digests.add(digest)
         result.ids.add(row["id"])
         counts.rows_kept += 1
-        kind = "preferences" if "chosen" in row else "sft"
-        part = "valid" if is_validation(row, seed, valid_fraction) else "train"
-        result.files[f"{kind}_{part}.jsonl"].append(row)
+        result.files[_file_name(kind, is_validation(row, seed, valid_fraction))].append(row)
+
+
+def _file_name(kind: str, valid: bool) -> str:
+    if kind == "labelled":
+        return LABELLED[valid]
+    return f"{kind}_{'valid' if valid else 'train'}.jsonl"
 
 
 def _reject_id(converted: Converted, counts: InputCounts, bad_rows: BadRows) -> None:
@@ -138,7 +146,7 @@ def _reject_id(converted: Converted, counts: InputCounts, bad_rows: BadRows) -> 
 
 
 def write_rows(result: Preparation, folder: Path) -> list[Path]:
-    """Write the four files, including empty ones, and return their paths; raises StorageError."""
+    """Write the files of SFT rows and pairs, also empty ones; return their paths. Raises StorageError."""
     paths = [folder / name for name in FILES]
     for path in paths:
         write_jsonl(path, result.files[path.name])
@@ -151,7 +159,7 @@ def report(result: Preparation, bad_rows: BadRows) -> dict[str, Any]:
         "inputs": [counts.described() for counts in result.inputs],
         "bad_rows": dict(sorted(bad_rows.counts.items())),
         "duplicates": sum(counts.dropped[DUPLICATE] for counts in result.inputs),
-        "files": {name: _file_report(rows) for name, rows in result.files.items()},
+        "files": {name: _file_report(rows) for name, rows in result.files.items() if rows or name in FILES},
     }
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from offline_align.config.runs import section
-from offline_align.config.sections import DataSection
-from offline_align.data.adapters.convert import convert
+from offline_align.config.sections import DataSection, PrepareSection, Rated
+from offline_align.data.adapters.convert import Converted, convert
 from offline_align.data.adapters.counts import InputCounts
 from offline_align.data.jsonl import HUB_PREFIX, BadRows, write_jsonl
 from offline_align.data.sources import Source, read_source
-from offline_align.errors import ConfigError
+from offline_align.errors import ConfigError, DataError
 from offline_align.stages.job import Job
+from offline_align.stages.recipe import samples
 from offline_align.stages.registry import Reads
 
 logger = logging.getLogger(__name__)
@@ -91,4 +92,13 @@ def _rows(job: Job[Any], bad_rows: BadRows, counts: InputCounts) -> Iterator[dic
     if job.stage.reads is Reads.prompts:
         # If one row has an id, `datasets` gives all others an empty one.
         return (line.value | {"id": line.value.get("id") or f"{name}:{line.number}"} for line in lines)
-    return (converted.row for converted in convert(lines, None, bad_rows, counts))
+    recipe = job.stage.recipe
+    learns_all = recipe is not None and recipe.train is samples
+    settings = PrepareSection(rated=None if learns_all else Rated.ignore)
+    return (_unrated(converted, name) for converted in convert(lines, settings, bad_rows, counts))
+
+
+def _unrated(converted: Converted, name: str) -> dict[str, Any]:
+    if converted.is_labelled:
+        raise DataError(f"{name}: its answers are rated, so not all are to be learned; read it with `prepare`")
+    return converted.row

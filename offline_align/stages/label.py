@@ -9,13 +9,13 @@ from offline_align import lineage
 from offline_align.config.runs import LabelRun
 from offline_align.data.bins import shares_prompts
 from offline_align.data.journal import Journal
-from offline_align.data.records import BadRows, PreferencePair, Sample, read_rows_and_pairs, write_jsonl
+from offline_align.data.records import BadRows, PreferencePair, Sample, read_rows_and_pairs
 from offline_align.data.score_journal import read_scores
 from offline_align.data.template import Renderer
 from offline_align.errors import DataError, StorageError
 from offline_align.label.certificate import FILE_NAME, certify, choose_rows, in_words
+from offline_align.label.results import write_results
 from offline_align.label.rows import leave_out_unscorable, single_answers
-from offline_align.label.statistics import fit, normalise
 from offline_align.lineage import effort
 from offline_align.stages.job import Job
 
@@ -127,8 +127,6 @@ def _write_results(
     again: dict[int, float],
     facts: dict[str, Any],
 ) -> None:
-    from offline_align.label.figures import draw_reward_histogram
-
     run_dir = job.run_dir
     scores = read_scores(journal, len(samples))
     missing = [s.id for i, s in enumerate(samples) if i not in scores]
@@ -138,14 +136,8 @@ def _write_results(
         )
     raw = [scores[i][0] for i in range(len(samples))]
     _check_finite(samples, raw)
-    stats = fit(raw)
-    normalised = normalise(raw, stats).tolist()
-    labelled = (_labelled(s, x, r) for s, x, r in zip(samples, raw, normalised, strict=True))
-    write_jsonl(run_dir / "labelled.jsonl", labelled)
-    statistics = run_dir / "reward_stats.json"
-    lineage.write_atomically(statistics, (json.dumps(stats.as_json(), indent=2) + "\n").encode())
-    draw_reward_histogram(run_dir / "reward_histogram.png", raw, normalised, job.config.label.histogram_bins)
-    outputs = [run_dir / n for n in ("labelled.jsonl", "reward_stats.json", "reward_histogram.png")]
+    columns = [_columns(sample) for sample in samples]
+    stats, outputs = write_results(run_dir, columns, raw, job.config.label.histogram_bins)
     if again:
         certificate = certify([raw[row] for row in again], list(again.values()), stats)
         outputs.append(run_dir / FILE_NAME)
@@ -165,13 +157,8 @@ def _check_finite(samples: list[Sample], raw: list[float]) -> None:
         raise DataError(f"row {bad[0]}: its score is not finite ({len(bad)} such rows): train the reward model again")
 
 
-def _labelled(sample: Sample, raw: float, normalised: float) -> dict[str, Any]:
-    """Return the labelled row: the original columns in their order, then the new ones.
-
-    A row that already has a `source_id`, because it was labelled before, keeps it.
-    """
+def _columns(sample: Sample) -> dict[str, Any]:
+    """Return the columns of a sample with its own id; the id of a pair becomes `source_id`."""
     known = sample.columns.get("source_id")
     source_id = known if isinstance(known, str) and known.strip() else sample.columns.get("id") or sample.id
-    own = {"reward_raw": raw, "reward": normalised, "source_id": source_id}
-    kept = {k: v for k, v in sample.columns.items() if k not in own and k != "id"}
-    return {"id": sample.id, **kept, **own}
+    return sample.columns | {"id": sample.id, "source_id": source_id}

@@ -51,10 +51,22 @@ def test_rows_that_do_not_fit_are_bad_rows(tmp_path: Path, capsys: pytest.Captur
     name = published(tmp_path / "set", [{"text": "only a text"}, *as_dolly()])
     command = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={name}", *TINY, *STEPS]
     assert run(command) == 65
-    assert f"{name}:1: instruction: not a string" in capsys.readouterr().err
+    assert f"{name}:1: text: plain text without turns" in capsys.readouterr().err
     assert run([*command, "data.on_bad_row=skip"]) == 0
     [quarantine] = (tmp_path / "run" / "cache" / "hub").glob("*.quarantine.jsonl")
     assert "only a text" in quarantine.read_text()
+
+
+def test_sft_learns_nothing_that_people_rejected_or_rated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judged = [row | {"label": number > 3} for number, row in enumerate(as_dolly())]
+    made = job("sft", [f"run.dir={tmp_path / 'run'}", f"data.train={published(tmp_path / 'judged', judged)}", *TINY])
+    fetch_data_sets(made)
+    assert len(Path(made.config.data.train).read_text().splitlines()) == len(judged) - 4
+    name = published(tmp_path / "rated", [row | {"rating": 3} for row in as_dolly()])
+    assert run(["sft", f"run.dir={tmp_path / 'other'}", f"data.train={name}", *TINY]) == 65
+    assert f"{name}: its answers are rated, so not all are to be learned; read it with `prepare`" in (
+        capsys.readouterr().err
+    )
 
 
 def test_prompts_stay_as_they_are(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The `prepare` command: files, counts, splits, repeated runs and errors."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,8 @@ def test_bad_rows_stop_the_run_or_are_quarantined(start: Start, tmp_path: Path) 
 def test_dropped_rows_are_reported_once(start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "rows.jsonl", sample(1), {"prompt": "x"}, sample(1, id="again"), sample(2))
     start(path, words=["data.on_bad_row=skip", "prepare.valid_fraction=1e-9"])
-    bad, dropped, split = (record.message for record in caplog.records)
+    found, bad, dropped, split = (record.message for record in caplog.records)
+    assert found == "rows.jsonl: 3 rows of the form sft: 3 SFT rows; read prompt, response, id"
     assert bad.startswith("1 bad rows are left out, see ") and "quarantine.jsonl" in bad
     assert dropped == "1 rows are dropped, see report.json: {'duplicate of an earlier row': 1}"
     assert split == "sft_valid.jsonl is empty: 2 rows are too few for prepare.valid_fraction=1e-09"
@@ -185,10 +187,12 @@ def test_the_same_seed_gives_the_same_bytes(start: Start) -> None:
 
 
 def test_a_dry_run_writes_nothing(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path / "rows.jsonl", {"no": "row"})
-    folder = start(path, "demo", words=["dry_run=true"])
+    path, good = write(tmp_path / "rows.jsonl", {"no": "row"}), write(tmp_path / "good.jsonl", sample(1, rating=2))
+    folder = start(path, good, "demo", words=["dry_run=true"])
     assert not folder.exists()
     out = capsys.readouterr().out
+    assert f"{path}, 14 bytes: 1: columns: no known form; the row has no;" in out
+    assert "bytes: the first row has the form sft and becomes 1 labelled rows" in out
     assert all(name in out for name in [str(path), *ROW_FILES, "prompts.jsonl", "report.json"])
     assert "tokenizer.model" not in out
 
@@ -204,7 +208,7 @@ def test_a_tokenizer_is_trained_on_the_training_rows(start: Start) -> None:
 
 def test_all_wrong_settings_are_reported_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
-        "prepare.format=alpaca",
+        "prepare.format=pickled",
         "prepare.valid_fraction=1.0",
         "prepare.max_rows=0",
         "prepare.demo_prompt_rows=1000000000",
@@ -223,6 +227,100 @@ def test_all_wrong_settings_are_reported_at_once(tmp_path: Path, capsys: pytest.
         "prepare.max_rows",
         "prepare.valid_fraction",
     ]
+
+
+def rated(count: int = 40) -> list[dict[str, Any]]:
+    return [{"prompt": f"Name {i // 2}", "response": f"word {i}", "rating": i % 5, "note": i} for i in range(count)]
+
+
+def test_own_scores_become_what_label_writes(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing: list[dict[str, Any]] = [
+        {"prompt": "Name a", "response": "x", "rating": None},
+        {"prompt": "Name b", "response": "y"},
+    ]
+    path = write(tmp_path / "rows.jsonl", *rated(), *missing, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    folder = start(path, words=["prepare.score_column=rating", "prepare.valid_fraction=0.3"])
+    train, valid = load(folder / "labelled.jsonl"), load(folder / "labelled_valid.jsonl")
+    assert len(train) + len(valid) == 40 and len(valid) > 2
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in valid}
+    raw = [row["reward_raw"] for row in train]
+    mean = sum(raw) / len(raw)
+    std = (sum((x - mean) ** 2 for x in raw) / len(raw)) ** 0.5
+    stats = json.loads((folder / "reward_stats.json").read_text())
+    assert (stats["mean"], stats["std"], stats["count"]) == (pytest.approx(mean), pytest.approx(std), len(train))
+    for row in (*train, *valid):
+        assert row["reward_raw"] == row["rating"] == row["note"] % 5 and row["source_id"] == row["id"]
+        assert row["reward"] == pytest.approx((row["rating"] - mean) / std)
+    assert (folder / "reward_histogram.png").read_bytes().startswith(b"\x89PNG")
+    assert [len(load(folder / name)) for name in ROW_FILES] in ([0, 0, 1, 0], [0, 0, 0, 1])
+    assert json.loads((folder / "report.json").read_text())["inputs"][0]["dropped"] == {"an answer without a score": 2}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    names = {output["path"] for output in manifest["outputs"]}
+    assert {"labelled.jsonl", "labelled_valid.jsonl", "reward_stats.json", "reward_histogram.png"} <= names
+    assert manifest["extra"]["statistics"] == stats
+    assert command_line(["plan", f"data.input={folder / 'labelled.jsonl'}", f"run.dir={tmp_path / 'plan'}"]) == 0
+    assert json.loads((tmp_path / "plan" / "plan.json").read_text())["rows"] == len(train)
+    capsys.readouterr()
+    assert command_line(["verify", f"run.dir={tmp_path / 'plan'}"]) == 0
+    assert "rows.jsonl" in capsys.readouterr().out
+
+
+def test_methods_learn_from_own_scores(start: Start, tmp_path: Path) -> None:
+    from tests.training import train
+
+    folder = start(write(tmp_path / "rows.jsonl", *rated()), words=["prepare.valid_fraction=0.3"])
+    valid = f"data.valid={folder / 'labelled_valid.jsonl'}"
+    for method in ("fa", "ca"):
+        made = train(method, tmp_path / method, folder / "labelled.jsonl", valid)
+        metrics = load(made / "metrics.jsonl")
+        assert any("valid_nll" in line for line in metrics)
+
+
+def test_only_validation_rows_are_no_scale(start: Start, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"all 40 rated answers are validation rows; lower prepare\.valid_fraction"):
+        start(write(tmp_path / "rows.jsonl", *rated()), words=["prepare.valid_fraction=0.999999999"])
+
+
+@pytest.mark.parametrize(
+    ("words", "rewards"),
+    [
+        (["prepare.score_column={x: 2, y: 0.5}"], [4.0]),
+        (["prepare.score_column.x=2"], [2.0]),
+        (["--config", "CONFIG"], [5.0]),
+    ],
+)
+def test_weights_of_scores_on_the_command_line_and_in_a_file(
+    start: Start, tmp_path: Path, words: list[str], rewards: list[float]
+) -> None:
+    config = tmp_path / "own.yaml"
+    config.write_text("prepare:\n  score_column: {x: 1, y: 1}\n  columns: {prompt: question}\n")
+    path = write(tmp_path / "rows.jsonl", {"question": "q", "response": "a", "x": 1, "y": 4})
+    given = [word.replace("CONFIG", str(config)) for word in words]
+    named = [] if "CONFIG" in words else ["prepare.columns={prompt: question}"]
+    folder = start(path, words=[*given, *named, "prepare.valid_fraction=0"])
+    assert [row["reward_raw"] for row in load(folder / "labelled.jsonl")] == rewards
+
+
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [
+        ("prepare.columns={promt: question}", "prepare.columns.promt: .* did you mean prompt"),
+        ("prepare.columns={prompt: 3}", "prepare.columns.prompt=3: must be the name of a column"),
+        ("prepare.score_column={x: a}", "prepare.score_column=.*: must be a column, or a mapping"),
+        ("prepare.score_column=[x]", "prepare.score_column=.*: must be a column, or a mapping"),
+        ("prepare.score_column=x prepare.rated=ignore", "prepare.rated=ignore: contradicts prepare.score_column=x"),
+        ("prepare.text_prompt=' '", "prepare.text_prompt: must not be empty"),
+    ],
+)
+def test_wrong_settings_of_columns_are_named(
+    tmp_path: Path, word: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = word.split(" prepare.rated", 1)
+    more = [f"prepare.rated{words[1]}"] if len(words) > 1 else []
+    path = write(tmp_path / "rows.jsonl", sample(1))
+    assert command_line(["prepare", f"run.dir={tmp_path / 'run'}", f"data.input={path}", words[0], *more]) == 78
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(problem, line)
 
 
 def test_rows_from_the_hub(start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

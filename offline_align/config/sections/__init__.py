@@ -20,12 +20,14 @@ from offline_align.config.sections.data import (
     InputDataSection,
     OnBadRow,
     PrepareSection,
+    Rated,
     RawDataSection,
     RowDataSection,
     Template,
     TokenizerSection,
     TooLong,
     TrainDataSection,
+    Turns,
 )
 from offline_align.config.sections.execution import (
     Device,
@@ -98,6 +100,7 @@ __all__ = [
     "PreferenceLoss",
     "PreferenceMethodSection",
     "PrepareSection",
+    "Rated",
     "RawDataSection",
     "Recompute",
     "RewardMethodSection",
@@ -109,4 +112,5 @@ __all__ = [
     "TooLong",
     "TrainDataSection",
     "TrainerSection",
+    "Turns",
 ]

@@ -1,8 +1,10 @@
 """Sections for input data, tokenisation and `prepare`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from offline_align.config.sections.training import PairsOf
 
 
 class OnBadRow(StrEnum):
@@ -33,6 +35,21 @@ class Template(StrEnum):
     chat = "chat"
 
 
+class Rated(StrEnum):
+    """What rated answers become: labelled rows, preference pairs, or SFT rows, without their ratings."""
+
+    labelled = "labelled"
+    pairs = "pairs"
+    ignore = "ignore"
+
+
+class Turns(StrEnum):
+    """Which answers of a dialogue become rows."""
+
+    all = "all"
+    last = "last"
+
+
 @dataclass(frozen=True)
 class RowDataSection:
     """Settings of every stage that reads rows."""
@@ -47,8 +64,8 @@ class RawDataSection(RowDataSection):
     """Raw data sets."""
 
     input: Any = None
-    """Path or list of paths. Also accepts `hf:<name>[/<folder>][#<split>]` for a Hugging Face data
-    set, and `demo` for the demo corpus."""
+    """Path or list of paths: files, folders or patterns such as `raw/*.parquet`. Also accepts
+    `hf:<name>[/<folder>][#<split>]` for a Hugging Face data set, and `demo` for the demo corpus."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +103,7 @@ class TrainDataSection(DataSection):
     """Training and validation files."""
 
     train: Any = None
-    """Path or list of paths of training rows (JSONL, also `.gz`)."""
+    """Path or list of paths of training rows (JSONL, also `.gz` or `.zst`)."""
     valid: Any = None
     """Path or list of paths of validation rows. If unset, there is no validation."""
     group_by_prompt: bool = False
@@ -99,7 +116,7 @@ class InputDataSection(DataSection):
     """Input files."""
 
     input: Any = None
-    """Path or list of paths of rows (JSONL, also `.gz`)."""
+    """Path or list of paths of rows (JSONL, also `.gz` or `.zst`)."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +124,26 @@ class PrepareSection:
     """Sources, deduplication and splits."""
 
     format: str | None = None
-    """Format of all inputs: hh, oasst1, dolly, flan, self_instruct, sft or preference. If unset, it
-    is detected from the columns."""
+    """Form of all inputs, a name from the table in docs/data.md. If unset, it is recognised by the
+    columns."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Names of columns in the inputs, by the names that `prepare` reads:
+    `'{prompt: question, response: answer}'`."""
+    score_column: Any = field(default=None, metadata={"kind": "name or mapping"})
+    """Column that rates the answer, for example `rating`, or a mapping of columns to weights, for
+    example `'{helpfulness: 0.7, correctness: 0.3}'`, whose weighted sum is the score. Answers become
+    labelled rows. An answer without a score is dropped and counted."""
+    rated: Rated | None = None
+    """What rated answers become: `labelled` rows, `pairs` of answers to the same prompt, or, with
+    `ignore`, rows without a rating. If unset, `labelled` for one answer a row, `pairs` for several."""
+    pairs: PairsOf = PairsOf.all
+    """Pairs from several rated or ranked answers to a prompt: every two of different rating (`all`), or
+    one of the best and the worst (`best_worst`)."""
+    turns: Turns = Turns.all
+    """SFT rows from a dialogue: one for each answer of the assistant (`all`), or the `last` one only."""
+    text_prompt: str | None = None
+    """Prompt for plain texts, whose column `text` then is the answer. If unset, such texts are
+    refused."""
     valid_fraction: float = 0.05
     """Fraction of the prompts that goes to the validation files. No prompt is in both splits."""
     max_rows: int | None = None

@@ -50,7 +50,7 @@ class PreferenceLoss(StrEnum):
 
 
 class PairsOf(StrEnum):
-    """Which pairs `dpo` makes of the labelled answers to one prompt."""
+    """Which pairs to make of the labelled or ranked answers to one prompt."""
 
     best_worst = "best_worst"
     all = "all"

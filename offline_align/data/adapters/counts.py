@@ -8,23 +8,27 @@ from typing import Any
 
 from offline_align.data.adapters.columns import TEXTS, is_blank
 
-OWN = ("sft", "preference")
-"""Our own forms, whose rows stay unchanged."""
+KINDS = {"sft": "SFT rows", "preferences": "pairs", "labelled": "labelled rows"}
+"""The kinds of rows that `prepare` makes, by the first part of the names of their files."""
 
 
 @dataclass
 class ColumnUse:
-    """The non-blank columns in rows of one form, in order of first occurrence."""
+    """The rows of one form, and their non-blank columns, in order of first occurrence."""
 
     rows: int = 0
+    made: Counter[str] = field(default_factory=Counter)
+    """Rows made of them, by kind."""
     read: dict[str, None] = field(default_factory=dict)
     kept: dict[str, None] = field(default_factory=dict)
     left_out: dict[str, None] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Return the uses that occur, as `read instruction, response; kept category`."""
+        """Return the rows and uses that occur, as `2 SFT rows; read instruction, response; kept category`."""
+        made = [f"{number:,} {KINDS[kind]}" for kind, number in self.made.items() if number]
         uses = {"read": self.read, "kept": self.kept, "left out": self.left_out}
-        return "; ".join(f"{use} {', '.join(names)}" for use, names in uses.items() if names)
+        told = [f"{use} {', '.join(names)}" for use, names in uses.items() if names]
+        return "; ".join([*([" and ".join(made)] if made else []), *told])
 
 
 @dataclass
@@ -43,6 +47,8 @@ class InputCounts:
     bad_rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     forms: dict[str, ColumnUse] = field(default_factory=dict)
+    unknown: str | None = None
+    """The first row of no known form: its place, and what is missing."""
 
     def note(self, form: str, columns: dict[str, Any], read: Iterable[str], kept: Iterable[str]) -> None:
         """Count a row of `form` and the use of each of its columns."""
@@ -54,10 +60,9 @@ class InputCounts:
             place[name] = None
 
     def say(self, log: logging.Logger) -> None:
-        """Log how the columns of published forms were used, and warn of texts that no stage will read."""
+        """Log what was recognised and how columns were used; warn of texts that no stage will read."""
         for form, use in self.forms.items():
-            if form not in OWN:
-                log.info("%s: %d rows of the form %s: %s", self.name, use.rows, form, use)
+            log.info("%s: %d rows of the form %s: %s", self.name, use.rows, form, use)
             if unread := [name for name in use.kept if name in TEXTS]:
                 log.warning("%s: kept, but not part of prompt or answer: %s", self.name, ", ".join(unread))
 

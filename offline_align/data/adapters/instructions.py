@@ -1,12 +1,19 @@
-"""Single-turn instruction sets: Dolly 15k, Flan v2 and Self-Instruct. A row becomes one or more of ours."""
+"""Instruction sets: Dolly 15k, Flan v2, Self-Instruct and Alpaca. A row becomes one or more of ours."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from offline_align.data.adapters.columns import DroppedRow, further, optional_text, text_column
+from offline_align.data.adapters.columns import (
+    DroppedRow,
+    further,
+    is_blank,
+    objects,
+    optional_text,
+    parsed,
+    text_column,
+)
+from offline_align.data.adapters.messages import Messages, contents, with_system
 from offline_align.data.jsonl import RowError
-
-END_OF_TEXT = "<|endoftext|>"
 
 
 def dolly(columns: dict[str, Any]) -> list[dict[str, Any]]:
@@ -22,22 +29,14 @@ def flan(columns: dict[str, Any]) -> list[dict[str, Any]]:
     return [_row(columns, ("inputs",), "targets")]
 
 
-def self_instruct(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the row of a generated instance: `instruction`, `input`, `output`; also Alpaca's form."""
+def alpaca(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the row of `instruction`, `input`, `output`: Alpaca's, or a generated one of Self-Instruct."""
     return [_row(columns, ("instruction", "input"), "output")]
-
-
-def completion(columns: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the row of Self-Instruct's `prompt` and `completion`, without the markers around them."""
-    row = _row(columns, ("prompt",), "completion")
-    prompt = row["prompt"].removeprefix("Task:").removesuffix("Output:")
-    response = row["response"].removesuffix(END_OF_TEXT)
-    return [row | {"prompt": prompt.strip(), "response": response.strip()}]
 
 
 def seed_task(columns: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each instance of a Self-Instruct seed task; raises DroppedRow if it has none."""
-    instances = _instances(columns["instances"])
+    instances = objects(columns["instances"], "instances")
     if not instances:
         raise DroppedRow("self_instruct: a task without an instance")
     instruction = text_column(columns, "instruction")
@@ -45,21 +44,27 @@ def seed_task(columns: dict[str, Any]) -> list[dict[str, Any]]:
     return [_row({"instruction": instruction} | i, ("instruction", "input"), "output") | rest for i in instances]
 
 
-def _instances(value: Any) -> list[dict[str, Any]]:
-    if isinstance(value, dict) and value and all(isinstance(values, list) for values in value.values()):
-        # `datasets` returns a list of objects as an object of lists of equal length.
-        try:
-            value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
-        except ValueError as error:
-            raise RowError("instances: its lists differ in length") from error
-    if not isinstance(value, list) or not all(isinstance(instance, dict) for instance in value):
-        raise RowError("instances: not a list of objects")
-    return value
-
-
 def _row(columns: dict[str, Any], prompt: Sequence[str], response: str) -> dict[str, Any]:
-    """Return the row whose prompt joins the `prompt` columns; the first of them is required."""
+    """Return the row whose prompt joins the `prompt` columns; the first of them is required.
+
+    The prompt is a text. It becomes messages if the row has `system` or `history`, earlier turns.
+    """
     parts = [text_column(columns, prompt[0]), *(optional_text(columns, name) for name in prompt[1:])]
     answer = text_column(columns, response)
-    rest = further(columns, (*prompt, response), [*parts, answer])
-    return {"prompt": "\n\n".join(filter(None, parts)), "response": answer, **rest}
+    text = "\n\n".join(filter(None, parts))
+    before = with_system(_history(columns), columns)
+    rest = further(columns, (*prompt, response, "system", "history"), [*contents(before), *parts, answer])
+    return {"prompt": [*before, {"role": "user", "content": text}] if before else text, "response": answer, **rest}
+
+
+def _history(columns: dict[str, Any]) -> Messages:
+    """Return earlier turns, a list of `[question, answer]`."""
+    given = parsed(columns.get("history"))
+    if is_blank(given):
+        return []
+    if not isinstance(given, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in given
+    ):
+        raise RowError("history: not a list of [question, answer]")
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text.strip()} for turn in given for role, text in zip(roles, turn, strict=True)]

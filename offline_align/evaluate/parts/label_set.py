@@ -14,7 +14,10 @@ from offline_align.label.statistics import RewardStats
 
 @dataclass(frozen=True, slots=True)
 class LabelSet:
-    """A finished `label` run: its statistics, and the content hash of its reward model."""
+    """A finished run that labelled rows: its statistics, and the content hash of its reward model.
+
+    `prepare` labels rows with scores that are in the data, so there is no reward model.
+    """
 
     run_dir: Path
     stats: RewardStats
@@ -56,9 +59,10 @@ class LabelSet:
 
 
 def find_label_set(generation_files: Iterable[Path]) -> LabelSet | None:
-    """Return the last readable label run in the lineage of these files, or None."""
+    """Return the last readable run in the lineage of these files that labelled rows, or None."""
     runs = find_ancestors(path.parent for path in generation_files)
-    found = [label for run in reversed(runs) if run.stage == "label" and (label := _read(run)) is not None]
+    labels = (run for run in reversed(runs) if run.stage in ("label", "prepare"))
+    found = [label for run in labels if (label := _read(run)) is not None]
     return found[0] if found else None
 
 

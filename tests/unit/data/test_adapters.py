@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from offline_align.config.sections import OnBadRow
+from offline_align.config.sections import OnBadRow, PrepareSection
 from offline_align.data.adapters.columns import TEXTS
 from offline_align.data.adapters.convert import convert
 from offline_align.data.adapters.counts import InputCounts
@@ -42,7 +42,7 @@ def converted(
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     counts = InputCounts("f.jsonl")
     lines = [Line(Path("f.jsonl"), number, b"raw", row) for number, row in enumerate(rows, start=1)]
-    return [c.row for c in convert(lines, form, bad_rows, counts)], counts.dropped
+    return [c.row for c in convert(lines, PrepareSection(format=form), bad_rows, counts)], counts.dropped
 
 
 def test_hh_gives_a_dialogue_and_two_answers() -> None:
@@ -130,7 +130,7 @@ def test_no_text_of_a_prompt_or_an_answer_is_lost(row: dict[str, Any], name: str
         assert converted(row | {name: blank}, form=form)[0] == expected
     bad_rows = BadRows(OnBadRow.skip, None)
     changed, _ = converted(row | {name: "a text of its own"}, form=form, bad_rows=bad_rows)
-    assert bad_rows.counts.total() == 1 or "a text of its own" in changed[0]["prompt"]
+    assert bad_rows.counts.total() == 1 or "a text of its own" in str(changed[0]["prompt"])
 
 
 def test_a_text_that_repeats_the_whole_row_is_left_out() -> None:
@@ -149,9 +149,9 @@ def test_other_columns_are_kept() -> None:
 def test_alpaca_rows_join_the_input() -> None:
     rows, _ = converted(ALPACA, ALPACA | {"input": ""}, {"instruction": "Add.", "output": "3"})
     assert [(row["prompt"], row["response"], row["source"]) for row in rows] == [
-        ("Add.\n\n1 1", "2", "self_instruct"),
-        ("Add.", "2", "self_instruct"),
-        ("Add.", "3", "self_instruct"),
+        ("Add.\n\n1 1", "2", "alpaca"),
+        ("Add.", "2", "alpaca"),
+        ("Add.", "3", "alpaca"),
     ]
 
 
@@ -197,7 +197,7 @@ def test_instances_as_datasets_gives_them() -> None:
 )
 def test_self_instruct_markers_are_taken_off_the_ends(prompt: str, expected: str) -> None:
     [row], _ = converted({"prompt": prompt, "completion": " 2<|endoftext|>"})
-    assert (row["prompt"], row["response"], row["source"]) == (expected, "2", "self_instruct")
+    assert (row["prompt"], row["response"], row["source"]) == (expected, "2", "prompt_completion")
 
 
 def message(id_: str, parent: str | None, role: str, **more: Any) -> dict[str, Any]:
@@ -319,15 +319,16 @@ def test_rows_of_several_forms_in_one_table() -> None:
 def test_the_use_of_columns_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     counts, rows = (
         InputCounts("f"),
-        [DOLLY, ALPACA | {"text": "Add. 1 1 2"}, {"prompt": "a", "response": "b", "system": "c"}],
+        [DOLLY, ALPACA | {"text": "Add. 1 1 2"}, {"prompt": "a", "response": "b", "history": "c"}],
     )
-    list(convert([Line(Path("f"), 1, b"", row) for row in rows], None, STRICT, counts))
+    list(convert([Line(Path("f"), 1, b"", row) for row in rows], PrepareSection(), STRICT, counts))
     with caplog.at_level(logging.INFO):
         counts.say(logging.getLogger("offline_align"))
     assert [record.message for record in caplog.records] == [
-        "f: 1 rows of the form dolly: read instruction, context, response; kept category",
-        "f: 1 rows of the form self_instruct: read instruction, input, output; left out text",
-        "f: kept, but not part of prompt or answer: system",
+        "f: 1 rows of the form dolly: 1 SFT rows; read instruction, context, response; kept category",
+        "f: 1 rows of the form alpaca: 1 SFT rows; read instruction, input, output; left out text",
+        "f: 1 rows of the form sft: 1 SFT rows; read prompt, response; kept history",
+        "f: kept, but not part of prompt or answer: history",
     ]
 
 
@@ -343,8 +344,8 @@ def test_bad_rows_of_ours_are_not_silently_dropped() -> None:
         (DOLLY, "dolly"),
         (FLAN, "flan"),
         (SEED, "self_instruct"),
-        ({"prompt": "a", "completion": "b"}, "self_instruct"),
-        (ALPACA, "self_instruct"),
+        ({"prompt": "a", "completion": "b"}, "prompt_completion"),
+        (ALPACA, "alpaca"),
         (dict.fromkeys((*HH, *FLAN, "prompt", "instances")) | DOLLY, "dolly"),
         (FLAT[0], "oasst1"),
         (TREE, "oasst1"),

@@ -1,4 +1,4 @@
-"""A file that is not JSONL ends a command with one line: the file, its kind, and the fix."""
+"""A file that cannot be read ends a command with one line: the file, its kind, and the fix."""
 
 import bz2
 import gzip
@@ -20,6 +20,7 @@ from offline_align.errors import ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"naïve {i}", "response": "b"} for i in range(3)]
 TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+TABLE = "prompt,response\n" + "".join(f"{row['prompt']},{row['response']}\n" for row in ROWS)
 
 
 def arrow(stream: bool) -> bytes:
@@ -41,10 +42,14 @@ def parquet() -> bytes:
     return bytes(sink.getvalue().to_pybytes())
 
 
-def zstd() -> bytes:
+def packed(content: bytes) -> bytes:
     import pyarrow
 
-    return bytes(pyarrow.compress(TEXT.encode(), codec="zstd", asbytes=True))
+    return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
+
+
+def zstd() -> bytes:
+    return packed(TEXT.encode())
 
 
 def spreadsheet() -> bytes:
@@ -56,14 +61,13 @@ def spreadsheet() -> bytes:
 
 # File name, content, and the start and end of the error message.
 KINDS: dict[str, tuple[str, Callable[[], bytes], str, str]] = {
-    "zstd": ("a.jsonl.zst", zstd, "zstd: ", "zstd -d"),
-    "zstd by another name": ("a.jsonl", zstd, "zstd: ", "zstd -d"),
+    "zstd twice": ("a.jsonl.zst", lambda: packed(zstd()), "zstd: ", "unpack it once"),
+    "zstd by name only": ("a.jsonl.zst", TEXT.encode, "zstd: ", "rename it"),
     "bzip2": ("a.jsonl.bz2", lambda: bz2.compress(TEXT.encode()), "bzip2: ", "bunzip2"),
     "xz": ("a.jsonl.xz", lambda: lzma.compress(TEXT.encode()), "xz: ", "unxz"),
     "gzip twice": ("a.jsonl.gz", lambda: gzip.compress(gzip.compress(TEXT.encode())), "gzip: ", "unpack it once"),
     "gzip by name only": ("a.jsonl.gz", TEXT.encode, "gzip: ", "rename it"),
-    "arrow file": ("a.arrow", lambda: arrow(stream=False), "arrow: ", "to_parquet"),
-    "arrow of datasets": ("data-00000-of-00001.arrow", lambda: arrow(stream=True), "arrow: ", "to_parquet"),
+    "packed arrow": ("a.arrow.gz", lambda: gzip.compress(arrow(stream=False)), "arrow: ", "`prepare` reads"),
     "packed parquet": ("a.parquet.gz", lambda: gzip.compress(parquet()), "parquet: ", "`prepare` reads"),
     "spreadsheet": ("a.xlsx", spreadsheet, "zip: ", "export its rows"),
     "UTF-16": ("a.jsonl", lambda: TEXT.encode("utf-16"), "encoding: not UTF-8 but UTF-16", "iconv -f UTF-16 "),
@@ -72,14 +76,28 @@ KINDS: dict[str, tuple[str, Callable[[], bytes], str, str]] = {
     "UTF-16 array": ("a.json", lambda: json.dumps(ROWS).encode("utf-16"), "encoding: not UTF-8 but UTF-16", "iconv"),
     "UTF-32": ("a.jsonl", lambda: TEXT.encode("utf-32"), "encoding: not UTF-8 but UTF-32", "iconv -f UTF-32 "),
     "pickle": ("a.pkl", lambda: pickle.dumps(ROWS, protocol=4), "binary: ", "as JSONL"),
-    "CSV": ("a.csv", lambda: b"prompt,response\na,b\n", "csv: ", "export the rows"),
-    "packed TSV": ("a.tsv.gz", lambda: gzip.compress(b"prompt\tresponse\na\tb\n"), "tsv: ", "export the rows"),
     "web page": ("a.jsonl", lambda: b"<!DOCTYPE html>\n<html></html>\n", "html: ", "fetch the file itself"),
     "git lfs": ("a.jsonl", lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs: ", "pull"),
-    "an object over lines": ("a.json", lambda: json.dumps(ROWS[0], indent=1).encode(), "json: one value", "jq -c"),
-    "an array over lines": ("a.jsonl", lambda: json.dumps(ROWS, indent=1).encode(), "json: one value", "jq -c"),
-    "an item a line": ("a.jsonl", lambda: b'[\n{"a": 1},\n{"a": 2}\n]\n', "json: one value", "jq -c"),
-    "packed array": ("a.json.gz", lambda: gzip.compress(json.dumps(ROWS, indent=1).encode()), "json: one", "jq -c"),
+}
+# Files that only `prepare` reads: other stages refuse them as above.
+FOR_PREPARE: dict[str, tuple[str, Callable[[], bytes], str]] = {
+    "arrow file": ("a.arrow", lambda: arrow(stream=False), "arrow: "),
+    "arrow of datasets": ("data-00000-of-00001.arrow", lambda: arrow(stream=True), "arrow: "),
+    "parquet by another name": ("rows.pq", lambda: parquet(), "parquet: "),
+    "CSV": ("a.csv", lambda: TABLE.encode(), "csv: "),
+    "CSV of a spreadsheet": ("a.csv", lambda: b"\xef\xbb\xbf" + TABLE.replace("\n", "\r\n").encode(), "csv: "),
+    "CSV with semicolons": ("a.csv", lambda: TABLE.replace(",", ";").encode(), "csv: "),
+    "packed TSV": ("a.tsv.gz", lambda: gzip.compress(TABLE.replace(",", "\t").encode()), "tsv: "),
+    "an object over lines": ("a.json", lambda: "\n".join(json.dumps(r, indent=1) for r in ROWS).encode(), "json: one"),
+    "an array over lines": ("a.jsonl", lambda: json.dumps(ROWS, indent=1).encode(), "json: one value"),
+    "an item a line": (
+        "a.jsonl",
+        lambda: f"[\n{TEXT.strip().replace(chr(10), ',' + chr(10))}\n]\n".encode(),
+        "json: one",
+    ),
+    "packed array": ("a.json.gz", lambda: gzip.compress(json.dumps(ROWS, indent=1).encode()), "json: one"),
+    "zstd array": ("a.json.zst", lambda: packed(json.dumps(ROWS, indent=1).encode()), "json: one"),
+    "an array in an object": ("a.json", lambda: json.dumps({"v": 1, "data": ROWS}, indent=1).encode(), "json: one"),
 }
 
 
@@ -104,19 +122,37 @@ def test_other_kinds_are_refused_as_a_whole(
         assert error.value.exit_code == 65
 
 
-def test_parquet_is_for_prepare_alone_whatever_its_name(tmp_path: Path) -> None:
-    path = tmp_path / "rows.pq"
-    path.write_bytes(parquet())
+@pytest.mark.parametrize(("name", "content", "problem"), FOR_PREPARE.values(), ids=FOR_PREPARE)
+def test_some_kinds_are_for_prepare_alone(
+    tmp_path: Path, name: str, content: Callable[[], bytes], problem: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content())
     [source] = input_sources(str(path), "data.input")
     assert [line.value for line in read_source(source, BadRows(OnBadRow.fail, None), None)] == ROWS
-    with pytest.raises(DataError, match=r"rows\.pq:1: parquet: .*`prepare` reads Parquet"):
+    with pytest.raises(DataError, match=rf"{name}:1: {problem}.*`prepare` reads"):
         list(read_objects([path], BadRows(OnBadRow.fail, None)))
 
 
-def test_gzip_is_read_whatever_its_name(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(gzip.compress(TEXT.encode()))
+@pytest.mark.parametrize("pack", [gzip.compress, packed])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows"])
+def test_gzip_and_zstd_are_read_whatever_their_name(tmp_path: Path, pack: Callable[[bytes], bytes], name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(pack(TEXT.encode()))
     assert [line.value for line in read_objects([path], BadRows(OnBadRow.fail, None))] == ROWS
+    path.write_bytes(pack(TEXT.encode() * 2) + pack(TEXT.encode()))
+    assert [line.value for line in read_objects([path], BadRows(OnBadRow.fail, None))] == ROWS * 3
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, packed])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_truncated_file_is_bad_data(tmp_path: Path, pack: Callable[[bytes], bytes], name: str) -> None:
+    text = {"a.jsonl": TEXT, "a.json": json.dumps(ROWS, indent=1), "a.csv": TABLE}[name]
+    path = tmp_path / name
+    path.write_bytes(pack(text.encode())[:-3])
+    [source] = input_sources(str(path), "data.input")
+    with pytest.raises(DataError, match=r":\d+: (gzip|zstd): damaged or truncated.*fetch the file again"):
+        list(read_source(source, BadRows(OnBadRow.fail, None), None))
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.txt", "a", "a.csv.jsonl"])
@@ -153,7 +189,8 @@ def test_folders_and_pipes_are_configuration_errors(tmp_path: Path) -> None:
 
     os.mkfifo(tmp_path / "pipe")
     for name, problem in ((".", "is a folder; name the files in it"), ("pipe", "is not a regular file")):
-        for read in (input_paths, input_sources):
-            with pytest.raises(ConfigError, match=problem) as error:
-                read(str(tmp_path / name), "data.input")
-            assert error.value.exit_code == 78
+        with pytest.raises(ConfigError, match=problem) as error:
+            input_paths(str(tmp_path / name), "data.input")
+        assert error.value.exit_code == 78
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        input_sources(str(tmp_path / "pipe"), "data.input")

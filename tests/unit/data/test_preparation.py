@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from offline_align.config.sections import OnBadRow, PrepareSection
+from offline_align.config.sections import OnBadRow, PrepareSection, Rated
 from offline_align.data.adapters.columns import TEXTS
 from offline_align.data.adapters.counts import InputCounts
 from offline_align.data.jsonl import BadRows
@@ -38,6 +38,9 @@ def rows_of_every_form(chance: random.Random) -> list[dict[str, Any]]:
         replies = [tree(depth - 1) for _ in range(chance.randrange(3))] if depth else []
         return message([""]) | {"role": ["assistant", "prompter"][depth % 2], "replies": replies}
 
+    def dialogue(turns: int) -> list[dict[str, str]]:
+        return [{"role": ("user", "assistant")[n % 2], "content": chance.choice([text(), ""])} for n in range(turns)]
+
     instances = [{"input": text(), "output": text()} for _ in range(chance.randrange(3))]
     return [
         {side: f"\n\nHuman: {text()}\n\nAssistant: {text()}" for side in SIDES},
@@ -48,6 +51,15 @@ def rows_of_every_form(chance: random.Random) -> list[dict[str, Any]]:
         {"instruction": text(), "instances": {"input": [text()], "output": [text()]}},
         {"instruction": text(), "input": text(), "output": text()},
         {"prompt": text(), "completion": text()},
+        {"prompt": text(), "completion": text(), "label": chance.random() < 0.5},
+        {"messages": dialogue(chance.randrange(6)), "score": chance.randrange(3)},
+        {"conversations": dialogue(chance.randrange(6)), "kto_tag": chance.choice([True, False, None])},
+        {"chosen": dialogue(2), "rejected": dialogue(2), "score_chosen": 2, "score_rejected": chance.randrange(4)},
+        {"question": text(), "chosen": text(), "rejected": chance.choice([text(), None])},
+        {"prompt": text(), "answers": [{"answer": text(), "rank": chance.randrange(3)} for _ in range(3)]},
+        {"instruction": text(), "completions": [{"response": text(), "score": chance.randrange(3)} for _ in range(3)]},
+        *({"prompt": "words 1", "response": text(), "rating": chance.randrange(3), "id": text()} for _ in range(3)),
+        {"text": f"Human: {text()}\n\nAssistant: {text()}"},
         {"prompt": text(), "response": text(), "id": text()},
         {"prompt": text(), "chosen": text(), "rejected": text(), "id": text()},
         {"prompt": tree(3), "tree_state": chance.choice(STATES)},
@@ -55,19 +67,20 @@ def rows_of_every_form(chance: random.Random) -> list[dict[str, Any]]:
     ]
 
 
-def prepared(tmp_path: Path, lines: list[str]) -> tuple[InputCounts, dict[str, Any]]:
+def prepared(tmp_path: Path, lines: list[str], rated: Rated | None = None) -> tuple[InputCounts, dict[str, Any]]:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines) + "\n")
     bad_rows = BadRows(OnBadRow.skip, tmp_path / "quarantine.jsonl")
-    result = prepare_rows(input_sources(str(path), "data.input"), PrepareSection(), 0, bad_rows)
+    result = prepare_rows(input_sources(str(path), "data.input"), PrepareSection(rated=rated), 0, bad_rows)
     [counts] = result.inputs
     assert counts.rows_kept == sum(len(rows) for rows in result.files.values())
     assert counts.bad_rows == bad_rows.counts.total()
     return counts, report(result, bad_rows)["inputs"][0]
 
 
-@pytest.mark.parametrize("seed", range(25))
-def test_the_counts_of_any_rows_add_up(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("rated", [None, *Rated])
+@pytest.mark.parametrize("seed", range(10))
+def test_the_counts_of_any_rows_add_up(tmp_path: Path, seed: int, rated: Rated | None) -> None:
     chance = random.Random(seed)
     rows = [row for _ in range(12) for row in rows_of_every_form(chance)]
     for row in rows:
@@ -77,7 +90,7 @@ def test_the_counts_of_any_rows_add_up(tmp_path: Path, seed: int) -> None:
     lines = [json.dumps(row) for row in rows]
     for line in GARBAGE:
         lines.insert(chance.randrange(len(lines)), line)
-    counts, found = prepared(tmp_path, [*lines, "x"])
+    counts, found = prepared(tmp_path, [*lines, "x"], rated)
     assert counts.dropped.total() and counts.bad_rows >= 5 and counts.rows_kept
     assert counts.rows_read - counts.rows_used + counts.rows_made == (
         counts.rows_kept + counts.dropped.total() + counts.bad_rows

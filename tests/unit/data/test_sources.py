@@ -10,7 +10,7 @@ import pytest
 
 from offline_align.config.sections import OnBadRow
 from offline_align.data.jsonl import BadRows
-from offline_align.data.sources import Source, input_sources, read_source
+from offline_align.data.sources import Source, held_out_files, input_sources, read_source
 from offline_align.errors import AlignError, ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"naïve {i}", "response": "b", "n": i} for i in range(5)]
@@ -89,6 +89,12 @@ def test_a_data_set_that_cannot_be_loaded_is_a_configuration_error(tmp_path: Pat
         ("a.json", b'[{"a": 1e999}]'),
         ("a.json", b"[1]"),
         ("a.parquet", b"PAR1 no"),
+        ("a.arrow", b"ARROW1 no"),
+        ("a.csv", b"prompt,response\na,b,c\n"),
+        ("a.csv", b"prompt,response\na\n"),
+        ("a.csv", b"prompt,prompt\na,b\n"),
+        ("a.csv", b'prompt,response\na,"b\n'),
+        ("a.csv", b"prompt,response\na,\xff\n"),
     ],
 )
 def test_damaged_files_are_bad_data(tmp_path: Path, name: str, content: bytes) -> None:
@@ -96,6 +102,50 @@ def test_damaged_files_are_bad_data(tmp_path: Path, name: str, content: bytes) -
     [source] = input_sources(str(tmp_path / name), "data.input")
     with pytest.raises(DataError, match=rf"{name}:\d+: "):
         values(source)
+
+
+def test_cells_of_a_table_are_text_and_rows_are_named_by_their_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    long = "x" * 200_000
+    path.write_text(f',prompt,response\n0,"two\nlines, a comma and a ""quote""",42\n\n1,{long},\n')
+    [source] = input_sources(str(path), "data.input")
+    found = [(line.number, line.value) for line in read_source(source, STRICT, None)]
+    assert found == [
+        (2, {"prompt": 'two\nlines, a comma and a "quote"', "response": "42"}),
+        (5, {"prompt": long, "response": None}),
+    ]
+
+
+def test_a_float_that_is_not_a_number_is_a_missing_value(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"score": [1.5, float("nan")]}), tmp_path / "a.parquet")
+    [source] = input_sources(str(tmp_path / "a.parquet"), "data.input")
+    assert values(source) == [{"score": 1.5}, {"score": None}]
+
+
+def test_a_folder_or_a_pattern_stands_for_its_files(tmp_path: Path) -> None:
+    for folder in (".cache", "run"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    (tmp_path / "set" / "run" / "config.yaml").touch()
+    for name in ("b.jsonl", "a.parquet", "test.jsonl.gz", ".cache/c.jsonl", "run/sft_train.jsonl"):
+        write(tmp_path / "set" / name)
+    for name in ("dataset_info.json", "state.json", "README.md"):
+        (tmp_path / "set" / name).write_text("{}")
+    sources = input_sources([str(tmp_path / "set")], "data.input")
+    assert [source.name for source in sources] == ["a.parquet", "b.jsonl", "test.jsonl.gz"]
+    held_out = [str(tmp_path / "set" / "test.jsonl.gz")]
+    assert held_out_files([str(tmp_path / "set")], sources) == held_out
+    assert held_out_files(held_out, input_sources(held_out, "data.input")) == []
+    sources = input_sources(str(tmp_path / "set" / "*.jsonl*"), "data.input")
+    assert [source.name for source in sources] == ["b.jsonl", "test.jsonl.gz"]
+    for pattern in ("*.csv", "none"):
+        with pytest.raises(ConfigError, match=r"data\.input=.*: (no file matches|no such file)"):
+            input_sources(str(tmp_path / "set" / pattern), "data.input")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"empty: the folder has no data file"):
+        input_sources(str(tmp_path / "empty"), "data.input")
 
 
 def test_names_stay_unique(tmp_path: Path) -> None:
