@@ -1,5 +1,6 @@
 """Triton kernels against torch's operations, in Triton's interpreter; `tests/gpu` runs them on a GPU."""
 
+from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness import apart
+from tests.preloaded import python
 
 DTYPES = {"fp32": (torch.float32, 1e-6), "bf16": (torch.bfloat16, 1e-2)}
 
@@ -17,6 +19,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the interpreter for child processes; Triton reads the variable when a kernel is defined."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(spawn, "_python_exe", python(TRITON_INTERPRET="1").encode())
 
 
 def heads(device: str, precision: str, groups: int, each: int, width: int) -> list[float]:
