@@ -56,7 +56,8 @@ def _start(environment: dict[str, str]) -> str:
     program.chmod(0o755)
     started = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "tests.preloaded", str(folder)],
-        stdin=subprocess.DEVNULL,
+        # It ends when this pipe is closed, so also if this process is killed.
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         # One thread a process at start, as many ranks share few cores.
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
@@ -95,7 +96,8 @@ class Start:
 def _serve(listening: socket.socket) -> Start:
     """Fork for each request. Returns only in the forks."""
     ready = selectors.DefaultSelector()
-    ready.register(listening, selectors.EVENT_READ)
+    for file in (listening, sys.stdin):
+        ready.register(file, selectors.EVENT_READ)
     forks: dict[int, tuple[int, socket.socket]] = {}
     by_caller: dict[int, int] = {}
     while True:
@@ -129,6 +131,10 @@ def _serve(listening: socket.socket) -> Start:
                 with contextlib.suppress(OSError):
                     caller.sendall(marshal.dumps(os.waitstatus_to_exitcode(status)))
                 caller.close()
+            elif number == sys.stdin.fileno():
+                for child in by_caller.values():
+                    _kill(child)
+                os._exit(0)
             elif number in by_caller:
                 _pass_on(found.fileobj, by_caller, ready)
 
@@ -145,9 +151,15 @@ def _pass_on(caller: Any, by_caller: dict[int, int], ready: selectors.BaseSelect
     if not numbers:
         del by_caller[caller.fileno()]
         ready.unregister(caller)
-        for kill in (os.kill, os.killpg):
-            with contextlib.suppress(ProcessLookupError):
-                kill(child, signal.SIGKILL)
+        _kill(child)
+
+
+def _kill(fork: int) -> None:
+    """Kill a fork and its children."""
+    # It may not have its process group yet.
+    for kill in (os.kill, os.killpg):
+        with contextlib.suppress(ProcessLookupError):
+            kill(fork, signal.SIGKILL)
 
 
 def _receive(caller: socket.socket) -> Start | None:

@@ -21,12 +21,14 @@ PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signa
 
 def request(words: list[str]) -> dict[str, object] | None:
     """Return the request for a command line of Python, or None if the server cannot answer it."""
-    ignored, unbuffered = [], False
-    while words[:1] in (["-W"], ["-u"]):
-        if words[0] == "-W":
-            ignored.append(words[1])
-        unbuffered |= words[0] == "-u"
-        words = words[2 if words[0] == "-W" else 1 :]
+    actions, unbuffered = [], False
+    # -B, which multiprocessing passes on, says that no bytecode is written.
+    while words and words[0][:2] in ("-W", "-u", "-B"):
+        option, *words = words
+        if option == "-W":
+            option, *words = option + words[0], *words[1:]
+        actions += [option[2:]] * option.startswith("-W")
+        unbuffered |= option == "-u"
     if any(os.environ.get(name) != SERVED.get(name) for name in READ_AT_IMPORT) or not words:
         return None
     if words[0] in ("-m", "-c"):
@@ -42,7 +44,7 @@ def request(words: list[str]) -> dict[str, object] | None:
         "environment": dict(os.environb),
         "folder": os.getcwd(),
         "parent": os.getppid(),
-        "warnings": ignored,
+        "warnings": actions,
         "unbuffered": unbuffered,
     }
 
@@ -69,8 +71,8 @@ def main() -> None:
     server.connect(os.path.join(os.path.dirname(os.path.abspath(sys.argv[0])), "socket"))
     socket.send_fds(server, [len(text).to_bytes(8, "big")], files)
     server.sendall(text)
-    for number in PASSED_ON:
-        signal.signal(number, lambda number, _: server.sendall(bytes([number])))
+    for passed in PASSED_ON:
+        signal.signal(passed, lambda number, _: server.sendall(bytes([number])))
     # The files are now those of the fork. A reader of its output must see the end when the fork ends.
     for number in files:
         os.close(number)
@@ -85,4 +87,5 @@ def main() -> None:
     os._exit(code)
 
 
-main()
+if __name__ == "__main__":
+    main()
