@@ -1,5 +1,6 @@
 """Triton kernels against torch's operations, in Triton's interpreter; `tests/gpu` runs them on a GPU."""
 
+import os
 from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the interpreter for child processes; Triton reads the variable when a kernel is defined."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(spawn, "_python_exe", python(TRITON_INTERPRET="1").encode())
+    # The tolerances are for as many threads as a new interpreter has.
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    monkeypatch.setattr(spawn, "_python_exe", python(TRITON_INTERPRET="1", OMP_NUM_THREADS=threads).encode())
 
 
 def heads(device: str, precision: str, groups: int, each: int, width: int) -> list[float]:
