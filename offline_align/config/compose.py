@@ -159,22 +159,14 @@ def _group_choice(override: Override, searched: list[Path], problems: list[str])
 def _compose_groups(stage: str, chosen: list[str], folder: Path | None, problems: list[str]) -> dict[str, Any]:
     search = [f"hydra.searchpath=[file://{folder}]"] if folder else []
     with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        # Try the groups one by one, to report each group that this stage does not have.
-        usable = []
-        for word in chosen:
-            try:
-                hydra_compose(f"stage/{stage}", [*search, word])
-                usable.append(word)
-            except yaml.YAMLError as error:
-                problems.append(f"{word}: not readable as YAML: {str(error).partition(chr(10))[0]}")
-            except HydraException:
-                problems.append(
-                    f"{word}: `{stage}` has no group {word.partition('=')[0]}; see offline-align {stage} --help"
-                )
         try:
-            composed = hydra_compose(f"stage/{stage}", [*search, *usable])
-        except (HydraException, yaml.YAMLError) as error:
-            raise ConfigError([*problems, f"--config-dir={folder}: {str(error).partition(chr(10))[0]}"]) from error
+            composed = hydra_compose(f"stage/{stage}", [*search, *chosen])
+        except (HydraException, yaml.YAMLError):
+            usable = _usable_groups(stage, chosen, search, problems)
+            try:
+                composed = hydra_compose(f"stage/{stage}", [*search, *usable])
+            except (HydraException, yaml.YAMLError) as error:
+                raise ConfigError([*problems, f"--config-dir={folder}: {str(error).partition(chr(10))[0]}"]) from error
     tree = OmegaConf.to_container(composed)
     assert isinstance(tree, dict)
     return {str(k): v for k, v in tree.items()}
@@ -193,6 +185,22 @@ def _keys_of_choices(chosen: list[str]) -> set[str]:
             prefix = "" if text.startswith("# @package _global_") else f"{group}."
             found |= {key for key, _ in _leaves(yaml.safe_load(text), prefix)}
     return found
+
+
+def _usable_groups(stage: str, chosen: list[str], search: list[str], problems: list[str]) -> list[str]:
+    """Try the groups one by one, and report each that this stage does not have; return the others."""
+    usable = []
+    for word in chosen:
+        try:
+            hydra_compose(f"stage/{stage}", [*search, word])
+            usable.append(word)
+        except yaml.YAMLError as error:
+            problems.append(f"{word}: not readable as YAML: {str(error).partition(chr(10))[0]}")
+        except HydraException:
+            problems.append(
+                f"{word}: `{stage}` has no group {word.partition('=')[0]}; see offline-align {stage} --help"
+            )
+    return usable
 
 
 def _file_values(file: Path, problems: list[str]) -> list[_Value]:

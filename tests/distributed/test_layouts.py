@@ -14,6 +14,7 @@ import pytest
 from offline_align.__main__ import run
 from offline_align.train.checkpoint import newest
 from tests.faults.forks import Forks
+from tests.preloaded import python
 from tests.training import STEPS, TINY, WORDS, continued, labelled, metrics, pairs, samples, train, write_jsonl
 from tests.updates import DECAY_ALONE, decayed_weights, largest_error, read
 
@@ -30,15 +31,18 @@ LAYOUTS = {
 }
 
 
-def command(*words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run the command line in its own process, with the rank variables that some containers set."""
+def command(*words: str, really: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run the command line in its own process, with the rank variables that some containers set.
+
+    With `really`, the command and its ranks are new interpreters.
+    """
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "61007"}
     environment = os.environ | place
     return subprocess.run(
-        [sys.executable, "-m", "offline_align", *words],
+        [sys.executable if really else python(), "-m", "offline_align", *words],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=300,
         env=environment,
         check=False,
     )
@@ -243,6 +247,7 @@ def test_an_error_of_rank_0_ends_all_ranks_with_its_code_and_one_line(folder: Pa
         *TINY[:-1],
         *STEPS,
         "launcher.nproc_per_node=2",
+        really=True,
     )
     assert done.returncode == 65
     lines = [line for line in done.stderr.splitlines() if "error:" in line and "offline-align" in line]
@@ -299,7 +304,7 @@ def test_a_signal_to_the_launcher_saves_and_exits_75(folder: Path, alone: Path, 
     run = folder / f"stopped_{name}"
     words = ["sft", f"run.dir={run}", f"data.train={folder / 'rows.jsonl'}", *TINY[:-1], *STEPS, *LAYOUTS["dp2"]]
     words += ["trainer.max_steps=4000", "optim.lr_decay_steps=4000"]
-    started = subprocess.Popen([sys.executable, "-m", "offline_align", *words], stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen([python(), "-m", "offline_align", *words], stderr=subprocess.PIPE, text=True)
     while not (run / "metrics.jsonl").exists() and started.poll() is None:
         time.sleep(0.2)
     time.sleep(1.0)

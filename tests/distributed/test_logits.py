@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from tests.preloaded import python
 from tests.unit.convert.conftest import FAMILIES, SIZES
 
 pytestmark = pytest.mark.distributed
@@ -33,7 +33,7 @@ def save(folder: Path, prefix: str, special: dict[str, Any]) -> Path:
 def ours(folders: Sequence[Path], rows: list[list[int]], tp_size: int, scratch: Path) -> list[torch.Tensor]:
     """Return the logits of every folder, computed on `tp_size` tensor parallel ranks."""
     (scratch / "rows.json").write_text(json.dumps(rows))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp_size}"]
+    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp_size}"]
     words = ["-m", "tests.distributed.logits", str(scratch / "rows.json"), str(scratch / "out.safetensors")]
     done = subprocess.run(
         [*torchrun, *words, *map(str, folders)], capture_output=True, text=True, timeout=600, check=False

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.preloaded import python
 from tests.support import free_ports
 
 pytestmark = pytest.mark.distributed
@@ -44,7 +45,7 @@ def ranks(folder: Path, damage: list[str | None], *options: str) -> list[tuple[i
             "MASTER_PORT": port,
             "OFFLINE_ALIGN_NODES": " ".join(f"dgx{n}" for n in range(len(damage))),
         }
-        words = [sys.executable, "-c", CHECK.format(damage=what), str(folder), *options]
+        words = [python(), "-c", CHECK.format(damage=what), str(folder), *options]
         processes.append(subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True))
     return [(process.wait(120), process.communicate()[1]) for process in processes]
 

@@ -3,11 +3,11 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.preloaded import python
 from tests.support import free_ports
 from tests.training import STEPS, TINY, samples, write_jsonl
 
@@ -32,7 +32,7 @@ def ranks(folder: Path, counts: list[int], *words: str) -> list[subprocess.Compl
         }
         arguments = ["sft", f"run.dir={folder / 'run'}", "data.train=rows.jsonl", *TINY, *STEPS, *words]
         process = subprocess.Popen(
-            [sys.executable, "-m", "offline_align", *arguments],
+            [python(), "-m", "offline_align", *arguments],
             cwd=node,
             env=environment,
             stdout=subprocess.DEVNULL,

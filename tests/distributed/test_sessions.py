@@ -2,9 +2,10 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
+
+from tests.preloaded import python
 
 pytestmark = pytest.mark.distributed
 PROGRAM = """
@@ -40,8 +41,8 @@ with session(ParallelSection(), RunSection(dir="unused", device=Device.cpu)) as 
 
 
 def start(program: str, *options: str) -> "subprocess.CompletedProcess[str]":
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", *options]
-    command = [*launcher, sys.executable, "-c", program]
+    launcher = [python(), "-m", "torch.distributed.run", "--standalone", "--no-python", *options]
+    command = [*launcher, python(), "-c", program]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
 

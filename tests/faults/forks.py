@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from tests.preloaded import import_everything, python
 from tests.support import free_ports
 
 NEVER = 1 << 40
@@ -67,8 +68,10 @@ class Forks:
         self._said = folder / "said"
         # One thread a rank: many ranks share few cores, and results do not depend on the number of cores.
         more = {"OMP_NUM_THREADS": "1", **(environment or {})}
+        # Transformer Engine, and libraries to preload, must be there before the first import.
+        interpreter = sys.executable if engine or environment else python()
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.forks", *(["engine"] if engine else [])],
+            [interpreter, "-m", "tests.faults.forks", *(["engine"] if engine else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -98,7 +101,11 @@ def _serve(requests: IO[str], replies: IO[str], engine: bool) -> None:
 
         # Before megatron is imported, because it looks for Transformer Engine at import.
         engine_on_cpu.install()
-    _import_everything()
+    import_everything()
+    from offline_align.distributed import setup
+
+    # One thread a rank, however many cores there are: the number of threads may change the last bit of a sum.
+    setup._cores = lambda: 1
     for line in requests:
         request = Request(**json.loads(line))
         Path(request.said).write_bytes(b"")
@@ -182,35 +189,6 @@ def _command(request: Request, rank: int, writing: int) -> int:
         os.write(writing, str(library.changes()).encode())
     sys.stdout.flush()
     return code
-
-
-def _import_everything() -> None:
-    """Import everything that commands import, so that a fork starts at once; no import may start a thread."""
-    import datasets
-    import matplotlib.figure
-    import pyarrow.parquet
-    import sentencepiece
-    import transformers
-
-    from offline_align.distributed import cpu
-
-    cpu.enable()
-    import offline_align.generate.transformers_engine
-    import offline_align.model.build
-    import offline_align.stages.convert
-    import offline_align.stages.evaluate
-    import offline_align.stages.generate
-    import offline_align.stages.label
-    import offline_align.stages.prepare
-    import offline_align.train.saving
-    import offline_align.train.trainer  # noqa: F401
-    from offline_align.distributed import setup
-
-    # One thread a rank, however many cores there are: the number of threads may change the last bit of a sum.
-    setup._cores = lambda: 1
-
-    del datasets, matplotlib, pyarrow, sentencepiece
-    transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM  # noqa: B018
 
 
 if __name__ == "__main__":

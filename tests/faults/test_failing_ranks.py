@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.preloaded import python
 from tests.support import free_ports
 
 ALL = os.environ.get("FAULTS") == "all"
@@ -26,7 +26,7 @@ def start(case: str, folder: Path) -> list["subprocess.CompletedProcess[str]"]:
     for rank in range(2):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(folder / str(rank))}
         keep = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
-        command = [sys.executable, "-m", "tests.faults.failing_ranks", case]
+        command = [python(), "-m", "tests.faults.failing_ranks", case]
         environment = keep | shared | own | {"OMP_NUM_THREADS": "1"}
         ranks.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 import uuid
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from offline_align.__main__ import run
+from tests.preloaded import python
 from tests.training import TINY, continued, metrics, pairs, samples, train, write_jsonl
 
 ALL = os.environ.get("FAULTS") == "all"
@@ -44,11 +44,8 @@ if "RANK" in os.environ and "FAULT" in os.environ:
     Meter.advance = faulty
 """
 LAUNCHERS = {
-    "own": [sys.executable, "-m", "offline_align"],
-    "torchrun": [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        *("-m", "offline_align"),
-    ],
+    "own": ["-m", "offline_align"],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "offline_align"],
 }
 
 
@@ -84,7 +81,7 @@ def start(given: Path, launcher: str, arguments: list[str], fault: str) -> "subp
     ranks = ["launcher.nproc_per_node=2", "parallel.silent_rank_seconds=5"]
     keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     own = {"FAULT": fault, "PYTHONPATH": str(given / "site"), "OMP_NUM_THREADS": "1", "TEST": uuid.uuid4().hex}
-    command = [*LAUNCHERS[launcher], *arguments, *ranks]
+    command = [python(), *LAUNCHERS[launcher], *arguments, *ranks]
     done = subprocess.run(command, capture_output=True, text=True, env=keep | own, timeout=300, check=False)
     assert left_over(own["TEST"]) == []
     return done
@@ -164,7 +161,7 @@ def test_a_repeated_crash_ends_after_the_allowed_restarts(given: Path, tmp_path:
     # Every attempt saves two more steps, so there must be enough steps for all attempts.
     arguments = [*words("sft", given), f"run.dir={tmp_path / 'run'}", "trainer.max_steps=12"]
     command = LAUNCHERS["torchrun"]
-    LAUNCHERS["restarting"] = [*command[:5], "--max-restarts=2", *command[5:]]
+    LAUNCHERS["restarting"] = [*command[:4], "--max-restarts=2", *command[4:]]
     done = start(given, "restarting", arguments, f"raise:1:{marker}:always")
     assert done.returncode == 1
     assert len(marker.read_text().splitlines()) == 3

@@ -15,6 +15,7 @@ from benchmarks.projection import PUBLISHED_A100_HOURS, hours, table_3_lines
 from benchmarks.tokenisation import CONTENDERS
 from offline_align.config.sections import OnBadRow
 from offline_align.data.records import BadRows, LabelledSample, read_rows
+from tests.preloaded import python
 from tests.small_tokenizers import write_hugging_face
 from tests.training import samples, write_jsonl
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_the_script_for_one_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
-    environment = os.environ | {"SMOKE": "1", "PYTHON": sys.executable}
+    environment = os.environ | {"SMOKE": "1", "PYTHON": python()}
     script = [str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path)]
 
     def measure(*options: str) -> str:
@@ -123,6 +124,7 @@ def test_contenders_score_the_same_rows_alike(
     monkeypatch.setattr(workload, "VOCABULARY", 512)
     results = tmp_path / "results"
     options = ["--data", str(tmp_path / "demo"), "--rows", "12", "--rounds", "1", "--results", str(results)]
+    monkeypatch.setattr(sys, "executable", python())
     monkeypatch.setattr(sys, "argv", ["cpu", *options, "--task", "answers", "--precision", "fp32", "bf16"])
     cpu.main()
     for precision, allowed in (("fp32", 1e-4), ("bf16", 0.1)):
@@ -142,7 +144,7 @@ def test_tokenisation_contenders_make_the_same_number_of_tokens(tmp_path: Path) 
     rows = [{"id": str(i), "prompt": f"Hello {i}", "response": "Fine, thank you!"} for i in range(40)]
     write_jsonl(tmp_path / "sft_train.jsonl", rows)
     options = ["--data", str(tmp_path), "--tokenizer", str(tmp_path / "tokenizer"), "--rounds", "1"]
-    command = [sys.executable, "-m", "benchmarks.tokenisation", *options]
+    command = [python(), "-m", "benchmarks.tokenisation", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = [int(float(n)) for n in re.findall(r", tokens ([\d.e+]+)", done.stdout)]

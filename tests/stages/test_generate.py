@@ -20,6 +20,7 @@ from offline_align.data.prefix import After
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import load_tokenizer
+from tests.preloaded import python
 from tests.random_llama import save_random_llama
 from tests.small_tokenizers import write_sentencepiece
 
@@ -64,7 +65,7 @@ def words(policy: Path, prompts: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def start(arguments: list[str]) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "offline_align", *arguments]
+    command = [python(), "-m", "offline_align", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -98,7 +99,7 @@ def greedy_by_hand(policy: Path, prompt: str, condition: str = "") -> str:
 
 @pytest.mark.distributed
 def test_answers_are_greedy_and_the_same_on_any_number_of_ranks(
-    policy: Path, prompts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    policy: Path, prompts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO", "offline_align")
     generate(policy, prompts, tmp_path / "one", "generate.batch_size=3")
@@ -116,6 +117,7 @@ def test_answers_are_greedy_and_the_same_on_any_number_of_ranks(
     assert manifest.extra["target_reward"] is None
     assert lineage.verify(tmp_path / "one").problems() == []
     # The launcher starts new processes.
+    monkeypatch.setattr(sys, "executable", python())
     generate(policy, prompts, tmp_path / "two", "launcher.nproc_per_node=2")
     assert read(tmp_path / "two") == rows
 

@@ -1,5 +1,7 @@
 """Triton kernels against torch's operations, in Triton's interpreter; `tests/gpu` runs them on a GPU."""
 
+import os
+from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.harness import apart
+from tests.preloaded import python
 
 DTYPES = {"fp32": (torch.float32, 1e-6), "bf16": (torch.bfloat16, 1e-2)}
 
@@ -17,6 +20,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the interpreter for child processes; Triton reads the variable when a kernel is defined."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # The tolerances are for as many threads as a new interpreter has.
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    monkeypatch.setattr(spawn, "_python_exe", python(TRITON_INTERPRET="1", OMP_NUM_THREADS=threads).encode())
 
 
 def heads(device: str, precision: str, groups: int, each: int, width: int) -> list[float]:
