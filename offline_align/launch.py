@@ -12,6 +12,7 @@ from offline_align.errors import AlignError, StoppedEarly
 from offline_align.lineage import effort
 
 logger = logging.getLogger(__name__)
+_LONGEST_SAVE_SECONDS = 3600
 
 
 def needs_launch(launcher: LauncherSection) -> bool:
@@ -97,6 +98,9 @@ def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        # By default the launcher kills ranks that are still saving after 30 s. A second signal ends
+        # them at once.
+        shutdown_timeout=_LONGEST_SAVE_SECONDS,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "offline_align", stage, *words)

@@ -29,6 +29,7 @@ from offline_align.distributed.run_lock import run_lock
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage import effort
 from offline_align.model.description import find_model
+from offline_align.progress import announced
 from offline_align.stages.continuation import RunKey, begin_or_continue
 from offline_align.stages.origin import resolve
 from offline_align.stages.registry import Reads, Stage
@@ -181,11 +182,13 @@ class Job[R: Run]:
         """
         if launched() is None and self.is_finished():
             return 0
-        from offline_align.distributed.setup import session
-
         config: Run = self.config
         assert isinstance(config, ModelRun)
-        with contextlib.ExitStack() as stack, session(config.parallel, config.run) as ranks:
+        with contextlib.ExitStack() as stack:
+            with announced("starting torch and megatron-core"):
+                from offline_align.distributed.setup import session
+
+                ranks = stack.enter_context(session(config.parallel, config.run))
 
             def begin() -> RunKey | None:
                 if self.is_finished() or not stack.enter_context(self.held(continued=True)):

@@ -5,7 +5,7 @@ Only this module calls megatron's schedule, and only this module divides a loss.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +95,8 @@ class TrainStep:
         self.optimizer = optimizer
         self.objective = objective
         self.clip_grad = clip_grad
+        self.before_micro_batch: Callable[[int], None] | None = None
+        """Called with the number of each micro-batch (from 0) before it is computed."""
         self._own_time = OwnTime(self.device)
         self._schedule = get_forward_backward_func()
         self._connect_schedule()
@@ -124,7 +126,7 @@ class TrainStep:
         self.optimizer.zero_grad()
         stored = self._schedule(
             forward_step_func=self._forward_step,
-            data_iterator=iter(micro_batches),
+            data_iterator=self._announced(micro_batches),
             model=self.model,
             num_microbatches=len(micro_batches),
             seq_length=1,
@@ -134,6 +136,12 @@ class TrainStep:
         sums = reduce_sums(*_add_up(stored), self.device, stop, own_seconds)
         grad_norm, applied = self._update(sums.count, math.isfinite(sums.means["loss"]))
         return StepResult(sums.means, sums.count, grad_norm, applied, sums.stop, sums.rank_seconds)
+
+    def _announced(self, micro_batches: list[PackedBatch]) -> Iterator[PackedBatch]:
+        for number, batch in enumerate(micro_batches):
+            if self.before_micro_batch is not None:
+                self.before_micro_batch(number)
+            yield batch
 
     @property
     def device(self) -> torch.device:
