@@ -78,14 +78,20 @@ class Meter:
             self._line(note)
 
     def _is_due(self) -> bool:
+        if self.done >= self.total:
+            return False  # the end has a line of its own
         silent = time.monotonic() - self._last_line
         return silent >= _LINE_SECONDS or (not self._said and silent + self.seconds_left >= _LINE_SECONDS)
 
     def _line(self, note: str) -> None:
         self._last_line, self._said = time.monotonic(), True
-        left = f", about {duration(self.seconds_left)} left" if self.done < self.total and self.rate > 0 else ""
-        done = f"{self.done:,} of {counted(self.total, self.unit.removesuffix('s'), self.unit)}"
-        logger.info("%s: %s, %s%s", self.title, done, self._tail(note), left)
+        total = counted(self.total, self.unit.removesuffix("s"), self.unit)
+        if self.done < self.total:
+            left = f", about {duration(self.seconds_left)} left" if self.has_begun else ""
+            logger.info("%s: %s of %s, %s%s", self.title, f"{self.done:,}", total, self._tail(note), left)
+        else:
+            took = duration(time.monotonic() - self._start)
+            logger.info("%s: all %s, in %s, %s", self.title, total, took, self._tail(note))
 
     def _tail(self, note: str) -> str:
         return ", ".join(part for part in (pace(self.rate, self.unit), note) if part)

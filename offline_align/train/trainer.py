@@ -227,9 +227,9 @@ class Trainer:
         interrupted once must complete in the next attempt, or short attempts would never get past it.
         """
         try:
-            with closing(self._validation_batches(stop)) as batches:
-                with announced(f"validation after step {self.state.step}", enabled=self.ranks.is_main):
-                    metrics, count = evaluate(self.model, self.objective, batches, self.ranks.device)
+            said = announced(f"validation after step {self.state.step}", enabled=self.ranks.is_main)
+            with closing(self._validation_batches(stop)) as batches, said:
+                metrics, count = evaluate(self.model, self.objective, batches, self.ranks.device)
         except StoppedEarly:
             self._save(writer)
             self.saver.finish()
