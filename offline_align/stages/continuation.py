@@ -14,6 +14,7 @@ from typing import Any
 from offline_align.config.resume import is_of_weights, refused
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage import CHANGES, RunSettings, finished_key, write_atomically
+from offline_align.wording import counted
 
 FILE_NAME = "settings.jsonl"
 logger = logging.getLogger(__name__)
@@ -85,7 +86,9 @@ def _changes(last: dict[str, Any], now: dict[str, Any], run_dir: Path, step: int
     named = [line for key, line in zip(sorted(wrong), problems, strict=True) if key not in ("inputs", "parents")]
     length = after.get("trainer.max_steps")
     if step is not None and isinstance(length, int) and length < step:
-        named.append(f"trainer.max_steps={length}: this run has done {step} steps already; give {step} or more")
+        named.append(
+            f"trainer.max_steps={length}: this run has done {counted(step, 'step')} already; give {step} or more"
+        )
     if problems and not named:
         named = ["the files of data and models have other content than when this run began"]
     if named:

@@ -20,6 +20,7 @@ from offline_align.data.template import Renderer
 from offline_align.lineage import effort
 from offline_align.stages.job import Job
 from offline_align.stages.recipe import PairRecipe, Recipe, RowRecipe
+from offline_align.wording import counted
 
 if TYPE_CHECKING:
     from offline_align.data import bins
@@ -64,7 +65,9 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
     if ranks.is_main:
         done = _facts(job, facts, state) | {"speed": trainer.speed.summary()}
         job.finish([job.run_dir / "metrics.jsonl", job.run_dir / "checkpoints"], done)
-        logger.info("%s: done after %d steps, %s: %s", job.stage.name, state.step, effort.in_words(), job.run_dir)
+        logger.info(
+            "%s: done after %s, %s: %s", job.stage.name, counted(state.step, "step"), effort.in_words(), job.run_dir
+        )
     ranks.barrier()
 
 

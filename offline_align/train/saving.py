@@ -40,7 +40,7 @@ from offline_align.model.description import ModelDescription
 from offline_align.progress import LARGE_BYTES, announced
 from offline_align.train import checkpoint, optimizer_state
 from offline_align.train.checkpoint import TrainState
-from offline_align.wording import duration
+from offline_align.wording import counted, duration
 
 logger = logging.getLogger(__name__)
 # Bytes per parameter of the fp32 main weight and two moments.
@@ -228,8 +228,8 @@ class Saver:
         size, free = self.bytes_estimate(), shutil.disk_usage(self.run_dir).free
         if more * size > free:
             raise StorageError(
-                f"run.dir={self.run_dir}: {free / 1e9:.3g} GB are free, and {more} more checkpoints of about "
-                f"{size / 1e9:.3g} GB are to come: make room, or lower trainer.keep_checkpoints={self.keep}"
+                f"run.dir={self.run_dir}: {free / 1e9:.3g} GB are free, and {counted(more, 'more checkpoint')} of "
+                f"about {size / 1e9:.3g} GB are to come: make room, or lower trainer.keep_checkpoints={self.keep}"
             )
 
     @cached_property

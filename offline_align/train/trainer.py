@@ -174,7 +174,7 @@ class Trainer:
         self.state = checkpoint.load(self.module, self.optimizer, newest)
         # The previous attempt may have been killed between writing a checkpoint and setting its links.
         self.saver.update_links_and_prune(self.state)
-        logger.info("continuing after step %d of %d", self.state.step, self.data.total_steps)
+        logger.info("training: continuing after step %d of %d", self.state.step, self.data.total_steps)
 
     def _is_due(self, interval: int | None) -> bool:
         """Return whether an action that is due every `interval` steps, and at the end, is due now."""
