@@ -8,6 +8,7 @@ from typing import Any
 
 from offline_align.config.sections import LauncherKind, LauncherSection, ParallelSection
 from offline_align.distributed.launched import Launcher, launched, shown
+from offline_align.distributed.stopping import leave_words_to_the_ranks, signals_heard
 from offline_align.errors import AlignError, StoppedEarly
 from offline_align.lineage import effort
 
@@ -102,14 +103,16 @@ def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
         # them at once.
         shutdown_timeout=_LONGEST_SAVE_SECONDS,
     )
+    leave_words_to_the_ranks()
     try:
         elastic_launch(config, sys.executable)("-m", "offline_align", stage, *words)
     except ChildFailedError as error:
         _log_first_error(*error.get_first_failure())
         return _common_exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
-    except SignalException:
-        # The launcher has passed the signal to the ranks, and they have saved and exited.
-        return StoppedEarly.exit_code
+    except SignalException as error:
+        # The launcher has passed the signal to the ranks, and they have saved and exited, or were told
+        # to exit at once.
+        return StoppedEarly.exit_code if signals_heard() < 2 else 128 + error.sigval
     return 0
 
 

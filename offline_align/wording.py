@@ -9,7 +9,7 @@ def counted(number: int, unit: str, units: str | None = None) -> str:
 def duration(seconds: float) -> str:
     """Return a duration with two units at most: `0.4 s`, `38 s`, `2 min 5 s`, `3 h 20 min`, `2 d 4 h`."""
     if seconds < 9.95:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.1f} s" if seconds >= 0.95 else f"{seconds:.2g} s"
     whole = round(seconds)
     for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
         if whole >= size:
@@ -23,7 +23,7 @@ def size(number: int) -> str:
     value, units = float(number), ["B", "kB", "MB", "GB", "TB"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
-    return f"{value:.0f} {units[0]}" if value >= 99.5 or units[0] == "B" else f"{value:.2g} {units[0]}"
+    return f"{value:.0f} {units[0]}" if value >= 9.95 or units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
 def pace(per_second: float, units: str) -> str:

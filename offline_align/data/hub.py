@@ -14,15 +14,13 @@ _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 def require_hub(name: str) -> None:
     """Raise ConfigError in one line if the Hub that has the data set `hf:...` cannot be reached.
 
-    Behind a proxy nothing is checked, because only the client knows how to use it.
+    Behind a proxy and with HF_HUB_OFFLINE nothing is checked, because only the client knows what to do.
     """
     # The client logs every retry twice. The error that ends it says the same.
     for noisy in ("huggingface_hub", "huggingface_hub.utils._http", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    fix = "download it where there is a network, and give the path of its files"
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        raise ConfigError(f"data.input={name}: HF_HUB_OFFLINE is set; unset it, or {fix}")
-    if any(os.environ.get(proxy) for proxy in _PROXIES):
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
+    if offline or any(os.environ.get(proxy) for proxy in _PROXIES):
         return
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     host, port = endpoint.hostname or "huggingface.co", endpoint.port or (80 if endpoint.scheme == "http" else 443)
@@ -30,6 +28,6 @@ def require_hub(name: str) -> None:
         socket.create_connection((host, port), _TIMEOUT_SECONDS).close()
     except OSError as error:
         raise ConfigError(
-            f"data.input={name}: {host} cannot be reached ({error.strerror or error}); {fix}, or set HTTPS_PROXY "
-            "or HF_ENDPOINT"
+            f"data.input={name}: {host} cannot be reached ({error.strerror or error}); download the data set "
+            "where there is a network and give the path of its files, or set HTTPS_PROXY or HF_ENDPOINT"
         ) from error

@@ -99,37 +99,43 @@ class _Listener:
         self._mouth = mouth
         self._before = signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
         self.heard = 0
-        self._timers: list[threading.Timer] = []
+        self.speaks = True
+        self._closed = threading.Event()
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def close(self) -> None:
         """End the thread, and give signals back to whoever had them."""
-        for timer in self._timers:
-            timer.cancel()
+        self._closed.set()
         signal.set_wakeup_fd(self._before)
         os.close(self._mouth)
 
     def _listen(self) -> None:
         with os.fdopen(self._ear, "rb", buffering=0) as ear:
             while numbers := ear.read(1):
-                if numbers[0] in _SIGNALS:
+                if numbers[0] in _SIGNALS and not self._closed.is_set():
                     self._answer(numbers[0])
 
     def _answer(self, number: int) -> None:
         self.heard += 1
         name = signal.Signals(number).name
         if self.heard > 1:
-            self._later(_LAST_SECONDS, lambda: os._exit(128 + number))
+            if self.speaks:  # a launcher ends with its ranks
+                self._later(_LAST_SECONDS, lambda: os._exit(128 + number))
+        elif not self.speaks:
+            return
         elif _request is not None:
             _say(f"{name}: finishing {_request.doing or 'what was begun'}; again to stop at once")
         else:
             self._later(_PATIENCE_SECONDS, lambda: _say(f"{name}: stopping"))
 
     def _later(self, seconds: float, act: Callable[[], None]) -> None:
-        timer = threading.Timer(seconds, act)
-        timer.daemon = True
-        self._timers.append(timer)
-        timer.start()
+        """Call `act` after some seconds, unless the command has ended by then."""
+
+        def wait() -> None:
+            if not self._closed.wait(seconds):
+                act()
+
+        threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def _say(text: str) -> None:
@@ -150,6 +156,12 @@ os.register_at_fork(after_in_child=_stop_listening)
 # The request of the loop that runs, for the listening thread.
 _request: StopRequest | None = None
 _listener: _Listener | None = None
+
+
+def leave_words_to_the_ranks() -> None:
+    """Say nothing about signals in this process, because the ranks that it has started do."""
+    if _listener is not None:
+        _listener.speaks = False
 
 
 def signals_heard() -> int:
