@@ -104,6 +104,10 @@ def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
         shutdown_timeout=_LONGEST_SAVE_SECONDS,
     )
     leave_words_to_the_ranks()
+    # It warns of every signal that it passes on, which is what the user has asked for.
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         elastic_launch(config, sys.executable)("-m", "offline_align", stage, *words)
     except ChildFailedError as error:

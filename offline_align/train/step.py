@@ -111,11 +111,16 @@ class TrainStep:
             config.no_sync_func = self.model.no_sync
 
     def __call__(
-        self, micro_batches: list[PackedBatch], learning_rate: float, stop: bool = False, waited: float = 0.0
+        self,
+        micro_batches: list[PackedBatch],
+        learning_rate: float,
+        stops: Callable[[], bool] = lambda: False,
+        waited: float = 0.0,
     ) -> StepResult:
         """Train on this rank's share of a global batch.
 
-        Every data parallel rank must pass the same number of micro-batches. `waited` is the time in
+        Every data parallel rank must pass the same number of micro-batches. `stops` says whether this rank
+        is asked to stop; it is called once the micro-batches are computed. `waited` is the time in
         seconds that this rank has waited for its rows.
         """
         own_seconds = self._own_time.seconds()
@@ -133,7 +138,7 @@ class TrainStep:
             micro_batch_size=1,
             forward_only=False,
         )
-        sums = reduce_sums(*_add_up(stored), self.device, stop, own_seconds)
+        sums = reduce_sums(*_add_up(stored), self.device, stops(), own_seconds)
         grad_norm, applied = self._update(sums.count, math.isfinite(sums.means["loss"]))
         return StepResult(sums.means, sums.count, grad_norm, applied, sums.stop, sums.rank_seconds)
 

@@ -117,7 +117,7 @@ class Trainer:
                 profiler.before(self.state.step + 1)
                 stop.doing = f"step {self.state.step + 1}, then saving a checkpoint"
                 train_step.before_micro_batch = self._first_step(data) if main and not meter.has_begun else None
-                result = train_step(data.micro_batches, rate, stop.reason is not None, data_seconds)
+                result = train_step(data.micro_batches, rate, lambda: stop.reason is not None, data_seconds)
                 profiler.after(self.state.step + 1)
                 seconds = time.monotonic() - started
                 self._advance(data, result, seconds)
