@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offline_align import __version__
 from offline_align.config.compose import require, world_size
@@ -26,10 +27,15 @@ from offline_align.distributed.teardown import exit_process
 from offline_align.errors import AlignError, ConfigError, StoppedEarly, StorageError, write_error_file
 from offline_align.launch import needs_launch, run_ranks, set_cuda_environment, set_openmp_environment
 from offline_align.lineage import effort
-from offline_align.stages.job import Job
+from offline_align.stages.first_line import first_line
 from offline_align.stages.registry import STAGES
 from offline_align.stages.template import fix_template
 
+if TYPE_CHECKING:
+    from offline_align.stages.job import Job
+
+# Run as a module, this one is called `__main__`, which is no child of the package's logger.
+logger = logging.getLogger("offline_align.main")
 _INTERNAL = 70
 _LOG_FORM, _LOG_TIME = "%(asctime)s %(message)s", "%H:%M:%S"
 
@@ -54,10 +60,12 @@ def run(arguments: list[str], whole_process: bool = False) -> int:
         if debug:
             traceback.print_exc()
         write_error_file(error.exit_code, str(error))
-        # All ranks stop together, so only one of them reports it.
-        if not isinstance(error, StoppedEarly) or os.environ.get("RANK", "0") == "0":
-            for line in str(error).splitlines():
+        for line in str(error).splitlines():
+            # All ranks stop together, so only one of them reports it.
+            if not isinstance(error, StoppedEarly):
                 _print_error(line)
+            elif os.environ.get("RANK", "0") == "0":
+                _print_line(line)
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output has closed the pipe, as `head` does. That is not an error.
@@ -83,9 +91,13 @@ def run(arguments: list[str], whole_process: bool = False) -> int:
 
 
 def _print_error(line: str) -> None:
+    _print_line(f"error: {line}")
+
+
+def _print_line(line: str) -> None:
     rank = os.environ.get("RANK")
     prefix = f"offline-align[rank {rank}]" if rank is not None else "offline-align"
-    print(f"{prefix}: error: {line}", file=sys.stderr, flush=True)
+    print(f"{prefix}: {line}", file=sys.stderr, flush=True)
 
 
 def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
@@ -108,7 +120,11 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
     composed = stage.compose(words)
     _set_up_logging()
     if launched() is None and (leftovers := forget_leftovers()):
-        logging.getLogger(__name__).info("no launcher has started this process; ignored: %s", leftovers)
+        logger.info("no launcher has started this process; ignored: %s", leftovers)
+    if not composed.problems and (line := first_line(name, composed.config)):
+        logger.info("%s", line)
+    from offline_align.stages.job import Job
+
     job = Job(stage, composed.config, composed.explicit)
     fix_template(job)
     require(composed, _problems(job))
@@ -120,7 +136,7 @@ def _dispatch(arguments: list[str], limit: Callable[[str | None], None]) -> int:
     return _run(job, words, limit)
 
 
-def _run(job: Job[Run], words: list[str], limit: Callable[[str | None], None]) -> int:
+def _run(job: "Job[Run]", words: list[str], limit: Callable[[str | None], None]) -> int:
     """Submit the job, start its ranks, or run the stage in this process; return the exit code."""
     launcher, config = job.launcher, job.config
     if launcher is not None and _becomes_a_batch_job(launcher):
@@ -137,7 +153,7 @@ def _run(job: Job[Run], words: list[str], limit: Callable[[str | None], None]) -
     return job.stage.run(job)
 
 
-def _with_template_date(job: Job[Run], words: list[str]) -> list[str]:
+def _with_template_date(job: "Job[Run]", words: list[str]) -> list[str]:
     """Fix the day that the template writes; returns the words of the command with it, for all ranks."""
     from offline_align.stages.template_date import fix_template_date
 
@@ -145,7 +161,7 @@ def _with_template_date(job: Job[Run], words: list[str]) -> list[str]:
     return words if day is None else [*words, f"data.template_date={day}"]
 
 
-def _problems(job: Job[Run]) -> list[str]:
+def _problems(job: "Job[Run]") -> list[str]:
     """Return all problems of a configuration that can be found before a process group exists."""
     from offline_align.config import checks
     from offline_align.stages import requirements
@@ -161,7 +177,7 @@ def _becomes_a_batch_job(launcher: LauncherSection) -> bool:
     return launcher.kind is LauncherKind.slurm and launched() is None
 
 
-def _submit(job: Job[Run], launcher: LauncherSection, words: list[str]) -> int:
+def _submit(job: "Job[Run]", launcher: LauncherSection, words: list[str]) -> int:
     """Submit the batch job unless the run is complete; with `dry_run=true`, only print it."""
     from offline_align import launch_slurm
 

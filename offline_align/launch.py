@@ -8,10 +8,12 @@ from typing import Any
 
 from offline_align.config.sections import LauncherKind, LauncherSection, ParallelSection
 from offline_align.distributed.launched import Launcher, launched, shown
+from offline_align.distributed.stopping import leave_words_to_the_ranks, signals_heard
 from offline_align.errors import AlignError, StoppedEarly
 from offline_align.lineage import effort
 
 logger = logging.getLogger(__name__)
+_LONGEST_SAVE_SECONDS = 3600
 
 
 def needs_launch(launcher: LauncherSection) -> bool:
@@ -97,15 +99,24 @@ def run_ranks(launcher: LauncherSection, stage: str, words: list[str]) -> int:
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        # By default the launcher kills ranks that are still saving after 30 s. A second signal ends
+        # them at once.
+        shutdown_timeout=_LONGEST_SAVE_SECONDS,
     )
+    leave_words_to_the_ranks()
+    # It warns of every signal that it passes on, which is what the user has asked for.
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     try:
         elastic_launch(config, sys.executable)("-m", "offline_align", stage, *words)
     except ChildFailedError as error:
         _log_first_error(*error.get_first_failure())
         return _common_exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
-    except SignalException:
-        # The launcher has passed the signal to the ranks, and they have saved and exited.
-        return StoppedEarly.exit_code
+    except SignalException as error:
+        # The launcher has passed the signal to the ranks, and they have saved and exited, or were told
+        # to exit at once.
+        return StoppedEarly.exit_code if signals_heard() < 2 else 128 + error.sigval
     return 0
 
 

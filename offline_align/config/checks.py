@@ -15,6 +15,7 @@ from offline_align.config import sections as s
 from offline_align.config.durations import parse_duration
 from offline_align.config.runs import Run, section
 from offline_align.errors import ConfigError
+from offline_align.wording import counted
 
 _SLURM_TIME = re.compile(r"(\d+-)?\d{1,3}:\d{2}:\d{2}|(\d+[dhm])+")
 
@@ -337,7 +338,7 @@ def _layout(parallel: s.ParallelSection, world: int) -> list[str]:
         keys = f"parallel.tensor_model_parallel_size={tensor}"
         keys += f" and parallel.context_parallel_size={context}" if context > 1 else ""
         found.append(
-            f"{keys}: {world} ranks cannot be divided into groups of "
+            f"{keys}: {counted(world, 'rank')} cannot be divided into groups of "
             f"{tensor * context}; start a multiple of {tensor * context} ranks with launcher.nproc_per_node or torchrun"
         )
     if parallel.sequence_parallel and tensor == 1:

@@ -21,8 +21,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from offline_align.config.foreign_names import FOREIGN, Answer, normal
 from offline_align.config.runs import Run
-from offline_align.config.words import parse, split_flags, with_home
+from offline_align.config.words import parse, split_dashed, split_flags, with_home
 from offline_align.distributed.launched import launched
 from offline_align.errors import ConfigError
 
@@ -91,6 +92,7 @@ def compose(stage: str, schema: type[Run], words: list[str], needs_run_dir: bool
     """
     problems: list[str] = []
     words, folder, file = split_flags(words, problems)
+    words, dashed = split_dashed(words)
     searched = [folder, configs_dir()] if folder else [configs_dir()]
     overrides, unreadable = parse(words, problems)
     groups = [o for o in overrides if _is_group(o.key_or_group, searched)]
@@ -107,8 +109,12 @@ def compose(stage: str, schema: type[Run], words: list[str], needs_run_dir: bool
         for o in overrides
         if o not in groups
     ]
-    accepted = [v for v in values if _assign(config, v, problems)]
+    own = [k.removesuffix("_") for k, _ in _schema_keys(config)]
+    problems += [_undashed(word, name, value, own, stage) for word, name, value in dashed]
+    accepted = [v for v in values if _assign(config, v, problems, stage)]
     refused = unreadable | {v.key for v in values if v not in accepted}
+    # Do not report a key as unset if it was given under another name.
+    refused |= {_our_key(name, own) for name in (*refused, *(name for _, name, _ in dashed))}
     if "run.dir" not in refused and _lacks_run_dir(config, needs_run_dir):
         problems.append("run.dir is not set: give the folder that receives the results, as run.dir=runs/NAME")
     explicit = frozenset(v.key for v in accepted if v.explicit) | {o.key_or_group for o in groups}
@@ -152,7 +158,9 @@ def _group_choice(override: Override, searched: list[Path], problems: list[str])
     known = sorted({p.stem for folder in searched for p in (folder / group).glob("*.yaml")})
     if choice in known:
         return f"{group}={choice}"
-    problems.append(f"{group}={choice}: no such choice{_nearest(str(choice), known)}; there are {', '.join(known)}")
+    is_path = group == "model" and "/" in str(choice)
+    advice = f"; weights are named by init.from={choice}" if is_path else _nearest(str(choice), known)
+    problems.append(f"{group}={choice}: no such choice{advice}; there are {', '.join(known)}")
     return None
 
 
@@ -233,7 +241,7 @@ def _thaw(node: DictConfig) -> None:
             _thaw(child)
 
 
-def _assign(config: DictConfig, item: _Value, problems: list[str]) -> bool:
+def _assign(config: DictConfig, item: _Value, problems: list[str], stage: str) -> bool:
     """Put one value into the schema. Add a problem and return False if it does not fit."""
     where = "" if item.origin == "command line" else f" (in {item.origin})"
     shown = f"{item.key}={'null' if item.value is None else item.value}"
@@ -242,7 +250,7 @@ def _assign(config: DictConfig, item: _Value, problems: list[str]) -> bool:
     known = dict(_schema_keys(config))
     if key not in known and not is_open:
         spelt = [k.removesuffix("_") for k in known]
-        problems.append(f"{shown}{where}: unknown key{_nearest(item.key, spelt)}")
+        problems.append(f"{shown}{where}: unknown key{_advice(item.key, item.value, spelt, stage)}")
         return False
     if known.get(key) is bool and not isinstance(item.value, bool):
         problems.append(f"{shown}{where}: expected true or false")
@@ -276,11 +284,34 @@ def _reason(error: OmegaConfBaseException) -> str:
     return next((f"expected {v}" for k, v in kind.items() if text.endswith(k)), text)
 
 
+def _advice(name: str, value: Any, known: list[str], stage: str) -> str:
+    """Return what to write in place of an unknown key, also if other programs call it so; "" if nothing fits."""
+    same = [key for key in known if normal(key) == normal(name)]
+    answer = FOREIGN.get(normal(name))
+    if same or answer is None:
+        return f"; did you mean {same[0]}?" if same else _nearest(name, known)
+    if answer.key not in known:
+        return f"; it is {answer.key} here, which `{stage}` does not have"
+    if answer.note:
+        return f"; here it is {answer.key}: {answer.note}"
+    return f"; write {answer.key}={'...' if value is None else value}"
+
+
+def _our_key(name: str, known: list[str]) -> str:
+    same = [key for key in known if normal(key) == normal(name)]
+    return same[0] if same else FOREIGN.get(normal(name), Answer(name)).key
+
+
+def _undashed(word: str, name: str, value: str | None, known: list[str], stage: str) -> str:
+    """Return the problem of an argument such as `--learning-rate 1e-5`."""
+    key = name.replace("-", "_")
+    if key in known:
+        return f"{word}: arguments have no dashes; write {key}={'...' if value is None else value}"
+    return f"{word}: arguments are key=value, without dashes{_advice(key, value, known, stage)}"
+
+
 def _nearest(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not close:
-        last = word.rsplit(".", 1)[-1]
-        close = [k for k in known if k.rsplit(".", 1)[-1] == last][:1]
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -66,6 +66,8 @@ _WHY: dict[Change, dict[str, str]] = {
         "label.histogram_bins": "a figure that is drawn at the end",
     },
 }
+FREE_MODEL_KEYS = ("model.tokenizer", "model.backend", "model.overrides")
+"""These keys decide how a model is run here, not what it is."""
 _LENGTH = {"trainer.max_steps", "trainer.max_epochs"}
 
 
@@ -79,6 +81,11 @@ def change_class(key: str) -> Change:
     parts = key.split(".")
     names = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
     return next((change for change, keys in _WHY.items() if names & keys.keys()), Change.refuse)
+
+
+def is_of_weights(key: str) -> bool:
+    """Return whether loaded weights decide this key, and not its value in the configuration."""
+    return key.startswith("model.") and not key.startswith(FREE_MODEL_KEYS)
 
 
 def refused(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:

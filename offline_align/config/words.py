@@ -29,6 +29,27 @@ def split_flags(words: list[str], problems: list[str]) -> tuple[list[str], Path 
     return rest, found.get("--config-dir"), found.get("--config")
 
 
+def split_dashed(words: list[str]) -> tuple[list[str], list[tuple[str, str, str | None]]]:
+    """Return the words without arguments such as `--name value` or `--name=value`, and those arguments.
+
+    An argument is (the words as typed, the name without dashes, the value or None).
+    """
+    rest: list[str] = []
+    dashed: list[tuple[str, str, str | None]] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("-"):
+            rest.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        if not equals and queue and not queue[0].startswith("--") and "=" not in queue[0]:
+            value = queue.pop(0)
+            word = f"{word} {value}"
+        dashed.append((word, name.lstrip("-"), value or None))
+    return rest, dashed
+
+
 def parse(words: list[str], problems: list[str]) -> tuple[list[Override], set[str]]:
     """Return the overrides, and the keys of the words that cannot be parsed."""
     parser = OverridesParser.create()

@@ -22,6 +22,7 @@ from offline_align.model.description import (
     is_huggingface,
     recorded_template,
 )
+from offline_align.progress import announced
 
 if TYPE_CHECKING:
     import torch
@@ -91,14 +92,19 @@ class ModelSource:
         """
         if self.folder is None:
             logger.warning("init.from is not set: the model starts from random weights")
-        elif self.form is Form.checkpoint:
+            return
+        with announced(f"loading the weights of {self.folder}", enabled=ranks.is_main):
+            self._load(module, self.folder, ranks, fresh_prefixes)
+
+    def _load(self, module: "torch.nn.Module", folder: Path, ranks: "Ranks", fresh_prefixes: tuple[str, ...]) -> None:
+        if self.form is Form.checkpoint:
             from offline_align.train.checkpoint import load_weights
 
-            load_weights(module, self.folder, ranks, fresh_prefixes)
+            load_weights(module, folder, ranks, fresh_prefixes)
         else:
             from offline_align.convert.load import load_into
 
-            load_into(module, self.folder, ranks, self.model.make_vocab_size_divisible_by, fresh_prefixes)
+            load_into(module, folder, ranks, self.model.make_vocab_size_divisible_by, fresh_prefixes)
 
 
 def open_model(

@@ -17,6 +17,7 @@ from typing import Any
 
 from offline_align.errors import StorageError
 from offline_align.lineage.files import fsync_path
+from offline_align.wording import counted
 
 logger = logging.getLogger(__name__)
 _CHECKSUM = "crc32"
@@ -36,11 +37,15 @@ class JournalFile:
             return []
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be read: {error.strerror or error}") from error
-        entries = [entry for line in lines if (entry := unsealed(line, self.name)) is not None]
+        read = [unsealed(line, self.name) for line in lines]
         # The last piece is empty, or a line that a killed process left incomplete.
-        if damaged := sum(map(bool, lines[:-1])) - len(entries):
-            logger.warning("%s: skipping %d damaged lines; their results are computed again", self.path, damaged)
-        return entries
+        damaged = [number for number, line in enumerate(lines[:-1], start=1) if line and read[number - 1] is None]
+        if damaged:
+            first = f"{self.path}:{damaged[0]}"
+            logger.warning(
+                "%s: %s skipped; the results are computed again", first, counted(len(damaged), "damaged line")
+            )
+        return [entry for entry in read if entry is not None]
 
     def append(self, entries: Iterable[dict[str, Any]]) -> None:
         """Append entries; they are on disk when this returns. Raises StorageError."""

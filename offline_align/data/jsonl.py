@@ -21,6 +21,7 @@ from offline_align.config.sections import OnBadRow
 from offline_align.data.file_kinds import GZIP, HEAD_BYTES, UTF8_BOM, ZSTD, refuse_other_kinds
 from offline_align.errors import ConfigError, DataError, StorageError
 from offline_align.lineage.files import fsync_path
+from offline_align.wording import counted
 
 HUB_PREFIX = "hf:"
 NOT_UTF8 = "encoding: not UTF-8"
@@ -64,7 +65,8 @@ class BadRows:
         new = self.counts - self._reported
         if new:
             where = f", see {self.quarantine}" if self.quarantine else ""
-            log.warning("%d bad rows are left out%s: %s", new.total(), where, dict(new))
+            rows = counted(new.total(), "bad row is", "bad rows are")
+            log.warning("%s left out%s: %s", rows, where, dict(new))
         self._reported = Counter(self.counts)
 
     def _write(self, quarantine: Path, row: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_align.data.file_kinds import HEAD_BYTES, Kind, inner_suffix, kind_of
+from offline_align.data.hub import require_hub
 from offline_align.data.jsonl import (
     FIXES,
     HUB_PREFIX,
@@ -208,6 +209,8 @@ def _hub_rows(name: str) -> Iterator[Any]:
 
     full, _, split = name.removeprefix(HUB_PREFIX).partition("#")
     repository, folder = _repository(full)
+    if not Path(repository).exists():
+        require_hub(name)
     try:
         yield from datasets.load_dataset(repository, data_dir=folder, split=split or "train", streaming=True)
     except Exception as error:  # third-party files can fail in any way; scripts of a data set are never run

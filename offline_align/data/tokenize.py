@@ -7,7 +7,7 @@ again. Shapes: n rows, T tokens of all rows together.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offline_align.config.sections import DataSection, TooLong
+from offline_align.data.fate import say_what_fits
 from offline_align.data.prefetch import prefetch
 from offline_align.data.records import Message, PreferencePair, TrainingRow
 from offline_align.data.template import Renderer, Span
@@ -210,18 +211,7 @@ def _report_refused(refused: dict[str, str], on_refused: OnRefused | None) -> No
 
 
 def _check_some_left(tokens: StoredTokens, asked: int, data: DataSection) -> None:
-    kept = len(tokens.rows)
-    out = f", left out: {reasons(tokens.dropped)}" if tokens.dropped else ""
-    _log.info("%d of %d rows, %d truncated%s", kept, asked, tokens.truncated, out)
-    if not kept:
-        raise DataError(
-            f"none of {asked} rows is left: {reasons(tokens.dropped)}; see data.max_length={data.max_length}"
-        )
-
-
-def reasons(dropped: Mapping[str, int]) -> str:
-    """Return the counts of dropped rows by reason as text: `3 too_long, 1 no_target`."""
-    return ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+    say_what_fits(_log, asked, tokens.truncated, tokens.dropped, data)
 
 
 def _cached(dialogues: Sequence[_Dialogue], renderer: Renderer, limits: _Limits, cache_dir: Path) -> StoredTokens:

@@ -26,6 +26,7 @@ from offline_align.distributed.launched import forget_leftovers, launched
 from offline_align.distributed.node_report import NodeReport, judge, node_name
 from offline_align.errors import AlignError, FailedOnMainRank, StorageError, write_error_file
 from offline_align.lineage.manifest import versions
+from offline_align.wording import counted
 
 logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.05
@@ -76,7 +77,8 @@ def check(run_dir: Path, limit: float, free_gib: float, rank: int, world: int) -
     reduced.join(limit)
     _leave_together(store, rank, world)
     gpus = sum(Counter({r.host: r.gpus for r in found}).values())
-    return f"{len({r.host for r in found})} hosts, {world} ranks, {gpus} GPUs, one all-reduce: all good"
+    sizes = [counted(len({r.host for r in found}), "host"), counted(world, "rank"), counted(gpus, "GPU")]
+    return f"{', '.join(sizes)}, one all-reduce: all good"
 
 
 def _store(rank: int, world: int, limit: float) -> Any:
@@ -184,7 +186,7 @@ def _gpu_problem() -> tuple[str | None, int]:
     if gpus == 0:
         return None, 0
     if gpus < wanted:
-        return f"{gpus} GPUs visible for {wanted} ranks", gpus
+        return f"{counted(gpus, 'GPU')} visible for {counted(wanted, 'rank')}", gpus
     try:
         square = torch.ones(1024, 1024, device=f"cuda:{local}")
         wrong = float((square @ square).sum()) != 2.0**30
@@ -227,7 +229,7 @@ def _await_reduction(store: Any, world: int, limit: float) -> None:
     late = _wait_for(store, [f"reduced/{r}" for r in range(world)], limit)
     absent = [r for r in range(world) if not store.check([f"entered/{r}"])]
     unfinished = absent or [int(key.rpartition("/")[2]) for key in late]
-    lines = [f"{node_name(r)}: no all-reduce over {world} ranks within {limit:.0f} s" for r in unfinished]
+    lines = [f"{node_name(r)}: no all-reduce over {counted(world, 'rank')} within {limit:.0f} s" for r in unfinished]
     if not lines:
         said = {r: store.get(f"reduced/{r}").decode() for r in range(world)}
         lines = [f"{node_name(r)}: {text}" for r, text in said.items() if text]

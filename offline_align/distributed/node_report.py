@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from offline_align.errors import AlignError, ConfigError, StorageError
+from offline_align.wording import counted
 
 LARGEST_SKEW_SECONDS = 10.0
 """With a larger clock difference, logs and file times of the nodes are misleading."""
@@ -87,7 +88,7 @@ def _bad_gpus(reports: list[NodeReport]) -> Iterator[str]:
         if r.problem is not None:
             yield f"{_name(r)}, rank {r.rank}: {r.problem}"
         elif r.gpus < most:
-            yield f"{_name(r)}: {r.gpus} GPUs visible, elsewhere {most}"
+            yield f"{_name(r)}: {counted(r.gpus, 'GPU')} visible, elsewhere {most}"
 
 
 def _name(report: NodeReport) -> str:

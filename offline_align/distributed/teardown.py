@@ -24,12 +24,12 @@ def before_teardown(callback: Callable[[], None]) -> None:
 
 def exit_process(exit_code: int) -> NoReturn:
     """Exit with `exit_code`: normally, or at once if `before_teardown` has a callback."""
-    if not _callbacks:
-        sys.exit(exit_code)
-    # When the first rank ends, the launcher sends a signal to the others. It must not change the
-    # exit code.
+    # When the first rank ends, the launcher sends a signal to the others. Neither that nor a user who
+    # asks twice may change the exit code, or get a traceback.
     for number in _SIGNALS:
         signal.signal(number, lambda *_: exit_now(exit_code))
+    if not _callbacks:
+        sys.exit(exit_code)
     for callback in _callbacks:
         callback()
     logging.shutdown()

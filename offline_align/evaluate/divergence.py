@@ -23,6 +23,7 @@ from offline_align.evaluate.statistics import Floats
 from offline_align.lineage import CONFIG
 from offline_align.lineage.manifest import describe_parent
 from offline_align.model.description import ModelDescription
+from offline_align.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def _log_ratios(
         parts = [np.split(values, len(columns)) for values in (found.nats, found.tokens)]
         return {k: (parts[0][i], parts[1][i]) for i, k in enumerate(columns)}
 
-    log.info("computing likelihoods of the answers of %d methods", len(checkpoints))
+    log.info("computing likelihoods of the answers of %s", counted(len(checkpoints), "method"))
     plain = score(checkpoints[base], list(checkpoints), dict.fromkeys(checkpoints, comparison.of_method(base)))
     own = {base: plain[base]}
     for policy in dict.fromkeys(checkpoints.values()):

@@ -15,6 +15,7 @@ from offline_align.errors import ConfigError, DataError
 from offline_align.evaluate.comparison import Answer, Column, Comparison
 from offline_align.evaluate.resampling import Estimate, mean_estimates
 from offline_align.evaluate.statistics import Floats, distinct_n, rank_scores, wins
+from offline_align.wording import counted
 
 Booleans = NDArray[np.bool_]
 FORMAT = 1
@@ -54,7 +55,10 @@ def build_results(compared: Compared, settings: EvaluateSection, seed: int) -> d
     if not judged.any():
         raise DataError(f"judge {judgement.name}: no prompt has a score for every method; check replies and answers")
     if not judged.all():
-        log.warning("%d of %d prompts have no readable score and are left out", (~judged).sum(), judged.size)
+        lost, where = int((~judged).sum()), ""
+        if judgement.details.get("kind") == "openai":
+            where = "; the replies are in verdicts.jsonl"
+        log.warning("left out of %s without a readable score: %d%s", counted(judged.size, "prompt"), lost, where)
     baseline = choose_baseline(comparison.columns, settings.baseline)
     truth = None if quality is None else quality.mean(axis=1)
     tables = _Tables(comparison, scores, truth, baseline, settings, seed)

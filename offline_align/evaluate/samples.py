@@ -9,6 +9,7 @@ from offline_align.data.jsonl import BadRows
 from offline_align.errors import AlignError
 from offline_align.evaluate.ancestry import Ancestor
 from offline_align.evaluate.comparison import Comparison, load_comparison
+from offline_align.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def samples_of_runs(runs: Sequence[Ancestor]) -> Comparison | None:
     files = max(groups.values(), key=len)
     others = sum(map(len, groups.values())) - len(files)
     if others:
-        log.warning("%d runs answer other prompts and are not shown; name only those runs to see them", others)
+        log.warning("not shown: %s that answer other prompts; name only those to see them", counted(others, "run"))
     try:
         return load_comparison(files, BadRows(OnBadRow.skip, None))
     except AlignError as error:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offline_align.evaluate.sections import Section, Table
+from offline_align.wording import counted
 
 
 def build_tables(results: Mapping[str, Any]) -> list[Table]:
@@ -20,14 +21,16 @@ def build_tables(results: Mapping[str, Any]) -> list[Table]:
 def overall_table(results: Mapping[str, Any]) -> Table:
     """Return one row per method: score, true quality if known, win rate, rank score, length."""
     lengths = {method: f"{about['mean_words']:.0f}" for method, about in results["answers"].items()}
-    table = _method_table(f"All {results['judged_prompts']} prompts", results, results["overall"])
+    table = _method_table(f"All {counted(results['judged_prompts'], 'prompt')}", results, results["overall"])
     rows = [[*row, lengths[method]] for row, method in zip(table.rows, results["methods"], strict=True)]
     return Table(table.title, [*table.header, "mean words"], rows)
 
 
 def _group_tables(results: Mapping[str, Any]) -> list[Table]:
     return [
-        _method_table(f"{results['group_by']}: {name} ({group['prompts']} prompts)", results, group["methods"])
+        _method_table(
+            f"{results['group_by']}: {name} ({counted(group['prompts'], 'prompt')})", results, group["methods"]
+        )
         for name, group in results["groups"].items()
     ]
 
@@ -147,7 +150,9 @@ def conditions(results: Mapping[str, Any]) -> str:
     if "methods" not in results:
         return f"{text}Intervals: {results['confidence']:.0%}, {results['bootstrap_samples']} resamples."
     judged, prompts = results["judged_prompts"], results["prompts"]
-    text += f"{prompts} prompts" if judged == prompts else f"{judged} of {prompts} prompts could be judged"
+    text += (
+        counted(prompts, "prompt") if judged == prompts else f"{judged} of {counted(prompts, 'prompt')} could be judged"
+    )
     if judged != prompts and judge.get("kind") == "reward_model":
         text += " (an answer that is too long has no score)"
     if results["samples_per_prompt"] > 1:
@@ -158,11 +163,11 @@ def conditions(results: Mapping[str, Any]) -> str:
     )
     if "unreadable_verdicts" in judge:
         text += (
-            f" {judge['unreadable_verdicts']} of {judge['verdicts']} verdicts could not be read; "
+            f" {judge['unreadable_verdicts']} of {counted(judge['verdicts'], 'verdict')} could not be read; "
             f"{judge['prompt_tokens']:,} tokens sent, {judge['completion_tokens']:,} received."
         )
     if "raters" in judge:
-        text += f" {judge['raters']} raters; {judge['rated_sets']} sets of answers rated in full."
+        text += f" {counted(judge['raters'], 'rater')}; {counted(judge['rated_sets'], 'set')} of answers rated in full."
         alpha = judge["krippendorff_alpha"]
         if alpha is not None:
             text += f" Agreement between raters: Krippendorff's alpha {alpha:.2f} (1: identical, 0: chance)."

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from offline_align.config.sections import DataSection, GenerateSection, TooLong
+from offline_align.data.fate import say_what_fits
 from offline_align.data.frame import PLAIN, Frame
 from offline_align.data.records import Prompt
 from offline_align.data.template import Renderer
 from offline_align.data.tokenize import OnRefused
 from offline_align.errors import DataError
+from offline_align.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +58,17 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Workload:
-    """All requests in output order, and the counts of prompts that did not fit."""
+    """All requests in output order, and the prompts that did not fit."""
 
     requests: list[Request]
-    dropped: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Ids of the prompts that got no request, each with the reason."""
     truncated: int = 0
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Number of prompts that were left out, by reason."""
+        return dict(Counter(self.left_out.values()))
 
 
 def build_requests(
@@ -81,7 +89,7 @@ def build_requests(
     """
     requests: list[Request] = []
     refused: dict[str, str] = {}
-    dropped: Counter[str] = Counter()
+    left_out: dict[str, str] = {}
     truncated = 0
     longest = data.max_length - min(generate.max_new_tokens, data.max_length // 4)
     for row, prompt in enumerate(prompts):
@@ -94,7 +102,7 @@ def build_requests(
         contexts = [_fit(w, longest, renderer, c, data.too_long) for w, c in zip(whole, conditions, strict=True)]
         if None in contexts:
             # A prompt must fit under all conditions, or its answers could not be compared.
-            dropped["too long"] += 1
+            left_out[prompt.id] = "too_long"
             continue
         truncated += any(len(context or []) < len(w) for context, w in zip(contexts, whole, strict=True))
         for variant, context in enumerate(contexts):
@@ -103,12 +111,11 @@ def build_requests(
             requests += [Request(row, sample, context, room, variant, frame) for sample in range(generate.n)]
     if refused:
         on_refused(refused)
-        dropped["refused by the chat template"] = len(refused)
-    if not requests:
-        raise DataError(f"data.input: no prompt is left of {len(prompts)}: {dict(dropped)}")
-    if dropped or truncated:
-        logger.warning("%d prompts: %d truncated on the left, left out: %s", len(prompts), truncated, dict(dropped))
-    return Workload(requests, dict(dropped), truncated)
+    if len(refused) == len(prompts):
+        raise DataError(f"data.input: the chat template refuses every one of {counted(len(prompts), 'prompt')}")
+    dropped = dict(Counter(left_out.values()))
+    say_what_fits(logger, len(prompts) - len(refused), truncated, dropped, data, "prompt")
+    return Workload(requests, left_out, truncated)
 
 
 def _fit(context: list[int], longest: int, renderer: Renderer, condition: str, too_long: TooLong) -> list[int] | None:

@@ -50,12 +50,12 @@ def answer_all(
     collective per batch.
     """
     tokens, total = 0, sum(map(len, own))
-    with Meter("generate", total, "rows", enabled=show_progress) as meter:
+    with Meter("generating", total, "answers", enabled=show_progress) as meter:
         for answers in chain.from_iterable(engine.answers(batch) for batch in own):
             append_answers(journal, answers)
             tokens += sum(answer.num_tokens for answer in answers)
             per_row = tokens / (meter.done + len(answers))
-            meter.advance(len(answers), note=f"{per_row * meter.rate:.0f} tokens/s")
+            meter.advance(len(answers), note=f"{per_row * meter.rate:,.0f} tokens/s")
             if stop.reason is not None:
                 journal.ask_to_stop()
             if meter.done < total and journal.stop_is_asked():

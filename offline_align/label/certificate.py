@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from offline_align.label.statistics import RewardStats, normalise
+from offline_align.wording import counted
 
 FILE_NAME = "certificate.json"
 
@@ -45,7 +46,8 @@ def certify(first: Sequence[float], again: Sequence[float], stats: RewardStats) 
 def in_words(found: Mapping[str, Any]) -> str:
     """Return the certificate as one sentence."""
     return (
-        f"{found['rows']} rows scored again, alone: largest difference {found['largest_difference']:.3g} "
+        f"{counted(found['rows'], 'row')} scored again, alone: largest difference {found['largest_difference']:.3g} "
         f"({found['largest_normalised_difference']:.3g} standard deviations), {found['rank_flips']} of "
-        f"{found['pairs']} pairs change order, {found['sign_flips']} rows change sides of the threshold 0."
+        f"{counted(found['pairs'], 'pair')} changed order, {counted(found['sign_flips'], 'row')} changed sides of "
+        "the threshold 0."
     )

@@ -1,15 +1,20 @@
 """Select the answers to score: one of an SFT row, two of a pair, and none of a row that does not fit."""
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from offline_align.config.sections import DataSection
+from offline_align.data.fate import say_what_fits
 from offline_align.data.jsonl import BadRows
 from offline_align.data.records import PreferencePair, Sample, TrainingRow, reject_rows
 from offline_align.data.template import Renderer
 from offline_align.data.token_store import REFUSED
 from offline_align.data.tokenize import unusable_samples
 from offline_align.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
@@ -35,28 +40,24 @@ def leave_out_unscorable(
     data: DataSection,
     cache_dir: Path,
     bad_rows: BadRows,
-) -> list[Sample | PreferencePair]:
-    """Return the rows of `files` whose answers can all be scored; the others become bad rows.
+) -> tuple[list[Sample | PreferencePair], dict[str, str]]:
+    """Return the rows of `files` whose answers can all be scored, and the ids of those that do not fit.
 
-    A pair is left out as a whole. Raises DataError, naming file and line, for the first bad row
-    unless bad rows are skipped, and if no row is left.
+    Each id has its reason, as in training. A pair is left out as a whole. Rows that the chat template
+    refuses become bad rows. Raises DataError, naming file and line, for the first bad row unless bad
+    rows are skipped, and if no row is left.
     """
-    reasons: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     answers = [(row.id, answer) for row in rows for answer in single_answers([row])]
     found = unusable_samples([TrainingRow(a) for _, a in answers], renderer, data, cache_dir, empty_answers=True)
     for place, status in found.items():
-        reasons.setdefault(answers[place][0], _reason(status, data))
-    reject_rows(files, Sample, reasons, bad_rows, and_pairs=True)
-    if len(reasons) == len(rows):
-        raise DataError(f"{', '.join(map(str, files))}: no row can be scored; see data.max_length={data.max_length}")
-    return [row for row in rows if row.id not in reasons]
-
-
-def _reason(status: str, data: DataSection) -> str:
-    """Return why a row cannot be scored, and the fix."""
-    if status == "response_too_long":
-        return f"response: too long to be scored, raise data.max_length={data.max_length}"
-    if status == "too_long":
-        fix = "or set data.too_long=truncate_prompt"
-        return f"prompt: too long to be scored, raise data.max_length={data.max_length} {fix}"
-    return status.removeprefix(REFUSED)
+        group = refused if status.startswith(REFUSED) else left_out
+        group.setdefault(answers[place][0], status.removeprefix(REFUSED))
+    reject_rows(files, Sample, refused, bad_rows, and_pairs=True)
+    left = [row for row in rows if row.id not in refused]
+    if not left:
+        raise DataError(f"{', '.join(map(str, files))}: the chat template refuses every row")
+    if left_out:
+        say_what_fits(logger, len(left), 0, Counter(left_out.values()), data)
+    return [row for row in left if row.id not in left_out], left_out

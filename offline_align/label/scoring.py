@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 from offline_align.config.sections import ComputeSection, DataSection, ParallelSection, RunSection, TooLong
 from offline_align.convert.source import ModelSource, open_model
 from offline_align.data.bins import SampleSource, shares_prompts
+from offline_align.data.fate import reasons
 from offline_align.data.records import Sample, TrainingRow
 from offline_align.data.template import Renderer
-from offline_align.data.tokenize import TokenizedRows, reasons, tokenize_samples
+from offline_align.data.tokenize import TokenizedRows, tokenize_samples
 from offline_align.distributed.setup import Ranks, session, uses_bf16
 from offline_align.errors import DataError
 from offline_align.lineage import effort
 from offline_align.model.passes import Compute, computed_bins, plan_bins
+from offline_align.wording import counted
 
 if TYPE_CHECKING:
     from offline_align.model.heads import Policy, RewardModel
@@ -48,8 +50,7 @@ def score_samples(
         bins = plan_bins(source, trainer.micro_batch_size * data.max_length)
         merged = {int(tokens.row_ids[row]): score for row, score in score_all(model, source, bins, ranks).items()}
         if len(merged) < len(samples):
-            missing = len(samples) - len(merged)
-            logger.warning("%d of %d answers have no score: %s", missing, len(samples), reasons(tokens.dropped))
+            logger.warning("%s no score", counted(len(samples) - len(merged), "answer has", "answers have"))
         return [merged.get(i, math.nan) for i in range(len(samples))]
 
 
@@ -115,7 +116,7 @@ def tokenized(
         lost = [s.id for s in samples if s.id not in kept]
         fix = "" if data.too_long is TooLong.truncate_prompt else " or set data.too_long=truncate_prompt"
         raise DataError(
-            f"row {lost[0]}: cannot be scored ({reasons(rows.dropped)} of {len(samples)} rows): "
+            f"row {lost[0]}: cannot be scored ({reasons(rows.dropped)} of {counted(len(samples), 'row')}): "
             f"raise data.max_length={data.max_length}{fix}"
         )
     if announced:

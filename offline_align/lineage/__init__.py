@@ -7,6 +7,7 @@ the root of the file system with it. A whole tree of data and runs can therefore
 be verified.
 """
 
+from offline_align.lineage.difference import differences
 from offline_align.lineage.files import (
     FileRecord,
     canonical_json,
@@ -52,6 +53,7 @@ __all__ = [
     "Verification",
     "canonical_json",
     "completed",
+    "differences",
     "file_sha256",
     "finished_key",
     "flat",

@@ -88,10 +88,14 @@ def begin(whole_process: bool) -> None:
     Ranks that this program's own launcher has started count from the start of the launcher.
     """
     global _clock
-    launcher = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    by_us = launcher == f"{_LAUNCHED}{os.getppid()}"
-    age = seconds_since_birth(os.getppid() if by_us else os.getpid()) if whole_process else 0.0
+    process = os.getppid() if started_by_this_program() else os.getpid()
+    age = seconds_since_birth(process) if whole_process else 0.0
     _clock = _Clock(time.monotonic() - age)
+
+
+def started_by_this_program() -> bool:
+    """Return whether this process is a rank that this program's own launcher has started."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "") == f"{_LAUNCHED}{os.getppid()}"
 
 
 def launch_name() -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from offline_align.errors import StorageError
+from offline_align.progress import announced
+from offline_align.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,11 @@ def expand(paths: Iterable[Path]) -> list[Path]:
 
 def hash_all(files: Sequence[Path]) -> list[str]:
     """Return the SHA-256 of each file; threads run in parallel, because hashing releases the GIL."""
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    work = f"hashing {counted(len(files), 'file')}" + (f" of {files[0].parent}" if files else "")
+    with (
+        announced(work, sum(map(file_size, files))),
+        ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool,
+    ):
         return list(pool.map(file_sha256, files))
 
 

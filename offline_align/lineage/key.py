@@ -1,6 +1,6 @@
 """Content keys: identify the result of a stage before it is computed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,13 @@ def finished_key(key: str, changes: Sequence[Any]) -> str:
     return text_sha256(canonical_json([key, list(changes)])) if changes else key
 
 
-def completed(run_dir: Path, stage: str, key: str) -> bool:
+def completed(
+    run_dir: Path, stage: str, key: str, differences: Callable[[Manifest], str] = lambda manifest: ""
+) -> bool:
     """Return whether `run_dir` has the finished run with this key, and all outputs in full size.
 
-    Contents are not hashed again; `verify` does that. Raises ConfigError if the folder has a
+    Contents are not hashed again; `verify` does that. `differences` returns what differs from a finished
+    run with another key, as text. Raises ConfigError if the folder has a
     finished run of another stage, other settings or other inputs, and StorageError if its manifest
     is damaged.
     """
@@ -88,9 +91,10 @@ def completed(run_dir: Path, stage: str, key: str) -> bool:
     if manifest.stage != stage:
         raise ConfigError(f"run.dir={run_dir}: holds a finished run of `{manifest.stage}`; choose another folder")
     if manifest.key != finished_key(key, manifest.extra.get(CHANGES, [])):
+        named = differences(manifest) or f"its own are in {CONFIG}"
         raise ConfigError(
-            f"run.dir={run_dir}: holds a finished `{stage}` run with other settings or inputs "
-            f"(its own are in {CONFIG}); choose another folder, or remove this one"
+            f"run.dir={run_dir}: holds a finished `{stage}` run with other settings or inputs: {named}; "
+            "choose another folder, or remove this one"
         )
     return not incomplete_outputs(run_dir, manifest)
 

@@ -24,6 +24,7 @@ from offline_align.distributed.setup import Ranks
 from offline_align.distributed.stopping import StopVote, stop_requests
 from offline_align.errors import StoppedEarly
 from offline_align.progress import Meter
+from offline_align.wording import counted
 
 # Number of consecutive rows that are packed at a time: enough to fill the bins, and few enough for
 # steady progress.
@@ -132,7 +133,7 @@ def complete_journal(
     own = [share[ranks.dp_rank] if ranks.dp_rank < len(share) else [] for share in rounds]
     writes = ranks.tp_rank == 0 and ranks.cp_rank == 0
     with (
-        stop_requests(max_time) as stop,
+        stop_requests(max_time, "the rows that are being computed") as stop,
         ScoreWriter(journal, flush_rows, writes) as writer,
         Meter(title, len(source), "rows", len(done), ranks.is_main) as meter,
     ):
@@ -145,7 +146,7 @@ def complete_journal(
                 meter.advance(sum(map(len, share)))
         if vote.newest():
             raise StoppedEarly(
-                f"stopped after {meter.done} of {len(source)} rows; their scores are saved: "
+                f"stopped after {meter.done:,} of {counted(len(source), 'row')}; their scores are saved: "
                 "run the same command to continue"
             )
     # All scores must be on disk before any rank reads them.

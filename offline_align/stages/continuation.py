@@ -1,7 +1,8 @@
 """Continuing an unfinished run: which settings have changed, and whether they may.
 
 `settings.jsonl` in the run folder has a line for the first attempt and one for every later attempt
-with other settings.
+with other settings. If weights are loaded, their folder decides the architecture: the line has the
+values of the folder, and its weights are compared by their hash.
 """
 
 import json
@@ -10,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from offline_align.config.resume import refused
+from offline_align.config.resume import is_of_weights, refused
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage import CHANGES, RunSettings, finished_key, write_atomically
+from offline_align.wording import counted
 
 FILE_NAME = "settings.jsonl"
 logger = logging.getLogger(__name__)
@@ -43,14 +45,18 @@ class RunKey:
 def begin_or_continue(run_dir: Path, settings: RunSettings, given: dict[str, Any]) -> RunKey:
     """Return the keys of a run that begins or continues, and record its settings.
 
-    `given` are the settings as the user wrote them, by dotted keys. Raises ConfigError with a line for
+    `given` are the settings with the names of files as the user wrote them, by dotted keys; the
+    architecture and `template` are those of the model that is loaded. Raises ConfigError with a line for
     each setting that may not change, StorageError.
     """
     step = steps_done(run_dir)
     lines = _read(run_dir / FILE_NAME) if step is not None else []
-    now = {"settings": _plain(settings.flat()), "given": _plain(given)}
+    loads_weights = given.get("init.from") is not None
+    now = {"settings": _decisive(_plain(settings.flat()), loads_weights), "given": _plain(given)}
     if lines:
-        changes = _changes(lines[-1], now, run_dir, step)
+        # Earlier versions also wrote the defaults of `model.*`, which had no effect.
+        last = lines[-1] | {"settings": _decisive(lines[-1]["settings"], loads_weights)}
+        changes = _changes(last, now, run_dir, step)
         if not changes:
             return _key(settings, lines)
         lines.append(now | {"after_step": step, "changes": changes})
@@ -66,6 +72,11 @@ def _key(settings: RunSettings, lines: list[dict[str, Any]]) -> RunKey:
     return RunKey(settings.key, settings.continuation, changes)
 
 
+def _decisive(settings: dict[str, Any], loads_weights: bool) -> dict[str, Any]:
+    """Return the settings without the keys that the folder of the weights decides."""
+    return {key: value for key, value in settings.items() if not (loads_weights and is_of_weights(key))}
+
+
 def _changes(last: dict[str, Any], now: dict[str, Any], run_dir: Path, step: int | None) -> dict[str, Any]:
     """Return the old and new value of each changed setting; ConfigError if one may not change."""
     before, after = last["settings"], now["settings"]
@@ -75,7 +86,9 @@ def _changes(last: dict[str, Any], now: dict[str, Any], run_dir: Path, step: int
     named = [line for key, line in zip(sorted(wrong), problems, strict=True) if key not in ("inputs", "parents")]
     length = after.get("trainer.max_steps")
     if step is not None and isinstance(length, int) and length < step:
-        named.append(f"trainer.max_steps={length}: this run has done {step} steps already; give {step} or more")
+        named.append(
+            f"trainer.max_steps={length}: this run has done {counted(step, 'step')} already; give {step} or more"
+        )
     if problems and not named:
         named = ["the files of data and models have other content than when this run began"]
     if named:

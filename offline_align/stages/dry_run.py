@@ -10,7 +10,7 @@ from rich.text import Text
 from offline_align.config.compose import world_size
 from offline_align.config.runs import GenerateRun, LabelRun, ModelRun, TrainRun
 from offline_align.config.sections import ModelSection, Precision
-from offline_align.data.tokenize import reasons
+from offline_align.data.fate import reasons
 from offline_align.estimate.sizes import (
     MemoryEstimate,
     ModelSizes,

@@ -10,6 +10,7 @@ from offline_align.config.sections import ConditionalMethodSection
 from offline_align.config.sections import Engine as EngineName
 from offline_align.convert.source import ModelSource
 from offline_align.data.condition import Condition
+from offline_align.data.fate import write_left_out
 from offline_align.data.journal import Journal
 from offline_align.data.records import Prompt, read_rows, reject_rows
 from offline_align.errors import ConfigError, StoppedEarly
@@ -17,6 +18,7 @@ from offline_align.generate.answer_journal import Place, merge, missing, read_an
 from offline_align.generate.requests import Completion, Engine, Workload, build_requests
 from offline_align.lineage import effort
 from offline_align.stages.job import Job
+from offline_align.wording import counted
 
 if TYPE_CHECKING:
     from offline_align.distributed.setup import Ranks
@@ -129,9 +131,12 @@ def _generate(job: Job[GenerateRun], conditions: list[Condition | None], engine:
     def finish() -> None:
         output = job.run_dir / "generations.jsonl"
         rows = merge(output, prompts, work.requests, read_answers(journal, work.requests), texts)
-        job.finish([output], _facts(source, conditions, work) | {"bad_rows": dict(bad_rows.counts)})
+        job.finish(
+            [output, write_left_out(job.run_dir, work.left_out)],
+            _facts(source, conditions, work) | {"bad_rows": dict(bad_rows.counts)},
+        )
         journal.remove()
-        logger.info("generate: %d answers: %s", rows, output)
+        logger.info("generate: %s: %s", counted(rows, "answer"), output)
 
     ranks.from_main(finish)
 
@@ -161,11 +166,14 @@ def _answer_missing(
         return
     loaded = _load_engine(job, engine, ranks, end_ids)
     own = share(work.requests, loaded.batch_size, done, ranks.dp_rank, ranks.dp_size)
-    with stop_requests(job.config.trainer.max_time) as stop:
+    with stop_requests(job.config.trainer.max_time, "the answers of this batch") as stop:
         finished = ranks.gather(answer_all(loaded, own, journal, stop, ranks.is_main))
     if not all(finished):
         answered = len(read_answers(journal, work.requests))
-        raise StoppedEarly(f"stopped after {answered} of {len(work.requests)} answers, saved: run it again")
+        raise StoppedEarly(
+            f"stopped after {answered:,} of {counted(len(work.requests), 'answer')}, which are saved: "
+            "run the same command to continue"
+        )
 
 
 @effort.part("load")

@@ -19,9 +19,11 @@ from offline_align.data.adapters.counts import InputCounts
 from offline_align.data.jsonl import HUB_PREFIX, BadRows, write_jsonl
 from offline_align.data.sources import Source, read_source
 from offline_align.errors import ConfigError, DataError
+from offline_align.progress import announced
 from offline_align.stages.job import Job
 from offline_align.stages.recipe import samples
 from offline_align.stages.registry import Reads
+from offline_align.wording import counted
 
 logger = logging.getLogger(__name__)
 _LONGEST_WAIT_SECONDS = 3600
@@ -75,14 +77,17 @@ def _make(path: Path, job: Job[Any], key: str, name: str) -> None:
     bad_rows = BadRows(job.config.data.on_bad_row, path.with_suffix(".quarantine.jsonl"))
     counts = InputCounts(name)
     try:
-        count = write_jsonl(path, _rows(job, bad_rows, counts))
+        with announced(f"reading {name} from the Hub"):
+            count = write_jsonl(path, _rows(job, bad_rows, counts))
     except ConfigError as error:
         # The reader names the key of `prepare`.
         raise ConfigError(str(error).replace("data.input=", f"{key}=", 1)) from error
     bad_rows.report(logger)
     counts.say(logger)
     dropped = ", ".join(f"{number} {reason}" for reason, number in counts.dropped.items())
-    logger.info("%s=%s: %d rows into %s%s", key, name, count, path, f"; dropped: {dropped}" if dropped else "")
+    logger.info(
+        "%s=%s: %s into %s%s", key, name, counted(count, "row"), path, f"; dropped: {dropped}" if dropped else ""
+    )
 
 
 def _rows(job: Job[Any], bad_rows: BadRows, counts: InputCounts) -> Iterator[dict[str, Any]]:

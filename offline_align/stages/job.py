@@ -29,6 +29,7 @@ from offline_align.distributed.run_lock import run_lock
 from offline_align.errors import ConfigError, StorageError
 from offline_align.lineage import effort
 from offline_align.model.description import find_model
+from offline_align.progress import announced
 from offline_align.stages.continuation import RunKey, begin_or_continue
 from offline_align.stages.origin import resolve
 from offline_align.stages.registry import Reads, Stage
@@ -149,7 +150,13 @@ class Job[R: Run]:
 
         Raises ConfigError if the folder has another run.
         """
-        done = lineage.completed(self.run_dir, self.stage.name, self.settings.key)
+        settings = to_mapping(self.config)
+        done = lineage.completed(
+            self.run_dir,
+            self.stage.name,
+            self.settings.key,
+            lambda manifest: lineage.differences(self.run_dir, manifest, settings, self.settings),
+        )
         if done:
             # They still exist if the run was killed right after it wrote its manifest.
             shutil.rmtree(self.run_dir / "journal", ignore_errors=True)
@@ -181,16 +188,18 @@ class Job[R: Run]:
         """
         if launched() is None and self.is_finished():
             return 0
-        from offline_align.distributed.setup import session
-
         config: Run = self.config
         assert isinstance(config, ModelRun)
-        with contextlib.ExitStack() as stack, session(config.parallel, config.run) as ranks:
+        with contextlib.ExitStack() as stack:
+            with announced("starting torch and megatron-core"):
+                from offline_align.distributed.setup import session
+
+                ranks = stack.enter_context(session(config.parallel, config.run))
 
             def begin() -> RunKey | None:
                 if self.is_finished() or not stack.enter_context(self.held(continued=True)):
                     return None
-                return begin_or_continue(self.run_dir, self.settings, lineage.flat(to_mapping(config)))
+                return begin_or_continue(self.run_dir, self.settings, lineage.flat(self._in_effect()))
 
             self._key = ranks.from_main(begin)
             if self._key is not None:
@@ -204,6 +213,15 @@ class Job[R: Run]:
         with self.held() as to_do:
             if to_do:
                 body()
+
+    def _in_effect(self) -> dict[str, Any]:
+        """Return the settings, with the architecture and the template of the model that is loaded."""
+        found = to_mapping(self.config)
+        if isinstance(self.config, ModelRun) and self.config.init.from_ is not None:
+            given = self.config.model.tokenizer if "model.tokenizer" in self.explicit else None
+            found["model"] = to_mapping(replace(self.source.model, tokenizer=given))
+            found["template"] = self.source.description.template.value
+        return found
 
     def start_folder(self, model: ModelSection | None = None, ranks: "Ranks | None" = None) -> None:
         """Create the run folder with `config.yaml`. If `ranks` are given, rank 0 does it and all wait.

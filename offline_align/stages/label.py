@@ -3,11 +3,14 @@
 import json
 import logging
 import math
+from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offline_align import lineage
 from offline_align.config.runs import LabelRun
 from offline_align.data.bins import shares_prompts
+from offline_align.data.fate import write_left_out
 from offline_align.data.journal import Journal
 from offline_align.data.records import BadRows, PreferencePair, Sample, read_rows_and_pairs
 from offline_align.data.score_journal import read_scores
@@ -18,6 +21,7 @@ from offline_align.label.results import write_results
 from offline_align.label.rows import leave_out_unscorable, single_answers
 from offline_align.lineage import effort
 from offline_align.stages.job import Job
+from offline_align.wording import counted
 
 if TYPE_CHECKING:
     from offline_align.data.bins import SampleSource
@@ -42,7 +46,7 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
     renderer = job.source.renderer()
     job.start_folder(ranks=ranks)
     bad_rows = job.bad_rows(ranks.is_main)
-    rows = ranks.main_first(lambda: _rows(job, renderer, bad_rows))
+    rows, left_out = ranks.main_first(lambda: _rows(job, renderer, bad_rows))
     samples = list(single_answers(rows))
     config = job.config
     shares = shares_prompts(config.trainer, config.parallel)
@@ -57,13 +61,22 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
     journal = Journal(job.run_dir, scored, ranks.dp_rank)
     _score_missing(job, source, journal, ranks)
     again = _score_again(job, samples, renderer, ranks)
-    facts: dict[str, Any] = {"bad_rows": dict(bad_rows.counts)} | job.source.description.text_form
-    ranks.from_main(lambda: _write_results(job, rows, samples, journal, again, facts))
+    facts: dict[str, Any] = {"dropped": dict(Counter(left_out.values())), "bad_rows": dict(bad_rows.counts)}
+    facts |= job.source.description.text_form
+
+    def write() -> None:
+        # These rows have no line in `labelled.jsonl`, so they are named.
+        named = write_left_out(job.run_dir, left_out)
+        _write_results(job, rows, samples, journal, again, facts, [named])
+
+    ranks.from_main(write)
 
 
 @effort.part("data")
-def _rows(job: Job[LabelRun], renderer: Renderer, bad_rows: BadRows) -> list[Sample | PreferencePair]:
-    """Return the rows that can be scored. All others are bad rows.
+def _rows(
+    job: Job[LabelRun], renderer: Renderer, bad_rows: BadRows
+) -> tuple[list[Sample | PreferencePair], dict[str, str]]:
+    """Return the rows that can be scored, and the reason for each row that does not fit, by its id.
 
     Raises DataError for a bad row unless `data.on_bad_row` is `skip`.
     """
@@ -126,18 +139,21 @@ def _write_results(
     journal: Journal,
     again: dict[int, float],
     facts: dict[str, Any],
+    more_outputs: list[Path],
 ) -> None:
     run_dir = job.run_dir
     scores = read_scores(journal, len(samples))
     missing = [s.id for i, s in enumerate(samples) if i not in scores]
     if missing:
         raise StorageError(
-            f"{journal.folder}: lacks {len(missing)} scores, first of row {missing[0]}: run the same command again"
+            f"{journal.folder}: lacks {counted(len(missing), 'score')}, first of row {missing[0]}: "
+            "run the same command again"
         )
     raw = [scores[i][0] for i in range(len(samples))]
     _check_finite(samples, raw)
     columns = [_columns(sample) for sample in samples]
     stats, outputs = write_results(run_dir, columns, raw, job.config.label.histogram_bins)
+    outputs += more_outputs
     if again:
         certificate = certify([raw[row] for row in again], list(again.values()), stats)
         outputs.append(run_dir / FILE_NAME)
@@ -148,13 +164,14 @@ def _write_results(
     extra = {"rows": len(samples), "pairs": pairs, **facts, "statistics": stats.as_json()}
     job.finish(outputs, extra)
     journal.remove()
-    logger.info("label: %d rows, rewards %.3f +- %.3f: %s", len(samples), stats.mean, stats.std, run_dir)
+    logger.info("label: %s, rewards %.3f +- %.3f: %s", counted(len(samples), "row"), stats.mean, stats.std, run_dir)
 
 
 def _check_finite(samples: list[Sample], raw: list[float]) -> None:
     bad = [s.id for s, x in zip(samples, raw, strict=True) if not math.isfinite(x)]
     if bad:
-        raise DataError(f"row {bad[0]}: its score is not finite ({len(bad)} such rows): train the reward model again")
+        such = counted(len(bad), "such row")
+        raise DataError(f"row {bad[0]}: its score is not finite ({such}): train the reward model again")
 
 
 def _columns(sample: Sample) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from offline_align.config.checks import template_date
+from offline_align.config.resume import FREE_MODEL_KEYS
 from offline_align.config.runs import ModelRun, TrainRun, section
 from offline_align.config.sections import DataSection, ModelSection, Template
 from offline_align.convert.source import Form, ModelSource, open_model
@@ -13,9 +14,6 @@ from offline_align.data.template import Encoding, writes_date
 from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import ConfigError
 from offline_align.model.description import FILE_NAME, ModelDescription
-
-# These keys decide how a model is run here, not what it is.
-_FREE_KEYS = {"model.tokenizer", "model.backend", "model.overrides"}
 
 
 def resolve(config: ModelRun, explicit: frozenset[str]) -> ModelSource:
@@ -78,7 +76,7 @@ def _merged(given: ModelSection, found: ModelSection, explicit: frozenset[str], 
     problems = []
     for field in dataclasses.fields(ModelSection):
         key, value, own = f"model.{field.name}", getattr(given, field.name), getattr(found, field.name)
-        if key in explicit and key not in _FREE_KEYS and value != own:
+        if key in explicit and key not in FREE_MODEL_KEYS and value != own:
             problems.append(f"{key}={value}: the weights of init.from={source} have {own}; leave it unset")
     if problems:
         raise ConfigError(problems)

@@ -19,17 +19,19 @@ from offline_align.config.sections import DataSection, InputDataSection
 from offline_align.convert.source import open_model
 from offline_align.convert.template_choice import automatic
 from offline_align.data.condition import check_format
+from offline_align.data.fate import reasons, say_what_fits
 from offline_align.data.records import LabelledSample, read_rows
 from offline_align.data.template import Renderer
-from offline_align.data.tokenize import left_out, reasons
+from offline_align.data.tokenize import left_out
 from offline_align.data.tokenizer import load_tokenizer
-from offline_align.errors import ConfigError, DataError
+from offline_align.errors import ConfigError
 from offline_align.methods import ca, checked
 from offline_align.methods.planner import Settings, Sizes, plan
 from offline_align.stages.job import Job
 from offline_align.stages.origin import tokenizer_path
 from offline_align.stages.output import show
 from offline_align.stages.plan_table import tables
+from offline_align.wording import counted
 
 PLAN_FILE = "plan.json"
 ROWS_PER_BATCH = 512
@@ -139,7 +141,7 @@ def _token_sizes(
             targets.append(len(target))
             lengths.append(min(data.max_length, len(context) + len(target)))
     if not kept:
-        raise DataError(f"none of {len(rows)} rows is left: {reasons(out)}; see data.max_length={data.max_length}")
+        say_what_fits(logger, len(rows), 0, out, data)
     return kept, Sizes("tokens", lengths, targets, renderer.condition_tokens), out
 
 
@@ -147,7 +149,8 @@ def _left_out(out: Counter[str], data: DataSection) -> list[str]:
     """Return the warning about rows that the plan does not count, if there are any."""
     if not out:
         return []
-    return [f"{out.total()} rows are left out, as training does: {reasons(out)}; see data.max_length={data.max_length}"]
+    rows = f"{counted(out.total(), 'row is', 'rows are')} left out, as training does"
+    return [f"{rows}: {reasons(out)}; see data.max_length={data.max_length}"]
 
 
 def _character_sizes(rows: Sequence[LabelledSample]) -> Sizes:

@@ -5,6 +5,7 @@ Nothing is written: tokens go into a temporary folder.
 
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -183,12 +184,13 @@ def label_rows(job: Job[LabelRun], paths: list[Path]) -> PlannedRows:
         try:
             renderer, data = job.source.renderer(), job.config.data
             rows = list(read_rows_and_pairs(paths, Sample, found.bad, every))
-            rows = leave_out_unscorable(rows, paths, renderer, data, cache, found.bad)
+            rows, left_out = leave_out_unscorable(rows, paths, renderer, data, cache, found.bad)
             source = tokenized(list(single_answers(rows)), renderer, data, cache)
         except (DataError, ConfigError) as error:
             found.error = error
             return found
         found.kept, found.tokens, found.truncated = len(rows), source.num_tokens(), source.rows.truncated
+        found.dropped = dict(Counter(left_out.values()))
         found.first = first_row(source, renderer, "answer")
     return found
 

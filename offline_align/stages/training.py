@@ -18,8 +18,10 @@ from offline_align.data.jsonl import is_empty
 from offline_align.data.records import BadRows, PreferencePair, input_paths, read_rows, reject_rows
 from offline_align.data.template import Renderer
 from offline_align.lineage import effort
+from offline_align.progress import announced
 from offline_align.stages.job import Job
 from offline_align.stages.recipe import PairRecipe, Recipe, RowRecipe
+from offline_align.wording import counted
 
 if TYPE_CHECKING:
     from offline_align.data import bins
@@ -62,13 +64,16 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
         _warn(short)
     if ranks.is_main and data.share_prompts and not config.data.group_by_prompt:
         _log_grouping_gain(data.repeated_share())
-    trainer = _assemble(job, data, valid, ranks)
+    with announced("building the model", enabled=ranks.is_main):
+        trainer = _assemble(job, data, valid, ranks)
     with stop_requests(config.trainer.max_time) as stop:
         state = trainer.fit(stop)
     if ranks.is_main:
         done = _facts(job, facts, state) | {"speed": trainer.speed.summary()}
         job.finish([job.run_dir / "metrics.jsonl", job.run_dir / "checkpoints"], done)
-        logger.info("%s: done after %d steps, %s: %s", job.stage.name, state.step, effort.in_words(), job.run_dir)
+        logger.info(
+            "%s: done after %s, %s: %s", job.stage.name, counted(state.step, "step"), effort.in_words(), job.run_dir
+        )
         _warn(short)
     ranks.barrier()
 

@@ -12,12 +12,14 @@ The folder has a hidden name until that rename, so nothing mistakes an incomplet
 
 import contextlib
 import json
+import logging
 import queue
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,12 @@ from offline_align.errors import AlignError, StorageError
 from offline_align.lineage.effort import part
 from offline_align.lineage.files import fsync_path
 from offline_align.model.description import ModelDescription
+from offline_align.progress import LARGE_BYTES, announced
 from offline_align.train import checkpoint, optimizer_state
 from offline_align.train.checkpoint import TrainState
+from offline_align.wording import counted, duration
 
+logger = logging.getLogger(__name__)
 # Bytes per parameter of the fp32 main weight and two moments.
 _OPTIMIZER_BYTES = 12
 
@@ -119,11 +124,13 @@ class Saver:
         A save in the background returns once the tensors are copied. A pending save is finished first.
         """
         self.finish()
-        self._pending = save = self._begin(replace(state))
         if self.in_background:
+            self._pending = save = self._begin(replace(state))
             save.thread = threading.Thread(target=save.write, name="save", daemon=True)
             save.thread.start()
-        else:
+            return
+        with announced(f"saving a checkpoint after step {state.step}", self._size, self.ranks.is_main):
+            self._pending = save = self._begin(replace(state))
             save.write()
             self.finish()
 
@@ -154,6 +161,10 @@ class Saver:
             raise
         self.update_links_and_prune(save.state)
         self.seconds = time.monotonic() - save.started
+        if save.thread is not None and self.ranks.is_main and self._size >= LARGE_BYTES:
+            logger.info(
+                "checkpoint after step %d: saved in the background in %s", save.state.step, duration(self.seconds)
+            )
 
     def update_links_and_prune(self, state: TrainState) -> None:
         """Set the links and delete old checkpoints, given the `state` of the newest checkpoint."""
@@ -217,9 +228,13 @@ class Saver:
         size, free = self.bytes_estimate(), shutil.disk_usage(self.run_dir).free
         if more * size > free:
             raise StorageError(
-                f"run.dir={self.run_dir}: {free / 1e9:.3g} GB are free, and {more} more checkpoints of about "
-                f"{size / 1e9:.3g} GB are to come: make room, or lower trainer.keep_checkpoints={self.keep}"
+                f"run.dir={self.run_dir}: {free / 1e9:.3g} GB are free, and {counted(more, 'more checkpoint')} of "
+                f"about {size / 1e9:.3g} GB are to come: make room, or lower trainer.keep_checkpoints={self.keep}"
             )
+
+    @cached_property
+    def _size(self) -> int:
+        return self.bytes_estimate()
 
     def bytes_estimate(self) -> int:
         """Estimate the bytes of a checkpoint: weights, and fp32 main weights and moments if there are any."""

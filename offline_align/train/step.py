@@ -5,7 +5,7 @@ Only this module calls megatron's schedule, and only this module divides a loss.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +95,8 @@ class TrainStep:
         self.optimizer = optimizer
         self.objective = objective
         self.clip_grad = clip_grad
+        self.before_micro_batch: Callable[[int], None] | None = None
+        """Called with the number of each micro-batch (from 0) before it is computed."""
         self._own_time = OwnTime(self.device)
         self._schedule = get_forward_backward_func()
         self._connect_schedule()
@@ -109,11 +111,16 @@ class TrainStep:
             config.no_sync_func = self.model.no_sync
 
     def __call__(
-        self, micro_batches: list[PackedBatch], learning_rate: float, stop: bool = False, waited: float = 0.0
+        self,
+        micro_batches: list[PackedBatch],
+        learning_rate: float,
+        stops: Callable[[], bool] = lambda: False,
+        waited: float = 0.0,
     ) -> StepResult:
         """Train on this rank's share of a global batch.
 
-        Every data parallel rank must pass the same number of micro-batches. `waited` is the time in
+        Every data parallel rank must pass the same number of micro-batches. `stops` says whether this rank
+        is asked to stop; it is called once the micro-batches are computed. `waited` is the time in
         seconds that this rank has waited for its rows.
         """
         own_seconds = self._own_time.seconds()
@@ -124,16 +131,22 @@ class TrainStep:
         self.optimizer.zero_grad()
         stored = self._schedule(
             forward_step_func=self._forward_step,
-            data_iterator=iter(micro_batches),
+            data_iterator=self._announced(micro_batches),
             model=self.model,
             num_microbatches=len(micro_batches),
             seq_length=1,
             micro_batch_size=1,
             forward_only=False,
         )
-        sums = reduce_sums(*_add_up(stored), self.device, stop, own_seconds)
+        sums = reduce_sums(*_add_up(stored), self.device, stops(), own_seconds)
         grad_norm, applied = self._update(sums.count, math.isfinite(sums.means["loss"]))
         return StepResult(sums.means, sums.count, grad_norm, applied, sums.stop, sums.rank_seconds)
+
+    def _announced(self, micro_batches: list[PackedBatch]) -> Iterator[PackedBatch]:
+        for number, batch in enumerate(micro_batches):
+            if self.before_micro_batch is not None:
+                self.before_micro_batch(number)
+            yield batch
 
     @property
     def device(self) -> torch.device:

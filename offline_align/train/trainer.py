@@ -25,9 +25,10 @@ from offline_align.errors import AlignError, ConfigError, StoppedEarly
 from offline_align.lineage.effort import part
 from offline_align.model.description import ModelDescription
 from offline_align.objectives import Objective
-from offline_align.progress import Meter
+from offline_align.progress import Meter, announced
 from offline_align.train import checkpoint
 from offline_align.train.checkpoint import TrainState
+from offline_align.train.first_step import FirstStep
 from offline_align.train.metrics import MetricsWriter
 from offline_align.train.optim import learning_rate
 from offline_align.train.profiling import StepProfiler
@@ -114,7 +115,9 @@ class Trainer:
                 data_seconds = time.monotonic() - started
                 rate = learning_rate(self.state.step, self.optim, total)
                 profiler.before(self.state.step + 1)
-                result = train_step(data.micro_batches, rate, stop.reason is not None, data_seconds)
+                stop.doing = f"step {self.state.step + 1}, then saving a checkpoint"
+                train_step.before_micro_batch = self._first_step(data) if main and not meter.has_begun else None
+                result = train_step(data.micro_batches, rate, lambda: stop.reason is not None, data_seconds)
                 profiler.after(self.state.step + 1)
                 seconds = time.monotonic() - started
                 self._advance(data, result, seconds)
@@ -122,10 +125,12 @@ class Trainer:
                 if self._is_due(self.trainer.log_interval):
                     slow = stragglers(result.rank_seconds, hosts)
                     writer.write(self.state.step, self._report(result, rate) | speed | slow)
-                meter.advance(note=f"loss {result.metrics['loss']:.4f}")
+                tokens = f"{speed['tokens_per_second']:,.0f} tokens/s"
+                meter.advance(note=f"{tokens}, loss {result.metrics['loss']:.4f}")
                 self._check_finite(data, result)
                 self.state.validation_due = self.validation is not None and self._is_due(self.trainer.eval_interval)
                 if self.state.validation_due and not result.stop:
+                    stop.doing = "some rows of the validation, then saving a checkpoint"
                     self._validate(writer, stop)
                 stop.expect(2 * seconds + self.saver.seconds)
                 is_best = self.state.best_step == self.state.step
@@ -136,6 +141,10 @@ class Trainer:
                 self.saver.poll()
             self.saver.finish()
         return self.state
+
+    def _first_step(self, data: StepData) -> FirstStep:
+        sizes = [batch.tokens.numel() for batch in data.micro_batches]
+        return FirstStep(self.state.step + 1, self.data.total_steps, data.num_rows, sizes, self._pinned)
 
     @property
     def _pinned(self) -> bool:
@@ -165,7 +174,7 @@ class Trainer:
         self.state = checkpoint.load(self.module, self.optimizer, newest)
         # The previous attempt may have been killed between writing a checkpoint and setting its links.
         self.saver.update_links_and_prune(self.state)
-        logger.info("continuing after step %d of %d", self.state.step, self.data.total_steps)
+        logger.info("training: continuing after step %d of %d", self.state.step, self.data.total_steps)
 
     def _is_due(self, interval: int | None) -> bool:
         """Return whether an action that is due every `interval` steps, and at the end, is due now."""
@@ -218,7 +227,8 @@ class Trainer:
         interrupted once must complete in the next attempt, or short attempts would never get past it.
         """
         try:
-            with closing(self._validation_batches(stop)) as batches:
+            said = announced(f"validation after step {self.state.step}", enabled=self.ranks.is_main)
+            with closing(self._validation_batches(stop)) as batches, said:
                 metrics, count = evaluate(self.model, self.objective, batches, self.ranks.device)
         except StoppedEarly:
             self._save(writer)

@@ -81,7 +81,7 @@ def test_two_nodes_share_each_layer(cluster: Cluster, undisturbed: Path) -> None
     assert manifest["extra"]["ranks"] == 2
     assert set(metrics(undisturbed, "slowest_host")) <= {"n1", "n2"}
     shown = console(undisturbed)
-    assert "nodes: 1 hosts, 2 ranks, 0 GPUs, one all-reduce: all good" in shown
+    assert "nodes: 1 host, 2 ranks, 0 GPUs, one all-reduce: all good" in shown
     assert "training: " in shown and "sft: done after" in shown
     ranks = [(undisturbed / "logs" / f"rank_00{rank}.log").read_text() for rank in (0, 1)]
     assert "sft: done after" in ranks[0] and "sft: done after" not in ranks[1]
@@ -100,7 +100,7 @@ def test_three_time_limits_change_nothing(cluster: Cluster, undisturbed: Path, r
     limits = ["launcher.time=2m", "launcher.signal_margin_seconds=20", "launcher.attempts=9"]
     job = submit(cluster, run, rows, *limits, steps=steps)
     # Count the lines of rank 0 only; the batch script may repeat them as the first error.
-    stopped = "offline-align[rank 0]: error: stopped by SIGUSR1 after step"
+    stopped = "offline-align[rank 0]: stopped by SIGUSR1 after step"
     until(lambda: console(run).count(stopped) == 3, cluster, job, 1200)
     until(lambda: cluster.state(job) == "PENDING", cluster, job)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")

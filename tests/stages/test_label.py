@@ -132,13 +132,8 @@ def test_scores_of_the_same_rows_with_other_tokens_are_not_reused(folder: Path, 
     assert scores(folder, "earlier") == scores(folder, "whole")
 
 
-def test_a_row_that_cannot_be_scored_stops_the_run(folder: Path, reward: Path, capsys: Any) -> None:
-    assert label(folder, "short", reward, "data.max_length=12") == 65
-    assert "raise data.max_length=12" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("kind", ["sample", "pair"])
-def test_a_row_that_cannot_be_scored_is_reported_or_skipped(
+def test_a_row_that_does_not_fit_is_left_out_counted_and_named(
     folder: Path, reward: Path, kind: str, capsys: Any, caplog: Any
 ) -> None:
     (folder / kind).mkdir()
@@ -151,21 +146,19 @@ def test_a_row_that_cannot_be_scored_is_reported_or_skipped(
     def start(name: str, file: Path, *more: str) -> int:
         return run(["label", f"run.dir={folder / kind / name}", f"data.input={file}", *words, *more])
 
-    assert start("out", path) == 65
-    assert (
-        f"{path}:3: response: too long to be scored, raise data.max_length=64; fix the row" in capsys.readouterr().err
-    )
-    assert start("out", path, "data.on_bad_row=skip") == 0
-    assert [r.message.partition(" are")[0] for r in caplog.records if "left out, see" in r.message] == ["1 bad rows"]
+    assert start("out", path) == 0
+    assert "5 rows: 1 left out (1 response_too_long); see data.max_length=64" in caplog.messages
     assert start("clean", folder / kind / "clean.jsonl") == 0
     outputs = [(folder / kind / name / "labelled.jsonl").read_bytes() for name in ("out", "clean")]
     assert outputs[0] == outputs[1]
-    (kept,) = map(json.loads, (folder / kind / "out" / "quarantine.jsonl").read_text().splitlines())
-    assert (kept["file"], kept["line"], json.loads(kept["raw"])) == (str(path), 3, long)
+    (named,) = map(json.loads, (folder / kind / "out" / "left_out.jsonl").read_text().splitlines())
+    assert named == {"id": "long", "reason": "response_too_long"}
+    assert not (folder / kind / "clean" / "left_out.jsonl").exists()
     manifest = json.loads((folder / kind / "out" / "manifest.json").read_text())
-    assert manifest["extra"]["bad_rows"] == {kept["reason"]: 1}
-    assert start("none", path, "data.on_bad_row=skip", "data.max_length=3") == 65
-    assert "no row can be scored" in capsys.readouterr().err
+    assert (manifest["extra"]["dropped"], manifest["extra"]["bad_rows"]) == ({"response_too_long": 1}, {})
+    assert "left_out.jsonl" in {output["path"] for output in manifest["outputs"]}
+    assert start("none", path, "data.max_length=3") == 65
+    assert "none of 5 rows is left: 5 response_too_long; see data.max_length=3" in capsys.readouterr().err
 
 
 def test_labelling_again_keeps_where_rows_came_from(folder: Path, reward: Path) -> None:

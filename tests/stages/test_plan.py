@@ -123,7 +123,7 @@ def test_rows_that_training_drops_are_not_counted(tmp_path: Path, capsys: pytest
         plan.run(Job(STAGES["plan"], config))
         found[name] = json.loads((tmp_path / name / "plan.json").read_text())
     warned = found["with"].pop("warnings")
-    assert warned == ["1 rows are left out, as training does: 1 response_too_long; see data.max_length=64"]
+    assert warned == ["1 row is left out, as training does: 1 response_too_long; see data.max_length=64"]
     assert warned[0] in " ".join(capsys.readouterr().out.split())
     assert found["with"].pop("left_out") == {"response_too_long": 1}
     assert found["with"] | {"warnings": [], "left_out": {}} == found["without"]

@@ -141,7 +141,7 @@ def test_dropped_rows_are_reported_once(start: Start, tmp_path: Path, caplog: py
     start(path, words=["data.on_bad_row=skip", "prepare.valid_fraction=1e-9"])
     found, bad, dropped, split = (record.message for record in caplog.records)
     assert found == "rows.jsonl: 3 rows of the form sft: 3 SFT rows; read prompt, response, id"
-    assert bad.startswith("1 bad rows are left out, see ") and "quarantine.jsonl" in bad
+    assert bad.startswith("1 bad row is left out, see ") and "quarantine.jsonl" in bad
     assert dropped == "1 rows are dropped, see report.json: {'duplicate of an earlier row': 1}"
     assert split == "sft_valid.jsonl is empty: 2 rows are too few for prepare.valid_fraction=1e-09"
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"train", "label", "generate", "evaluate", "convert", "launch", "launch_slurm"},
     {"stages"},
 ]
-SERVE_ALL = {"distributed", "errors", "estimate", "lineage", "progress", "tensorboard_writer"}
+SERVE_ALL = {"distributed", "errors", "estimate", "lineage", "progress", "tensorboard_writer", "wording"}
 # Parts of one layer that know nothing of each other.
 APART = [{"methods", "model"}, {"methods", "objectives"}]
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}

@@ -76,8 +76,8 @@ class DataSection(RowDataSection):
     """Maximum length of a row in tokens, including the end-of-sequence token (paper: 4096)."""
     too_long: TooLong = TooLong.truncate_prompt
     """What to do with rows over `max_length`: truncate the prompt from the left, or drop the row. A
-    row whose response alone exceeds it is always dropped. Truncated and dropped
-    rows are counted."""
+    row whose response alone exceeds it is always dropped. Truncated and dropped rows are counted,
+    and every stage treats them alike."""
     template: Template | None = Template.auto
     """How a dialogue becomes text: `User:...Assistant: ...` (`paper`) or the tokenizer's chat
     template (`chat`). `auto` is the template that the model in `init.from` records. If it records

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_align.data.records import Sample
-from offline_align.errors import DataError, StoppedEarly
+from offline_align.errors import DataError, StoppedEarly, StorageError
 from offline_align.evaluate.comparison import prompt_text
 from offline_align.evaluate.judges.rater_agreement import krippendorff_alpha
 from offline_align.evaluate.judges.verdict_grammar import HIGHEST, LOWEST
@@ -48,8 +48,8 @@ class HumanJudge:
             page = self.run_dir / "rating.html"
             write_atomically(page, self._page(samples).encode())
             raise StoppedEarly(
-                f"{page}: rate the answers on this page, save the ratings file beside it, and run the same "
-                "command again"
+                f"waiting for ratings: open {page} in a browser, rate the answers, save ratings.jsonl into "
+                f"{self.run_dir}, and run the same command again"
             )
         self._raters = len(files)
         ratings = _read(files)
@@ -115,7 +115,7 @@ def _read(files: Sequence[Path]) -> dict[str, list[float]]:
     ratings: dict[str, list[float]] = defaultdict(list)
     for path in files:
         own: dict[str, float] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(_lines(path), start=1):
             if line.strip():
                 key, score = _rating(line, f"{path}:{number}")
                 own[key] = score
@@ -124,7 +124,14 @@ def _read(files: Sequence[Path]) -> dict[str, list[float]]:
     return ratings
 
 
-def _rating(line: str, where: str) -> tuple[str, float]:
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _rating(line: bytes, where: str) -> tuple[str, float]:
     try:
         row = json.loads(line)
         key, score = row["answer"], row["score"]

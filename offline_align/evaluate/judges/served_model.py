@@ -106,7 +106,8 @@ class ServedModelJudge:
             return known
         verdict = self._ask(key, question.samples[0].id, messages, len(question.shown))
         if verdict.scores is None:
-            log.warning("%s: no verdict: %s: %s", verdict.id, verdict.problem, shortened(verdict.reply))
+            reply = shortened(verdict.reply)
+            log.warning("%s: no verdict for %s: %s: %s", self.cache.path, verdict.id, verdict.problem, reply)
         self.cache.add(verdict)
         return verdict
 

@@ -1,13 +1,17 @@
 """Keep a served judge's verdicts in `verdicts.jsonl`, so no question is paid for twice."""
 
+import contextlib
 import hashlib
 import json
+import logging
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from offline_align.data.journal import JournalFile
+from offline_align.wording import counted
 
+logger = logging.getLogger(__name__)
 # Part of every checksum. It is constant: a verdict depends on the request, not on the run.
 _NAME = "verdicts"
 
@@ -35,11 +39,26 @@ class VerdictCache:
     """Verdicts by the hash of model and request; threads may share one cache."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file, skipping damaged lines. Raises StorageError if it cannot be read."""
+        """Read the file, skipping lines that are damaged or of another version.
+
+        Raises StorageError if it cannot be read.
+        """
         self._file = JournalFile(path, _NAME)
         self._lock = threading.Lock()
-        verdicts = [Verdict(**entry) for entry in self._file.read()]
-        self._found = {verdict.key: verdict for verdict in verdicts}
+        self._found: dict[str, Verdict] = {}
+        entries = self._file.read()
+        for entry in entries:
+            # Another version of this program may have written other fields.
+            with contextlib.suppress(TypeError):
+                self._found[entry["key"]] = Verdict(**entry)
+        known = {field.name for field in fields(Verdict)}
+        if other := sum(not entry.keys() <= known for entry in entries):
+            logger.warning("%s: %s of another version: asked again", path, counted(other, "verdict"))
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._file.path
 
     def get(self, key: str) -> Verdict | None:
         """Return the verdict with this key, or None if it is missing or has no scores."""

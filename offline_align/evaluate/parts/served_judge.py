@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offline_align.evaluate.sections import Section, Table
+from offline_align.wording import counted
 
 NOTE = (
     "The order of the answers changes from prompt to prompt, so each method appears in every position equally often. "
@@ -58,5 +59,6 @@ def _findings(described: Mapping[str, Any]) -> list[str]:
     unread = described["unreadable_verdicts"]
     if unread:
         reasons = "; ".join(f"{reason}: {count}" for reason, count in described["unreadable_reasons"].items())
-        found.append(f"{unread} of {described['verdicts']} verdicts could not be read ({reasons}).")
+        verdicts = f"{unread} of {counted(described['verdicts'], 'verdict')} could not be read ({reasons})"
+        found.append(f"{verdicts}; the replies are in `verdicts.jsonl`.")
     return found

@@ -23,7 +23,7 @@ TYPOS = [
     ("trainer.save_intervall=8", "did you mean trainer.save_interval?"),
     ("data.maxlength=8", "did you mean data.max_length?"),
     ("data.onbadrow=skip", "did you mean data.on_bad_row?"),
-    ("parallel.tensor_parallel_size=2", "did you mean parallel.tensor_model_parallel_size?"),
+    ("parallel.tensor_parallel_size=2", "write parallel.tensor_model_parallel_size=2"),
     ("parallel.sequence_paralel=true", "did you mean parallel.sequence_parallel?"),
     ("run.sed=3", "did you mean run.seed?"),
     ("init.form=x", "did you mean init.from?"),

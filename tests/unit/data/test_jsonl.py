@@ -117,7 +117,7 @@ def test_bad_rows_are_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFix
     for line in (b"3", b"", b"x"):
         read(write(tmp_path / "rows.jsonl", GOOD, line), bad_rows)
         bad_rows.report(log)
-    assert [record.message.partition(" are")[0] for record in caplog.records] == ["1 bad rows", "1 bad rows"]
+    assert [record.message.partition(" is")[0] for record in caplog.records] == ["1 bad row", "1 bad row"]
     assert "not an object" in caplog.records[0].message and "not an object" not in caplog.records[1].message
 
 

@@ -12,6 +12,7 @@ from offline_align.config.sections import OnBadRow
 from offline_align.data.jsonl import BadRows
 from offline_align.data.sources import Source, held_out_files, input_sources, read_source
 from offline_align.errors import AlignError, ConfigError, DataError
+from tests.support import free_ports
 
 ROWS: list[dict[str, Any]] = [{"prompt": f"naïve {i}", "response": "b", "n": i} for i in range(5)]
 STRICT = BadRows(OnBadRow.fail, None)
@@ -70,8 +71,19 @@ def test_the_arguments_of_load_dataset(
         return iter(ROWS if streaming else [])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert values(Source(name, None)) == ROWS
     assert asked == [expected]
+
+
+def test_a_hub_out_of_reach_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client of the Hub would try again for a minute, with two lines each time."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_ports(1)[0]}")
+    with pytest.raises(ConfigError, match=r"hf:no/such: 127\.0\.0\.1 cannot be reached \(Connection refused\)"):
+        values(Source("hf:no/such", None))
 
 
 def test_a_data_set_that_cannot_be_loaded_is_a_configuration_error(tmp_path: Path) -> None:

@@ -118,7 +118,10 @@ def test_long_prompts_are_dropped_on_request(renderer: Renderer, cache: Path, ca
     rows = [training_row(0, "word " * 90), training_row(1)]
     made = tokenize_samples(rows, renderer, DataSection(max_length=32, too_long=TooLong.drop), cache)
     tokenize_samples(rows[1:], renderer, DataSection(max_length=32), cache)
-    assert caplog.messages == ["1 of 2 rows, 0 truncated, left out: 1 too_long", "1 of 1 rows, 0 truncated"]
+    assert caplog.messages == [
+        "2 rows: 1 left out (1 too_long); see data.max_length=32",
+        "1 row: it fits into data.max_length=32",
+    ]
     assert made.row_ids == ["row-1"]
     assert made.dropped == {"too_long": 1}
     assert made.weight.tolist() == [1 / 8]
@@ -150,7 +153,7 @@ def test_the_generation_prompt_is_never_cut(renderer: Renderer, cache: Path) -> 
     made = tokenize_samples([row, training_row(1, "", "x")], renderer, data, cache)
     context, _ = split(made, 0)
     assert renderer.tokenizer.decode(context).strip().endswith(condition)
-    with pytest.raises(DataError, match="none of 1 rows is left: 1 response_too_long; see data.max_length"):
+    with pytest.raises(DataError, match="none of 1 row is left: 1 response_too_long; see data.max_length"):
         tokenize_samples([row], renderer, replace(data, max_length=least - 1), cache)
 
 
@@ -341,6 +344,7 @@ def test_long_tokenisation_reports_its_progress(
     monkeypatch.setattr(tokenize, "ROWS_PER_BATCH", 2)
     caplog.set_level("INFO", "offline_align.progress")
     tokenize_samples([training_row(i) for i in range(5)], renderer, DataSection(), cache)
-    *said, _ = caplog.messages
-    assert [line.partition(" rows, ")[0] for line in said] == [f"tokenising: {done}/5" for done in (2, 4, 5, 5)]
-    assert said[0].endswith(" s left")
+    first, second, end, _ = caplog.messages
+    assert first.startswith("tokenising: 2 of 5 rows, 50 s a row, about ") and first.endswith(" left")
+    assert second.startswith("tokenising: 4 of 5 rows, ")
+    assert end.startswith("tokenising: all 5 rows, in ")

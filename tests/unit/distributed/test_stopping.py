@@ -1,14 +1,16 @@
 """Stop requests by signals and limits and votes of all ranks."""
 
+import hashlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from offline_align.distributed.stopping import StopVote, interruptible, stop_requests
+from offline_align.distributed.stopping import StopVote, interruptible, signals_heard, stop_requests
 from offline_align.errors import StoppedEarly
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
@@ -69,6 +71,42 @@ def test_a_signal_ends_a_command_at_once_unless_a_loop_handles_it(number: signal
         os.kill(os.getpid(), number)
         raise AssertionError("went on")
     assert signal.getsignal(number) is before
+
+
+def test_a_request_is_acknowledged_while_the_main_thread_is_in_a_library(capfd: pytest.CaptureFixture[str]) -> None:
+    """The handler of Python has no turn as long as one operation lasts."""
+    with interruptible(), stop_requests(doing="step 12") as stop:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        waited, said = time.monotonic(), ""
+        while not said and time.monotonic() - waited < 5:
+            said = capfd.readouterr().err
+        assert said == "offline-align: SIGINT: finishing step 12; again to stop at once\n"
+        assert stop.reason == "SIGINT"
+
+
+def test_other_ranks_do_not_repeat_the_acknowledgement(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with interruptible(), stop_requests():
+        os.kill(os.getpid(), signal.SIGTERM)
+        while signals_heard() < 1:
+            time.sleep(0.01)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_second_signal_ends_a_process_that_is_inside_a_library() -> None:
+    """Python's handler has no turn in this one operation, which lasts for minutes."""
+    child = os.fork()
+    if child == 0:
+        with interruptible(), stop_requests():
+            for delay in (0.3, 0.6):
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+        os._exit(0)
+    started = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    assert time.monotonic() - started < 60
 
 
 def test_a_stop_that_a_library_turns_into_its_own_error_is_recognised() -> None:

@@ -1,5 +1,6 @@
 """Exit after an error among several ranks: at once, with the right code, after the callback."""
 
+import signal
 import subprocess
 import sys
 
@@ -46,8 +47,14 @@ def test_nothing_delays_the_exit_of_a_failed_rank(word: str, said: str) -> None:
 
 
 def test_any_other_process_exits_normally() -> None:
-    with pytest.raises(SystemExit) as ended:
-        exit_process(78)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            exit_process(78)
+        assert signal.getsignal(signal.SIGINT) != before[signal.SIGINT], "a signal cannot change the exit code"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert ended.value.code == 78
 
 

@@ -27,4 +27,4 @@ def test_rank_flips_and_sign_flips_are_counted() -> None:
     assert found["largest_difference"] == pytest.approx(0.3)
     assert found["largest_normalised_difference"] == pytest.approx(0.3 / fit(first).std)
     assert (found["rank_flips"], found["sign_flips"], found["equal_rows"]) == (1, 1, 3)
-    assert "1 of 6 pairs change order" in in_words(found)
+    assert "1 of 6 pairs changed order" in in_words(found)

@@ -78,7 +78,7 @@ def test_one_refused_question_is_counted_and_the_others_are_judged(
     assert described["unreadable_reasons"] == {problem: lost}
     assert described["unreadable_by_answer"] == [1, 1, 1]
     (said,) = {record.message for record in caplog.records if record.levelname == "WARNING"}
-    assert said.startswith(f"p0: no verdict: {problem}: ")
+    assert f"verdicts.jsonl: no verdict for p0: {problem}: " in said
     assert words in said
     kept = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").read_text().splitlines()]
     assert [one["problem"] for one in kept if one["scores"] is None] == [problem] * lost

@@ -81,9 +81,9 @@ def test_bad_ratings_name_file_and_line(tmp_path: Path, score: object) -> None:
         HumanJudge(tmp_path, 0).score(make_samples())
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"answer": "x"}'])
-def test_foreign_files_are_refused(tmp_path: Path, line: str) -> None:
-    (tmp_path / "ratings.jsonl").write_text(f"\n{line}\n")
+@pytest.mark.parametrize("line", [b"{", b"[]", b'{"answer": "x"}', b"\xff\xfe"])
+def test_foreign_files_are_refused(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "ratings.jsonl").write_bytes(b"\n" + line + b"\n")
     with pytest.raises(DataError, match=r"ratings\.jsonl:2: answer, score: "):
         HumanJudge(tmp_path, 0).score(make_samples())
 

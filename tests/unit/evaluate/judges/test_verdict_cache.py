@@ -85,7 +85,7 @@ def test_damaged_verdicts_are_counted_in_a_warning(tmp_path: Path, caplog: pytes
     VerdictCache(path).add(verdict("a", [1.0]))
     path.write_text("damaged\n" + path.read_text())
     VerdictCache(path)
-    assert "verdicts.jsonl: skipping 1 damaged lines" in caplog.text
+    assert "verdicts.jsonl:1: 1 damaged line skipped" in caplog.text
 
 
 def test_the_key_depends_on_model_and_request() -> None:
