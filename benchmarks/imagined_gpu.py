@@ -101,7 +101,9 @@ class ImaginedGpu(TorchDispatchMode):
         if function in _READS:
             return self._value(*arguments)
         result = function(*arguments, **(named or {}))
-        if function is torch.ops.aten._to_copy.default and result.device.type == "cpu":
+        # An asynchronous copy is waited for later, by its event.
+        copied = function is torch.ops.aten._to_copy.default and not (named or {}).get("non_blocking", False)
+        if copied and result.device.type == "cpu":
             self._wait(arguments[0])
         if (count := _PRODUCTS.get(function.overloadpacket)) is not None:
             self.product_flops += count(*arguments, **(named or {}), out_val=result)

@@ -32,7 +32,7 @@ def training(workload: str, scratch: str, name: str) -> None:
     """
     rows = load(Path(workload) / f"{name}_tokens.json")
     targets = [len(r["ids"]) - r["target_start"] for r in rows]
-    groups = _sides(workload) if name == "answers" else [[(len(r["ids"]), len(r["ids"]))] for r in rows]
+    groups = _sides(workload, "preference") if name == "answers" else [[(len(r["ids"]), len(r["ids"]))] for r in rows]
     size = len(rows) // len(groups)
     read = [sum(targets[i * size : (i + 1) * size]) for i in range(len(groups))]
     bins = list(_bins_of_steps([sum(own for own, _ in group) for group in groups], GLOBAL_BATCH // size))
@@ -50,10 +50,10 @@ def pairs(workload: str, scratch: str) -> None:
 
 def preference(workload: str, scratch: str) -> None:
     """Measure the products of the second epoch of DPO, whose output layer runs on both answers."""
-    sides = _sides(workload)
+    sides = _sides(workload, "preference")
     targets = [
         len(pair["chosen"]) + len(pair["rejected"]) - 2 * pair["target_start"]
-        for pair in load(Path(workload) / "pairs_tokens.json")
+        for pair in load(Path(workload) / "preference_tokens.json")
     ]
     bins = list(_bins_of_steps([sum(own for own, _ in pair) for pair in sides]))
     rows = [[row for i in b for row in sides[i]] for b in bins]
@@ -63,17 +63,17 @@ def preference(workload: str, scratch: str) -> None:
 
 def scoring(workload: str, scratch: str, rows: str) -> None:
     """Measure the products of one forward pass over all rows."""
-    lengths = [len(r["ids"]) for r in load(Path(workload) / f"{rows}_tokens.json")]
+    lengths = [len(r["ids"]) for r in load(Path(workload) / f"scored_{rows}_tokens.json")]
     groups = _sides(workload) if rows == "answers" else [[(n, n)] for n in lengths]
     packed = pack([sum(own for own, _ in group) for group in groups], MAX_LENGTH)
     bins = [[row for i in b for row in groups[i]] for b in packed if b]
     _measure(workload, bins, [len(b) for b in bins], False, False, "tokens_per_second", sum(lengths))
 
 
-def _sides(workload: str) -> list[list[Row]]:
+def _sides(workload: str, pairs: str = "pairs") -> list[list[Row]]:
     """Return the two rows of each pair, the second without its common prefix with the first."""
     sides: list[list[Row]] = []
-    for pair in load(Path(workload) / "pairs_tokens.json"):
+    for pair in load(Path(workload) / f"{pairs}_tokens.json"):
         chosen, rejected = pair["chosen"], pair["rejected"]
         shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected[:-1], strict=False)))
         sides.append([(len(chosen), len(chosen)), (len(rejected) - shared, len(rejected))])

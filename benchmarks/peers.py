@@ -152,7 +152,7 @@ def trl_dpo(workload: str, scratch: str, micro: str, checkpointing: str, referen
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
-    pairs = load(Path(workload) / "pairs_tokens.json")
+    pairs = load(Path(workload) / "preference_tokens.json")
     columns = [
         {
             "prompt_ids": p["chosen"][: p["target_start"]],
@@ -274,7 +274,7 @@ def _reward_model(workload: str) -> Any:
 def batched_scoring(workload: str, scratch: str, rows: str, batch: str, order: str) -> None:
     """Score with transformers in batches, with the rows in their order or all sorted by length."""
     model = _reward_model(workload)
-    ids = [r["ids"] for r in load(Path(workload) / f"{rows}_tokens.json")]
+    ids = [r["ids"] for r in load(Path(workload) / f"scored_{rows}_tokens.json")]
 
     @torch.inference_mode()
     def score() -> tuple[int, list[float]]:

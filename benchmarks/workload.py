@@ -114,25 +114,31 @@ def _add_rewards(source: Path, target: Path, seed: int) -> None:
 
 
 def _write_tokens(folder: Path) -> None:
-    """Tokenise as the training stages do, so that all contenders get the same tokens and targets."""
+    """Tokenise as the stages do, so that all contenders get the same tokens and targets.
+
+    Files of rows for a policy are `<rows>_tokens` and `preference_tokens`, those for a reward model
+    `scored_<rows>_tokens` and `pairs_tokens`.
+    """
     from offline_align.config.sections import DataSection, OnBadRow, Template
     from offline_align.data.records import BadRows, PreferencePair, Sample, TrainingRow, read_rows
     from offline_align.data.template import Renderer
     from offline_align.data.tokenize import tokenize_pairs, tokenize_samples
     from offline_align.data.tokenizer import load_tokenizer
 
-    renderer = Renderer(load_tokenizer(folder / "model"), Template.paper)
+    tokenizer = load_tokenizer(folder / "model")
+    policy, scorer = (Renderer(tokenizer, Template.paper, scores=scores) for scores in (False, True))
     section = DataSection(max_length=MAX_LENGTH)
     bad = BadRows(OnBadRow.fail, None)
     for name in ("sft", "answers"):
         samples = [TrainingRow(s) for s in read_rows([folder / f"{name}.jsonl"], Sample, bad)]
-        rows = tokenize_samples(samples, renderer, section, folder / "cache")
-        _dump(folder / f"{name}_tokens.json", [{"ids": i, "target_start": s} for i, s in _rows(rows)])
-    pairs = tokenize_pairs(
-        list(read_rows([folder / "pairs.jsonl"], PreferencePair, bad)), renderer, section, folder / "cache"
-    )
-    sides = zip(_rows(pairs.chosen), _rows(pairs.rejected), strict=True)
-    _dump(folder / "pairs_tokens.json", [{"chosen": c[0], "rejected": r[0], "target_start": c[1]} for c, r in sides])
+        for file, renderer in ((f"{name}_tokens", policy), (f"scored_{name}_tokens", scorer)):
+            rows = tokenize_samples(samples, renderer, section, folder / "cache")
+            _dump(folder / f"{file}.json", [{"ids": i, "target_start": s} for i, s in _rows(rows)])
+    read = list(read_rows([folder / "pairs.jsonl"], PreferencePair, bad))
+    for file, renderer in (("preference_tokens", policy), ("pairs_tokens", scorer)):
+        pairs = tokenize_pairs(read, renderer, section, folder / "cache")
+        sides = zip(_rows(pairs.chosen), _rows(pairs.rejected), strict=True)
+        _dump(folder / f"{file}.json", [{"chosen": c[0], "rejected": r[0], "target_start": c[1]} for c, r in sides])
 
 
 def _rows(rows: Any) -> list[tuple[list[int], int]]:

@@ -1,5 +1,6 @@
 """The model of a run: what `init.from` names, combined with the user's other settings."""
 
+import contextlib
 import dataclasses
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from offline_align.convert.source import Form, ModelSource, open_model
 from offline_align.convert.template_choice import TemplateChoice
 from offline_align.data.template import Encoding, writes_date
 from offline_align.data.tokenizer import load_tokenizer
-from offline_align.errors import ConfigError
+from offline_align.errors import ConfigError, StorageError
 from offline_align.model.description import FILE_NAME, ModelDescription
 
 
@@ -101,9 +102,11 @@ def template_choice(config: ModelRun, source: ModelSource, explicit: frozenset[s
 
 def _encoding(config: ModelRun, source: ModelSource) -> Encoding:
     """Return how texts are encoded: as in the checkpoint of this run if it is continued, else as in the model."""
-    begun = Path(config.run.dir) / "checkpoints" / "latest"
-    if isinstance(config, TrainRun) and (begun / FILE_NAME).is_file():
-        return ModelDescription.load(begun).encoding
+    if isinstance(config, TrainRun):
+        for begun in sorted((Path(config.run.dir) / "checkpoints").glob(f"step_*/{FILE_NAME}"), reverse=True):
+            # A damaged checkpoint is set aside later, and the run continues from the one before.
+            with contextlib.suppress(StorageError):
+                return ModelDescription.load(begun.parent).encoding
     return source.description.encoding
 
 

@@ -56,7 +56,7 @@ def test_one_machine_is_checked_alone(tmp_path: Path) -> None:
         words, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "nodes: 1 hosts, 1 ranks" in done.stderr
+    assert "nodes: 1 host, 1 rank," in done.stderr
     wrong = {"PATH": "/usr/bin:/bin", "RANK": "3"}
     done = subprocess.run(words, env=wrong, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (78, 1)

@@ -264,7 +264,7 @@ def test_a_run_of_one_step_is_a_warning_before_and_after(
         train("sft", tmp_path / "run", data, *words)
     said = [record.message for record in caplog.records]
     warnings = [k for k, text in enumerate(said) if "only 1 step: trainer.global_batch_size=8 takes all 3 rows" in text]
-    done = next(k for k, text in enumerate(said) if "done after 1 steps" in text)
+    done = next(k for k, text in enumerate(said) if "done after 1 step," in text)
     assert len(warnings) == 2 and warnings[0] < done < warnings[1]
     assert any("first row, as the model sees it:\ns0" in text and "target    red</s>" in text for text in said)
 
@@ -275,7 +275,7 @@ def test_label_and_generate_read_rows_too(in_folder: Path, capsys: pytest.Captur
     common = [f"data.input={data}", "data.max_length=128", "run.device=cpu", "dry_run=true"]
     assert run(["label", "run.dir=out", f"init.from={reward}", *common]) == 0
     shown = capsys.readouterr().out
-    assert "data.input: 4, all read" in shown and "  answer    red please</s>" in shown
+    assert "data.input: 4, all read" in shown and "  answer     red please</s>" in shown
     policy = train("sft", in_folder / "sft", write_jsonl(in_folder / "rows.jsonl", samples(4)), "trainer.max_steps=1")
     assert run(["generate", "run.dir=out", f"init.from={policy}", *common]) == 0
     shown = capsys.readouterr().out

@@ -326,6 +326,7 @@ def test_wrong_settings_of_columns_are_named(
 def test_rows_from_the_hub(start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import datasets
 
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # so that nothing looks for the network
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([sample(i) for i in range(9)]))
     folder = start("hf:owner/set", words=["prepare.max_rows=4"])
     rows = [row for name in ROW_FILES for row in load(folder / name)]

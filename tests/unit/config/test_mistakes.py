@@ -87,8 +87,8 @@ RANGES = [
 ]
 CLASHES = [
     ("parallel.sequence_parallel=true", "but there is 1"),
-    ("parallel.tensor_model_parallel_size=2", "1 ranks cannot be divided"),
-    ("parallel.context_parallel_size=2", "1 ranks cannot be divided into groups of 2"),
+    ("parallel.tensor_model_parallel_size=2", "1 rank cannot be divided"),
+    ("parallel.context_parallel_size=2", "1 rank cannot be divided into groups of 2"),
     ("trainer.global_batch_size=7 trainer.micro_batch_size=2", "use a multiple of 2"),
     ("launcher.nproc_per_node=2 trainer.global_batch_size=3", "use a multiple of 2"),
     ("launcher.nproc_per_node=8 parallel.tensor_model_parallel_size=8", "does not divide model.num_attention_heads"),

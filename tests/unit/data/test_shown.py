@@ -73,7 +73,7 @@ def test_a_pair_shows_both_answers_after_one_prompt(tmp_path: Path) -> None:
     assert sum("<|im_start|>user" in line for line in lines) == 1
 
 
-@pytest.mark.parametrize("template", Template)
+@pytest.mark.parametrize("template", [Template.paper, Template.chat])
 def test_the_text_follows_the_ids_and_not_the_row(tmp_path: Path, template: Template) -> None:
     found = renderer(tmp_path, template)
     rows = tokenize_samples([TrainingRow(Sample("a", QUESTION, "Fine", {}))], found, DataSection(), tmp_path)

@@ -40,7 +40,10 @@ def test_missing_verdicts_are_told_by_reason_and_by_method() -> None:
     )
     section = judge_section(values, ["sft", "ca"])
     assert section is not None
-    assert section.findings == ["3 of 1200 verdicts could not be read (content filter: 2; no readable scores: 1)."]
+    assert section.findings == [
+        "3 of 1,200 verdicts could not be read (content filter: 2; no readable scores: 1); "
+        "the replies are in `verdicts.jsonl`."
+    ]
     _, reasons, methods = section.tables
     assert reasons.rows == [["content filter", "2"], ["no readable scores", "1"]]
     assert methods.rows == [["sft", "3"], ["ca", "1"]]
