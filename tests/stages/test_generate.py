@@ -182,7 +182,7 @@ def test_an_interrupted_run_continues_where_it_stopped(
     process = start(arguments)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert f"{112 - done} rows" in errors
+    assert f"generating: all {112 - done} answers" in errors
     assert [row["id"] for row in read(run_dir)] == [f"q{i}-{k}" for i in range(8) for k in range(14)]
 
 
