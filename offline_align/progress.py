@@ -37,6 +37,7 @@ class Meter:
         self.done = self._first = done
         self._start = self._last_line = time.monotonic()
         self._note = ""
+        self._paused_seconds = 0.0
         self._bar = _bar() if enabled and sys.stderr.isatty() else None
         self._lines = enabled and self._bar is None
         self._said = False
@@ -60,8 +61,9 @@ class Meter:
 
     @property
     def rate(self) -> float:
-        """Units a second since the meter was created."""
-        return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
+        """Units a second since the meter was created, without the time in `paused`."""
+        worked = time.monotonic() - self._start - self._paused_seconds
+        return (self.done - self._first) / max(worked, 1e-9)
 
     @property
     def seconds_left(self) -> float:
@@ -76,6 +78,15 @@ class Meter:
             self._bar.update(self._task, completed=self.done, note=self._tail(note))
         elif self._lines and self._is_due():
             self._line(note)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of a block, such as a save, out of the rate."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused_seconds += time.monotonic() - started
 
     def _is_due(self) -> bool:
         if self.done >= self.total:

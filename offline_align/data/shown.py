@@ -54,6 +54,12 @@ def show_pair(pairs: TokenizedPairs, row: int, tokenizer: Tokenizer, form: str) 
     return "\n".join(blocks)
 
 
+def show_prompt(row_id: str, ids: Sequence[int], condition_tokens: int, renderer: Renderer) -> str:
+    """Return one prompt of token ids, of which the last `condition_tokens` are its condition."""
+    head = f"{row_id}: {len(ids):,} tokens, template {renderer.template}"
+    return show_parts(head, ids, [("prompt", len(ids) - condition_tokens), ("condition", len(ids))], renderer.tokenizer)
+
+
 def show_parts(head: str, ids: Sequence[int], parts: Sequence[tuple[str, int]], tokenizer: Tokenizer) -> str:
     """Return `head` and the text of each part below it; a part is (name, index of the token behind it).
 

@@ -13,6 +13,7 @@ from offline_align.convert.source import ModelSource, open_model
 from offline_align.data.bins import SampleSource, shares_prompts
 from offline_align.data.fate import reasons
 from offline_align.data.records import Sample, TrainingRow
+from offline_align.data.shown import show_sample
 from offline_align.data.template import Renderer
 from offline_align.data.tokenize import TokenizedRows, tokenize_samples
 from offline_align.distributed.setup import Ranks, session, uses_bf16
@@ -68,13 +69,13 @@ def tokens_by_place(
 
 def say_what_is_read(renderer: Renderer, rows: TokenizedRows) -> None:
     """Log the template and the first row, decoded from the tokens that the reward model reads."""
-    first = rows.ids[: rows.offsets[1]].tolist()
-    form = f"data.template={renderer.template}"
+    form = f"template {renderer.template}"
     if renderer.reading:
         form = f"a third-party reward model, {form}, ids and scored token as in transformers"
     if renderer.day:
         form += f", data.template_date={renderer.day}"
-    logger.info("first row, as the reward model reads it (%s): %r", form, renderer.tokenizer.shown(first))
+    shown = show_sample(rows, 0, renderer.tokenizer, form, "answer")
+    logger.info("first row, as the reward model reads it:\n%s", shown)
 
 
 def load_reward_model(source: ModelSource, parallel: ParallelSection, ranks: Ranks, bf16: bool) -> "RewardModel":

@@ -108,6 +108,8 @@ def requested_condition(source: ModelSource, target_reward: float | None) -> Con
 
 
 def _generate(job: Job[GenerateRun], conditions: list[Condition | None], engine: EngineName, ranks: "Ranks") -> None:
+    from offline_align.data.shown import show_prompt
+
     config, source = job.config, job.source
     job.start_folder(source.model, ranks)
     bad_rows = job.bad_rows(ranks.is_main)
@@ -124,7 +126,10 @@ def _generate(job: Job[GenerateRun], conditions: list[Condition | None], engine:
             config.generate,
             on_refused=lambda refused: reject_rows(files, Prompt, refused, bad_rows),
         )
-    logger.info("first prompt, as the model sees it: %r", source.tokenizer.shown(work.requests[0].context))
+    first = work.requests[0]
+    condition = renderer.condition_tokens(texts[first.variant])
+    shown = show_prompt(prompts[first.row].id, first.context, condition, renderer)
+    logger.info("first prompt, as the model sees it:\n%s", shown)
     journal = Journal(job.run_dir, job.key.continuation, ranks.dp_rank)
     _answer_missing(job, engine, work, journal, ranks, renderer.end_ids)
 

@@ -197,7 +197,7 @@ def label_rows(job: Job[LabelRun], paths: list[Path]) -> PlannedRows:
 
 def prompt_rows(job: Job[GenerateRun], paths: list[Path], conditions: list[str]) -> PlannedRows:
     """Return the prompts that `generate` would answer."""
-    from offline_align.data.shown import show_parts
+    from offline_align.data.shown import show_prompt
     from offline_align.generate.requests import build_requests
 
     found, every = _opened(paths, job.config.data)
@@ -215,11 +215,10 @@ def prompt_rows(job: Job[GenerateRun], paths: list[Path], conditions: list[str])
     except (DataError, ConfigError) as error:
         found.error = error
         return found
-    first, ids = work.requests[0], work.requests[0].context
-    start = len(ids) - renderer.condition_tokens(conditions[first.variant])
-    head = f"{prompts[first.row].id}: {len(ids):,} tokens, template {renderer.template}"
+    first = work.requests[0]
+    condition = renderer.condition_tokens(conditions[first.variant])
     found.dropped, found.truncated = work.dropped, work.truncated
     found.kept = len({request.row for request in work.requests})
     found.tokens = sum(len(request.context) for request in work.requests)
-    found.first = show_parts(head, ids, [("prompt", start), ("condition", len(ids))], renderer.tokenizer)
+    found.first = show_prompt(prompts[first.row].id, first.context, condition, renderer)
     return found

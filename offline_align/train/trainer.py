@@ -106,7 +106,8 @@ class Trainer:
             StepProfiler(self.trainer.profile_steps, self.run_dir, self.ranks.rank) as profiler,
         ):
             if self.state.validation_due:
-                self._validate(writer, None)
+                with meter.paused():
+                    self._validate(writer, None)
                 self.saver.update_links_and_prune(self.state)
             upcoming = self.data.steps(self.state.step, self._pinned)
             while self.state.step < total:
@@ -131,11 +132,13 @@ class Trainer:
                 self.state.validation_due = self.validation is not None and self._is_due(self.trainer.eval_interval)
                 if self.state.validation_due and not result.stop:
                     stop.doing = "some rows of the validation, then saving a checkpoint"
-                    self._validate(writer, stop)
+                    with meter.paused():
+                        self._validate(writer, stop)
                 stop.expect(2 * seconds + self.saver.seconds)
                 is_best = self.state.best_step == self.state.step
                 if result.stop or is_best or self._is_due(self.trainer.save_interval):
-                    self._save(writer)
+                    with meter.paused():
+                        self._save(writer)
                 if result.stop and (self.state.step < total or self.state.validation_due):
                     raise self._stopped(stop)
                 self.saver.poll()

@@ -103,7 +103,8 @@ def test_answers_are_greedy_and_the_same_on_any_number_of_ranks(
 ) -> None:
     caplog.set_level("INFO", "offline_align")
     generate(policy, prompts, tmp_path / "one", "generate.batch_size=3")
-    assert "first prompt, as the model sees it: 'User:Hello, fox 0Assistant: '" in caplog.text
+    assert "first prompt, as the model sees it:\n" in caplog.text
+    assert "  prompt    User:Hello, fox 0Assistant:\\x20\n" in caplog.text
     rows = read(tmp_path / "one")
     asked = [json.loads(line) for line in prompts.read_text().splitlines()]
     assert [{key: row[key] for key in ("id", "prompt", "benchmark")} for row in rows] == asked

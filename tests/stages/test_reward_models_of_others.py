@@ -85,8 +85,8 @@ def test_scores_are_those_of_transformers(
     caplog.set_level(logging.INFO, "offline_align")
     assert ours(folder, tmp_path / "label") == pytest.approx(theirs(folder), abs=1e-5)
     (said,) = [line for line in caplog.messages if line.startswith("first row, as the reward model reads it")]
-    assert "a third-party reward model, data.template=chat" in said
-    assert "<|im_start|>user\\nName a prime." in said and "Two is one." in said
+    assert "a third-party reward model, template chat" in said
+    assert "<|im_start|>user\\n\n            Name a prime." in said and "Two is one." in said
 
 
 def test_a_space_in_front_of_text_changes_nothing(tmp_path: Path) -> None:
@@ -113,4 +113,5 @@ def test_the_template_of_the_paper_is_used_if_it_is_asked_for(tmp_path: Path, ca
     caplog.set_level(logging.INFO, "offline_align")
     ours(folder, tmp_path / "label", "data.template=paper")
     (said,) = [line for line in caplog.messages if line.startswith("first row")]
-    assert said.endswith("(data.template=paper): 'User:Name a prime.Assistant: Two is one.<|im_end|>'")
+    assert "template paper\n  prompt    User:Name a prime.Assistant:\\x20\n" in said
+    assert said.endswith("  answer    Two is one.<|im_end|>")

@@ -43,6 +43,16 @@ def test_quick_work_gets_one_line_with_its_rate(clock: Clock, caplog: pytest.Log
     assert caplog.messages == ["labelling: all 40 rows, in 2.0 s, 20 rows/s"]
 
 
+def test_the_time_of_a_save_is_not_that_of_a_step(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    with Meter("training", 2, "steps") as meter:
+        for _ in range(2):
+            clock.now += 3.0
+            meter.advance()
+            with meter.paused():
+                clock.now += 20
+    assert caplog.messages[-1] == "training: all 2 steps, in 46 s, 3.0 s a step"
+
+
 def test_a_continued_run_counts_only_its_own_steps(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     with Meter("training", 12, "steps", done=10) as meter:
         clock.now += 20
