@@ -28,6 +28,7 @@ from offline_align.stages.output import show
 from offline_align.stages.planned_device import PlannedDevice, planned_device
 from offline_align.stages.planned_rows import PlannedRows, label_rows, prompt_rows, readable_paths, training_rows
 from offline_align.stages.training import one_step
+from offline_align.wording import counted
 
 _GIB = 2**30
 
@@ -189,7 +190,7 @@ def _add_rows(table: Table, key: str, rows: PlannedRows | str, max_length: int) 
     left_out = f"; left out: {escape(reasons(rows.dropped))}" if rows.dropped else ""
     mean = f", {rows.tokens / rows.kept:,.0f} tokens each" if rows.kept else ""
     table.add_row(
-        "used", f"{rows.kept:,}{mean}; {_count(rows.truncated, 'prompt')} truncated to {max_length:,} tokens{left_out}"
+        "used", f"{rows.kept:,}{mean}; {counted(rows.truncated, 'prompt')} truncated to {max_length:,} tokens{left_out}"
     )
     if rows.bad.counts:
         fate = "would end the run with exit code 65" if rows.bad.messages else "would be skipped"
@@ -200,7 +201,7 @@ def _add_steps(table: Table, config: TrainRun, ranks: ParallelSizes, rows: Plann
     trainer = config.trainer
     batch, length = trainer.global_batch_size, config.data.max_length
     capacity = trainer.micro_batch_size * length
-    table.add_row("global batch", f"{_count(batch, 'row')} a step, packed")
+    table.add_row("global batch", f"{counted(batch, 'row')} a step, packed")
     table.add_row("micro-batch", f"up to {capacity:,} tokens ({trainer.micro_batch_size} x {length:,})")
     if rows is not None and rows.step is not None:
         step = rows.step
@@ -208,7 +209,7 @@ def _add_steps(table: Table, config: TrainRun, ranks: ParallelSizes, rows: Plann
         table.add_row("tokens a step", f"about {step.tokens:,.0f}; {bins}")
     else:
         share = -(-batch * length // ranks.data // capacity)
-        bins = f"{_count(share, 'micro-batch', 'es')} on each data parallel rank"
+        bins = f"{counted(share, 'micro-batch', 'micro-batches')} on each data parallel rank"
         table.add_row("tokens a step", f"at most {batch * length:,}; then {bins}")
     table.add_row(
         "length", f"{_length(config, rows)}, learning rate {config.optim.lr:g} ({config.optim.lr_decay_style})"
@@ -221,20 +222,18 @@ def _add_steps(table: Table, config: TrainRun, ranks: ParallelSizes, rows: Plann
 def _length(config: TrainRun, rows: PlannedRows | None) -> str:
     trainer = config.trainer
     if rows is None or not rows.kept:
-        return _count(trainer.max_steps, "step") if trainer.max_steps else _count(trainer.max_epochs, "epoch")
+        return counted(trainer.max_steps, "step") if trainer.max_steps else counted(trainer.max_epochs, "epoch")
     about = "" if rows.whole else "about "
     epochs = (trainer.max_steps or 0) * trainer.global_batch_size / rows.estimated or trainer.max_epochs
-    steps = _count(_steps(config, rows), "step")
-    return f"{about}{steps}, which is {epochs:.3g} epoch{'' if epochs == 1 else 's'} of {rows.estimated:,} rows"
+    steps = counted(_steps(config, rows), "step")
+    return (
+        f"{about}{steps}, which is {epochs:.3g} epoch{'' if epochs == 1 else 's'} of {counted(rows.estimated, 'row')}"
+    )
 
 
 def _steps(config: TrainRun, rows: PlannedRows) -> int:
     trainer = config.trainer
     return trainer.max_steps or -(-rows.estimated * trainer.max_epochs // trainer.global_batch_size)
-
-
-def _count(number: int, name: str, ending: str = "s") -> str:
-    return f"{number:,} {name}{'' if number == 1 else ending}"
 
 
 def _add_memory(table: Table, memory: MemoryEstimate, device: PlannedDevice) -> None:

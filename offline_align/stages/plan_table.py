@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offline_align.methods.planner import ConditionalPlan, Plan, PreferencePlan, WeightedPlan
+from offline_align.wording import counted
 
 BAR_WIDTH = 40
 BARS = 15
@@ -14,7 +15,9 @@ BARS = 15
 def tables(plan: Plan, warnings: list[str]) -> list[RenderableType]:
     """Return the tables and texts to print, from top to bottom."""
     note = "" if plan.unit == "tokens" else " (no tokenizer is known; set model.tokenizer for tokens)"
-    head = Text(f"{plan.rows:,} rows, {plan.size:,} {plan.unit}, {plan.response_size:,} of them in responses{note}")
+    head = Text(
+        f"{counted(plan.rows, 'row')}, {plan.size:,} {plan.unit}, {plan.response_size:,} of them in responses{note}"
+    )
     parts: list[RenderableType] = [head, _methods(plan), _betas(plan), _histogram(plan.conditional)]
     return parts + [Text(f"warning: {line}", style="yellow") for line in [*_cautions(plan), *warnings]]
 
@@ -40,16 +43,17 @@ def _methods(plan: Plan) -> Table:
     table.add_row("ca", _conditions(ca), f"{plan.rows:,}", size, _share(ca.cost), ca_once)
     dpo = plan.preference
     # The two answers of a pair always share their prompt.
-    pairs = f"{dpo.pairs:,} pairs"
+    pairs = counted(dpo.pairs, "pair")
     table.add_row("dpo", _pairs(dpo, plan.unit), pairs, f"{dpo.size:,}", _share(dpo.cost), _share(dpo.cost))
     return table
 
 
 def _pairs(dpo: PreferencePlan, unit: str) -> str:
     if not dpo.pairs:
-        return f"has no pair: {dpo.single_answers:,} prompts have one answer"
+        return f"has no pair: {counted(dpo.single_answers, 'prompt')} with one answer"
     gaps = f"gaps {dpo.min_gap:.2f} to {dpo.max_gap:.2f}, mean {dpo.mean_gap:.2f}"
-    return f"pairs of {dpo.prompts:,} prompts, {gaps}; {dpo.mean_chosen:.0f} against {dpo.mean_rejected:.0f} {unit}"
+    lengths = f"{dpo.mean_chosen:.0f} against {dpo.mean_rejected:.0f} {unit}"
+    return f"pairs of {counted(dpo.prompts, 'prompt')}, {gaps}; {lengths}"
 
 
 def _weights(rwr: WeightedPlan) -> str:
@@ -103,5 +107,5 @@ def _cautions(plan: Plan) -> list[str]:
             f"{ca.max_reward:.2f}): the model has to extrapolate (the paper does, with 5.0)"
         )
     if ca.clipped_rows:
-        lines.append(f"ca writes {ca.clipped_rows:,} rows with the limit instead of their reward")
+        lines.append(f"ca writes {counted(ca.clipped_rows, 'row')} with the limit instead of their reward")
     return lines

@@ -24,6 +24,7 @@ from offline_align.errors import DataError
 from offline_align.label.results import labelled_rows, write_results
 from offline_align.label.statistics import RewardStats, normalise
 from offline_align.stages.job import Job
+from offline_align.wording import counted
 
 PROMPTS = "prompts.jsonl"
 TOKENIZER = "tokenizer.model"
@@ -46,7 +47,7 @@ def run(job: Job[PrepareRun]) -> int:
     summary: dict[str, int] = {}
     job.alone(lambda: summary.update(_write(job, sources)))
     for name, rows in summary.items():
-        console.print(f"{name}: {rows:,} rows", highlight=False)
+        console.print(f"{name}: {counted(rows, 'row')}", highlight=False)
     return 0
 
 
@@ -104,14 +105,16 @@ def _warn_of_missing_rows(config: PrepareRun, result: Preparation, bad_rows: Bad
     bad_rows.report(logger)
     dropped = sum((counts.dropped for counts in result.inputs), Counter[str]())
     if dropped:
-        logger.warning("%d rows are dropped, see %s: %s", dropped.total(), REPORT, dict(dropped.most_common()))
+        lost = f"{counted(dropped.total(), 'row')} {'is' if dropped.total() == 1 else 'are'} dropped"
+        logger.warning("%s, see %s: %s", lost, REPORT, dict(dropped.most_common()))
     share = config.prepare.valid_fraction
     for kind in ("sft", "preferences"):
         sides = [f"{kind}_{part}.jsonl" for part in ("train", "valid")]
         rows = sum(len(result.files[name]) for name in sides)
         for name in sides if rows and share else []:
             if not result.files[name]:
-                logger.warning("%s is empty: %d rows are too few for prepare.valid_fraction=%s", name, rows, share)
+                few = f"{counted(rows, 'row')} {'is' if rows == 1 else 'are'} too few"
+                logger.warning("%s is empty: %s for prepare.valid_fraction=%s", name, few, share)
 
 
 def _train_tokenizer(config: PrepareRun, result: Preparation, run_dir: Path) -> Path:
@@ -147,7 +150,7 @@ def _first_row(source: Source, config: PrepareRun) -> str:
     except DataError as error:
         return str(error).removeprefix(f"{source.path}:")
     form = ", ".join(counts.forms) or "nothing"
-    kinds = ", ".join(f"{number} {KINDS[kind]}" for kind, number in Counter(c.kind for c in made).items())
+    kinds = ", ".join(counted(number, KINDS[kind]) for kind, number in Counter(c.kind for c in made).items())
     dropped = ", ".join(counts.dropped)
     return f"the first row has the form {form} and becomes {kinds or 'nothing'}{f' ({dropped})' if dropped else ''}"
 

@@ -142,7 +142,7 @@ def test_dropped_rows_are_reported_once(start: Start, tmp_path: Path, caplog: py
     found, bad, dropped, split = (record.message for record in caplog.records)
     assert found == "rows.jsonl: 3 rows of the form sft: 3 SFT rows; read prompt, response, id"
     assert bad.startswith("1 bad row is left out, see ") and "quarantine.jsonl" in bad
-    assert dropped == "1 rows are dropped, see report.json: {'duplicate of an earlier row': 1}"
+    assert dropped == "1 row is dropped, see report.json: {'duplicate of an earlier row': 1}"
     assert split == "sft_valid.jsonl is empty: 2 rows are too few for prepare.valid_fraction=1e-09"
 
 
@@ -192,7 +192,7 @@ def test_a_dry_run_writes_nothing(start: Start, tmp_path: Path, capsys: pytest.C
     assert not folder.exists()
     out = capsys.readouterr().out
     assert f"{path}, 14 bytes: 1: columns: no known form; the row has no;" in out
-    assert "bytes: the first row has the form sft and becomes 1 labelled rows" in out
+    assert "bytes: the first row has the form sft and becomes 1 labelled row" in out
     assert all(name in out for name in [str(path), *ROW_FILES, "prompts.jsonl", "report.json"])
     assert "tokenizer.model" not in out
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offline_align.data.adapters.columns import TEXTS, is_blank
+from offline_align.wording import counted
 
-KINDS = {"sft": "SFT rows", "preferences": "pairs", "labelled": "labelled rows"}
+KINDS = {"sft": "SFT row", "preferences": "pair", "labelled": "labelled row"}
 """The kinds of rows that `prepare` makes, by the first part of the names of their files."""
 
 
@@ -25,7 +26,7 @@ class ColumnUse:
 
     def __str__(self) -> str:
         """Return the rows and uses that occur, as `2 SFT rows; read instruction, response; kept category`."""
-        made = [f"{number:,} {KINDS[kind]}" for kind, number in self.made.items() if number]
+        made = [counted(number, KINDS[kind]) for kind, number in self.made.items() if number]
         uses = {"read": self.read, "kept": self.kept, "left out": self.left_out}
         told = [f"{use} {', '.join(names)}" for use, names in uses.items() if names]
         return "; ".join([*([" and ".join(made)] if made else []), *told])
@@ -62,7 +63,7 @@ class InputCounts:
     def say(self, log: logging.Logger) -> None:
         """Log what was recognised and how columns were used; warn of texts that no stage will read."""
         for form, use in self.forms.items():
-            log.info("%s: %d rows of the form %s: %s", self.name, use.rows, form, use)
+            log.info("%s: %s of the form %s: %s", self.name, counted(use.rows, "row"), form, use)
             if unread := [name for name in use.kept if name in TEXTS]:
                 log.warning("%s: kept, but not part of prompt or answer: %s", self.name, ", ".join(unread))
 

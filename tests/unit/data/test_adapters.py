@@ -325,9 +325,9 @@ def test_the_use_of_columns_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         counts.say(logging.getLogger("offline_align"))
     assert [record.message for record in caplog.records] == [
-        "f: 1 rows of the form dolly: 1 SFT rows; read instruction, context, response; kept category",
-        "f: 1 rows of the form alpaca: 1 SFT rows; read instruction, input, output; left out text",
-        "f: 1 rows of the form sft: 1 SFT rows; read prompt, response; kept history",
+        "f: 1 row of the form dolly: 1 SFT row; read instruction, context, response; kept category",
+        "f: 1 row of the form alpaca: 1 SFT row; read instruction, input, output; left out text",
+        "f: 1 row of the form sft: 1 SFT row; read prompt, response; kept history",
         "f: kept, but not part of prompt or answer: history",
     ]
 
