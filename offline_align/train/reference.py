@@ -1,4 +1,4 @@
-"""Log-likelihoods of preference pairs under the weights at the start of a run, the reference of DPO.
+"""Log-likelihoods of preference pairs under the weights at the start of a run, the reference of their loss.
 
 They are computed once, before the first step, so training holds one model and makes no second forward
 pass. The file is stored beside the tokens, by the content of pairs and weights, so runs with other

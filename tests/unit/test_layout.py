@@ -29,7 +29,7 @@ SERVED_BY = SERVE_ALL | {"config"}
 # Entry points, which may import every part.
 ENTRANCES = {"__main__"}
 
-STAGE_NAMES = re.compile(r"\b(sft|fa|rwr|ca|reward|label)\b", re.IGNORECASE)
+STAGE_NAMES = re.compile(r"\b(sft|fa|rwr|ca|dpo|reward|label)\b", re.IGNORECASE)
 
 
 def part_of(module: str) -> str:
