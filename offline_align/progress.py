@@ -62,8 +62,12 @@ class Meter:
     @property
     def rate(self) -> float:
         """Units a second since the meter was created, without the time in `paused`."""
-        worked = time.monotonic() - self._start - self._paused_seconds
-        return (self.done - self._first) / max(worked, 1e-9)
+        return (self.done - self._first) / self.seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the meter was created, without the time in `paused`; above 0."""
+        return max(time.monotonic() - self._start - self._paused_seconds, 1e-9)
 
     @property
     def seconds_left(self) -> float:

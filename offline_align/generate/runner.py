@@ -9,6 +9,7 @@ from offline_align.distributed.stopping import StopRequest
 from offline_align.generate.answer_journal import Place, append_answers, missing
 from offline_align.generate.requests import Engine, Request
 from offline_align.progress import Meter
+from offline_align.wording import pace
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,7 @@ def answer_all(
         for answers in chain.from_iterable(engine.answers(batch) for batch in own):
             append_answers(journal, answers)
             tokens += sum(answer.num_tokens for answer in answers)
-            per_row = tokens / (meter.done + len(answers))
-            meter.advance(len(answers), note=f"{per_row * meter.rate:,.0f} tokens/s")
+            meter.advance(len(answers), note=pace(tokens / meter.seconds, "tokens"))
             if stop.reason is not None:
                 journal.ask_to_stop()
             if meter.done < total and journal.stop_is_asked():
