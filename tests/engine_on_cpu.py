@@ -222,6 +222,8 @@ def install_on_imagined_gpu() -> None:
     kernels: Any = sys.modules[_KERNELS]
     kernels.get_fused_attn_backend = lambda _: (_AttentionKernels.NVTE_F16_arbitrary_seqlen, "")
     kernels.fused_attn_fwd, kernels.fused_attn_bwd = _attention_forward, _attention_backward
+    kernels.multi_tensor_l2norm, kernels.multi_tensor_scale = _norm_on_gpu, _in_place_on_gpu
+    kernels.multi_tensor_adam = kernels.multi_tensor_adam_param_remainder = _in_place_on_gpu
     attention: Any = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.utils")
     choose = attention.get_attention_backend
 
@@ -250,6 +252,18 @@ def _attention_forward(*arguments: Any) -> list[Tensor]:
 
 def _attention_backward(*arguments: Any) -> list[Tensor | None]:
     return [*map(torch.empty_like, arguments[19:22]), None, None]
+
+
+def _norm_on_gpu(_: int, __: Tensor, lists: list[list[Tensor]], *___: Any) -> tuple[Tensor, None]:
+    """Return a norm. Like the kernel, it needs no memory for each tensor."""
+    assert all(tensor.is_cuda for tensor in lists[0])
+    return lists[0][0].new_empty(1, dtype=torch.float32), None
+
+
+def _in_place_on_gpu(_: int, __: Tensor, lists: list[list[Tensor]], *___: Any) -> None:
+    """Change the tensors in place, which needs no memory."""
+    for tensors in zip(*lists, strict=True):
+        assert len({tensor.shape for tensor in tensors}) == 1 and all(tensor.is_cuda for tensor in tensors)
 
 
 def _import(read_as: dict[str, str]) -> None:
