@@ -20,6 +20,7 @@ import marshal
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,29 +34,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support import REPOSITORY
+
 CLIENT = Path(__file__).with_name("preloaded_client.py")
 # Libraries open files when they are imported. The lower numbers are kept free for the callers' files.
 _KEPT_FREE = 100
 _FIRST_HELD_FILE = 500
-_servers: dict[tuple[tuple[str, str], ...], str] = {}
+_servers: dict[tuple[str, tuple[tuple[str, str], ...]], str] = {}
 
 
-def python(**environment: str) -> str:
-    """Return the path of the program; `environment` has variables that libraries read at import."""
-    key = tuple(sorted(environment.items()))
+def python(kind: str = "cpu", **environment: str) -> str:
+    """Return the path of the program.
+
+    `kind` is a name in IMPORTS; `environment` has variables that libraries read at import.
+    """
+    key = kind, tuple(sorted(environment.items()))
     if key not in _servers:
-        _servers[key] = _start(environment)
+        _servers[key] = _start(kind, environment)
     return _servers[key]
 
 
-def _start(environment: dict[str, str]) -> str:
+def scripts(folder: Path) -> Path:
+    """Return a copy of the folder of scripts, in `folder`. Its `offline-align` is a preloaded program."""
+    programs = folder / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    # The scripts look for programs here first.
+    program = programs / "offline-align"
+    program.write_text(f'#!/bin/sh\nexec {python()} -m offline_align "$@"\n')
+    program.chmod(0o755)
+    (programs / "python").symlink_to(sys.executable)
+    return shutil.copytree(REPOSITORY / "scripts", folder / "scripts")
+
+
+def _start(kind: str, environment: dict[str, str]) -> str:
     folder = Path(tempfile.mkdtemp(prefix="preloaded_"))
     program = folder / "python"
     text = CLIENT.read_text().replace("SERVED: dict[str, str] = {}", f"SERVED = {environment!r}")
     program.write_text(f"#!{sys.executable} -IS\n{text}")
     program.chmod(0o755)
     started = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "tests.preloaded", str(folder)],
+        [sys.executable, "-W", "ignore", "-m", "tests.preloaded", str(folder), kind],
         # It ends when this pipe is closed, so also if this process is killed.
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -266,10 +284,46 @@ def import_everything() -> None:
     transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM  # noqa: B018
 
 
+def _import_for_imagined_gpu() -> None:
+    """Import what traces on `benchmarks.imagined_gpu` import. CUDA starts in the forks."""
+    _skip_counting_of_devices()
+    import torch
+
+    import benchmarks.memory
+
+    for module in ("label.scoring", "model.build", "objectives.pairwise", "train.checkpoint", "train.step"):
+        importlib.import_module(f"offline_align.{module}")
+    # The first composition reads the plug-ins and the grammar of Hydra.
+    benchmarks.memory.llama3_8b()
+    assert not torch.cuda.is_initialized()
+
+
+def _import_for_imagined_gpu_with_engine() -> None:
+    # megatron looks for Transformer Engine when it is imported.
+    _skip_counting_of_devices()
+    importlib.import_module("tests.engine_on_cpu").install_on_imagined_gpu()
+    _import_for_imagined_gpu()
+
+
+def _skip_counting_of_devices() -> None:
+    """Answer as the imagined driver does. After torch has counted devices, it refuses CUDA in forks."""
+    import torch
+
+    bindings: Any = torch._C
+    bindings._cuda_getDeviceCount = lambda: 1
+
+
+IMPORTS = {
+    "cpu": import_everything,
+    "imagined_gpu": _import_for_imagined_gpu,
+    "imagined_gpu_with_engine": _import_for_imagined_gpu_with_engine,
+}
+
+
 def main() -> None:
-    """Serve in the folder that is the argument."""
+    """Serve in the folder that is the first argument, with the imports that the second names."""
     free = [os.open(os.devnull, os.O_RDONLY) for _ in range(3, _KEPT_FREE)]
-    import_everything()
+    IMPORTS[sys.argv[2]]()
     for file in free:
         os.close(file)
     with socket.socket(socket.AF_UNIX) as listening:

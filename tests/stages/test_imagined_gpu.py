@@ -12,6 +12,7 @@ from benchmarks.imagined_gpu import Unavailable, environment
 from benchmarks.memory import Layout
 from offline_align.config.sections import ModelSection
 from tests.engine_on_cpu import SOURCES
+from tests.preloaded import python
 from tests.training import STEPS, TINY, metrics, samples, write_jsonl
 
 pytestmark = pytest.mark.slow
@@ -45,11 +46,6 @@ print("FOUND", json.dumps([asdict(trace(SEVERAL_BUCKETS, layout, rank=layout.wor
 """
 
 
-# megatron looks for Transformer Engine at import time, so install it first.
-ENGINE = """
-from tests.engine_on_cpu import install_on_imagined_gpu
-install_on_imagined_gpu()
-"""
 NEEDS_ENGINE = pytest.mark.skipif(
     not (SOURCES / "transformer_engine").is_dir(), reason=f"no sources of Transformer Engine in {SOURCES}"
 )
@@ -58,14 +54,15 @@ NEEDS_ENGINE = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def imagined(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     try:
-        return os.environ | environment(tmp_path_factory.mktemp("library"))
+        return environment(tmp_path_factory.mktemp("library"))
     except Unavailable as error:
         pytest.skip(str(error))
 
 
-def on_imagined_gpu(variables: dict[str, str], code: str) -> str:
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900, check=False)
+def on_imagined_gpu(variables: dict[str, str], code: str, engine: bool = False) -> str:
+    program = python("imagined_gpu_with_engine" if engine else "imagined_gpu", **variables)
+    command, environment = [program, "-W", "ignore", "-c", code], os.environ | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -73,7 +70,7 @@ def on_imagined_gpu(variables: dict[str, str], code: str) -> str:
 @pytest.mark.parametrize("engine", [False, pytest.param(True, marks=NEEDS_ENGINE)])
 def test_steps_run_in_every_layout_and_wait_twice(imagined: dict[str, str], engine: bool) -> None:
     """The last rank of each layout has all tensors on the right device and never waits per micro-batch."""
-    out = on_imagined_gpu(imagined, (ENGINE if engine else "") + TRACE)
+    out = on_imagined_gpu(imagined, TRACE, engine)
     found = json.loads(next(line for line in out.splitlines() if line.startswith("FOUND")).removeprefix("FOUND"))
     assert len(found) == len(LAYOUTS)
     for layout, traced in zip(LAYOUTS, found, strict=True):
@@ -213,7 +210,7 @@ for layout in (
     flops += (flops - 6 * 128256 * 4096 * targets) / 3 if layout.recompute == "full" else 0
     print(traced.peak_bytes / traced.planned_bytes, traced.product_flops * layout.tensor * layout.context / flops)
 """
-    out = on_imagined_gpu(imagined, (ENGINE if engine else "") + code)
+    out = on_imagined_gpu(imagined, code, engine)
     memory, work = zip(*(map(float, line.split()) for line in out.splitlines()), strict=True)
     assert all(0.98 < ratio < 1.02 for ratio in memory), memory
     assert work == pytest.approx([1] * 4, rel=2e-3)
@@ -224,6 +221,6 @@ def test_the_cpu_can_be_chosen_on_a_machine_with_a_gpu(imagined: dict[str, str],
     words = ["sft", f"run.dir={tmp_path / 'run'}", f"data.train={rows}", *TINY, *STEPS]
     assert "run.device=cpu" in words
     command = [sys.executable, "-m", "offline_align", *words]
-    done = subprocess.run(command, env=imagined, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=os.environ | imagined, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert metrics(tmp_path / "run")[-1] < metrics(tmp_path / "run")[0]

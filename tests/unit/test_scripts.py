@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.preloaded import scripts
 from tests.support import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts"
@@ -34,7 +35,7 @@ def test_scripts_pass_shellcheck() -> None:
     assert done.stdout == ""
 
 
-def test_jobs_depend_on_the_jobs_whose_folders_they_read() -> None:
+def test_jobs_depend_on_the_jobs_whose_folders_they_read(tmp_path: Path) -> None:
     """Each stage has its own layout, and the methods wait for the same jobs."""
     environment = {
         "PATH": os.environ["PATH"],
@@ -46,7 +47,7 @@ def test_jobs_depend_on_the_jobs_whose_folders_they_read() -> None:
         "DATA": "demo",
     }
     done = subprocess.run(
-        [str(SCRIPTS / "slurm" / "pipeline.sh"), "--dry-run"],
+        [str(scripts(tmp_path) / "slurm" / "pipeline.sh"), "--dry-run"],
         env=environment,
         capture_output=True,
         text=True,
