@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from offline_align.__main__ import run
-from tests.support import REPOSITORY
+from tests.preloaded import scripts
 from tests.training import continued, pairs, samples, train, write_jsonl
 
 
@@ -35,7 +35,7 @@ def test_methods_are_compared_over_seeds_at_equal_tokens(tmp_path: Path) -> None
         "GENERATE_OPTIONS": f"{words} generate.max_new_tokens=4",
         "EVALUATE_OPTIONS": f"{words} evaluate.bootstrap_samples=50 judge.second_model={reward}",
     }
-    script = str(REPOSITORY / "scripts" / "bakeoff.sh")
+    script = str(scripts(tmp_path) / "bakeoff.sh")
     done = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "bakeoff" / "evaluate" / "report.json").read_text())
