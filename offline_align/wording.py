@@ -33,4 +33,6 @@ def pace(per_second: float, units: str) -> str:
     """
     if per_second >= 1:
         return f"{per_second:,.0f} {units}/s" if per_second >= 9.95 else f"{per_second:.1f} {units}/s"
-    return f"{duration(1 / per_second)} a {units.removesuffix('s')}" if per_second > 0 else f"no {units} yet"
+    unit = units.removesuffix("s")
+    article = "an" if unit[0] in "aeio" else "a"
+    return f"{duration(1 / per_second)} {article} {unit}" if per_second > 0 else f"no {units} yet"

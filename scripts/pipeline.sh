@@ -7,10 +7,20 @@
 #   RUNS=/big/runs DATA=my_rows.jsonl PROMPTS=my_prompts.jsonl INIT=/models/llama3_8b \
 #     OPTIONS=launcher.nproc_per_node=8 TRAIN_OPTIONS=parallel=tp4 scripts/pipeline.sh
 #
+# Options of single stages: PREPARE_OPTIONS, SFT_OPTIONS, REWARD_OPTIONS, LABEL_OPTIONS, RWR_OPTIONS, CA_OPTIONS,
+# GENERATE_OPTIONS (for example generate.max_new_tokens=64) and EVALUATE_OPTIONS; of all trainings: TRAIN_OPTIONS.
 # With INIT, the last step exports the CA policy in Hugging Face format to $RUNS/aligned.
 # After a crash, a full disk or a time limit (exit code 75), run the same line again: complete stages are skipped, and
 # an interrupted stage continues where it stopped.
 set -euo pipefail
+
+# Settings come from the environment. An argument prints the lines above, and is an error unless it is --help.
+if (($#)); then
+    sed -n '2,/^set /{/^#/p}' "${BASH_SOURCE[0]}" | cut -c 3-
+    [[ "$1" == --help || "$1" == -h ]] && exit 0
+    echo "pipeline.sh: takes no argument: $1" >&2
+    exit 78
+fi
 
 # ---- What to run on --------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,13 @@ FIXES = {
     NOT_UTF8: "save the file as UTF-8 (from Latin-1: `iconv -f LATIN1 -t UTF-8`)",
     DAMAGED: "fetch the file again",
     DAMAGED_ZSTD: "fetch the file again",
+    **dict.fromkeys(
+        ("reward: missing", "reward_raw: missing"),
+        "the rows have no rewards: give the labelled.jsonl that `label` writes, or `prepare` with prepare.score_column",
+    ),
 }
+WITHOUT_SKIPPING = frozenset({"reward: missing", "reward_raw: missing"})
+"""Faults that all rows of a file share, so that skipping them would leave nothing."""
 BRACKETS_TO_CHECK = 500  # a line with fewer brackets is never nested too deeply to be serialised again
 
 
@@ -55,7 +61,8 @@ class BadRows:
         """Count and quarantine one row, or raise DataError `file:line: field: reason; fix`."""
         if self.on_bad_row is OnBadRow.fail:
             fix = FIXES.get(reason, "fix the row")
-            raise DataError(f"{path}:{line_no}: {reason}; {fix}, or set data.on_bad_row=skip")
+            skipping = "" if reason in WITHOUT_SKIPPING else ", or set data.on_bad_row=skip"
+            raise DataError(f"{path}:{line_no}: {reason}; {fix}{skipping}")
         if self.quarantine is not None:
             self._write(self.quarantine, {"file": str(path), "line": line_no, "reason": reason, "raw": raw})
         self.counts[reason] += 1

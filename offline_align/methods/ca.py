@@ -4,6 +4,7 @@ At generation, the same text with another number asks for that reward. This work
 number has the same tokens as in training, so the text is checked against the tokenizer first.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from offline_align.data.records import LabelledSample, Message, TrainingRow
 from offline_align.data.template import Renderer
 from offline_align.errors import ConfigError
 from offline_align.methods import Finalized, MethodRows, checked
+
+logger = logging.getLogger(__name__)
 
 
 class ContextRenderer(Protocol):
@@ -34,6 +37,14 @@ def training_rows(
 
     def finalize(places: Sequence[int]) -> Finalized:
         trained = [rewards[place] for place in places]
+        if not min(trained) <= settings.target_reward <= max(trained):
+            logger.warning(
+                "method.target_reward=%g: rewards of the rows range from %.2f to %.2f, so the policy has to "
+                "extrapolate, as in the paper; on little data, ask for a reward in this range",
+                settings.target_reward,
+                min(trained),
+                max(trained),
+            )
         return Finalized({"reward_min": min(trained), "reward_max": max(trained)})
 
     return MethodRows(condition(labelled, settings.reward_format, settings.reward_limit), finalize)

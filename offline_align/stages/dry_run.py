@@ -276,6 +276,6 @@ def in_words(seconds: float) -> str:
 
 def _finish(table: Table, stage: str, config: ModelRun, rows: PlannedRows | None) -> None:
     words = [w for w in sys.argv[2:] if not w.startswith(("dry_run=", "launcher."))]
-    table.add_row("launch", " ".join(torchrun_command(config.launcher, stage, words)))
+    table.add_row("launch", escape(" ".join(torchrun_command(config.launcher, stage, words))))
     first = [Text(f"first row, as the model sees it:\n{rows.first}")] if rows is not None and rows.first else []
     show(table, *first)

@@ -1,6 +1,7 @@
 """The sizes and the memory that `dry_run=true` prints, without writing anything."""
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,15 @@ def test_a_dry_run_of_labelling_counts_weights_in_the_precision_of_the_run(
     print_label_dry_run(Job(STAGES["label"], config))
     expected = model_sizes(model, 32_000, scalar_head=True).rank_bytes(1, size) / 2**30
     assert f"weights {expected:.2f}, activations" in capsys.readouterr().out
+
+
+def test_the_launch_line_keeps_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["offline-align", "label", "data.input=[a.jsonl,b.jsonl]", "dry_run=true"])
+    model = ModelSection(
+        vocab_size=32_000, num_layers=2, hidden_size=4096, ffn_hidden_size=8192, num_attention_heads=32
+    )
+    print_label_dry_run(Job(STAGES["label"], LabelRun(run=RunSection(dir="unused"), model=model)))
+    assert capsys.readouterr().out.rstrip().endswith("offline_align label data.input=[a.jsonl,b.jsonl]")
 
 
 @pytest.fixture

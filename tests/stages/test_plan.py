@@ -150,7 +150,7 @@ def test_a_damaged_run_is_repeated_with_one_warning(tmp_path: Path, caplog: pyte
 def test_bad_rows_fail_or_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_labelled(tmp_path)
     path.write_text(path.read_text() + '{"prompt": "a", "response": "b"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"labelled\.jsonl:6: reward_raw: missing"):
+    with pytest.raises(DataError, match=r"labelled\.jsonl:6: reward_raw: missing; .*score_column$"):
         plan.run(Job(STAGES["plan"], settings(path)))
     config = replace(settings(path, on_bad_row=OnBadRow.skip), run=RunSection(dir=str(tmp_path / "run")))
     plan.run(Job(STAGES["plan"], config))

@@ -53,6 +53,10 @@ def test_the_time_of_a_save_is_not_that_of_a_step(clock: Clock, caplog: pytest.L
     assert caplog.messages[-1] == "training: all 2 steps, in 46 s, 3.0 s a step"
 
 
+def test_a_rate_below_one_has_an_article() -> None:
+    assert (pace(0.5, "answers"), pace(0.5, "rows")) == ("2.0 s an answer", "2.0 s a row")
+
+
 def test_a_continued_run_counts_only_its_own_steps(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     with Meter("training", 12, "steps", done=10) as meter:
         clock.now += 20

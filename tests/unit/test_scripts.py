@@ -35,6 +35,18 @@ def test_scripts_pass_shellcheck() -> None:
     assert done.stdout == ""
 
 
+def test_arguments_of_the_pipeline_start_nothing(tmp_path: Path) -> None:
+    script = REPOSITORY / "scripts" / "pipeline.sh"
+    asked, wrong = (
+        subprocess.run(["bash", script, word], cwd=tmp_path, capture_output=True, text=True, check=False)
+        for word in ("--help", "RUNS=x")
+    )
+    assert (asked.returncode, wrong.returncode) == (0, 78)
+    assert asked.stdout.startswith("Run the whole pipeline") and "GENERATE_OPTIONS" in asked.stdout
+    assert wrong.stderr == "pipeline.sh: takes no argument: RUNS=x\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_jobs_depend_on_the_jobs_whose_folders_they_read(tmp_path: Path) -> None:
     """Each stage has its own layout, and the methods wait for the same jobs."""
     environment = {

@@ -43,6 +43,16 @@ def test_rewards_that_are_not_finite_are_bad_data(
         method(labelled(1.0, reward))
 
 
+@pytest.mark.parametrize(("target", "warns"), [(5.0, True), (1.0, False), (-3.0, True)])
+def test_a_target_outside_the_rewards_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, target: float, warns: bool
+) -> None:
+    renderer = Renderer(load_tokenizer(write_sentencepiece(tmp_path)), Template.paper)
+    made = ca.training_rows(labelled(-2.0, 1.5), ConditionalMethodSection(target_reward=target), renderer)
+    made.finalize([0, 1])
+    assert ("rewards of the rows range from -2.00 to 1.50" in caplog.text) is warns
+
+
 @pytest.mark.parametrize("method", ALL_METHODS)
 def test_no_rows_are_bad_data(method: Callable[[list[LabelledSample]], list[TrainingRow]]) -> None:
     with pytest.raises(DataError, match=r"no usable row"):
