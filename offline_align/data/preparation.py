@@ -4,6 +4,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from offline_align.config.sections import PrepareSection
 from offline_align.data.adapters.convert import Converted, convert
 from offline_align.data.adapters.counts import InputCounts
+from offline_align.data.adapters.ratings import weights
 from offline_align.data.demo import demo_pairs, demo_samples
 from offline_align.data.jsonl import BadRows, Line, write_jsonl
 from offline_align.data.sources import Source, read_source
@@ -61,12 +63,18 @@ def prepare_rows(sources: Iterable[Source], settings: PrepareSection, seed: int,
         counts.bad_rows = bad_rows.counts.total() - bad_before
         counts.say(_log)
     if not any(result.files.values()):
-        raise DataError(_without_rows(result, bad_rows))
+        raise DataError(_without_rows(result, bad_rows, settings))
     return result
 
 
-def _without_rows(result: Preparation, bad_rows: BadRows) -> str:
+def _without_rows(result: Preparation, bad_rows: BadRows, settings: PrepareSection) -> str:
     names = ", ".join(counts.name for counts in result.inputs)
+    columns = [*dict.fromkeys(name for counts in result.inputs for name in counts.columns)]
+    for name in weights(settings.score_column):
+        if columns and name not in columns:
+            near = get_close_matches(name, columns, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the columns are {', '.join(columns)}"
+            return f"{names}: prepare.score_column={name}: no such column; {hint}"
     lost = sum((counts.dropped for counts in result.inputs), Counter(bad_rows.counts))
     reasons = "; ".join(f"{number} {reason}" for reason, number in lost.most_common())
     return f"{names}: no usable row; {reasons or 'there is no row at all'}"

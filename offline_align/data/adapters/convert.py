@@ -75,6 +75,7 @@ def convert(
     for line in lines:
         try:
             columns = renamed(line.value, settings.columns)
+            counts.columns.update(dict.fromkeys(columns))
             found = recognise(columns, settings.format, settings.columns)
             if found.name == "oasst1":
                 nodes += _messages(line, columns, found, counts)

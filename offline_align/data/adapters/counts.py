@@ -48,6 +48,8 @@ class InputCounts:
     bad_rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     forms: dict[str, ColumnUse] = field(default_factory=dict)
+    columns: dict[str, None] = field(default_factory=dict)
+    """The names of all columns, also of dropped rows, in order of first occurrence."""
     unknown: str | None = None
     """The first row of no known form: its place, and what is missing."""
 

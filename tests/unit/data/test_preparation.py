@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,12 @@ def test_an_input_without_a_usable_row_says_what_became_of_its_rows(tmp_path: Pa
     lines = [json.dumps({"instruction": "a", "instances": []})] * 2
     with pytest.raises(DataError, match=r"no usable row; 2 self_instruct: a task without an instance; 1 json: "):
         prepared(tmp_path, [*lines, "x"])
+
+
+@pytest.mark.parametrize(("name", "hint"), [("ratings", "did you mean rating?"), ("x", "the columns are prompt, ")])
+def test_a_misspelt_score_column_is_named(tmp_path: Path, name: str, hint: str) -> None:
+    path = tmp_path / "rated.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "response": "b", "rating": 3}) + "\n")
+    settings = PrepareSection(score_column=name)
+    with pytest.raises(DataError, match=f"prepare.score_column={name}: no such column; {re.escape(hint)}"):
+        prepare_rows(input_sources(str(path), "data.input"), settings, 1, BadRows(OnBadRow.fail, None))
