@@ -212,7 +212,8 @@ for layout in (
 """
     out = on_imagined_gpu(imagined, code, engine)
     memory, work = zip(*(map(float, line.split()) for line in out.splitlines()), strict=True)
-    assert all(0.98 < ratio < 1.02 for ratio in memory), memory
+    # The stand-in for Transformer Engine's fused optimizer may make copies, which the real one does not.
+    assert all(0.98 < ratio < (1.06 if engine else 1.02) for ratio in memory), memory
     assert work == pytest.approx([1] * 4, rel=2e-3)
 
 

@@ -437,7 +437,7 @@ def test_a_score_is_a_weighted_sum_and_an_answer_without_one_is_dropped(tmp_path
     assert dropped == {"an answer without a score": 3}
     assert "x: not a number" in refused(tmp_path, {"prompt": PRIME, "response": "a", "x": "good"}, score_column="x")
     message = refused(tmp_path, SAMPLE, score_column="quality")
-    assert "no usable row" in message and "an answer without a score" in message
+    assert "prepare.score_column=quality: no such column; the columns are prompt, response" in message
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", '{"a": 1}', '[{"role": "user", "content": "x"}]', "[]"])
