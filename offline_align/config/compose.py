@@ -116,8 +116,7 @@ def compose(stage: str, schema: type[Run], words: list[str], needs_run_dir: bool
     # Do not report a key as unset if it was given under another name.
     refused |= {_our_key(name, own) for name in (*refused, *(name for _, name, _ in dashed))}
     if "run.dir" not in refused and _lacks_run_dir(config, needs_run_dir):
-        role = "of the run to check" if stage == "verify" else "that receives the results"
-        problems.append(f"run.dir is not set: give the folder {role}, as run.dir=runs/NAME")
+        problems.append("run.dir is not set: give the folder of the run, as run.dir=runs/NAME")
     explicit = frozenset(v.key for v in accepted if v.explicit) | {o.key_or_group for o in groups}
     return Composed(_build(schema, config), explicit, problems, frozenset(refused))
 
