@@ -13,7 +13,12 @@
 set -euo pipefail
 
 mode=${1:-}
+if [[ "$mode" == --help || "$mode" == -h ]]; then
+    sed -n '2,/^set /{/^#/p}' "${BASH_SOURCE[0]}" | cut -c 3-
+    exit 0
+fi
 [[ "$mode" =~ ^(--dry-run|--wait|)$ ]] || { echo "pipeline.sh: $mode: use --dry-run or --wait" >&2 && exit 78; }
+set --                                         # scripts/pipeline.sh is sourced below and takes no argument
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 read -ra slurm <<<"${SLURM_OPTIONS:-}"         # options for every job; the options of a stage override them
 
