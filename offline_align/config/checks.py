@@ -259,7 +259,7 @@ def _score_column(prepare: s.PrepareSection) -> list[str]:
 
 
 def _label(label: s.LabelSection) -> list[str]:
-    found = _positive(label, "label", "flush_rows", "histogram_bins")
+    found = _positive(label, "label", "flush_rows", "histogram_bins", "best_of")
     if not 0 <= label.certificate_fraction <= 1:
         found.append(f"label.certificate_fraction={label.certificate_fraction}: must be from 0 to 1")
     return found

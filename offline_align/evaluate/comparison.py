@@ -243,6 +243,30 @@ def _with_target(name: str, column: Column) -> str:
     return f"{name}({column.target:.1f})"
 
 
+def policy_of(path: Path) -> tuple[str, ...]:
+    """Return what identifies the policy that wrote a generation file: content hashes, else the path."""
+    manifest = generation_manifest(path)
+    parents = tuple(parent.content_sha256 for parent in manifest.parents) if manifest else ()
+    return parents or (str(path),)
+
+
+def competing(columns: Sequence[Column]) -> list[int]:
+    """Return the columns that compete: of a policy with several target rewards, only the highest.
+
+    The lower targets show how far the target steers a policy; they are not meant to win.
+    """
+    policies = [policy_of(column.path) for column in columns]
+    highest: dict[tuple[str, ...], float] = {}
+    for policy, column in zip(policies, columns, strict=True):
+        if column.target is not None:
+            highest[policy] = max(column.target, highest.get(policy, column.target))
+    return [
+        k
+        for k, (policy, column) in enumerate(zip(policies, columns, strict=True))
+        if column.target is None or column.target == highest[policy]
+    ]
+
+
 def generation_manifest(path: Path) -> Manifest | None:
     """Return the manifest of the run that wrote a generation file, or None if unreadable."""
     try:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from offline_align.config.sections import EvaluateSection
 from offline_align.errors import ConfigError, DataError
-from offline_align.evaluate.comparison import Answer, Column, Comparison
+from offline_align.evaluate.comparison import Answer, Column, Comparison, competing
 from offline_align.evaluate.resampling import Estimate, mean_estimates
 from offline_align.evaluate.statistics import Floats, distinct_n, rank_scores, wins
 from offline_align.wording import counted
@@ -65,6 +65,7 @@ def build_results(compared: Compared, settings: EvaluateSection, seed: int) -> d
     return {
         "format": FORMAT,
         "methods": list(comparison.methods),
+        "competing": [comparison.methods[k] for k in competing(comparison.columns)],
         "baseline": baseline,
         "judge": {"name": judgement.name, **judgement.details},
         "prompts": int(judged.size),

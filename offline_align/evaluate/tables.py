@@ -1,7 +1,5 @@
 """Format the report's numbers as text for `report.md` and the terminal."""
 
-import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -96,26 +94,13 @@ def headline(results: Mapping[str, Any], sections: Sequence[Section] = ()) -> st
     if over_seeds is not None:
         return _headline_over_seeds(over_seeds["methods"], over_seeds["baseline"])
     overall, baseline = results["overall"], results["baseline"]
-    best = max(_competing(results["methods"]), key=lambda method: overall[method]["score"]["mean"])
+    best = max(results["competing"], key=lambda method: overall[method]["score"]["mean"])
     if best == baseline:
         return f"No method scores above the baseline, {baseline}."
     rate = overall[best]["win_rate"]
     text = f"{best} scores highest and wins against {baseline} on {rate['mean']:.0%} of the prompts"
     # A win rate is better than chance if its interval lies above one half.
     return f"{text}." if rate["low"] > 0.5 else f"{text}, which chance could explain."
-
-
-def _competing(methods: Sequence[str]) -> list[str]:
-    """Return the methods without those that were asked for a lower reward than the same policy elsewhere.
-
-    A policy with several target rewards is several methods, such as `ca(1.1)` and `ca(-1.1)`. The lower
-    ones show how far the target steers it; they are not meant to win.
-    """
-    named = {name: re.fullmatch(r"(.+)\((-?\d+\.\d)\)", name) for name in methods}
-    highest: dict[str, float] = {}
-    for found in filter(None, named.values()):
-        highest[found[1]] = max(float(found[2]), highest.get(found[1], -math.inf))
-    return [name for name, found in named.items() if found is None or float(found[2]) == highest[found[1]]]
 
 
 def _headline_over_seeds(methods: Mapping[str, Any], baseline: str) -> str:

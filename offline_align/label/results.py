@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from offline_align import lineage
-from offline_align.data.records import write_jsonl
+from offline_align.data.records import Sample, write_jsonl
 from offline_align.label.statistics import RewardStats, fit, normalise
 
 LABELLED = "labelled.jsonl"
 STATISTICS = "reward_stats.json"
 HISTOGRAM = "reward_histogram.png"
+BEST = "best.jsonl"
 
 
 def write_results(
@@ -30,6 +31,24 @@ def write_results(
     lineage.write_atomically(paths[1], (json.dumps(stats.as_json(), indent=2) + "\n").encode())
     draw_reward_histogram(paths[2], raw, normalised, bins)
     return stats, paths
+
+
+def best_answers(rows: Sequence[Sample], rewards: Sequence[float], count: int) -> list[dict[str, Any]]:
+    """Return the columns of the `count` answers to each prompt with the highest rewards, best first.
+
+    `rewards` has the raw rewards of the rows, which are answers of `generate`. Answers to one prompt
+    under several conditions are ranked by condition. Of equal rewards the earlier row comes first. A
+    prompt with fewer answers keeps them all.
+    """
+    by_prompt: dict[tuple[Any, Any], list[int]] = {}
+    for place, row in enumerate(rows):
+        by_prompt.setdefault((row.columns.get("id"), row.columns.get("condition")), []).append(place)
+    ranked = (sorted(places, key=lambda place: -rewards[place])[:count] for places in by_prompt.values())
+    return [
+        {**rows[place].columns, "sample_index": rank, "reward_raw": rewards[place]}
+        for places in ranked
+        for rank, place in enumerate(places)
+    ]
 
 
 def labelled_rows(

@@ -33,6 +33,16 @@ def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
             yield Sample(f"{row.id}/{answer}", row.prompt, text, columns, beside=other)
 
 
+def check_answers(rows: Sequence[Sample | PreferencePair], best_of: int, files: Sequence[Path]) -> None:
+    """Raise DataError for the first row that is not an answer of `generate`, which best-of-n needs."""
+    other = next((row for row in rows if "finish_reason" not in row.columns or row.columns.get("id") is None), None)
+    if other is not None:
+        raise DataError(
+            f"label.best_of={best_of}: row {other.id} of {', '.join(map(str, files))} is not an answer of "
+            "`generate`; give generations.jsonl as data.input"
+        )
+
+
 def leave_out_unscorable(
     rows: Sequence[Sample | PreferencePair],
     files: Sequence[Path],

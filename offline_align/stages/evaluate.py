@@ -25,7 +25,9 @@ from offline_align.evaluate.divergence import Divergence, measure_divergence
 from offline_align.evaluate.judges import Judge, build_judge
 from offline_align.evaluate.judges.ground_truth import GroundTruthJudge, is_demo_prompt
 from offline_align.evaluate.judges.reward_model import RewardModelJudge, open_reward_model, second_reward_model
+from offline_align.evaluate.other_judges import other_verdicts
 from offline_align.evaluate.parts.catalogue import Evidence, report_sections
+from offline_align.evaluate.parts.study import Verdict
 from offline_align.evaluate.report import Report, runs_behind, write_report
 from offline_align.evaluate.results import FORMAT, Compared, Judgement, build_results, choose_baseline
 from offline_align.evaluate.samples import samples_of_runs
@@ -167,7 +169,8 @@ def _assemble(job: Job[EvaluateRun], material: _Material, scored: _Scored, judge
     named = job.shown_runs
     runs = runs_behind(compared, named)
     results = build_results(compared, config.evaluate, config.run.seed) if compared else _bare_results(config, judge)
-    sections = report_sections(_evidence(config, compared, scored, judge, runs if named else None))
+    others = other_verdicts(compared, named) if compared else []
+    sections = report_sections(_evidence(config, compared, scored, judge, runs if named else None, others))
     return Report(results, compared, sections, runs, None if compared else samples_of_runs(runs))
 
 
@@ -197,6 +200,7 @@ def _evidence(
     scored: _Scored,
     judge: Judge | None,
     runs: Sequence[Ancestor] | None,
+    others: Sequence[Verdict],
 ) -> Evidence:
     scorer = judge.checkpoint if compared is not None and isinstance(judge, RewardModelJudge) else None
     return Evidence(
@@ -208,6 +212,7 @@ def _evidence(
         second_scores=scored.second,
         second_model=config.judge.second_model,
         divergence=scored.divergence,
+        others=others,
         verdicts=scored.verdicts,
         runs=runs,
     )

@@ -12,13 +12,13 @@ from offline_align.config.runs import LabelRun
 from offline_align.data.bins import shares_prompts
 from offline_align.data.fate import write_left_out
 from offline_align.data.journal import Journal
-from offline_align.data.records import BadRows, PreferencePair, Sample, read_rows_and_pairs
+from offline_align.data.records import BadRows, PreferencePair, Sample, read_rows_and_pairs, write_jsonl
 from offline_align.data.score_journal import read_scores
 from offline_align.data.template import Renderer
 from offline_align.errors import DataError, StorageError
 from offline_align.label.certificate import FILE_NAME, certify, choose_rows, in_words
-from offline_align.label.results import write_results
-from offline_align.label.rows import leave_out_unscorable, single_answers
+from offline_align.label.results import BEST, best_answers, write_results
+from offline_align.label.rows import check_answers, leave_out_unscorable, single_answers
 from offline_align.lineage import effort
 from offline_align.stages.job import Job
 from offline_align.wording import counted
@@ -82,6 +82,8 @@ def _rows(
     """
     files = job.inputs
     rows = list(read_rows_and_pairs(files, Sample, bad_rows))
+    if job.config.label.best_of is not None:
+        check_answers(rows, job.config.label.best_of, files)
     return leave_out_unscorable(rows, files, renderer, job.config.data, job.cache_dir, bad_rows)
 
 
@@ -160,11 +162,23 @@ def _write_results(
         lineage.write_atomically(outputs[-1], (json.dumps(certificate, indent=2) + "\n").encode())
         facts = facts | {"certificate": certificate}
         logger.info("label: %s", in_words(certificate))
+    if job.config.label.best_of is not None:
+        outputs.append(run_dir / BEST)
+        write_jsonl(outputs[-1], best_answers(samples, raw, job.config.label.best_of))
+        facts = facts | {"method": _name_of_best(job, samples)}
     pairs = sum(isinstance(r, PreferencePair) for r in rows)
     extra = {"rows": len(samples), "pairs": pairs, **facts, "statistics": stats.as_json()}
     job.finish(outputs, extra)
     journal.remove()
     logger.info("label: %s, rewards %.3f +- %.3f: %s", counted(len(samples), "row"), stats.mean, stats.std, run_dir)
+
+
+def _name_of_best(job: Job[LabelRun], samples: list[Sample]) -> str:
+    """Return the name of best-of-n in reports, with the policy's method if its run is known."""
+    answers = max(Counter((row.columns.get("id"), row.columns.get("condition")) for row in samples).values())
+    manifest = lineage.read_manifest(job.inputs[0].parent)
+    policy = str(manifest.extra.get("method") or "") if manifest is not None else ""
+    return f"{policy} best of {answers}".strip()
 
 
 def _check_finite(samples: list[Sample], raw: list[float]) -> None:

@@ -356,3 +356,43 @@ def test_a_fraction_of_the_rows_is_scored_again_for_the_certificate(folder: Path
     assert "certificate.json" in {record["path"] for record in manifest["outputs"]}
     assert label(folder, "uncertified", reward, "label.certificate_fraction=0") == 0
     assert not (folder / "uncertified" / "certificate.json").exists()
+
+
+def test_the_best_answers_are_compared_as_a_method(folder: Path, reward: Path, capsys: Any) -> None:
+    """`label.best_of=1` of three answers a prompt: the highest reward, in the form of `generate`."""
+    common = ["data.max_length=128", "run.device=cpu", "generate.max_new_tokens=6"]
+    prompts = [{"id": f"q{k}", "prompt": text} for k, text in enumerate(("Name cat", "Name owl", "Name dog"))]
+    asked = write_jsonl(folder / "questions.jsonl", prompts)
+    policy = [f"init.from={folder / 'base'}", f"data.input={asked}", *common]
+    several = ["generate.n=3", "generate.temperature=1"]
+    assert run(["generate", f"run.dir={folder / 'sampled'}", *policy, *several]) == 0
+    assert run(["generate", f"run.dir={folder / 'greedy'}", *policy]) == 0
+    chosen = folder / "chosen"
+    words = [f"run.dir={chosen}", f"init.from={reward}", "data.max_length=128", "run.device=cpu", "label.best_of=1"]
+    assert run(["label", *words, f"data.input={folder / 'sampled' / 'generations.jsonl'}"]) == 0
+
+    rewards: dict[str, list[float]] = {}
+    for line in (chosen / "labelled.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rewards.setdefault(row["source_id"], []).append(row["reward_raw"])
+    best = [json.loads(line) for line in (chosen / "best.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["sample_index"], row["reward_raw"]) for row in best] == [
+        (name, 0, max(values)) for name, values in rewards.items()
+    ]
+    assert [len(values) for values in rewards.values()] == [3, 3, 3]
+
+    both = f"data.input=[{folder / 'greedy' / 'generations.jsonl'},{chosen / 'best.jsonl'}]"
+    judged = [f"judge.model={reward}", "run.device=cpu", "data.max_length=128", "evaluate.bootstrap_samples=20"]
+    assert run(["evaluate", f"run.dir={folder / 'best_judged'}", both, *judged]) == 0
+    report = json.loads((folder / "best_judged" / "report.json").read_text())
+    assert report["methods"] == ["sft", "sft best of 3"]
+    means = {name: one["score"]["mean"] for name, one in report["overall"].items()}
+    assert means["sft best of 3"] == pytest.approx(sum(map(max, rewards.values())) / 3, abs=1e-5)
+    # Its hours contain sampling and labelling, and no policy learned from these labels.
+    assert report["cost"]["methods"]["sft best of 3"]["hours"].keys() == {"sft", "reward", "generate", "label"}
+    assert "drift" not in report
+
+    capsys.readouterr()
+    rows = f"data.input={folder / 'rows.jsonl'}"
+    assert run(["label", f"run.dir={folder / 'not_answers'}", *words[1:], rows]) == 65
+    assert "label.best_of=1: row" in capsys.readouterr().err

@@ -42,6 +42,10 @@ class LabelSection:
     certificate_fraction: float = 0.005
     """Fraction of the rows to score a second time, each alone and with a freshly loaded model. The
     result is `certificate.json`. 0 disables the check."""
+    best_of: int | None = None
+    """Also write the answers with the highest rewards, this many for each prompt, to `best.jsonl`. It
+    has the form of `generations.jsonl`, so `evaluate` compares best-of-n with other methods. The input
+    must be answers of `generate`."""
 
 
 @dataclass(frozen=True)

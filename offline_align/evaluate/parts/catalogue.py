@@ -23,6 +23,7 @@ from offline_align.evaluate.parts.runs import runs_section
 from offline_align.evaluate.parts.seeds import seeds_section
 from offline_align.evaluate.parts.served_judge import judge_section
 from offline_align.evaluate.parts.significance import significance_section
+from offline_align.evaluate.parts.study import Verdict, study_section
 from offline_align.evaluate.results import Compared
 from offline_align.evaluate.sections import Section
 from offline_align.evaluate.statistics import Floats
@@ -44,6 +45,8 @@ class Evidence:
     second_model: str | None = None
     divergence: Divergence | None = None
     """Divergence of each policy from the baseline's."""
+    others: Sequence[Verdict] = ()
+    """The verdicts of other judges on the same answers."""
     verdicts: Verdicts | None = None
     """The judge's margins beside human verdicts on the same pairs."""
     runs: Sequence[Ancestor] | None = None
@@ -60,6 +63,7 @@ def report_sections(evidence: Evidence) -> list[Section]:
     if compared is not None:
         methods = compared.comparison.methods
         found += [
+            study_section(compared, settings, seed, evidence.others),
             seeds_section(compared, settings),
             significance_section(compared, settings),
             following_section(compared, settings, seed, content),

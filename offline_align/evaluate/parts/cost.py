@@ -67,6 +67,11 @@ def cost_section(comparison: Comparison, settings: EvaluateSection) -> Section |
     )
 
 
+def total_hours(comparison: Comparison) -> list[float | None]:
+    """Return the hours of all runs behind each column's answers; None if no run recorded its time."""
+    return [_cost(find_ancestors([column.path.parent]), []).total for column in comparison.columns]
+
+
 def stage_order(runs: Iterable[Ancestor]) -> list[str]:
     """Return the stages by their greatest depth in the lineage, ties by first appearance."""
     depths: dict[str, int] = {}
@@ -76,6 +81,7 @@ def stage_order(runs: Iterable[Ancestor]) -> list[str]:
 
 
 def _cost(runs: Sequence[Ancestor], stages: Sequence[str]) -> _Cost:
+    """Return the cost of runs, with the stages in the given order, or in that of the runs if it is empty."""
     hours: dict[str, float] = {}
     parts: dict[str, float] = {}
     in_part: list[str] = []
@@ -92,7 +98,7 @@ def _cost(runs: Sequence[Ancestor], stages: Sequence[str]) -> _Cost:
         for name, seconds in effort.parts(extra).items():
             parts[name] = parts.get(name, 0.0) + seconds / 3600
         in_part += [] if effort.is_whole(extra) else [run.stage]
-    ordered = {stage: hours[stage] for stage in stages if stage in hours}
+    ordered = {stage: hours[stage] for stage in stages or hours if stage in hours}
     once, never = tuple(dict.fromkeys(in_part)), tuple(dict.fromkeys(unrecorded))
     return _Cost(ordered, parts, once, never, frozenset(devices))
 

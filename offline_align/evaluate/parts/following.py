@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 
 from offline_align.config.sections import EvaluateSection
 from offline_align.evaluate.ancestry import find_ancestors
-from offline_align.evaluate.comparison import Comparison, generation_manifest, prompt_text
+from offline_align.evaluate.comparison import Comparison, generation_manifest, policy_of, prompt_text
 from offline_align.evaluate.figures import draw_following
 from offline_align.evaluate.parts.label_set import LabelSet, find_label_set
 from offline_align.evaluate.resampling import Estimate, mean_estimates
@@ -81,14 +81,8 @@ def _policies(comparison: Comparison) -> list[_Policy]:
     groups: dict[tuple[str, ...], list[int]] = {}
     for k, column in enumerate(comparison.columns):
         if column.target is not None:
-            groups.setdefault(_identity(column.path), []).append(k)
+            groups.setdefault(policy_of(column.path), []).append(k)
     return [_policy(comparison, columns) for columns in groups.values() if len(columns) > 1]
-
-
-def _identity(path: Path) -> tuple[str, ...]:
-    manifest = generation_manifest(path)
-    parents = tuple(parent.content_sha256 for parent in manifest.parents) if manifest else ()
-    return parents or (str(path),)
 
 
 def _policy(comparison: Comparison, columns: list[int]) -> _Policy:

@@ -59,9 +59,13 @@ class LabelSet:
 
 
 def find_label_set(generation_files: Iterable[Path]) -> LabelSet | None:
-    """Return the last readable run in the lineage of these files that labelled rows, or None."""
-    runs = find_ancestors(path.parent for path in generation_files)
-    labels = (run for run in reversed(runs) if run.stage in ("label", "prepare"))
+    """Return the last readable run in the lineage of these files that labelled training rows, or None.
+
+    A run that wrote one of the files chose the best of several answers; no policy learned from them.
+    """
+    folders = [path.parent.resolve() for path in generation_files]
+    runs = find_ancestors(folders)
+    labels = (run for run in reversed(runs) if run.stage in ("label", "prepare") and run.run_dir not in folders)
     found = [label for run in labels if (label := _read(run)) is not None]
     return found[0] if found else None
 
