@@ -77,6 +77,10 @@ read -ra evaluate <<<"${EVALUATE_OPTIONS:-}"
 # Use the environment of this checkout if `make setup` has created it.
 PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin:$PATH"
 
+# scripts/study.sh sources this file for its settings, or for everything up to the labels.
+UNTIL=${UNTIL:-end}
+[[ "$UNTIL" != settings ]] || return 0
+
 # ---- Data ------------------------------------------------------------------------------------------------------------
 
 # Turn raw rows into SFT rows and preference pairs, remove duplicates, and split them so that no prompt is in both parts.
@@ -97,6 +101,8 @@ offline-align reward run.dir="$RUNS/reward" init.from="$RUNS/sft" \
 offline-align label run.dir="$RUNS/label" init.from="$RUNS/reward" \
     data.input="[$RUNS/prepare/sft_train.jsonl,$RUNS/prepare/preferences_train.jsonl]" \
     "${all[@]}" "${label[@]}"
+
+[[ "$UNTIL" != labels ]] || return 0
 
 # ---- Step 4: three ways to learn from the same labelled rows ---------------------------------------------------------
 

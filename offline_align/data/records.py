@@ -200,7 +200,7 @@ def text_id(value: Any) -> Any:
 
 
 def _sample(columns: dict[str, Any], row_id: str, prompt: tuple[Message, ...]) -> Sample:
-    return Sample(_answer_id(columns, row_id), prompt, _text(columns, "response"), columns)
+    return Sample(_answer_id(columns, row_id), prompt, _response(columns), columns)
 
 
 def _answer_id(columns: dict[str, Any], row_id: str) -> str:
@@ -223,7 +223,7 @@ def _pair(columns: dict[str, Any], row_id: str, prompt: tuple[Message, ...]) -> 
 
 def _labelled(columns: dict[str, Any], row_id: str, prompt: tuple[Message, ...]) -> LabelledSample:
     rewards = _number(columns, "reward_raw"), _number(columns, "reward")
-    response, source_id = _text(columns, "response"), _text(columns, "source_id")
+    response, source_id = _response(columns), _text(columns, "source_id")
     return LabelledSample(row_id, prompt, response, columns, *rewards, source_id)
 
 
@@ -263,6 +263,14 @@ def _checked_text(value: Any, field: str) -> str:
     if "\0" in value:
         raise RowError(f"{field}: contains a NUL character")
     return value
+
+
+def _response(columns: dict[str, Any]) -> str:
+    """Return the response, which may be empty in answers of `generate`: a policy may end at once."""
+    value = columns.get("response")
+    if isinstance(value, str) and not value.strip() and "finish_reason" in columns:
+        return value
+    return _text(columns, "response")
 
 
 def _number(columns: dict[str, Any], field: str) -> float:

@@ -396,3 +396,24 @@ def test_the_best_answers_are_compared_as_a_method(folder: Path, reward: Path, c
     rows = f"data.input={folder / 'rows.jsonl'}"
     assert run(["label", f"run.dir={folder / 'not_answers'}", *words[1:], rows]) == 65
     assert "label.best_of=1: row" in capsys.readouterr().err
+
+
+def test_an_empty_answer_of_generate_is_labelled_and_trained_around(folder: Path, reward: Path, capsys: Any) -> None:
+    """A policy may end at once. Its answer gets a reward; rows without a target are left out of training."""
+    rows = [
+        {"id": "a", "prompt": "Say red", "response": text, "finish_reason": "stop", "sample_index": k}
+        for k, text in enumerate(("red please", "", "red"))
+    ]
+    answers = write_jsonl(folder / "answers.jsonl", rows)
+    words = [f"init.from={reward}", "data.max_length=128", "run.device=cpu", "label.best_of=3"]
+    assert run(["label", f"run.dir={folder / 'ended'}", f"data.input={answers}", *words]) == 0
+    labelled = folder / "ended" / "labelled.jsonl"
+    assert [json.loads(line)["response"] for line in labelled.read_text().splitlines()] == ["red please", "", "red"]
+    policy = train("fa", folder / "trained_around", labelled, "method.threshold=-9", model=continued(folder / "base"))
+    manifest = read_manifest(policy)
+    assert manifest is not None
+    assert manifest.extra["data"]["dropped"] == {"no_target": 1}
+    capsys.readouterr()
+    without = write_jsonl(folder / "typed.jsonl", [{"prompt": "Say red", "response": ""}])
+    assert run(["label", f"run.dir={folder / 'typed'}", f"data.input={without}", *words[:3]]) == 65
+    assert "typed.jsonl:1: response: empty" in capsys.readouterr().err
