@@ -21,6 +21,14 @@ STAGE = SCRIPTS / "slurm" / "stage.sbatch"
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
+@pytest.mark.parametrize("name", ["pipeline.sh", "study.sh", "slurm/pipeline.sh", "slurm/study.sh"])
+def test_scripts_print_their_own_help(name: str) -> None:
+    asked = subprocess.run(["bash", SCRIPTS / name, "--help"], capture_output=True, text=True, check=False)
+    assert asked.returncode == 0
+    first = (SCRIPTS / name).read_text().splitlines()[1].removeprefix("# ")
+    assert asked.stdout.splitlines()[0] == first
+
+
 @pytest.mark.skipif(SHELLCHECK is None, reason="no shellcheck here")
 def test_scripts_pass_shellcheck() -> None:
     scripts = [*sorted(SCRIPTS.rglob("*.sh")), STAGE]
@@ -83,6 +91,36 @@ def test_jobs_depend_on_the_jobs_whose_folders_they_read(tmp_path: Path) -> None
     }
     assert "4 x 8 ranks, TP 4" in graph["rwr"]
     assert "2 x 8 ranks, TP 1" in graph["label"]
+
+
+def test_every_training_of_the_study_is_a_job(tmp_path: Path) -> None:
+    """Methods and seeds wait for the labels alone, and the page for all answers and judges."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "RUNS": "/nowhere/study",
+        "MODEL": "llama3_8b",
+        "DATA": "demo",
+        "METHODS": "ca dpo",
+        "SEEDS": "2",
+        "BEST_OF": "2",
+        "LOW_REWARD": "-1.5",
+    }
+    study = scripts(tmp_path) / "slurm" / "study.sh"
+    done = subprocess.run([study, "--dry-run"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    after = {
+        name: set(line.partition(" after ")[2].split(", "))
+        for line in done.stdout.splitlines()
+        for name in [line.split()[1]]
+    }
+    assert after["policies/ca_2"] == after["policies/dpo_2"] == {"sft", "label"}
+    assert after["answers/ca_2"] == {"prepare", "policies/ca_2"}
+    assert after["best_of_n"] == {"reward", "sampled"}
+    files = {"start", "best_of_n", "answers/ca_2", "answers/dpo_2"}
+    assert after["judge_1"] == {"reward_2", *files}
+    assert after["evaluate"] == {"reward", "judge_1", *files}
+    wrong = subprocess.run([study, "--dry"], env=environment, capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stderr) == (78, "study.sh: --dry: use --dry-run or --wait\n")
 
 
 class Job:
