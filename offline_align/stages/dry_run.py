@@ -122,7 +122,7 @@ def _read_rows(job: Job[TrainRun], ranks: ParallelSizes, key: Literal["data.trai
         return paths
     if job.config.init.from_ is None and job.config.model.tokenizer is None:
         return "model.tokenizer is not set"
-    return training_rows(job, key.removeprefix("data."), paths, ranks.data)
+    return training_rows(job, "train" if key == "data.train" else "valid", paths, ranks.data)
 
 
 def _check(rows: PlannedRows | str) -> None:
@@ -187,6 +187,9 @@ def _add_rows(table: Table, key: str, rows: PlannedRows | str, max_length: int) 
         return
     sample = "all read" if rows.whole else f"{rows.read:,} of them read (data.dry_run_rows=null reads all)"
     table.add_row("rows", f"{key}: {rows.lines:,}, {sample}")
+    for title, text in (("sources", rows.sources), ("epoch", rows.epoch)):
+        if text:
+            table.add_row(title, escape(text))
     left_out = f"; left out: {escape(reasons(rows.dropped))}" if rows.dropped else ""
     mean = f", {rows.tokens / rows.kept:,.0f} tokens each" if rows.kept else ""
     table.add_row(

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,27 @@ def test_labels_statistics_and_histogram(folder: Path, reward: Path) -> None:
     assert (stats["mean"], stats["std"], stats["count"]) == (pytest.approx(mean), pytest.approx(std), 64)
     assert [row["reward"] for row in rows] == pytest.approx([(x - mean) / std for x in raw])
     assert (folder / "whole" / "reward_histogram.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sample_is_even_and_keeps_both_answers_of_a_pair(folder: Path, reward: Path, capsys: Any) -> None:
+    assert label(folder, "sampled", reward, "data.sample=12") == 0
+    rows = [json.loads(line) for line in (folder / "sampled" / "labelled.jsonl").read_text().splitlines()]
+    assert Counter(row["source"] for row in rows) == {"rows": 6, "pairs": 2 * 6}
+    assert Counter(row["source_id"] for row in rows if row["source"] == "pairs").most_common()[-1][1] == 2
+    manifest = read_manifest(folder / "sampled")
+    assert manifest is not None
+    expected = {"rows": {"rows": 40, "sampled": 6}, "pairs": {"rows": 12, "sampled": 6}}
+    assert (manifest.extra["sources"], manifest.extra["rows"], manifest.extra["pairs"]) == (expected, 18, 6)
+    assert label(folder, "sampled", reward, "data.sample=13") == 78, "the sample is part of the content key"
+    capsys.readouterr()
+    assert label(folder, "unused", reward, "data.sample=12", "dry_run=true") == 0
+    planned = capsys.readouterr().out
+    assert "12 of 52 rows: rows 6 of 40, pairs 6 of 12" in " ".join(planned.split())
+    path = folder / "sampled" / "labelled.jsonl"
+    assert run(["plan", f"data.input={path}", "data.sample=8", f"run.dir={folder / 'plan_sampled'}"]) == 0
+    plan = json.loads((folder / "plan_sampled" / "plan.json").read_text())
+    assert (plan["rows"], {name: n["sampled"] for name, n in plan["sources"].items()}) == (8, {"rows": 4, "pairs": 4})
+    assert "sources: 8 of 18 rows: rows 4 of 6, pairs 4 of 12" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["trainer.micro_batch_size=4"], ["data.max_length=64"]])
