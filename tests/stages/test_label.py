@@ -158,10 +158,12 @@ def test_scores_of_the_same_rows_with_other_tokens_are_not_reused(folder: Path, 
 def test_a_row_that_does_not_fit_is_left_out_counted_and_named(
     folder: Path, reward: Path, kind: str, capsys: Any, caplog: Any
 ) -> None:
-    (folder / kind).mkdir()
+    # Files of the same name, because `label` writes the name as the source of their rows.
+    clean = folder / kind / "files" / "rows.jsonl"
+    clean.parent.mkdir(parents=True)
     rows = samples(4) if kind == "sample" else pairs(4)
     long = rows[1] | {"id": "long", "response" if kind == "sample" else "rejected": "red " * 200}
-    (folder / kind / "clean.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(clean, rows)
     path = write_jsonl(folder / kind / "rows.jsonl", [*rows[:2], long, *rows[2:]])
     words = [f"init.from={reward}", "data.max_length=64", "run.device=cpu", "data.too_long=drop"]
 
@@ -170,7 +172,7 @@ def test_a_row_that_does_not_fit_is_left_out_counted_and_named(
 
     assert start("out", path) == 0
     assert "5 rows: 1 left out (1 response_too_long); see data.max_length=64" in caplog.messages
-    assert start("clean", folder / kind / "clean.jsonl") == 0
+    assert start("clean", clean) == 0
     outputs = [(folder / kind / name / "labelled.jsonl").read_bytes() for name in ("out", "clean")]
     assert outputs[0] == outputs[1]
     (named,) = map(json.loads, (folder / kind / "out" / "left_out.jsonl").read_text().splitlines())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from offline_align.config.runs import PlanMethodSection, PlanRun
-from offline_align.config.sections import InputDataSection, ModelSection, OnBadRow, RunSection, Template
+from offline_align.config.sections import ModelSection, OnBadRow, RunSection, SampledInputDataSection, Template
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ def write_labelled(folder: Path) -> Path:
 
 def settings(path: Path, tokenizer: Path | None = None, **data: Any) -> PlanRun:
     model = ModelSection(tokenizer=str(tokenizer) if tokenizer else None)
-    return PlanRun(run=RunSection(dir="???"), model=model, data=InputDataSection(input=str(path), **data))
+    return PlanRun(run=RunSection(dir="???"), model=model, data=SampledInputDataSection(input=str(path), **data))
 
 
 def test_characters_are_counted_if_no_tokenizer_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
