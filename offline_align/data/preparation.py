@@ -141,7 +141,7 @@ def _place(
 
 def with_source(row: dict[str, Any], counts: InputCounts) -> dict[str, Any]:
     """Return a row with the name of its input in `source`, unless it has a source already."""
-    return row if row.get("source") else row | {"source": counts.source}
+    return row | {"source": counts.source} if row.get("source") in (None, "") else row
 
 
 def _file_name(kind: str, valid: bool) -> str:

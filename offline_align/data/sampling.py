@@ -42,23 +42,28 @@ class Chosen[Row: Sample | PreferencePair]:
 def in_words(counts: Mapping[str, Mapping[str, int]]) -> str:
     """Return the counts of sources in a manifest: `300 of 1,000 rows: dolly 150, hh 150 of 850`."""
     found, used = (sum(count[key] for count in counts.values()) for key in ("rows", "sampled"))
-    parts = [
+    return f"{'' if used == found else f'{used:,} of '}{counted(found, 'row')}: {listed(counts)}"
+
+
+def listed(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Return the numbers of rows by source: `dolly 150, hh 150 of 850`."""
+    return _joined(
         f"{name} {count['sampled']:,}" + ("" if count["sampled"] == count["rows"] else f" of {count['rows']:,}")
         for name, count in counts.items()
-    ]
-    return f"{'' if used == found else f'{used:,} of '}{counted(found, 'row')}: {_listed(parts)}"
+    )
 
 
 def epoch_in_words(counts: Mapping[str, Mapping[str, int]]) -> str:
     """Return the rows of an epoch: `an epoch of 1,000 rows: hh 700 (0.82x), dolly 300 (2x)`."""
     drawn = {name: count["epoch"] for name, count in counts.items() if count.get("epoch")}
-    parts = [f"{name} {number:,} ({number / counts[name]['used']:.2g}x)" for name, number in drawn.items()]
-    return f"an epoch of {counted(sum(drawn.values()), 'row')}: {_listed(parts)}"
+    parts = (f"{name} {number:,} ({number / counts[name]['used']:.2g}x)" for name, number in drawn.items())
+    return f"an epoch of {counted(sum(drawn.values()), 'row')}: {_joined(parts)}"
 
 
-def _listed(parts: Sequence[str]) -> str:
-    more = [f"and {len(parts) - _MOST} more"] if len(parts) > _MOST else []
-    return ", ".join([*parts[:_MOST], *more])
+def _joined(parts: Iterable[str]) -> str:
+    first = list(parts)
+    more = [f"and {len(first) - _MOST} more"] if len(first) > _MOST else []
+    return ", ".join([*first[:_MOST], *more])
 
 
 def choose[Row: Sample | PreferencePair](rows: Sequence[Row], data: SampledDataSection, seed: int) -> Chosen[Row]:

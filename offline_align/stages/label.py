@@ -183,5 +183,5 @@ def _columns(sample: Sample) -> dict[str, Any]:
     """Return the columns of a sample with its own id and a source; the id of a pair becomes `source_id`."""
     known = sample.columns.get("source_id")
     source_id = known if isinstance(known, str) and known.strip() else sample.columns.get("id") or sample.id
-    source = {} if sample.columns.get("source") else {"source": sample.file}
+    source = {"source": sample.file} if sample.columns.get("source") in (None, "") else {}
     return sample.columns | source | {"id": sample.id, "source_id": source_id}

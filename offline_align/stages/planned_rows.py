@@ -85,6 +85,8 @@ class PlannedRows:
     """The numbers of rows by source, if there is anything to say about them."""
     epoch: str = ""
     """The rows of an epoch by source, if sources are mixed."""
+    without_share: str = ""
+    """A warning about sources that take no part, if there are any."""
     epoch_rows: int | None = None
     """Rows of an epoch, if sources are mixed."""
     step: Step | None = None
@@ -170,6 +172,7 @@ def training_rows(
         found.kept, found.dropped, found.sources = len(source), facts["dropped"], choice.in_words()
         found.epoch_rows = source.epoch_rows
         if choice.weights:
+            found.without_share = choice.without_share()
             found.epoch = ("about " if choice.every > 1 else "") + epoch_in_words(facts["sources"])
         found.tokens, found.truncated = source.num_tokens(), rows.truncated
         found.first = first_row(source, renderer)

@@ -10,8 +10,7 @@ from offline_align.config.runs import TrainRun
 from offline_align.config.sections import SampledDataSection, TrainDataSection
 from offline_align.data.mixture import Mixture, check_drawn, check_weights
 from offline_align.data.records import PreferencePair, Sample
-from offline_align.data.sampling import Chosen, choose, epoch_in_words, in_words
-from offline_align.wording import counted
+from offline_align.data.sampling import Chosen, choose, epoch_in_words, in_words, listed
 
 if TYPE_CHECKING:
     from offline_align.data.bins import RowSource
@@ -48,6 +47,11 @@ class RowChoice:
         if len(self.counts) < 2 and not self.by_source:
             return ""
         return in_words(self.counts) + (" (of the rows read)" if self.every_line > 1 else "")
+
+    def without_share(self) -> str:
+        """Return a warning about the sources that take no part, or "" if there are none."""
+        counts = {name: count for name, count in self.counts.items() if self.weights and name not in self.weights}
+        return f"data.weights has no share for these sources, so they take no part: {listed(counts)}" if counts else ""
 
     def of[Row: Sample | PreferencePair](self, rows: Sequence[Row]) -> list[Row]:
         """Return those of the `rows` read that are used. Raises ConfigError for unknown sources."""
@@ -88,6 +92,5 @@ def say_sources(key: str, choice: RowChoice, counts: Mapping[str, Mapping[str, i
         logger.info("%s: %s", key, words)
     if choice.weights:
         logger.info("data.weights: %s", epoch_in_words(counts))
-        for name in counts.keys() - choice.weights.keys():
-            rows = counted(counts[name]["rows"], "row")
-            logger.warning("data.weights has no share for %s, so its %s take no part", name, rows)
+    if problem := choice.without_share():
+        logger.warning("%s", problem)

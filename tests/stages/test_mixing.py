@@ -41,7 +41,7 @@ def test_a_mixed_training_continues_with_the_same_steps(folder: Path, caplog: An
     }
     assert "data.train: 36 of 40 rows: few 6, many 20 of 24, spare 10" in caplog.messages
     assert "data.weights: an epoch of 26 rows: few 13 (2.2x), many 13 (0.65x)" in caplog.messages
-    assert "data.weights has no share for spare, so its 10 rows take no part" in caplog.messages
+    assert "data.weights has no share for these sources, so they take no part: spare 10" in caplog.messages
     train("sft", folder / "cut", data, *words, "trainer.max_steps=3", "trainer.save_interval=3")
     (folder / "cut" / "manifest.json").unlink()
     cut = train("sft", folder / "cut", data, *words, "trainer.max_steps=8", "trainer.save_interval=3")
@@ -96,6 +96,7 @@ def test_a_dry_run_counts_sources_and_the_steps_of_an_epoch(folder: Path, capsys
     assert "sources 20 rows: few 3, many 12, spare 5 (of the rows read)" in plan("data.dry_run_rows=20")
     mixed = plan("data.weights={few: 2, spare: 1}")
     assert "epoch an epoch of 16 rows: few 11 (1.8x), spare 5 (0.5x)" in mixed
+    assert "warning data.weights has no share for these sources, so they take no part: many 24" in mixed
     assert "8 steps, which is 2 epochs of 16 rows" in mixed
     sampled = plan("data.sample=24", "data.dry_run_rows=12")
     assert "data.train: 24, 12 of them read" in sampled

@@ -126,6 +126,8 @@ def test_rows_that_training_drops_are_not_counted(tmp_path: Path, capsys: pytest
     assert warned == ["1 row is left out, as training does: 1 response_too_long; see data.max_length=64"]
     assert warned[0] in " ".join(capsys.readouterr().out.split())
     assert found["with"].pop("left_out") == {"response_too_long": 1}
+    assert found["with"].pop("sources") == {"with": {"rows": 6, "sampled": 6}}
+    assert found["without"].pop("sources") == {"without": {"rows": 5, "sampled": 5}}
     assert found["with"] | {"warnings": [], "left_out": {}} == found["without"]
     with pytest.raises(DataError, match="none of 5 rows is left: 5 response_too_long"):
         plan.run(Job(STAGES["plan"], settings(path, folder, max_length=4)))
