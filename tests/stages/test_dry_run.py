@@ -92,9 +92,7 @@ def test_a_dry_run_of_labelling_counts_weights_in_the_precision_of_the_run(
     assert f"weights {expected:.2f}, activations" in capsys.readouterr().out
 
 
-def test_the_launch_line_keeps_lists_and_quotes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_launch_line_can_be_typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["data.input=[a.jsonl,b.jsonl]", "data.source_column=a b", "dry_run=true"]
     monkeypatch.setattr(sys, "argv", ["offline-align", "label", *words])
     model = ModelSection(
