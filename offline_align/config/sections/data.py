@@ -110,8 +110,9 @@ class SampledDataSection(DataSection):
     """The part of the rows that a stage uses."""
 
     sample: int | None = None
-    """Number of rows to use, chosen by their content and `run.seed`, whatever their order. A pair is
-    one row. Validation rows are never sampled. If unset, all rows."""
+    """Number of rows to use, equally many from each source (see `sample_by`). A pair is one row. Rows
+    are chosen by their content and `run.seed`, whatever their order. Validation rows are never
+    sampled. If unset, all rows."""
     sample_by: SampleBy = SampleBy.source
     """`source` takes equally many SFT rows and pairs, and of each kind equally many from every
     source; what one of them lacks, the others give. `row` chooses among all rows alike."""
