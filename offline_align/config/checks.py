@@ -103,6 +103,20 @@ def _data(data: s.DataSection) -> list[str]:
     return found + template_date(data.template_date)
 
 
+def _sampled(data: s.SampledDataSection) -> list[str]:
+    blank = data.source_column is not None and not data.source_column.strip()
+    found = ["data.source_column: must not be empty; null takes the names of the files"] if blank else []
+    return _positive(data, "data", "sample") + found
+
+
+def _mixed(data: s.TrainDataSection) -> list[str]:
+    return [
+        f"data.weights.{name}={share}: must be a finite number above 0; leave a source out to train without it"
+        for name, share in data.weights.items()
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf
+    ]
+
+
 def template_date(given: str | None) -> list[str]:
     """Return what is wrong with `data.template_date`."""
     try:
@@ -307,6 +321,8 @@ def _tokenizer(tokenizer: s.TokenizerSection) -> list[str]:
 _SECTION_CHECKS: dict[type, Any] = {
     s.RunSection: _run,
     s.DataSection: _data,
+    s.SampledDataSection: _sampled,
+    s.TrainDataSection: _mixed,
     s.LimitSection: _limit,
     s.ComputeSection: _compute,
     s.TrainerSection: _trainer,

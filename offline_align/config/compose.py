@@ -31,7 +31,7 @@ from offline_align.errors import ConfigError
 _ALIASES = {"init.from": "init.from_"}
 _OPEN_MAPPINGS = (
     *("model.overrides.", "model.rope_scaling.", "launcher.environment.", "launcher.sbatch."),
-    *("prepare.columns.", "prepare.score_column."),
+    *("prepare.columns.", "prepare.score_column.", "data.weights."),
 )
 # Keys that name files or folders. `~` is expanded in all of them, since a shell expands it only at
 # the start of a word.

@@ -33,6 +33,7 @@ _SAME: dict[str, str] = {
     "data.valid": "validation_file valid_file eval_file valid_data valid_data_path eval_data eval_dataset",
     "data.max_length": "max_seq_length max_seq_len max_len seq_length seq_len sequence_length cutoff_len block_size "
     "model_max_length max_model_len max_position",
+    "data.sample": "max_train_samples",
     "trainer.max_epochs": "num_train_epochs num_epochs epochs train_epochs",
     "trainer.max_steps": "train_iters max_iters max_train_steps total_steps num_steps iterations",
     "trainer.save_interval": "save_steps save_every checkpoint_interval",
@@ -56,7 +57,7 @@ _SAME: dict[str, str] = {
     "generate.max_new_tokens": "max_tokens max_completion_length max_response_length generate_max_len",
     "generate.n": "num_return_sequences num_generations best_of_n n_samples num_samples",
     "generate.stop": "stop_strings stop_sequences",
-    "prepare.max_rows": "max_train_samples max_samples",
+    "prepare.max_rows": "max_samples",
     "judge.base_url": "api_base openai_api_base",
 }
 
@@ -87,6 +88,10 @@ _OTHER: dict[str, tuple[str, str]] = {
     "truncation truncation_side truncation_mode": ("data.too_long", "truncate_prompt, from the left, or drop"),
     "chat_template apply_chat_template": ("data.template", "chat is the template in the model's folder"),
     "packing": ("trainer.micro_batch_size", "rows are always packed, into bins of micro_batch_size full rows"),
+    "interleave_probs sampling_probabilities dataset_probs mixture_weights dataset_mixer data_blend": (
+        "data.weights",
+        "a mapping of sources to shares, as {hh: 0.7, dolly: 0.3}",
+    ),
     "zero_stage fsdp deepspeed ddp_backend": (
         "parallel.use_distributed_optimizer",
         "shards the optimizer state over the data parallel ranks; it is on by default",

@@ -40,6 +40,8 @@ _COMMON = (
     "data.max_length",
     "data.template",
     "data.on_bad_row",
+    "data.sample",
+    "data.weights",
     "prepare.columns",
     "prepare.score_column",
     "prepare.valid_fraction",

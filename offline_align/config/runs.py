@@ -117,7 +117,7 @@ class PreferenceRun(TrainRun):
 class LabelRun(ModelRun):
     """`label`: score a data set with a reward model."""
 
-    data: s.InputDataSection = field(default_factory=s.InputDataSection)
+    data: s.SampledInputDataSection = field(default_factory=s.SampledInputDataSection)
     trainer: s.ComputeSection = field(default_factory=s.ComputeSection)
     label: s.LabelSection = field(default_factory=s.LabelSection)
 
@@ -199,7 +199,7 @@ class PlanRun(Run):
     """`plan`: show what each method would do with a labelled file."""
 
     model: s.ModelSection = field(default_factory=s.ModelSection)
-    data: s.InputDataSection = field(default_factory=s.InputDataSection)
+    data: s.SampledInputDataSection = field(default_factory=s.SampledInputDataSection)
     method: PlanMethodSection = field(default_factory=PlanMethodSection)
 
     def named_files(self) -> dict[str, Any]:

@@ -27,6 +27,8 @@ _SETTINGS = (
     "trainer.max_epochs",
     "trainer.max_steps",
     "trainer.precision",
+    "data.sample",
+    "data.weights",
     "data.max_length",
     "run.seed",
 )

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from offline_align.config.sections import ComputeSection, ParallelSection
 from offline_align.data.batch import PackedBatch
 from offline_align.data.collate import Ids, Indices, Segment, Targets, assemble
+from offline_align.data.mixture import Mixture
 from offline_align.data.tokenize import TokenizedPairs, TokenizedRows
 
 # Common prefixes of fewer tokens are not shared, because sharing would cost more than it saves.
@@ -101,7 +102,10 @@ class RowSource(ABC):
 
     If `share_prompts` is set, rows with the same prompt share it, up to `most_keys` attended keys per
     computed token. The prompts are read from `prompted`: the samples, or one side of the pairs.
+    `mixture` says which rows an epoch draws; None if it has every row once.
     """
+
+    mixture: Mixture | None = None
 
     def __init__(self, prompted: TokenizedRows, share_prompts: bool, most_keys: float) -> None:
         self._prompted, self.share_prompts, self.most_keys = prompted, share_prompts, most_keys
@@ -109,6 +113,11 @@ class RowSource(ABC):
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self._prompted)
+
+    @property
+    def epoch_rows(self) -> int:
+        """Number of rows of an epoch."""
+        return len(self) if self.mixture is None else self.mixture.epoch_rows
 
     @abstractmethod
     def num_tokens(self) -> int:
@@ -289,9 +298,11 @@ class PairSource(RowSource):
 
     def with_reference(self, reference: npt.NDArray[np.float64]) -> "PairSource":
         """Return the same pairs with the log-likelihoods [pairs, 2] of their answers at the start of the run."""
-        return PairSource(
+        source = PairSource(
             self.pairs, self.share_prompts, self.most_keys, with_targets=self.with_targets, reference=reference
         )
+        source.mixture = self.mixture
+        return source
 
     def _sequences(self, row: int) -> list[Ids]:
         return [_ids(self.pairs.chosen, row), _ids(self.pairs.rejected, row)]

@@ -1,8 +1,8 @@
 """The rows of each optimizer step, packed into batches for one data parallel rank.
 
-The order of rows is a pure function of (seed, epoch, index), and of the prompts if rows are ordered
-by prompt. There is no generator state, so a run can resume at any step, with any number of ranks,
-and get the same rows.
+The order of rows is a pure function of (seed, epoch, index), of the sources and their shares if they
+are mixed, and of the prompts if rows are ordered by prompt. There is no generator state, so a run can
+resume at any step, with any number of ranks, and get the same rows.
 """
 
 from collections.abc import Generator
@@ -15,6 +15,7 @@ from offline_align.data.batch import PackedBatch
 from offline_align.data.bins import PrefixGroup, RowSource
 from offline_align.data.collate import Indices
 from offline_align.data.context import share_of_context
+from offline_align.data.mixture import Mixture
 from offline_align.data.pack import pack
 from offline_align.data.prefetch import prefetch
 
@@ -48,27 +49,48 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> Indices:
 
 @lru_cache(maxsize=2)
 def order_by_prompt(source: RowSource, seed: int, epoch: int) -> Indices:
-    """Return `epoch_order` with all rows of a prompt moved to the position of the first of them."""
-    order = epoch_order(len(source), seed, epoch)
-    _, first, number = np.unique(source.prompts[order], return_index=True, return_inverse=True)
+    """Return the order of rows in `epoch` with all rows of a prompt moved to the position of the first of them.
+
+    If sources are mixed and a row occurs several times in an epoch, each time counts as another prompt.
+    """
+    order = order_of_epoch(len(source), seed, epoch, source.mixture)
+    prompts = source.prompts[order]
+    if source.mixture is not None:
+        prompts = prompts + source.mixture.passes(seed, epoch) * len(source)
+    _, first, number = np.unique(prompts, return_index=True, return_inverse=True)
     together: Indices = order[np.argsort(first[number], kind="stable")]
     return together
 
 
+def order_of_epoch(num_rows: int, seed: int, epoch: int, mixture: Mixture | None) -> Indices:
+    """Return the order of rows in `epoch`: that of the mixture, or a permutation of all rows without one."""
+    return epoch_order(num_rows, seed, epoch) if mixture is None else mixture.order(seed, epoch)
+
+
 def rows_of_step(
-    step: int, global_batch_size: int, num_rows: int, total_samples: int, seed: int, by_prompt: RowSource | None = None
+    step: int,
+    global_batch_size: int,
+    num_rows: int,
+    total_samples: int,
+    seed: int,
+    by_prompt: RowSource | None = None,
+    mixture: Mixture | None = None,
 ) -> list[int]:
     """Return the rows of optimizer step `step` (from 0); samples are counted across epochs.
 
-    If `by_prompt` is given, the rows of one of its prompts are consecutive.
+    An epoch has `num_rows` rows, or those that `mixture` draws. If `by_prompt` is given, the rows of one
+    of its prompts are consecutive.
     """
 
     def order(epoch: int) -> Indices:
-        return epoch_order(num_rows, seed, epoch) if by_prompt is None else order_by_prompt(by_prompt, seed, epoch)
+        if by_prompt is not None:
+            return order_by_prompt(by_prompt, seed, epoch)
+        return order_of_epoch(num_rows, seed, epoch, mixture)
 
+    size = num_rows if mixture is None else mixture.epoch_rows
     first = step * global_batch_size
     samples = range(first, min(first + global_batch_size, total_samples))
-    return [int(order(k // num_rows)[k % num_rows]) for k in samples]
+    return [int(order(k // size)[k % size]) for k in samples]
 
 
 @dataclass(frozen=True)
@@ -96,9 +118,9 @@ class Loader:
 
     def step(self, step: int) -> StepData:
         """Return the data of optimizer step `step`, counted from 0."""
-        source = self.source if self.by_prompt else None
+        source, by_prompt = self.source, self.source if self.by_prompt else None
         size, total = self.global_batch_size, self.total_samples
-        return self.pack_rows(rows_of_step(step, size, len(self.source), total, self.seed, source))
+        return self.pack_rows(rows_of_step(step, size, len(source), total, self.seed, by_prompt, source.mixture))
 
     def steps(self, first: int, pinned: bool = False) -> Generator[StepData]:
         """Yield the data of step `first` and all later steps, prefetched; set `pinned` for a GPU."""

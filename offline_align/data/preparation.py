@@ -126,7 +126,7 @@ def _place(
     valid_fraction: float,
     seed: int,
 ) -> None:
-    row, kind = converted.row, converted.kind
+    row, kind = with_source(converted.row, counts), converted.kind
     digest = kind.encode() + content_digest(row)
     if digest in result.digests:
         counts.dropped[DUPLICATE] += 1
@@ -137,6 +137,11 @@ def _place(
         result.ids.add(row["id"])
         counts.rows_kept += 1
         result.files[_file_name(kind, is_validation(row, seed, valid_fraction))].append(row)
+
+
+def with_source(row: dict[str, Any], counts: InputCounts) -> dict[str, Any]:
+    """Return a row with the name of its input in `source`, unless it has a source already."""
+    return row | {"source": counts.source} if row.get("source") in (None, "") else row
 
 
 def _file_name(kind: str, valid: bool) -> str:
@@ -172,7 +177,7 @@ def report(result: Preparation, bad_rows: BadRows) -> dict[str, Any]:
 
 
 def _file_report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    sources = Counter(str(row.get("source", "none given")) for row in rows)
+    sources = Counter(str(row["source"]) for row in rows)
     lengths: defaultdict[str, list[int]] = defaultdict(list)
     for row in rows:
         lengths["prompt"].append(sum(map(len, _prompt_texts(row))))

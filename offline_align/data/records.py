@@ -6,9 +6,10 @@ optional system message, then user and assistant messages in turn, ending with a
 
 import hashlib
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,17 +27,21 @@ __all__ = [
     "Sample",
     "TrainingRow",
     "input_paths",
+    "names_of_files",
     "parse_row",
     "read_rows",
     "read_rows_and_pairs",
     "reject_rows",
     "text_id",
+    "without_suffixes",
     "write_jsonl",
 ]
 
 
 LARGEST_MARGIN = 3.4e38
 """Largest absolute margin; a larger one would become infinite in float32."""
+
+_SHARD = re.compile(r"-\d+-of-\d+$")
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +64,8 @@ class Sample:
     columns: dict[str, Any]
     beside: str | None = field(default=None, kw_only=True)
     """The other answer if this one belongs to a pair; the prompt is then truncated equally for both."""
+    file: str = field(default="", kw_only=True, compare=False)
+    """Name of the file it was read from, as `names_of_files` gives it; empty if it was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,8 @@ class PreferencePair:
     columns: dict[str, Any]
     made_of: tuple[str, ...] = ()
     """Ids of the labelled rows that it was made of; empty for a pair from a file."""
+    file: str = field(default="", kw_only=True, compare=False)
+    """Name of the file it was read from; see `Sample.file`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +170,7 @@ def _accepted[T](
 ) -> Iterator[tuple[Line, T]]:
     """Yield each usable row together with its line."""
     names = Counter(path.name for path in paths)
+    files = names_of_files(paths)
     seen: dict[str, bytes] = {}
     for line in read_objects(paths, bad_rows, every):
         name = line.path.name if names[line.path.name] == 1 else str(line.path)
@@ -170,7 +180,28 @@ def _accepted[T](
         except RowError as error:
             line.reject(bad_rows, str(error))
         else:
+            if isinstance(row, (Sample, PreferencePair)):
+                row = replace(row, file=files[line.path])
             yield line, row
+
+
+def names_of_files(paths: Sequence[Path]) -> dict[Path, str]:
+    """Return a name for each file: without folder, and with as much of its folder as makes it unique.
+
+    The shards of a data set in one folder have the same name.
+    """
+    parts = {path: path.with_name(without_suffixes(path.name)).parts for path in paths}
+    found: dict[Path, str] = {}
+    for path, own in parts.items():
+        others = [other for other in parts.values() if other != own]
+        unique = (n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others))
+        found[path] = "/".join(own[-next(unique, len(own)) :])
+    return found
+
+
+def without_suffixes(name: str) -> str:
+    """Return the name of a file without its suffix, `.gz` or `.zst`, and the number of a shard (`-00001-of-00005`)."""
+    return _SHARD.sub("", Path(name.removesuffix(".gz").removesuffix(".zst")).stem)
 
 
 def _occupied_ids(row: Any) -> list[str]:

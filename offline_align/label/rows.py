@@ -30,7 +30,7 @@ def single_answers(rows: Sequence[Sample | PreferencePair]) -> Iterator[Sample]:
         for answer, text, other in both:
             columns = {k: v for k, v in row.columns.items() if k not in ("chosen", "rejected")}
             columns |= {"response": text, "answer": answer, "id": row.id}
-            yield Sample(f"{row.id}/{answer}", row.prompt, text, columns, beside=other)
+            yield Sample(f"{row.id}/{answer}", row.prompt, text, columns, beside=other, file=row.file)
 
 
 def check_answers(rows: Sequence[Sample | PreferencePair], best_of: int, files: Sequence[Path]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from offline_align.config.resume import Change, change_class, is_of_weights
-from offline_align.lineage.key import RunSettings, flat
+from offline_align.lineage.key import RunSettings, flat, is_as_before
 from offline_align.lineage.manifest import CONFIG, Manifest
 
 _MOST = 6
@@ -37,6 +37,8 @@ def _settings(run_dir: Path, config: dict[str, Any], same_content: bool) -> Iter
         # `config.yaml` has the architecture of loaded weights, and no tokenizer beside theirs.
         of_weights = loaded and (is_of_weights(key) or (key == "model.tokenizer" and old is None))
         renamed = same_content and _names_files(key)
+        if old is None and is_as_before(key, new):
+            continue
         if old != new and change_class(key) is not Change.allow and not of_weights and not renamed:
             yield f"{key}={_shown(new)} (that run: {_shown(old)})"
 

@@ -10,8 +10,14 @@ from offline_align.errors import ConfigError
 from offline_align.lineage.files import canonical_json, file_size, real_path, text_sha256
 from offline_align.lineage.manifest import CONFIG, Manifest, Sources, read_manifest
 
-# Came after the first results: unset it means what it meant before, and their keys stay as they are.
-_LATER_KEYS = {"data.template_date"}
+# Keys that came after the first results, with the values that mean what was so before. With these values the
+# content keys of earlier results stay as they are.
+_LATER_KEYS: dict[str, Any] = {
+    "data.template_date": None,
+    "data.sample": None,
+    "data.sample_by": "source",
+    "data.source_column": "source",
+}
 
 CHANGES = "changed_settings"
 """Key in the manifest for the changed settings of a continued run."""
@@ -67,6 +73,11 @@ def run_settings(stage: str, config: dict[str, Any], sources: Sources) -> RunSet
     return RunSettings(stage, relevant, inputs, [parent.content_sha256 for parent in sources.parents.values()])
 
 
+def is_as_before(key: str, value: Any) -> bool:
+    """Return whether `value` of the dotted `key` means what was so before the key existed."""
+    return key in _LATER_KEYS and _LATER_KEYS[key] == value
+
+
 def finished_key(key: str, changes: Sequence[Any]) -> str:
     """Return the key of a finished run, which includes the settings that were changed on the way.
 
@@ -112,7 +123,7 @@ def _relevant(node: Any, digests: dict[str, str], key: str = "") -> Any:
         values = {
             n: _relevant(node[n], digests, dotted[n])
             for n in node
-            if change_class(dotted[n]) is not Change.allow and not (node[n] is None and dotted[n] in _LATER_KEYS)
+            if change_class(dotted[n]) is not Change.allow and not is_as_before(dotted[n], node[n])
         }
         return {name: value for name, value in values.items() if value != {}}
     if isinstance(node, list | tuple):

@@ -57,4 +57,5 @@ def _of_prompt(answers: list[LabelledSample], which: PairsOf, min_gap: float) ->
         if gap > 0 and gap >= min_gap and chosen.response != rejected.response:
             row_id = f"{chosen.id} > {rejected.id}"
             texts = chosen.response, rejected.response
-            yield PreferencePair(row_id, chosen.prompt, *texts, gap, {}, made_of=(chosen.id, rejected.id))
+            made_of = (chosen.id, rejected.id)
+            yield PreferencePair(row_id, chosen.prompt, *texts, gap, chosen.columns, made_of=made_of, file=chosen.file)

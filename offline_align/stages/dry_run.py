@@ -1,5 +1,6 @@
 """The output of `dry_run=true`: device, rows, steps, memory, the launch command and the first row."""
 
+import shlex
 import sys
 from typing import Any, Literal
 
@@ -122,7 +123,7 @@ def _read_rows(job: Job[TrainRun], ranks: ParallelSizes, key: Literal["data.trai
         return paths
     if job.config.init.from_ is None and job.config.model.tokenizer is None:
         return "model.tokenizer is not set"
-    return training_rows(job, key.removeprefix("data."), paths, ranks.data)
+    return training_rows(job, "train" if key == "data.train" else "valid", paths, ranks.data)
 
 
 def _check(rows: PlannedRows | str) -> None:
@@ -187,6 +188,9 @@ def _add_rows(table: Table, key: str, rows: PlannedRows | str, max_length: int) 
         return
     sample = "all read" if rows.whole else f"{rows.read:,} of them read (data.dry_run_rows=null reads all)"
     table.add_row("rows", f"{key}: {rows.lines:,}, {sample}")
+    for title, text in (("sources", rows.sources), ("epoch", rows.epoch), ("warning", rows.without_share)):
+        if text:
+            table.add_row(title, escape(text))
     left_out = f"; left out: {escape(reasons(rows.dropped))}" if rows.dropped else ""
     mean = f", {rows.tokens / rows.kept:,.0f} tokens each" if rows.kept else ""
     table.add_row(
@@ -275,7 +279,13 @@ def in_words(seconds: float) -> str:
 
 
 def _finish(table: Table, stage: str, config: ModelRun, rows: PlannedRows | None) -> None:
-    words = [w for w in sys.argv[2:] if not w.startswith(("dry_run=", "launcher."))]
+    words = [_quoted(w) for w in sys.argv[2:] if not w.startswith(("dry_run=", "launcher."))]
     table.add_row("launch", escape(" ".join(torchrun_command(config.launcher, stage, words))))
     first = [Text(f"first row, as the model sees it:\n{rows.first}")] if rows is not None and rows.first else []
     show(table, *first)
+
+
+def _quoted(word: str) -> str:
+    """Return a word as one writes it in a shell. Lists of paths stay as they are, because they work without quotes."""
+    plain = word.replace("[", "").replace("]", "")
+    return word if shlex.quote(plain) == plain else shlex.quote(word)

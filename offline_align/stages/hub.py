@@ -17,6 +17,7 @@ from offline_align.config.sections import DataSection, PrepareSection, Rated
 from offline_align.data.adapters.convert import Converted, convert
 from offline_align.data.adapters.counts import InputCounts
 from offline_align.data.jsonl import HUB_PREFIX, BadRows, write_jsonl
+from offline_align.data.preparation import with_source
 from offline_align.data.sources import Source, read_source
 from offline_align.errors import ConfigError, DataError
 from offline_align.progress import announced
@@ -100,7 +101,7 @@ def _rows(job: Job[Any], bad_rows: BadRows, counts: InputCounts) -> Iterator[dic
     recipe = job.stage.recipe
     learns_all = recipe is not None and recipe.train is samples
     settings = PrepareSection(rated=None if learns_all else Rated.ignore)
-    return (_unrated(converted, name) for converted in convert(lines, settings, bad_rows, counts))
+    return (with_source(_unrated(c, name), counts) for c in convert(lines, settings, bad_rows, counts))
 
 
 def _unrated(converted: Converted, name: str) -> dict[str, Any]:

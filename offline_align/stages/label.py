@@ -21,6 +21,7 @@ from offline_align.label.results import BEST, best_answers, write_results
 from offline_align.label.rows import check_answers, leave_out_unscorable, single_answers
 from offline_align.lineage import effort
 from offline_align.stages.job import Job
+from offline_align.stages.row_choice import RowChoice, say_sources
 from offline_align.wording import counted
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
     renderer = job.source.renderer()
     job.start_folder(ranks=ranks)
     bad_rows = job.bad_rows(ranks.is_main)
-    rows, left_out = ranks.main_first(lambda: _rows(job, renderer, bad_rows))
+    choice = RowChoice(job.config.data, job.config.run.seed)
+    rows, left_out = ranks.main_first(lambda: _rows(job, renderer, bad_rows, choice))
+    if ranks.is_main:
+        say_sources("data.input", choice, choice.counts)
     samples = list(single_answers(rows))
     config = job.config
     shares = shares_prompts(config.trainer, config.parallel)
@@ -61,7 +65,8 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
     journal = Journal(job.run_dir, scored, ranks.dp_rank)
     _score_missing(job, source, journal, ranks)
     again = _score_again(job, samples, renderer, ranks)
-    facts: dict[str, Any] = {"dropped": dict(Counter(left_out.values())), "bad_rows": dict(bad_rows.counts)}
+    facts: dict[str, Any] = {"sources": choice.counts, "dropped": dict(Counter(left_out.values()))}
+    facts |= {"bad_rows": dict(bad_rows.counts)}
     facts |= job.source.description.text_form
 
     def write() -> None:
@@ -74,14 +79,14 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
 
 @effort.part("data")
 def _rows(
-    job: Job[LabelRun], renderer: Renderer, bad_rows: BadRows
+    job: Job[LabelRun], renderer: Renderer, bad_rows: BadRows, choice: RowChoice
 ) -> tuple[list[Sample | PreferencePair], dict[str, str]]:
-    """Return the rows that can be scored, and the reason for each row that does not fit, by its id.
+    """Return the chosen rows that can be scored, and the reason for each that does not fit, by its id.
 
     Raises DataError for a bad row unless `data.on_bad_row` is `skip`.
     """
     files = job.inputs
-    rows = list(read_rows_and_pairs(files, Sample, bad_rows))
+    rows = choice.of(list(read_rows_and_pairs(files, Sample, bad_rows)))
     if job.config.label.best_of is not None:
         check_answers(rows, job.config.label.best_of, files)
     return leave_out_unscorable(rows, files, renderer, job.config.data, job.cache_dir, bad_rows)
@@ -189,7 +194,8 @@ def _check_finite(samples: list[Sample], raw: list[float]) -> None:
 
 
 def _columns(sample: Sample) -> dict[str, Any]:
-    """Return the columns of a sample with its own id; the id of a pair becomes `source_id`."""
+    """Return the columns of a sample with its own id and a source; the id of a pair becomes `source_id`."""
     known = sample.columns.get("source_id")
     source_id = known if isinstance(known, str) and known.strip() else sample.columns.get("id") or sample.id
-    return sample.columns | {"id": sample.id, "source_id": source_id}
+    source = {"source": sample.file} if sample.columns.get("source") in (None, "") else {}
+    return sample.columns | source | {"id": sample.id, "source_id": source_id}

@@ -31,6 +31,7 @@ from offline_align.stages.job import Job
 from offline_align.stages.origin import tokenizer_path
 from offline_align.stages.output import show
 from offline_align.stages.plan_table import tables
+from offline_align.stages.row_choice import RowChoice
 from offline_align.wording import counted
 
 PLAN_FILE = "plan.json"
@@ -59,7 +60,8 @@ def _show(job: Job[PlanRun], settings: Settings, writes: bool) -> None:
         job.start_folder()
     paths, config = job.inputs, job.config
     bad_rows = job.bad_rows(writes)
-    rows = checked(read_rows(paths, LabelledSample, bad_rows))
+    choice = RowChoice(config.data, config.run.seed)
+    rows = choice.of(checked(read_rows(paths, LabelledSample, bad_rows)))
     renderer = _renderer(config, paths)
     out: Counter[str] = Counter()
     if renderer:
@@ -68,12 +70,13 @@ def _show(job: Job[PlanRun], settings: Settings, writes: bool) -> None:
         sizes = _character_sizes(rows)
     made = plan(rows, sizes, settings)
     warnings = [*_left_out(out, config.data), *_unstable(renderer, rows, settings)]
-    show(*tables(made, warnings))
+    show(*tables(made, warnings, choice.in_words()))
     if writes:
         extra = {"warnings": warnings, "skipped_rows": dict(bad_rows.counts), "left_out": dict(out)}
+        extra |= {"sources": choice.counts}
         text = json.dumps(asdict(made) | extra, indent=2, ensure_ascii=False)
         lineage.write_atomically(job.run_dir / PLAN_FILE, f"{text}\n".encode())
-        job.finish([job.run_dir / PLAN_FILE], {"rows": made.rows})
+        job.finish([job.run_dir / PLAN_FILE], {"rows": made.rows, "sources": choice.counts})
 
 
 def _settings(config: PlanRun) -> Settings:

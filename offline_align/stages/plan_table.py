@@ -12,13 +12,14 @@ BARS = 15
 """Largest number of lines in the histogram of conditions."""
 
 
-def tables(plan: Plan, warnings: list[str]) -> list[RenderableType]:
-    """Return the tables and texts to print, from top to bottom."""
+def tables(plan: Plan, warnings: list[str], sources: str = "") -> list[RenderableType]:
+    """Return the tables and texts to print, from top to bottom; `sources` says where the rows come from."""
     note = "" if plan.unit == "tokens" else " (no tokenizer is known; set model.tokenizer for tokens)"
     head = Text(
         f"{counted(plan.rows, 'row')}, {plan.size:,} {plan.unit}, {plan.response_size:,} of them in responses{note}"
     )
-    parts: list[RenderableType] = [head, _methods(plan), _betas(plan), _histogram(plan.conditional)]
+    named = [Text(f"sources: {sources}")] if sources else []
+    parts: list[RenderableType] = [head, *named, _methods(plan), _betas(plan), _histogram(plan.conditional)]
     return parts + [Text(f"warning: {line}", style="yellow") for line in [*_cautions(plan), *warnings]]
 
 

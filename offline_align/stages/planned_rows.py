@@ -10,15 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from offline_align.config.runs import GenerateRun, LabelRun, TrainRun
 from offline_align.config.sections import DataSection, OnBadRow
 from offline_align.data.jsonl import HUB_PREFIX, count_lines, is_empty
 from offline_align.data.records import BadRows, Prompt, Sample, input_paths, read_rows, read_rows_and_pairs, reject_rows
+from offline_align.data.sampling import epoch_in_words
 from offline_align.errors import ConfigError, DataError
 from offline_align.stages.job import Job
 from offline_align.stages.recipe import PairRecipe
+from offline_align.stages.row_choice import RowChoice, row_choice
 
 # Steps whose bins are packed, to show what a step takes.
 _STEPS = 32
@@ -67,7 +69,7 @@ class PlannedRows:
     """The rows of one key."""
 
     lines: int
-    """Rows in the files."""
+    """Rows in the files, or those that `data.sample` chooses."""
     read: int
     """Rows that are read, good or bad."""
     kept: int = 0
@@ -79,6 +81,14 @@ class PlannedRows:
     """Rows left out, by reason."""
     first: str = ""
     """The first row as the model sees it."""
+    sources: str = ""
+    """The numbers of rows by source, if there is anything to say about them."""
+    epoch: str = ""
+    """The rows of an epoch by source, if sources are mixed."""
+    without_share: str = ""
+    """A warning about sources that take no part, if there are any."""
+    epoch_rows: int | None = None
+    """Rows of an epoch, if sources are mixed."""
     step: Step | None = None
     bad: NotedRows = field(default_factory=lambda: NotedRows(OnBadRow.skip))
     error: DataError | ConfigError | None = None
@@ -91,8 +101,9 @@ class PlannedRows:
 
     @property
     def estimated(self) -> int:
-        """The number of rows that the run would use, estimated if not all were read."""
-        return self.kept if self.whole else round(self.lines * self.kept / max(self.read, 1))
+        """The number of rows of an epoch, estimated if not all were read."""
+        size = self.kept if self.epoch_rows is None else self.epoch_rows
+        return size if self.whole else round(self.lines * size / max(self.read, 1))
 
 
 @contextmanager
@@ -101,12 +112,18 @@ def _temporary_cache() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _opened(paths: list[Path], data: DataSection) -> tuple[PlannedRows, int]:
-    """Return the rows of `paths`, not yet read, and the number of lines of which one is read."""
+def _opened(paths: list[Path], data: DataSection, choice: RowChoice | None = None) -> tuple[PlannedRows, int]:
+    """Return the rows of `paths`, not yet read, and the number of rows of which one is used.
+
+    These are the rows of a sample, if `choice` takes one.
+    """
     lines = count_lines(paths)
-    every = 1 if data.dry_run_rows is None else max(1, -(-lines // max(data.dry_run_rows, 1)))
-    read = lines if every == 1 else count_lines(paths, every)
-    return PlannedRows(lines, read, bad=NotedRows(data.on_bad_row)), every
+    rows = lines if choice is None else choice.most(lines)
+    every = 1 if data.dry_run_rows is None else max(1, -(-rows // max(data.dry_run_rows, 1)))
+    if choice is not None:
+        choice.every = every
+    read = count_lines(paths, every) if every > 1 and (choice is None or choice.every_line > 1) else -(-rows // every)
+    return PlannedRows(rows, read, bad=NotedRows(data.on_bad_row)), every
 
 
 def readable_paths(config: TrainRun | LabelRun | GenerateRun, key: str) -> list[Path] | str:
@@ -124,7 +141,9 @@ def readable_paths(config: TrainRun | LabelRun | GenerateRun, key: str) -> list[
     return f"{missing[0]} does not exist yet" if missing else paths
 
 
-def training_rows(job: Job[TrainRun], which: str, paths: list[Path], data_ranks: int) -> PlannedRows:
+def training_rows(
+    job: Job[TrainRun], which: Literal["train", "valid"], paths: list[Path], data_ranks: int
+) -> PlannedRows:
     """Return the rows of `data.train` or `data.valid`, read as the training reads them."""
     from offline_align.data.bins import PairSource, SampleSource
     from offline_align.data.shown import first_row
@@ -136,20 +155,25 @@ def training_rows(job: Job[TrainRun], which: str, paths: list[Path], data_ranks:
     if isinstance(form, PairRecipe) and form.also is not None:
         # Pairs are made of all answers to a prompt, so a sample of the answers would miss most pairs.
         data = replace(data, dry_run_rows=None)
-    found, every = _opened(paths, data)
+    choice = row_choice(job.config, which)
+    found, _ = _opened(paths, data, choice)
     if which == "valid" and is_empty(paths):
         return found
     with _temporary_cache() as cache:
         try:
             renderer = training_renderer(job)
-            source, facts = tokenized(job, paths, form, renderer, found.bad, cache, every)
+            source, facts = tokenized(job, paths, form, renderer, found.bad, cache, choice)
         except (DataError, ConfigError) as error:
             found.error = error
             return found
         rows = source.pairs.chosen if isinstance(source, PairSource) else None
         rows = source.rows if isinstance(source, SampleSource) else rows
         assert rows is not None
-        found.kept, found.dropped = len(source), facts["dropped"]
+        found.kept, found.dropped, found.sources = len(source), facts["dropped"], choice.in_words()
+        found.epoch_rows = source.epoch_rows
+        if choice.weights:
+            found.without_share = choice.without_share()
+            found.epoch = ("about " if choice.every > 1 else "") + epoch_in_words(facts["sources"])
         found.tokens, found.truncated = source.num_tokens(), rows.truncated
         found.first = first_row(source, renderer)
         if which == "train":
@@ -179,18 +203,19 @@ def label_rows(job: Job[LabelRun], paths: list[Path]) -> PlannedRows:
     from offline_align.label.rows import leave_out_unscorable, single_answers
     from offline_align.label.scoring import tokenized
 
-    found, every = _opened(paths, job.config.data)
+    choice = RowChoice(job.config.data, job.config.run.seed)
+    found, _ = _opened(paths, job.config.data, choice)
     with _temporary_cache() as cache:
         try:
             renderer, data = job.source.renderer(), job.config.data
-            rows = list(read_rows_and_pairs(paths, Sample, found.bad, every))
+            rows = choice.of(list(read_rows_and_pairs(paths, Sample, found.bad, choice.every_line)))
             rows, left_out = leave_out_unscorable(rows, paths, renderer, data, cache, found.bad)
             source = tokenized(list(single_answers(rows)), renderer, data, cache)
         except (DataError, ConfigError) as error:
             found.error = error
             return found
         found.kept, found.tokens, found.truncated = len(rows), source.num_tokens(), source.rows.truncated
-        found.dropped = dict(Counter(left_out.values()))
+        found.dropped, found.sources = dict(Counter(left_out.values())), choice.in_words()
         found.first = first_row(source, renderer, "answer")
     return found
 

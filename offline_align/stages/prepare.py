@@ -133,7 +133,7 @@ def problems(job: Job[PrepareRun]) -> list[str]:
         found.append(f"prepare.format={settings.format}: must be one of {', '.join(FORMS)}, or unset")
     if settings.demo_prompt_rows > MOST_PROMPTS:
         found.append(f"prepare.demo_prompt_rows={settings.demo_prompt_rows}: must be {MOST_PROMPTS} or less")
-    readable = {name for form in KNOWN for name in form.reads} | {"id", "margin", *VERDICTS}
+    readable = {name for form in KNOWN for name in form.reads} | {"id", "margin", "source", *VERDICTS}
     for name in settings.columns:
         if name not in readable:
             near = get_close_matches(name, readable, n=1)

@@ -21,6 +21,7 @@ from offline_align.lineage import effort
 from offline_align.progress import announced
 from offline_align.stages.job import Job
 from offline_align.stages.recipe import PairRecipe, Recipe, RowRecipe
+from offline_align.stages.row_choice import RowChoice, row_choice, say_sources
 from offline_align.wording import counted
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
     data, facts = _source(job, "train", recipe.train, renderer, ranks, bad_rows)
     valid, _ = _source(job, "valid", recipe.valid, renderer, ranks, bad_rows)
     assert data is not None
-    short = one_step(config, len(data))
+    short = one_step(config, data.epoch_rows)
     if ranks.is_main:
         logger.info("first row, as the model sees it:\n%s", first_row(data, renderer))
         _warn(short)
@@ -134,8 +135,12 @@ def _source(
     if which == "valid" and is_empty(paths):  # `prepare` writes an empty file if it has few rows
         logger.warning("data.valid=%s: has no rows; the run goes without validation", named)
         return None, {}
-    source, facts = ranks.main_first(lambda: tokenized(job, paths, rows, renderer, bad_rows, job.cache_dir))
-    ranks.require_same(source.fingerprint(), key)
+    choice = row_choice(job.config, which)
+    source, facts = ranks.main_first(lambda: tokenized(job, paths, rows, renderer, bad_rows, job.cache_dir, choice))
+    mixture = source.mixture.fingerprint() if source.mixture else None
+    ranks.require_same((source.fingerprint(), mixture), key)
+    if ranks.is_main:
+        say_sources(key, choice, facts["sources"])
     return source, facts
 
 
@@ -146,18 +151,18 @@ def tokenized(
     renderer: Renderer,
     bad_rows: BadRows,
     cache_dir: Path,
-    every: int = 1,
+    choice: RowChoice,
 ) -> "tuple[bins.RowSource, dict[str, Any]]":
-    """Return the tokenised rows of `paths`, or of one of `every` so many lines, and facts about them.
+    """Return the tokenised rows of `paths` that `choice` chooses, and facts about them.
 
     Raises DataError and ConfigError for rows or settings that leave nothing to train on.
     """
     before = Counter(bad_rows.counts)
     source: bins.RowSource
     if isinstance(rows, PairRecipe):
-        source, facts = _pairs(job, paths, rows, renderer, bad_rows, cache_dir, every)
+        source, facts = _pairs(job, paths, rows, renderer, bad_rows, cache_dir, choice)
     else:
-        source, facts = _samples(job, paths, rows, renderer, bad_rows, cache_dir, every)
+        source, facts = _samples(job, paths, rows, renderer, bad_rows, cache_dir, choice)
     bad = dict(Counter(bad_rows.counts) - before)
     return source, {**facts, "rows": len(source), "bad_rows": bad}
 
@@ -169,14 +174,14 @@ def _samples(
     renderer: Renderer,
     bad_rows: BadRows,
     cache_dir: Path,
-    every: int,
+    choice: RowChoice,
 ) -> "tuple[bins.SampleSource, dict[str, Any]]":
     from offline_align.data.bins import MOST_KEYS_IN_TRAINING, SampleSource, shares_prompts
     from offline_align.data.tokenize import tokenize_samples
 
     config = job.config
-    read = list(read_rows(paths, rows.form, bad_rows, every))
-    made = rows.make(read, section(config, MethodSection), renderer)
+    read = list(read_rows(paths, rows.form, bad_rows, choice.every_line))
+    made = rows.make(choice.of(read), section(config, MethodSection), renderer)
     tokenized = tokenize_samples(
         made.rows,
         renderer,
@@ -187,7 +192,8 @@ def _samples(
     final = made.finalize(tokenized.places)
     weighed = tokenized.weighed(final.weights)
     source = SampleSource(weighed, shares_prompts(config.trainer, config.parallel), MOST_KEYS_IN_TRAINING)
-    return source, {**final.facts, "dropped": tokenized.dropped}
+    counts = choice.mix(source, (made.rows[place].sample.id for place in tokenized.places))
+    return source, {**final.facts, "sources": counts, "dropped": tokenized.dropped}
 
 
 def _pairs(
@@ -197,24 +203,27 @@ def _pairs(
     renderer: Renderer,
     bad_rows: BadRows,
     cache_dir: Path,
-    every: int,
+    choice: RowChoice,
 ) -> "tuple[bins.PairSource, dict[str, Any]]":
     from offline_align.data.bins import MOST_KEYS_IN_TRAINING, PairSource, shares_prompts
     from offline_align.data.tokenize import tokenize_pairs
 
     config = job.config
-    made = rows.make(rows.read(paths, bad_rows, every), section(config, MethodSection))
-    made_of = {pair.id: pair.made_of or (pair.id,) for pair in made.pairs}
+    made = rows.make(rows.read(paths, bad_rows, choice.every_line), section(config, MethodSection))
+    # A sample of the answers would split most pairs, so pairs are chosen.
+    pairs = choice.of(made.pairs)
+    made_of = {pair.id: pair.made_of or (pair.id,) for pair in pairs}
 
     def reject(refused: dict[str, str]) -> None:
         reasons = {row: reason for pair, reason in refused.items() for row in made_of[pair]}
         reject_rows(paths, rows.also or PreferencePair, reasons, bad_rows, and_pairs=True)
 
-    tokenized = tokenize_pairs(made.pairs, renderer, config.data, cache_dir, reject)
+    tokenized = tokenize_pairs(pairs, renderer, config.data, cache_dir, reject)
     shares = shares_prompts(config.trainer, config.parallel)
     with_targets = recipe_of(job).makes == "policy"
     source = PairSource(tokenized, shares, MOST_KEYS_IN_TRAINING, with_targets=with_targets)
-    return source, {**made.facts, "dropped": tokenized.dropped}
+    counts = choice.mix(source, tokenized.row_ids)
+    return source, {**made.facts, "sources": counts, "dropped": tokenized.dropped}
 
 
 @effort.part("load")
@@ -324,7 +333,7 @@ def loader(config: TrainRun, source: "bins.RowSource", ranks: "Ranks", max_steps
     from offline_align.data.pack import padding_multiple
 
     batch = config.trainer.global_batch_size
-    total = max_steps * batch if max_steps else len(source) * config.trainer.max_epochs
+    total = max_steps * batch if max_steps else source.epoch_rows * config.trainer.max_epochs
     return Loader(
         source=source,
         global_batch_size=batch,

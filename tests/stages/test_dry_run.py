@@ -92,13 +92,14 @@ def test_a_dry_run_of_labelling_counts_weights_in_the_precision_of_the_run(
     assert f"weights {expected:.2f}, activations" in capsys.readouterr().out
 
 
-def test_the_launch_line_keeps_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["offline-align", "label", "data.input=[a.jsonl,b.jsonl]", "dry_run=true"])
+def test_the_launch_line_can_be_typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data.input=[a.jsonl,b.jsonl]", "data.source_column=a b", "dry_run=true"]
+    monkeypatch.setattr(sys, "argv", ["offline-align", "label", *words])
     model = ModelSection(
         vocab_size=32_000, num_layers=2, hidden_size=4096, ffn_hidden_size=8192, num_attention_heads=32
     )
     print_label_dry_run(Job(STAGES["label"], LabelRun(run=RunSection(dir="unused"), model=model)))
-    assert capsys.readouterr().out.rstrip().endswith("offline_align label data.input=[a.jsonl,b.jsonl]")
+    assert capsys.readouterr().out.rstrip().endswith("label data.input=[a.jsonl,b.jsonl] 'data.source_column=a b'")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,27 @@ def test_labels_statistics_and_histogram(folder: Path, reward: Path) -> None:
     assert (folder / "whole" / "reward_histogram.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sample_is_even_and_keeps_both_answers_of_a_pair(folder: Path, reward: Path, capsys: Any) -> None:
+    assert label(folder, "sampled", reward, "data.sample=12") == 0
+    rows = [json.loads(line) for line in (folder / "sampled" / "labelled.jsonl").read_text().splitlines()]
+    assert Counter(row["source"] for row in rows) == {"rows": 6, "pairs": 2 * 6}
+    assert Counter(row["source_id"] for row in rows if row["source"] == "pairs").most_common()[-1][1] == 2
+    manifest = read_manifest(folder / "sampled")
+    assert manifest is not None
+    expected = {"rows": {"rows": 40, "sampled": 6}, "pairs": {"rows": 12, "sampled": 6}}
+    assert (manifest.extra["sources"], manifest.extra["rows"], manifest.extra["pairs"]) == (expected, 18, 6)
+    assert label(folder, "sampled", reward, "data.sample=13") == 78, "the sample is part of the content key"
+    capsys.readouterr()
+    assert label(folder, "unused", reward, "data.sample=12", "dry_run=true") == 0
+    planned = capsys.readouterr().out
+    assert "12 of 52 rows: rows 6 of 40, pairs 6 of 12" in " ".join(planned.split())
+    path = folder / "sampled" / "labelled.jsonl"
+    assert run(["plan", f"data.input={path}", "data.sample=8", f"run.dir={folder / 'plan_sampled'}"]) == 0
+    plan = json.loads((folder / "plan_sampled" / "plan.json").read_text())
+    assert (plan["rows"], {name: n["sampled"] for name, n in plan["sources"].items()}) == (8, {"rows": 4, "pairs": 4})
+    assert "sources: 8 of 18 rows: rows 4 of 6, pairs 4 of 12" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [["trainer.micro_batch_size=4"], ["data.max_length=64"]])
 def test_scores_do_not_depend_on_neighbours(folder: Path, reward: Path, words: list[str]) -> None:
     name = words[0].replace("=", "_")
@@ -136,10 +158,12 @@ def test_scores_of_the_same_rows_with_other_tokens_are_not_reused(folder: Path, 
 def test_a_row_that_does_not_fit_is_left_out_counted_and_named(
     folder: Path, reward: Path, kind: str, capsys: Any, caplog: Any
 ) -> None:
-    (folder / kind).mkdir()
+    # Files of the same name, because `label` writes the name as the source of their rows.
+    clean = folder / kind / "files" / "rows.jsonl"
+    clean.parent.mkdir(parents=True)
     rows = samples(4) if kind == "sample" else pairs(4)
     long = rows[1] | {"id": "long", "response" if kind == "sample" else "rejected": "red " * 200}
-    (folder / kind / "clean.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(clean, rows)
     path = write_jsonl(folder / kind / "rows.jsonl", [*rows[:2], long, *rows[2:]])
     words = [f"init.from={reward}", "data.max_length=64", "run.device=cpu", "data.too_long=drop"]
 
@@ -148,7 +172,7 @@ def test_a_row_that_does_not_fit_is_left_out_counted_and_named(
 
     assert start("out", path) == 0
     assert "5 rows: 1 left out (1 response_too_long); see data.max_length=64" in caplog.messages
-    assert start("clean", folder / kind / "clean.jsonl") == 0
+    assert start("clean", clean) == 0
     outputs = [(folder / kind / name / "labelled.jsonl").read_bytes() for name in ("out", "clean")]
     assert outputs[0] == outputs[1]
     (named,) = map(json.loads, (folder / kind / "out" / "left_out.jsonl").read_text().splitlines())

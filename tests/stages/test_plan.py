@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from offline_align.config.runs import PlanMethodSection, PlanRun
-from offline_align.config.sections import InputDataSection, ModelSection, OnBadRow, RunSection, Template
+from offline_align.config.sections import ModelSection, OnBadRow, RunSection, SampledInputDataSection, Template
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ def write_labelled(folder: Path) -> Path:
 
 def settings(path: Path, tokenizer: Path | None = None, **data: Any) -> PlanRun:
     model = ModelSection(tokenizer=str(tokenizer) if tokenizer else None)
-    return PlanRun(run=RunSection(dir="???"), model=model, data=InputDataSection(input=str(path), **data))
+    return PlanRun(run=RunSection(dir="???"), model=model, data=SampledInputDataSection(input=str(path), **data))
 
 
 def test_characters_are_counted_if_no_tokenizer_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +126,8 @@ def test_rows_that_training_drops_are_not_counted(tmp_path: Path, capsys: pytest
     assert warned == ["1 row is left out, as training does: 1 response_too_long; see data.max_length=64"]
     assert warned[0] in " ".join(capsys.readouterr().out.split())
     assert found["with"].pop("left_out") == {"response_too_long": 1}
+    assert found["with"].pop("sources") == {"with": {"rows": 6, "sampled": 6}}
+    assert found["without"].pop("sources") == {"without": {"rows": 5, "sampled": 5}}
     assert found["with"] | {"warnings": [], "left_out": {}} == found["without"]
     with pytest.raises(DataError, match="none of 5 rows is left: 5 response_too_long"):
         plan.run(Job(STAGES["plan"], settings(path, folder, max_length=4)))

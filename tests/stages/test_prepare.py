@@ -91,13 +91,13 @@ def test_no_prompt_is_in_both_splits_or_held_out(start: Start) -> None:
 
 
 def test_several_formats_at_once(start: Start, tmp_path: Path) -> None:
-    own = write(tmp_path / "own.jsonl", sample(1, id="a", note="kept"), sample(2), sample(1, id="b"))
+    own = write(tmp_path / "own.jsonl", sample(1, id="a", note="kept", source="mine"), sample(2), sample(1, id="b"))
     hh = {f"{side}": f"\n\nHuman: Hi\n\nAssistant: {side}" for side in ("chosen", "rejected")}
     pairs = write(tmp_path / "pairs.jsonl", hh, hh | {"rejected": hh["chosen"]})
     folder = start(own, pairs, words=["prepare.valid_fraction=0.0"])
     assert load(folder / "sft_train.jsonl") == [
-        sample(1, id="a", note="kept"),
-        {"id": "own.jsonl:2", **sample(2)},
+        sample(1, id="a", note="kept", source="mine"),
+        {"id": "own.jsonl:2", **sample(2, source="own")},
     ]
     [pair] = load(folder / "preferences_train.jsonl")
     assert (pair["id"], pair["chosen"], pair["source"]) == ("pairs.jsonl:1", "chosen", "hh")
@@ -105,6 +105,7 @@ def test_several_formats_at_once(start: Start, tmp_path: Path) -> None:
     assert (folder / "preferences_valid.jsonl").read_bytes() == b""
     report = json.loads((folder / "report.json").read_text())
     assert report["duplicates"] == 1
+    assert report["files"]["sft_train.jsonl"]["sources"] == {"mine": 1, "own": 1}
     assert report["inputs"][1] == {
         "name": "pairs.jsonl",
         "forms": {"hh": 2},

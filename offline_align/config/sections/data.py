@@ -50,6 +50,13 @@ class Turns(StrEnum):
     last = "last"
 
 
+class SampleBy(StrEnum):
+    """`source` samples evenly from all sources; `row` gives every row the same chance."""
+
+    source = "source"
+    row = "row"
+
+
 @dataclass(frozen=True)
 class RowDataSection:
     """Settings of every stage that reads rows."""
@@ -99,7 +106,23 @@ class DataSection(RowDataSection):
 
 
 @dataclass(frozen=True)
-class TrainDataSection(DataSection):
+class SampledDataSection(DataSection):
+    """The part of the rows that a stage uses."""
+
+    sample: int | None = None
+    """Number of rows to use, equally many from each source (see `sample_by`). A pair is one row. Rows
+    are chosen by their content and `run.seed`, whatever their order. Validation rows are never
+    sampled. If unset, all rows."""
+    sample_by: SampleBy = SampleBy.source
+    """`source` takes equally many SFT rows and pairs, and of each kind equally many from every
+    source; what one of them lacks, the others give. `row` chooses among all rows alike."""
+    source_column: str | None = "source"
+    """Column that names the source of a row. A row without it has the name of its file as source. If
+    null, so have all rows."""
+
+
+@dataclass(frozen=True)
+class TrainDataSection(SampledDataSection):
     """Training and validation files."""
 
     train: Any = None
@@ -109,6 +132,10 @@ class TrainDataSection(DataSection):
     group_by_prompt: bool = False
     """Put all rows of a prompt into the same step, so that `trainer.share_prompts` computes the
     prompt once. If false, rows are shuffled independently."""
+    weights: dict[str, Any] = field(default_factory=dict, metadata={"kind": "mapping of sources to shares"})
+    """Share of each source in an epoch, for example `{hh: 0.7, dolly: 0.3}`. An epoch has as many rows
+    as these sources together; rows of a source repeat if it has too few. Sources that are not named
+    take no part. If empty, an epoch has every row once."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +144,11 @@ class InputDataSection(DataSection):
 
     input: Any = None
     """Path or list of paths of rows (JSONL, also `.gz` or `.zst`)."""
+
+
+@dataclass(frozen=True)
+class SampledInputDataSection(InputDataSection, SampledDataSection):
+    """Input files of which a part may be used."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,12 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from offline_align.data.adapters.columns import TEXTS, is_blank
+from offline_align.data.jsonl import HUB_PREFIX
+from offline_align.data.records import without_suffixes
 from offline_align.wording import counted
 
 KINDS = {"sft": "SFT row", "preferences": "pair", "labelled": "labelled row"}
@@ -52,6 +55,12 @@ class InputCounts:
     """The names of all columns, also of dropped rows, in order of first occurrence."""
     unknown: str | None = None
     """The first row of no known form: its place, and what is missing."""
+
+    @property
+    def source(self) -> str:
+        """The name of the input without `hf:` or the suffix of its file."""
+        is_hub = self.name.startswith(HUB_PREFIX)
+        return self.name.removeprefix(HUB_PREFIX) if is_hub else without_suffixes(Path(self.name).name)
 
     def note(self, form: str, columns: dict[str, Any], read: Iterable[str], kept: Iterable[str]) -> None:
         """Count a row of `form` and the use of each of its columns."""

@@ -25,6 +25,8 @@ def test_every_answer_is_a_key_and_every_name_is_foreign(name: str) -> None:
         (["learning_rate=1e-5"], "learning_rate=1e-05: unknown key; write optim.lr=1e-05"),
         (["per_device_train_batch_size=2"], "here it is trainer.micro_batch_size: rows are packed"),
         (["num_train_epochs=3"], "write trainer.max_epochs=3"),
+        (["max_train_samples=3"], "write data.sample=3"),
+        (["interleave_probs=0.5"], "here it is data.weights: a mapping of sources to shares"),
         (["max_seq_length=512"], "write data.max_length=512"),
         (["trainer.warmup_steps=10"], "write optim.lr_warmup_steps=10"),
         (["gradient_accumulation_steps=8"], "trainer.global_batch_size: give the rows of an optimizer step"),

@@ -40,6 +40,21 @@ def test_key_ignores_settings_that_do_not_change_results(tmp_path: Path, key: st
 
 
 @pytest.mark.parametrize(
+    ("key", "as_before", "value"),
+    [
+        ("data.template_date", None, "2026-01-31"),
+        ("data.sample", None, 5),
+        ("data.sample_by", "source", "row"),
+        ("data.source_column", "source", None),
+        ("data.weights", {}, {"hh": 1}),
+    ],
+)
+def test_new_settings_leave_earlier_keys_as_they_are(tmp_path: Path, key: str, as_before: Any, value: Any) -> None:
+    assert key_with(tmp_path, key, as_before) == content_key("sft", CONFIG, [], [])
+    assert key_with(tmp_path, key, value) != content_key("sft", CONFIG, [], [])
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [("run.seed", 2), ("optim.lr", 2e-5), ("trainer.max_steps", 5), ("method.beta", 1.0)],
 )
