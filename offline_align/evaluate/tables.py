@@ -108,10 +108,10 @@ def headline(results: Mapping[str, Any], sections: Sequence[Section] = ()) -> st
 def _competing(methods: Sequence[str]) -> list[str]:
     """Return the methods without those that were asked for a lower reward than the same policy elsewhere.
 
-    A policy with several target rewards is several methods, such as `ca(1.1)` and `ca(-1.1)`. The lower
+    A policy with several targets is several methods, such as `ca(1.1)` and `ca(-1.1)`. The lower
     ones show how far the target steers it; they are not meant to win.
     """
-    named = {name: re.fullmatch(r"(.+)\((-?\d+\.\d)\)", name) for name in methods}
+    named = {name: re.fullmatch(r"(.+)\((?:quantile )?(-?\d+(?:\.\d)?)\)", name) for name in methods}
     highest: dict[str, float] = {}
     for found in filter(None, named.values()):
         highest[found[1]] = max(float(found[2]), highest.get(found[1], -math.inf))

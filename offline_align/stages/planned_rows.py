@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from offline_align.config.runs import GenerateRun, LabelRun, TrainRun
-from offline_align.config.sections import DataSection, OnBadRow
+from offline_align.config.runs import GenerateRun, LabelRun, TrainRun, section
+from offline_align.config.sections import DataSection, MethodSection, OnBadRow
 from offline_align.data.jsonl import HUB_PREFIX, count_lines, is_empty
 from offline_align.data.records import BadRows, Prompt, Sample, input_paths, read_rows, read_rows_and_pairs, reject_rows
 from offline_align.errors import ConfigError, DataError
 from offline_align.stages.job import Job
-from offline_align.stages.recipe import PairRecipe
+from offline_align.stages.recipe import PairRecipe, RowRecipe, settings_alone
 
 # Steps whose bins are packed, to show what a step takes.
 _STEPS = 32
@@ -80,6 +80,8 @@ class PlannedRows:
     first: str = ""
     """The first row as the model sees it."""
     step: Step | None = None
+    fitted: Any = None
+    """What the training rows determine, for the validation rows; None if they were not read."""
     bad: NotedRows = field(default_factory=lambda: NotedRows(OnBadRow.skip))
     error: DataError | ConfigError | None = None
     """Why the run would end; None if it would not."""
@@ -124,8 +126,13 @@ def readable_paths(config: TrainRun | LabelRun | GenerateRun, key: str) -> list[
     return f"{missing[0]} does not exist yet" if missing else paths
 
 
-def training_rows(job: Job[TrainRun], which: str, paths: list[Path], data_ranks: int) -> PlannedRows:
-    """Return the rows of `data.train` or `data.valid`, read as the training reads them."""
+def training_rows(
+    job: Job[TrainRun], which: str, paths: list[Path], data_ranks: int, fitted: Any = None
+) -> PlannedRows:
+    """Return the rows of `data.train` or `data.valid`, read as the training reads them.
+
+    `fitted` is that of the training rows, for validation rows; None if these were not read.
+    """
     from offline_align.data.bins import PairSource, SampleSource
     from offline_align.data.shown import first_row
     from offline_align.stages.training import recipe_of, tokenized, training_renderer
@@ -142,19 +149,30 @@ def training_rows(job: Job[TrainRun], which: str, paths: list[Path], data_ranks:
     with _temporary_cache() as cache:
         try:
             renderer = training_renderer(job)
-            source, facts = tokenized(job, paths, form, renderer, found.bad, cache, every)
+            if every > 1 and fitted is None and isinstance(form, RowRecipe):
+                fitted = _fitted_to_all(job, paths, form)
+            read = tokenized(job, paths, form, renderer, found.bad, cache, every, fitted)
         except (DataError, ConfigError) as error:
             found.error = error
             return found
+        source, found.fitted = read.source, read.fitted
         rows = source.pairs.chosen if isinstance(source, PairSource) else None
         rows = source.rows if isinstance(source, SampleSource) else rows
         assert rows is not None
-        found.kept, found.dropped = len(source), facts["dropped"]
+        found.kept, found.dropped = len(source), read.facts["dropped"]
         found.tokens, found.truncated = source.num_tokens(), rows.truncated
         found.first = first_row(source, renderer)
         if which == "train":
             found.step = _step(job.config, source, data_ranks)
     return found
+
+
+def _fitted_to_all(job: Job[TrainRun], paths: list[Path], form: RowRecipe) -> Any:
+    """Return what all rows of the files determine, so that those of a sample become what the training makes of them."""
+    settings = section(job.config, MethodSection)
+    if form.fit is settings_alone:
+        return settings
+    return form.fit(list(read_rows(paths, form.form, BadRows(OnBadRow.skip, None))), settings, job.config.run.seed)
 
 
 def _step(config: TrainRun, source: Any, data_ranks: int) -> Step:

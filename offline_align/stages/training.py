@@ -6,7 +6,7 @@ The stages differ only in their rows and objective, which the `Recipe` in the re
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from offline_align import lineage
 from offline_align.config.runs import TrainRun, section
 from offline_align.config.sections import MethodSection, Precision
+from offline_align.data.condition import Condition
 from offline_align.data.jsonl import is_empty
 from offline_align.data.records import BadRows, PreferencePair, input_paths, read_rows, reject_rows
 from offline_align.data.template import Renderer
@@ -55,9 +56,10 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
     renderer = training_renderer(job)
     bad_rows = job.bad_rows(ranks.is_main)
     recipe = recipe_of(job)
-    data, facts = _source(job, "train", recipe.train, renderer, ranks, bad_rows)
-    valid, _ = _source(job, "valid", recipe.valid, renderer, ranks, bad_rows)
-    assert data is not None
+    train = _read(job, "train", recipe.train, renderer, ranks, bad_rows)
+    assert train is not None
+    held_out = _read(job, "valid", recipe.valid, renderer, ranks, bad_rows, train.fitted)
+    data, condition = train.source, recipe.condition(train.fitted) if recipe.condition else None
     short = one_step(config, len(data))
     if ranks.is_main:
         logger.info("first row, as the model sees it:\n%s", first_row(data, renderer))
@@ -65,11 +67,11 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
     if ranks.is_main and data.share_prompts and not config.data.group_by_prompt:
         _log_grouping_gain(data.repeated_share())
     with announced("building the model", enabled=ranks.is_main):
-        trainer = _assemble(job, data, valid, ranks)
+        trainer = _assemble(job, data, held_out.source if held_out else None, condition, ranks)
     with stop_requests(config.trainer.max_time) as stop:
         state = trainer.fit(stop)
     if ranks.is_main:
-        done = _facts(job, facts, state) | {"speed": trainer.speed.summary()}
+        done = _facts(job, train.facts, condition, state) | {"speed": trainer.speed.summary()}
         job.finish([job.run_dir / "metrics.jsonl", job.run_dir / "checkpoints"], done)
         logger.info(
             "%s: done after %s, %s: %s", job.stage.name, counted(state.step, "step"), effort.in_words(), job.run_dir
@@ -113,30 +115,42 @@ def _log_grouping_gain(share: float) -> None:
         logger.info("data.train: %.0f %% of the tokens belong to prompts that occur again; %s", 100 * share, fix)
 
 
+@dataclass(frozen=True)
+class ReadRows:
+    """The tokenised rows of a key."""
+
+    source: "bins.RowSource"
+    facts: dict[str, Any]
+    """Entries for the manifest."""
+    fitted: Any
+    """What decides what a row becomes, as `RowRecipe.fit` returned it or `finalize` replaced it."""
+
+
 @effort.part("data")
-def _source(
+def _read(
     job: Job[TrainRun],
     which: Literal["train", "valid"],
     rows: RowRecipe | PairRecipe,
     renderer: Renderer,
     ranks: "Ranks",
     bad_rows: BadRows,
-) -> "tuple[bins.RowSource | None, dict[str, Any]]":
-    """Return the tokenised rows of `data.train` or `data.valid`, and facts about them for the manifest.
+    fitted: Any = None,
+) -> ReadRows | None:
+    """Return the rows of `data.train` or `data.valid`; None if the key is not set or its file is empty.
 
-    The rows are None if the key is not set or its file is empty.
+    `fitted` is that of the training rows, for validation rows.
     """
     key = f"data.{which}"
     named = job.config.named_files()[key]
     if named is None:
-        return None, {}
+        return None
     paths = input_paths(named, key)
     if which == "valid" and is_empty(paths):  # `prepare` writes an empty file if it has few rows
         logger.warning("data.valid=%s: has no rows; the run goes without validation", named)
-        return None, {}
-    source, facts = ranks.main_first(lambda: tokenized(job, paths, rows, renderer, bad_rows, job.cache_dir))
-    ranks.require_same(source.fingerprint(), key)
-    return source, facts
+        return None
+    read = ranks.main_first(lambda: tokenized(job, paths, rows, renderer, bad_rows, job.cache_dir, fitted=fitted))
+    ranks.require_same(read.source.fingerprint(), key)
+    return read
 
 
 def tokenized(
@@ -147,19 +161,20 @@ def tokenized(
     bad_rows: BadRows,
     cache_dir: Path,
     every: int = 1,
-) -> "tuple[bins.RowSource, dict[str, Any]]":
-    """Return the tokenised rows of `paths`, or of one of `every` so many lines, and facts about them.
+    fitted: Any = None,
+) -> ReadRows:
+    """Return the tokenised rows of `paths`, or of one of `every` so many lines.
 
-    Raises DataError and ConfigError for rows or settings that leave nothing to train on.
+    `fitted` is that of the training rows; None if these are the training rows. Raises DataError and
+    ConfigError for rows or settings that leave nothing to train on.
     """
     before = Counter(bad_rows.counts)
-    source: bins.RowSource
     if isinstance(rows, PairRecipe):
-        source, facts = _pairs(job, paths, rows, renderer, bad_rows, cache_dir, every)
+        read = _pairs(job, paths, rows, renderer, bad_rows, cache_dir, every)
     else:
-        source, facts = _samples(job, paths, rows, renderer, bad_rows, cache_dir, every)
+        read = _samples(job, paths, rows, renderer, bad_rows, cache_dir, every, fitted)
     bad = dict(Counter(bad_rows.counts) - before)
-    return source, {**facts, "rows": len(source), "bad_rows": bad}
+    return replace(read, facts={**read.facts, "rows": len(read.source), "bad_rows": bad})
 
 
 def _samples(
@@ -170,13 +185,16 @@ def _samples(
     bad_rows: BadRows,
     cache_dir: Path,
     every: int,
-) -> "tuple[bins.SampleSource, dict[str, Any]]":
+    fitted: Any,
+) -> ReadRows:
     from offline_align.data.bins import MOST_KEYS_IN_TRAINING, SampleSource, shares_prompts
     from offline_align.data.tokenize import tokenize_samples
 
     config = job.config
     read = list(read_rows(paths, rows.form, bad_rows, every))
-    made = rows.make(read, section(config, MethodSection), renderer)
+    if fitted is None:
+        fitted = rows.fit(read, section(config, MethodSection), config.run.seed)
+    made = rows.make(read, fitted, renderer)
     tokenized = tokenize_samples(
         made.rows,
         renderer,
@@ -187,7 +205,8 @@ def _samples(
     final = made.finalize(tokenized.places)
     weighed = tokenized.weighed(final.weights)
     source = SampleSource(weighed, shares_prompts(config.trainer, config.parallel), MOST_KEYS_IN_TRAINING)
-    return source, {**final.facts, "dropped": tokenized.dropped}
+    facts = {**final.facts, "dropped": tokenized.dropped}
+    return ReadRows(source, facts, fitted if final.fitted is None else final.fitted)
 
 
 def _pairs(
@@ -198,12 +217,13 @@ def _pairs(
     bad_rows: BadRows,
     cache_dir: Path,
     every: int,
-) -> "tuple[bins.PairSource, dict[str, Any]]":
+) -> ReadRows:
     from offline_align.data.bins import MOST_KEYS_IN_TRAINING, PairSource, shares_prompts
     from offline_align.data.tokenize import tokenize_pairs
 
     config = job.config
-    made = rows.make(rows.read(paths, bad_rows, every), section(config, MethodSection))
+    settings = section(config, MethodSection)
+    made = rows.make(rows.read(paths, bad_rows, every), settings)
     made_of = {pair.id: pair.made_of or (pair.id,) for pair in made.pairs}
 
     def reject(refused: dict[str, str]) -> None:
@@ -214,12 +234,21 @@ def _pairs(
     shares = shares_prompts(config.trainer, config.parallel)
     with_targets = recipe_of(job).makes == "policy"
     source = PairSource(tokenized, shares, MOST_KEYS_IN_TRAINING, with_targets=with_targets)
-    return source, {**made.facts, "dropped": tokenized.dropped}
+    return ReadRows(source, {**made.facts, "dropped": tokenized.dropped}, settings)
 
 
 @effort.part("load")
-def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource | None", ranks: "Ranks") -> "Trainer":
-    """Build the trainer, with the initial weights unless the run is continued."""
+def _assemble(
+    job: Job[TrainRun],
+    data: "bins.RowSource",
+    valid: "bins.RowSource | None",
+    condition: Condition | None,
+    ranks: "Ranks",
+) -> "Trainer":
+    """Build the trainer, with the initial weights unless the run is continued.
+
+    `condition` is stored with the policy.
+    """
     from offline_align.distributed.setup import uses_bf16
     from offline_align.estimate.sizes import model_sizes
     from offline_align.model.build import build_model
@@ -247,7 +276,6 @@ def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource
     model = wrap_model(module, config.parallel, on_cuda)
     assert source.model.vocab_size is not None
     sizes = model_sizes(source.model, source.model.vocab_size, scalar_head=recipe.makes == "reward_model")
-    settings = section(config, MethodSection)
     return Trainer(
         run_dir=job.run_dir,
         trainer=config.trainer,
@@ -256,13 +284,13 @@ def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource
         module=module,
         model=model,
         optimizer=build_optimizer(model, config.optim, config.parallel, bf16, on_cuda),
-        objective=recipe.objective(settings),
+        objective=recipe.objective(section(config, MethodSection)),
         data=loader(config, data, ranks, config.trainer.max_steps),
         validation=loader(config, valid, ranks, None) if valid is not None else None,
         description=replace(
             source.description,
             kind=recipe.makes,
-            condition=recipe.condition(settings) if recipe.condition else None,
+            condition=condition,
             method=job.stage.name,
             reading=None,
         ),
@@ -342,10 +370,10 @@ def loader(config: TrainRun, source: "bins.RowSource", ranks: "Ranks", max_steps
     )
 
 
-def _facts(job: Job[TrainRun], data: dict[str, Any], state: "TrainState") -> dict[str, Any]:
+def _facts(
+    job: Job[TrainRun], data: dict[str, Any], condition: Condition | None, state: "TrainState"
+) -> dict[str, Any]:
     """Return the facts about the training for the manifest."""
-    recipe = recipe_of(job)
-    condition = recipe.condition(section(job.config, MethodSection)) if recipe.condition else None
     return {
         "method": job.stage.name,
         "condition": asdict(condition) if condition else None,

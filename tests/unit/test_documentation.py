@@ -15,7 +15,7 @@ import pytest
 from offline_align.__main__ import run
 from offline_align.config import checks
 from offline_align.config.reference import reference_page, schema_keys, stage_help
-from offline_align.data.condition import Condition
+from offline_align.data.condition import ValueCondition
 from offline_align.stages.registry import STAGES
 from tests.runs import compose
 from tests.small_tokenizers import write_hugging_face
@@ -173,7 +173,7 @@ def make_up(command: Command) -> None:
 
 def make_up_model(folder: Path) -> None:
     """Write a Hugging Face folder without weights. The name of the folder decides the kind of model."""
-    condition = Condition("<rm_score>{reward:.1f}", reward_limit=9.9, target_reward=5.0)
+    condition = ValueCondition("<rm_score>{reward:.1f}", reward_limit=9.9, target_reward=5.0)
     config = {
         "architectures": ["LlamaForSequenceClassification" if folder.name == "reward" else "LlamaForCausalLM"],
         "offline_align": {"condition": asdict(condition)} if folder.name == "ca" else {},

@@ -49,6 +49,7 @@ from offline_align.config.sections.model import (
 from offline_align.config.sections.training import (
     ComputeSection,
     ConditionalMethodSection,
+    ConditionKind,
     DecayStyle,
     FilteringMethodSection,
     MethodSection,
@@ -67,6 +68,7 @@ from offline_align.config.sections.training import (
 __all__ = [
     "Backend",
     "ComputeSection",
+    "ConditionKind",
     "ConditionalMethodSection",
     "ConvertDtype",
     "ConvertSection",
