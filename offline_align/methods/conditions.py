@@ -109,9 +109,10 @@ def _quantiles(rewards: Sequence[float], settings: ConditionalMethodSection) -> 
 def cut_points(rewards: Sequence[float], quantiles: int) -> list[float]:
     """Return the highest reward of each quantile but the last, increasing; `rewards` are in order.
 
-    Cut point j is the lowest reward that at least the share `j / quantiles` of the rows does not exceed.
-    Equal rewards lie in one quantile. If many are, cut points coincide, and there are fewer quantiles;
-    each has at least one row.
+    Cut point j is the lowest reward that at least the share `j / quantiles` of the rows does not exceed,
+    but below the highest reward. Equal rewards lie in one quantile. If many are, cut points coincide,
+    and there are fewer quantiles; each has at least one row.
     """
+    below = bisect_left(rewards, rewards[-1])
     places = (-(-j * len(rewards) // quantiles) - 1 for j in range(1, quantiles))
-    return sorted({rewards[place] for place in places} - {rewards[-1]})
+    return sorted({rewards[min(place, below - 1)] for place in places}) if below else []

@@ -84,6 +84,8 @@ class ConditionalPlan:
     """Number of rows with exactly the target's condition text."""
     extra_size: int
     """Tokens (or characters) that all condition texts add, and the copies of rows with several bounds."""
+    repeated: int
+    """Size of prompts of earlier rows or copies. `data.group_by_prompt` does not compute them again."""
     cost: float
     weights: WeightedPlan | None
     """Weights of the rows, with `method.weight_by_reward`."""
@@ -221,6 +223,7 @@ def conditional(
     copies = len(numbers) // len(rows)
     texts = sum(sizes.condition(text) * count for text, count in conditions.items())
     extra = texts + (copies - 1) * sum(sizes.rows)
+    prompts = _prompt_sizes(rows, sizes)
     is_quantile = isinstance(condition, QuantileCondition)
     known = numbers if is_quantile else sorted(rewards)
     return ConditionalPlan(
@@ -238,6 +241,7 @@ def conditional(
         target_in_range=numbers[0] <= condition.target <= numbers[-1],
         target_rows=conditions[condition.text],
         extra_size=extra,
+        repeated=(copies - 1) * sum(prompts.values()) + repeated(rows, prompts),
         cost=1 + extra / sum(sizes.rows),
         weights=weighted(rewards, settings.beta) if settings.weight_by_reward else None,
     )

@@ -40,7 +40,7 @@ def _methods(plan: Plan) -> Table:
     )
     table.add_row("rwr", _weights(rwr), f"{plan.rows:,}", f"{plan.size:,}", _share(rwr.cost), once)
     size = f"{plan.size + ca.extra_size:,}"
-    ca_once = _share(ca.cost - plan.repeated / plan.size)
+    ca_once = _share(ca.cost - ca.repeated / plan.size)
     table.add_row("ca", _conditions(ca), f"{ca.rows:,}", size, _share(ca.cost), ca_once)
     dpo = plan.preference
     # The two answers of a pair always share their prompt.
