@@ -50,6 +50,7 @@ _COMMON = (
     "method.threshold",
     "method.best_of",
     "method.beta",
+    "method.condition",
     "method.target_reward",
     "generate.max_new_tokens",
     "generate.temperature",

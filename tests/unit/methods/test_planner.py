@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from offline_align.config.runs import PlanMethodSection
-from offline_align.config.sections import PairsOf
+from offline_align.config.sections import ConditionKind, PairsOf
 from offline_align.data.records import LabelledSample, Message
 from offline_align.errors import ConfigError, DataError
 from offline_align.methods import ca, fa, rwr
@@ -98,6 +98,32 @@ def test_where_the_target_lies(target: float, percentile: float, in_range: bool)
     settings = PlanMethodSection(target_reward=target)
     made = plan(labelled(2.0, -1.0, 0.0, 1.0), sizes(1, 1, 1, 1), settings, seed=1).conditional
     assert (made.target_percentile, made.target_in_range) == (percentile, in_range)
+
+
+def test_quantiles_by_hand() -> None:
+    settings = PlanMethodSection(condition=ConditionKind.quantile, quantiles=2, target_reward=1.0)
+    made = plan(labelled(2.0, -1.0, 0.0, 1.0, 12.0), sizes(10, 20, 30, 40, 50), settings, seed=1).conditional
+    assert made.cut_points == (1.0,)
+    assert made.conditions == {"<rm_score>1": 3, "<rm_score>2": 2}
+    assert (made.target_condition, made.target_rows, made.target_percentile) == ("<rm_score>1", 3, 60.0)
+    assert (made.target_in_range, made.clipped_rows, made.rows, made.weights) == (True, 0, 5, None)
+    assert made.extra_size == 5
+
+
+def test_bounds_and_weights_by_hand() -> None:
+    settings = PlanMethodSection(condition=ConditionKind.at_least, bounds=2, target_reward=2.0, weight_by_reward=True)
+    rows = labelled(-1.0, 0.0, 1.0, 2.0)
+    made = plan(rows, sizes(10, 20, 30, 40), settings, seed=3)
+    written = [row.condition for row in ca.condition(rows, ca.fit(rows, settings, 3))]
+    assert made.conditional.conditions == {text: written.count(text) for text in made.conditional.conditions}
+    assert next(iter(made.conditional.conditions)) == "<rm_score>-1.0"
+    assert made.conditional.rows == 8
+    # A second copy of every row, and the texts: 4 for -1.0, 3 for others.
+    below = written.count("<rm_score>-1.0")
+    assert made.conditional.extra_size == 100 + 4 * below + 3 * (8 - below)
+    assert made.conditional.repeated == 2 * made.repeated + 5
+    assert made.conditional.weights == made.weighted
+    assert made.conditional.target_in_range == ("<rm_score>2.0" in written)
 
 
 def test_a_threshold_that_keeps_no_rows_can_be_planned() -> None:
