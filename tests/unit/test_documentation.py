@@ -305,6 +305,7 @@ def test_the_readme_is_short() -> None:
 GIVEN = {
     "prepare": ["data.input=demo"],
     "evaluate": ["data.input=answers.jsonl", "judge=ground_truth"],
+    "plan": ["data.input=labelled.jsonl"],
 }
 BEHIND_A_JOB = ["init.from=before", "data.input=before.jsonl", "launcher=slurm", "launcher.dependency=1"]
 
@@ -322,6 +323,8 @@ def test_examples_of_the_help_pass_a_dry_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("answers.jsonl").write_text('{"id": "a", "prompt": "Hi", "response": "b", "finish_reason": "stop"}\n')
+    scored = '{"id": "a", "prompt": "Hi", "response": "b", "reward_raw": 1, "reward": 1, "source_id": "a"}\n'
+    Path("labelled.jsonl").write_text(scored)
     given = GIVEN.get(stage, BEHIND_A_JOB if stage in ("label", "generate", "convert") else [])
     if stage == "convert":
         given = [word for word in given if not word.startswith("data.")]
