@@ -101,11 +101,11 @@ def test_where_the_target_lies(target: float, percentile: float, in_range: bool)
 
 
 def test_quantiles_by_hand() -> None:
-    settings = PlanMethodSection(condition=ConditionKind.quantile, quantiles=2, target_reward=1.0)
+    settings = PlanMethodSection(condition=ConditionKind.quantile, quantiles=2, target_reward=2.0)
     made = plan(labelled(2.0, -1.0, 0.0, 1.0, 12.0), sizes(10, 20, 30, 40, 50), settings, seed=1).conditional
     assert made.cut_points == (1.0,)
     assert made.conditions == {"<rm_score>1": 3, "<rm_score>2": 2}
-    assert (made.target_condition, made.target_rows, made.target_percentile) == ("<rm_score>1", 3, 60.0)
+    assert (made.target_condition, made.target_rows, made.target_percentile) == ("<rm_score>2", 2, 100.0)
     assert (made.target_in_range, made.clipped_rows, made.rows, made.weights) == (True, 0, 5, None)
     assert made.extra_size == 5
 
