@@ -31,7 +31,7 @@ class ContextRenderer(Protocol):
 
 
 def fit(labelled: Sequence[LabelledSample], settings: ConditionalMethodSection, seed: int) -> Fitted:
-    """Return what the training rows determine. Raises DataError for unusable rewards, ConfigError as `fit` there."""
+    """Return what the training rows determine. Raises DataError for unusable rewards, ConfigError as `conditions.fit`."""
     fitted = conditions.fit(checked(labelled), settings, seed)
     condition = fitted.condition
     if isinstance(condition, QuantileCondition) and condition.quantiles < settings.quantiles:
