@@ -31,7 +31,10 @@ class ContextRenderer(Protocol):
 
 
 def fit(labelled: Sequence[LabelledSample], settings: ConditionalMethodSection, seed: int) -> Fitted:
-    """Return what the training rows determine. Raises DataError for unusable rewards, ConfigError as `conditions.fit`."""
+    """Return what the training rows determine.
+
+    Raises DataError for unusable rewards, and ConfigError as `conditions.fit` does.
+    """
     fitted = conditions.fit(checked(labelled), settings, seed)
     condition = fitted.condition
     if isinstance(condition, QuantileCondition) and condition.quantiles < settings.quantiles:
