@@ -13,7 +13,7 @@ from typing import Any
 
 from offline_align.config import sections as s
 from offline_align.config.durations import parse_duration
-from offline_align.config.runs import Run, section
+from offline_align.config.runs import PlanMethodSection, Run, section
 from offline_align.errors import ConfigError
 from offline_align.wording import counted
 
@@ -180,7 +180,34 @@ def _weighted(method: s.RewardWeightedMethodSection) -> list[str]:
 
 
 def _conditional(method: s.ConditionalMethodSection) -> list[str]:
-    return _finite(method, "method", "target_reward", "reward_limit")
+    found = _finite(method, "method", "target_reward", "reward_limit") + _positive(method, "method", "bounds")
+    few, target = method.quantiles < 2, method.target_reward
+    if few:
+        found.append(f"method.quantiles={method.quantiles}: must be 2 or more")
+    numbers = range(1, method.quantiles + 1)
+    if method.condition is s.ConditionKind.quantile and not few and target is not None and target not in numbers:
+        found.append(
+            f"method.target_reward={target:g}: with method.condition=quantile, it is the number of a quantile, "
+            f"from 1 (lowest rewards) to method.quantiles={method.quantiles} (highest)"
+        )
+    return found + _without_effect(method)
+
+
+def _without_effect(method: s.ConditionalMethodSection) -> list[str]:
+    """Return the settings that only another kind of condition, or only weights, would use."""
+    usual, kinds = s.ConditionalMethodSection(), s.ConditionKind
+    needs = {
+        "quantiles": ("method.condition=quantile", method.condition is kinds.quantile),
+        "quantile_format": ("method.condition=quantile", method.condition is kinds.quantile),
+        "bounds": ("method.condition=at_least", method.condition is kinds.at_least),
+        # `plan` shows the weights of `rwr` too.
+        "beta": ("method.weight_by_reward=true", method.weight_by_reward or isinstance(method, PlanMethodSection)),
+    }
+    return [
+        f"method.{name}={value}: has an effect only with {needed}; leave it unset"
+        for name, (needed, is_used) in needs.items()
+        if not is_used and (value := getattr(method, name)) != getattr(usual, name)
+    ]
 
 
 def _pairs(method: s.PairsMethodSection) -> list[str]:

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from offline_align.config.foreign_names import FOREIGN, Answer, normal
 from offline_align.config.runs import Run
+from offline_align.config.sections import ConditionalMethodSection
 from offline_align.config.words import parse, split_dashed, split_flags, with_home
 from offline_align.distributed.launched import launched
 from offline_align.errors import ConfigError
@@ -118,7 +119,16 @@ def compose(stage: str, schema: type[Run], words: list[str], needs_run_dir: bool
     if "run.dir" not in refused and _lacks_run_dir(config, needs_run_dir):
         problems.append("run.dir is not set: give the folder of the run, as run.dir=runs/NAME")
     explicit = frozenset(v.key for v in accepted if v.explicit) | {o.key_or_group for o in groups}
-    return Composed(_build(schema, config), explicit, problems, frozenset(refused))
+    return Composed(_settled(_build(schema, config)), explicit, problems, frozenset(refused))
+
+
+def _settled[R: Run](config: R) -> R:
+    """Return the configuration with each unset value that other values of its section decide."""
+    sections: dict[str, Any] = vars(config)
+    settled: dict[str, Any] = {
+        name: part.settled() for name, part in sections.items() if isinstance(part, ConditionalMethodSection)
+    }
+    return dataclasses.replace(config, **settled)
 
 
 def _lacks_run_dir(config: DictConfig, needed: bool) -> bool:

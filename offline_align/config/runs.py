@@ -188,9 +188,7 @@ class ConvertRun(ModelRun):
 
 
 @dataclass(frozen=True)
-class PlanMethodSection(
-    s.FilteringMethodSection, s.RewardWeightedMethodSection, s.ConditionalMethodSection, s.PairsMethodSection
-):
+class PlanMethodSection(s.FilteringMethodSection, s.ConditionalMethodSection, s.PairsMethodSection):
     """Settings of all methods that learn from labelled rows."""
 
 

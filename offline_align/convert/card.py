@@ -3,22 +3,20 @@
 from collections.abc import Sequence
 
 from offline_align.convert.provenance import Evaluation, Provenance, Rows
+from offline_align.data.condition import Condition
 from offline_align.model.description import ModelDescription
 
 
-def model_card(
-    description: ModelDescription, condition: str, notes: list[str], known: Provenance, recipe: str = ""
-) -> str:
+def model_card(description: ModelDescription, notes: list[str], known: Provenance, recipe: str = "") -> str:
     """Return the text of README.md.
 
-    `condition` is the reward text that generation uses, or empty. `recipe` is code that encodes
-    dialogues as in training; it is empty if `apply_chat_template` does so.
+    `recipe` is code that encodes dialogues as in training; it is empty if `apply_chat_template` does so.
     """
     method = known.method or description.method or "no training: converted weights"
     task = "text-generation" if description.kind == "policy" else "text-classification"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task}", "tags: [alignment, offline-align]"]
     lines += ["---", "", "# Model card", "", f"Made by offline-align: {method}.", ""]
-    lines += _policy_usage(condition, recipe) if description.kind == "policy" else _reward_usage(recipe)
+    lines += _policy_usage(description.condition, recipe) if description.kind == "policy" else _reward_usage(recipe)
     lines += [f"- {note}" for note in notes]
     lines += _facts("Training", known.training) + _facts("Reward model behind the labels", known.reward_model)
     lines += _evaluation(known.evaluation) if known.evaluation else []
@@ -44,15 +42,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
 
 
-def _policy_usage(condition: str, recipe: str) -> list[str]:
+def _policy_usage(condition: Condition | None, recipe: str) -> list[str]:
     call = "`tokenizer.apply_chat_template(messages, add_generation_prompt=True)`"
     usage = ["## Asking it", "", *_encoding(call, "prompt", recipe, "prompt_ids")]
-    if condition:
-        usage += [
-            f"- The response is conditioned on the reward: the prompt ends with `{condition}`. Write another "
-            "number there to ask for another reward."
-        ]
-    return usage
+    return [*usage, f"- {condition.meaning}"] if condition else usage
 
 
 def _reward_usage(recipe: str) -> list[str]:

@@ -173,7 +173,7 @@ def _write_card(
         notes.append(f"A check at the export found: {found.in_words()}.")
     if uses_date(_chat_template(description, tokenizer)):
         notes.append("The chat template writes the current date; this model has no fixed date.")
-    card = model_card(description, condition, notes, known, code)
+    card = model_card(description, notes, known, code)
     (target / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -33,6 +33,9 @@ class Column:
     condition: str | None
     """The method's rows in the file have this condition; None: all rows are the method's."""
     target: float | None
+    """The number that the policy was asked for: a reward, a bound, or a quantile."""
+    is_quantile: bool = False
+    """Whether `target` is the number of a quantile."""
     seed: int | None = None
     """The seed of the policy's training, set if other policies differ from it only in the seed."""
     pool: str | None = None
@@ -235,12 +238,18 @@ def _columns(path: Path) -> list[Column]:
     method = str(manifest.extra.get("method") or "") if manifest else ""
     targets = manifest.extra.get("targets") if manifest else None
     if isinstance(targets, dict) and len(targets) > 1:
-        return [Column(method, path, str(text), float(target)) for text, target in targets.items()]
-    return [Column(method, path, None, target_reward(manifest))]
+        quantiles = _asks_for_quantiles(manifest)
+        return [Column(method, path, str(text), float(target), quantiles) for text, target in targets.items()]
+    return [Column(method, path, None, target_reward(manifest), _asks_for_quantiles(manifest))]
+
+
+def _asks_for_quantiles(manifest: Manifest | None) -> bool:
+    stored = manifest.extra.get("stored_condition") if manifest else None
+    return isinstance(stored, dict) and stored.get("kind") == "quantile"
 
 
 def _with_target(name: str, column: Column) -> str:
-    return f"{name}({column.target:.1f})"
+    return f"{name}(quantile {column.target:g})" if column.is_quantile else f"{name}({column.target:.1f})"
 
 
 def policy_of(path: Path) -> tuple[str, ...]:
@@ -277,7 +286,7 @@ def generation_manifest(path: Path) -> Manifest | None:
 
 
 def target_reward(manifest: Manifest | None) -> float | None:
-    """Return the normalised target reward of a `generate` run; None if it has no target."""
+    """Return the target of a `generate` run, a reward or the number of a quantile; None if it has none."""
     if manifest is None:
         return None
     condition = manifest.extra.get("condition")

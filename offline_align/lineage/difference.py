@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from offline_align.config.resume import Change, change_class, is_of_weights
-from offline_align.lineage.key import RunSettings, flat, is_as_before
+from offline_align.lineage.key import RunSettings, flat, later_keys
 from offline_align.lineage.manifest import CONFIG, Manifest
 
 _MOST = 6
@@ -20,14 +20,14 @@ def differences(run_dir: Path, manifest: Manifest, config: dict[str, Any], setti
     `config` is the configuration of this command, whose content hashes are in `settings`. A file or
     model under another name is named only if its content differs too.
     """
-    found = [*_settings(run_dir, config, _same_content(manifest, settings))]
+    found = [*_settings(run_dir, config, _same_content(manifest, settings), later_keys(settings.stage))]
     if not found:
         found = [*_contents(manifest, settings, flat(config))]
     more = [f"and {len(found) - _MOST} more"] if len(found) > _MOST else []
     return ", ".join(found[:_MOST] + more)
 
 
-def _settings(run_dir: Path, config: dict[str, Any], same_content: bool) -> Iterator[str]:
+def _settings(run_dir: Path, config: dict[str, Any], same_content: bool, later: dict[str, Any]) -> Iterator[str]:
     before, now = _recorded(run_dir), flat(json.loads(json.dumps(config, default=str)))
     if not before:
         return
@@ -37,7 +37,7 @@ def _settings(run_dir: Path, config: dict[str, Any], same_content: bool) -> Iter
         # `config.yaml` has the architecture of loaded weights, and no tokenizer beside theirs.
         of_weights = loaded and (is_of_weights(key) or (key == "model.tokenizer" and old is None))
         renamed = same_content and _names_files(key)
-        if old is None and is_as_before(key, new):
+        if old is None and key in later and new == later[key]:
             continue
         if old != new and change_class(key) is not Change.allow and not of_weights and not renamed:
             yield f"{key}={_shown(new)} (that run: {_shown(old)})"

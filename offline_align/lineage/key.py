@@ -10,14 +10,22 @@ from offline_align.errors import ConfigError
 from offline_align.lineage.files import canonical_json, file_size, real_path, text_sha256
 from offline_align.lineage.manifest import CONFIG, Manifest, Sources, read_manifest
 
-# Keys that came after the first results, with the values that mean what was so before. With these values the
-# content keys of earlier results stay as they are.
+# These settings came after the first results. With these values they mean what was meant before, and are
+# left out of the keys, which stay as they are.
 _LATER_KEYS: dict[str, Any] = {
     "data.template_date": None,
     "data.sample": None,
     "data.sample_by": "source",
     "data.source_column": "source",
+    "label.best_of": None,
+    "method.condition": "value",
+    "method.quantiles": 5,
+    "method.quantile_format": "<rm_score>{quantile}",
+    "method.bounds": 1,
+    "method.weight_by_reward": False,
 }
+# Settings that came later to one stage only.
+_LATER_KEYS_OF: dict[str, dict[str, Any]] = {"ca": {"method.beta": 5.0}}
 
 CHANGES = "changed_settings"
 """Key in the manifest for the changed settings of a continued run."""
@@ -68,14 +76,14 @@ def run_settings(stage: str, config: dict[str, Any], sources: Sources) -> RunSet
     digests = {record.path: record.sha256 for record in sources.files}
     for path, parent in sources.parents.items():
         digests |= {str(path.resolve()): parent.content_sha256, parent.path: parent.content_sha256}
-    relevant = _relevant(config, digests)
+    relevant = _relevant(config, digests, later_keys(stage))
     inputs = [record.sha256 for record in sources.files]
     return RunSettings(stage, relevant, inputs, [parent.content_sha256 for parent in sources.parents.values()])
 
 
-def is_as_before(key: str, value: Any) -> bool:
-    """Return whether `value` of the dotted `key` means what was so before the key existed."""
-    return key in _LATER_KEYS and _LATER_KEYS[key] == value
+def later_keys(stage: str) -> dict[str, Any]:
+    """Return the settings of a stage that came after the first results, with the values that change nothing."""
+    return _LATER_KEYS | _LATER_KEYS_OF.get(stage, {})
 
 
 def finished_key(key: str, changes: Sequence[Any]) -> str:
@@ -116,18 +124,21 @@ def incomplete_outputs(run_dir: Path, manifest: Manifest | None) -> list[str]:
     return [record.path for record in outputs if file_size(run_dir / record.path) != record.bytes]
 
 
-def _relevant(node: Any, digests: dict[str, str], key: str = "") -> Any:
-    """Return the settings that change results, with known file names replaced by content hashes."""
+def _relevant(node: Any, digests: dict[str, str], later: dict[str, Any], key: str = "") -> Any:
+    """Return the settings that change results, with known file names replaced by content hashes.
+
+    Those that have their value in `later` are left out.
+    """
     if isinstance(node, dict):
         dotted = {name: f"{key}.{name}".lstrip(".") for name in node}
         values = {
-            n: _relevant(node[n], digests, dotted[n])
+            n: _relevant(node[n], digests, later, dotted[n])
             for n in node
-            if change_class(dotted[n]) is not Change.allow and not is_as_before(dotted[n], node[n])
+            if change_class(dotted[n]) is not Change.allow and not (dotted[n] in later and node[n] == later[dotted[n]])
         }
         return {name: value for name, value in values.items() if value != {}}
     if isinstance(node, list | tuple):
-        return [_relevant(value, digests, key) for value in node]
+        return [_relevant(value, digests, later, key) for value in node]
     if isinstance(node, str) and node and "\0" not in node:
         path = Path(node)
         return digests.get(str(path.resolve()), digests.get(str(real_path(path)), node))

@@ -23,6 +23,8 @@ class Finalized:
     """Entries for the manifest."""
     weights: Sequence[float] | None = None
     """The weight of each of these rows, or None to keep the weights of the rows."""
+    fitted: Any = None
+    """What validation rows are made with and the policy stores; None: what the rows were made with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,9 @@ class MethodPairs:
     """Entries for the manifest."""
 
 
-type RowFunction[Settings] = Callable[[Sequence[LabelledSample], Settings, Renderer], MethodRows]
-"""Takes labelled rows, the method's settings and the policy's renderer; returns training rows."""
+type RowFunction[Fitted] = Callable[[Sequence[LabelledSample], Fitted, Renderer], MethodRows]
+"""Takes labelled rows, the method's settings or what they and the training rows determine, and the
+policy's renderer; returns training rows."""
 
 
 def checked(rows: Iterable[LabelledSample]) -> list[LabelledSample]:

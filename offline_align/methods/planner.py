@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from offline_align.config.sections import PairsOf
-from offline_align.data.condition import condition_text
+from offline_align.config.runs import PlanMethodSection
+from offline_align.config.sections import ConditionalMethodSection, ConditionKind, PairsOf
+from offline_align.data.condition import QuantileCondition
 from offline_align.data.records import LabelledSample, Message
 from offline_align.methods import ca, checked, dpo, fa, rwr
 
@@ -59,23 +60,35 @@ class WeightedPlan:
 class ConditionalPlan:
     """Condition texts of CA, and where the target lies among the rewards."""
 
+    kind: ConditionKind
     min_reward: float
     max_reward: float
+    min_number: float
+    max_number: float
+    """The least and the greatest number that a row states: a reward, a bound or a quantile."""
     clipped_rows: int
-    """Number of rows whose reward is beyond plus or minus `method.reward_limit`."""
+    """Number of rows whose reward is beyond plus or minus `method.reward_limit`; 0 for quantiles."""
+    rows: int
+    """Training rows; a row counts once for each of its bounds."""
+    cut_points: tuple[float, ...]
+    """The highest reward of each quantile but the last; empty unless conditions are quantiles."""
     conditions: dict[str, int]
     """Number of rows per condition text, in order of increasing reward."""
     target_condition: str
     """Condition text that generation would use."""
     target_percentile: float
-    """Percentage of the rows whose reward is at most the target."""
+    """Percentage of the rows whose reward is at most the target, or in its quantile or a lower one."""
     target_in_range: bool
-    """Whether the target lies between the lowest and the highest reward."""
+    """Whether the target lies between the lowest and the highest number that a row states."""
     target_rows: int
     """Number of rows with exactly the target's condition text."""
     extra_size: int
-    """Tokens (or characters) that all condition texts add."""
+    """Tokens (or characters) that all condition texts add, and the copies of rows with several bounds."""
+    repeated: int
+    """Size of prompts of earlier rows or copies. `data.group_by_prompt` does not compute them again."""
     cost: float
+    weights: WeightedPlan | None
+    """Weights of the rows, with `method.weight_by_reward`."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +136,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of all methods, named as their keys."""
-
-    threshold: float
-    beta: float
-    target_reward: float
-    reward_format: str
-    reward_limit: float
-    best_of: int | None = None
-    pairs: PairsOf = PairsOf.best_worst
-    min_gap: float = 0.0
-
-
-@dataclass(frozen=True)
 class Sizes:
     """Sizes of the rows, all in `unit`."""
 
@@ -149,8 +148,8 @@ class Sizes:
     """Returns the size of a condition text."""
 
 
-def plan(rows: Iterable[LabelledSample], sizes: Sizes, settings: Settings) -> Plan:
-    """Return what each method would do with the rows.
+def plan(rows: Iterable[LabelledSample], sizes: Sizes, settings: PlanMethodSection, seed: int) -> Plan:
+    """Return what each method would do with the rows; `seed` is `run.seed`.
 
     Raises ConfigError for settings that no method accepts, and DataError for unusable rewards.
     """
@@ -165,7 +164,7 @@ def plan(rows: Iterable[LabelledSample], sizes: Sizes, settings: Settings) -> Pl
         repeated=repeated(labelled, _prompt_sizes(labelled, sizes)),
         filtering=filtering(labelled, sizes, settings.threshold, settings.best_of),
         weighted=weighted(rewards, settings.beta),
-        conditional=conditional(labelled, sizes, settings),
+        conditional=conditional(labelled, sizes, settings, seed),
         preference=preference(labelled, sizes, settings.pairs, settings.min_gap),
         betas=betas,
     )
@@ -212,26 +211,39 @@ def weighted(rewards: Sequence[float], beta: float) -> WeightedPlan:
     )
 
 
-def conditional(rows: Sequence[LabelledSample], sizes: Sizes, settings: Settings) -> ConditionalPlan:
+def conditional(
+    rows: Sequence[LabelledSample], sizes: Sizes, settings: ConditionalMethodSection, seed: int
+) -> ConditionalPlan:
     """Return the condition texts of CA (Eq. 6) and where the target lies among the rewards."""
-    by_reward = sorted(rows, key=lambda row: row.reward)
-    made = ca.condition(by_reward, settings.reward_format, settings.reward_limit)
-    conditions = Counter(row.condition for row in made)
-    extra = sum(sizes.condition(text) * count for text, count in conditions.items())
-    rewards = [row.reward for row in by_reward]
-    target = settings.target_reward
-    target_text = condition_text(target, settings.reward_format, settings.reward_limit)
+    fitted = ca.fit(rows, settings, seed)
+    condition, limit = fitted.condition, settings.reward_limit
+    rewards = [row.reward for row in rows]
+    numbers = sorted(number for row in rows for number in fitted.numbers(row))
+    conditions = Counter(map(condition.text_of, numbers))
+    copies = len(numbers) // len(rows)
+    texts = sum(sizes.condition(text) * count for text, count in conditions.items())
+    extra = texts + (copies - 1) * sum(sizes.rows)
+    prompts = _prompt_sizes(rows, sizes)
+    is_quantile = isinstance(condition, QuantileCondition)
+    known = numbers if is_quantile else sorted(rewards)
     return ConditionalPlan(
-        min_reward=rewards[0],
-        max_reward=rewards[-1],
-        clipped_rows=sum(abs(reward) > settings.reward_limit for reward in rewards),
+        kind=settings.condition,
+        min_reward=min(rewards),
+        max_reward=max(rewards),
+        min_number=numbers[0],
+        max_number=numbers[-1],
+        clipped_rows=0 if is_quantile else sum(abs(reward) > limit for reward in rewards),
+        rows=len(numbers),
+        cut_points=condition.cut_points if isinstance(condition, QuantileCondition) else (),
         conditions=dict(conditions),
-        target_condition=target_text,
-        target_percentile=100 * bisect_right(rewards, target) / len(rewards),
-        target_in_range=rewards[0] <= target <= rewards[-1],
-        target_rows=conditions[target_text],
+        target_condition=condition.text,
+        target_percentile=100 * bisect_right(known, condition.target) / len(known),
+        target_in_range=numbers[0] <= condition.target <= numbers[-1],
+        target_rows=conditions[condition.text],
         extra_size=extra,
+        repeated=(copies - 1) * sum(prompts.values()) + repeated(rows, prompts),
         cost=1 + extra / sum(sizes.rows),
+        weights=weighted(rewards, settings.beta) if settings.weight_by_reward else None,
     )
 
 

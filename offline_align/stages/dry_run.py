@@ -44,8 +44,9 @@ def print_training_dry_run(job: Job[TrainRun]) -> None:
     sizes = model_sizes(model, model.vocab_size or 0, scalar_head=stage.recipe.makes == "reward_model")
     ranks, device, trainer = _ranks(config), planned_device(config), config.trainer
     bf16 = trainer.precision.in_bf16(device.on_cuda)
-    read = _read_rows(job, ranks, "data.train"), _read_rows(job, ranks, "data.valid")
-    train = read[0] if isinstance(read[0], PlannedRows) else None
+    first = _read_rows(job, ranks, "data.train")
+    train = first if isinstance(first, PlannedRows) else None
+    read = first, _read_rows(job, ranks, "data.valid", train.fitted if train else None)
     table = _table(f"{stage.name}: {config.run.dir}")
     _add_model(table, sizes, model)
     _add_template(table, job)
@@ -116,14 +117,16 @@ def print_generate_dry_run(job: Job[GenerateRun], conditions: list[str], engine:
     _check(rows)
 
 
-def _read_rows(job: Job[TrainRun], ranks: ParallelSizes, key: Literal["data.train", "data.valid"]) -> PlannedRows | str:
-    """Return the rows of a key, or why they are not read."""
+def _read_rows(
+    job: Job[TrainRun], ranks: ParallelSizes, key: Literal["data.train", "data.valid"], fitted: Any = None
+) -> PlannedRows | str:
+    """Return the rows of a key, or why they are not read; `fitted` is that of the training rows."""
     paths = readable_paths(job.config, key)
     if isinstance(paths, str):
         return paths
     if job.config.init.from_ is None and job.config.model.tokenizer is None:
         return "model.tokenizer is not set"
-    return training_rows(job, "train" if key == "data.train" else "valid", paths, ranks.data)
+    return training_rows(job, "train" if key == "data.train" else "valid", paths, ranks.data, fitted)
 
 
 def _check(rows: PlannedRows | str) -> None:

@@ -9,7 +9,7 @@ from offline_align.config.runs import GenerateRun
 from offline_align.config.sections import ConditionalMethodSection
 from offline_align.config.sections import Engine as EngineName
 from offline_align.convert.source import ModelSource
-from offline_align.data.condition import Condition
+from offline_align.data.condition import Condition, ValueCondition
 from offline_align.data.fate import write_left_out
 from offline_align.data.journal import Journal
 from offline_align.data.records import Prompt, read_rows, reject_rows
@@ -63,7 +63,7 @@ def asked_text(condition: Condition | None) -> str:
 
 
 def requested_conditions(source: ModelSource, target_reward: float | Sequence[float] | None) -> list[Condition | None]:
-    """Return the conditions for every prompt: one for each target reward, None for no condition.
+    """Return the conditions for every prompt: one for each target, None for no condition.
 
     Raises ConfigError naming `method.target_reward`, also if two targets give the same text.
     """
@@ -82,13 +82,13 @@ def requested_conditions(source: ModelSource, target_reward: float | Sequence[fl
 def requested_condition(source: ModelSource, target_reward: float | None) -> Condition | None:
     """Return the condition for a Conditional Alignment policy, None for any other policy.
 
-    Raises ConfigError naming `method.target_reward` if the reward is unknown, out of range, or given
-    for a policy that was not trained with rewards.
+    Raises ConfigError naming `method.target_reward` if the target is unknown, one that the policy cannot
+    be asked for, or given for a policy that was not trained with rewards.
     """
     trained = source.description.condition
     if trained is None and source.description.method == "ca" and target_reward is not None:
         usual = ConditionalMethodSection()
-        trained = Condition(usual.reward_format, usual.reward_limit, target_reward)
+        trained = ValueCondition(usual.reward_format, usual.reward_limit, target_reward)
     if trained is None and source.description.method == "ca":
         raise ConfigError("method.target_reward is not set, and this policy of `ca` stores none; give a reward")
     if trained is None:
@@ -98,13 +98,7 @@ def requested_condition(source: ModelSource, target_reward: float | None) -> Con
                 "rewards; leave it unset"
             )
         return None
-    target = trained.target_reward if target_reward is None else target_reward
-    if not abs(target) <= trained.reward_limit:
-        raise ConfigError(
-            f"method.target_reward={target}: the policy was trained with rewards clipped to plus or minus "
-            f"{trained.reward_limit}; ask for one within them"
-        )
-    return Condition(trained.reward_format, trained.reward_limit, target)
+    return trained.asking(trained.target if target_reward is None else target_reward)
 
 
 def _generate(job: Job[GenerateRun], conditions: list[Condition | None], engine: EngineName, ranks: "Ranks") -> None:
@@ -205,12 +199,14 @@ def _load_engine(job: Job[GenerateRun], engine: EngineName, ranks: "Ranks", end_
 def _facts(source: ModelSource, conditions: list[Condition | None], work: Workload) -> dict[str, Any]:
     """Return the facts about the answers for the manifest."""
     condition = conditions[0] if len(conditions) == 1 else None
+    stored = source.description.condition
     return {
         "method": source.description.method,
         "condition": None if condition is None else asdict(condition),
-        "target_reward": None if condition is None else condition.target_reward,
+        "target_reward": None if condition is None else condition.target,
         # The target of each condition that occurs in the rows.
-        "targets": {one.text: one.target_reward for one in conditions if one is not None},
+        "targets": {one.text: one.target for one in conditions if one is not None},
+        "stored_condition": None if stored is None else asdict(stored),
         "answers": len(work.requests),
         "truncated": work.truncated,
         "dropped": work.dropped,

@@ -14,19 +14,19 @@ from itertools import batched
 from pathlib import Path
 
 from offline_align import lineage
-from offline_align.config.runs import PlanRun
+from offline_align.config.runs import PlanMethodSection, PlanRun
 from offline_align.config.sections import DataSection, InputDataSection
 from offline_align.convert.source import open_model
 from offline_align.convert.template_choice import automatic
-from offline_align.data.condition import check_format
+from offline_align.data.condition import check_format, check_quantile_format
 from offline_align.data.fate import reasons, say_what_fits
 from offline_align.data.records import LabelledSample, read_rows
 from offline_align.data.template import Renderer
 from offline_align.data.tokenize import left_out
 from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import ConfigError
-from offline_align.methods import ca, checked
-from offline_align.methods.planner import Settings, Sizes, plan
+from offline_align.methods import ca, checked, conditions
+from offline_align.methods.planner import Sizes, plan
 from offline_align.stages.job import Job
 from offline_align.stages.origin import tokenizer_path
 from offline_align.stages.output import show
@@ -54,7 +54,7 @@ def run(job: Job[PlanRun]) -> int:
     return 0
 
 
-def _show(job: Job[PlanRun], settings: Settings, writes: bool) -> None:
+def _show(job: Job[PlanRun], settings: PlanMethodSection, writes: bool) -> None:
     """Print the plan; with `writes`, also write it into the run folder."""
     if writes:
         job.start_folder()
@@ -68,8 +68,8 @@ def _show(job: Job[PlanRun], settings: Settings, writes: bool) -> None:
         rows, sizes, out = _token_sizes(rows, renderer, config.data)
     else:
         sizes = _character_sizes(rows)
-    made = plan(rows, sizes, settings)
-    warnings = [*_left_out(out, config.data), *_unstable(renderer, rows, settings)]
+    made = plan(rows, sizes, settings, config.run.seed)
+    warnings = [*_left_out(out, config.data), *_unstable(renderer, rows, settings, config.run.seed)]
     show(*tables(made, warnings, choice.in_words()))
     if writes:
         extra = {"warnings": warnings, "skipped_rows": dict(bad_rows.counts), "left_out": dict(out)}
@@ -79,19 +79,11 @@ def _show(job: Job[PlanRun], settings: Settings, writes: bool) -> None:
         job.finish([job.run_dir / PLAN_FILE], {"rows": made.rows, "sources": choice.counts})
 
 
-def _settings(config: PlanRun) -> Settings:
+def _settings(config: PlanRun) -> PlanMethodSection:
     method = config.method
     check_format(method.reward_format, method.reward_limit)
-    return Settings(
-        threshold=method.threshold,
-        beta=method.beta,
-        target_reward=method.target_reward,
-        reward_format=method.reward_format,
-        reward_limit=method.reward_limit,
-        best_of=method.best_of,
-        pairs=method.pairs,
-        min_gap=method.min_gap,
-    )
+    check_quantile_format(method.quantile_format)
+    return method
 
 
 def _renderer(config: PlanRun, paths: Sequence[Path]) -> Renderer | None:
@@ -163,13 +155,16 @@ def _character_sizes(rows: Sequence[LabelledSample]) -> Sizes:
     return Sizes("characters", both, responses, len)
 
 
-def _unstable(renderer: Renderer | None, rows: Sequence[LabelledSample], settings: Settings) -> list[str]:
+def _unstable(
+    renderer: Renderer | None, rows: Sequence[LabelledSample], settings: PlanMethodSection, seed: int
+) -> list[str]:
     """Return the reasons why CA does not work with this tokenizer."""
     if renderer is None:
         return []
-    rewards = [row.reward for row in rows] + [settings.target_reward]
+    fitted = conditions.fit(rows, settings, seed)
+    numbers = [number for row in rows for number in fitted.numbers(row)]
     try:
-        ca.check_stable(renderer, rewards, settings.reward_format, settings.reward_limit)
+        ca.check_stable(renderer, fitted.condition, [*numbers, fitted.condition.target])
     except ConfigError as error:
         return error.problems
     return []

@@ -4,6 +4,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from offline_align.config.sections import ConditionKind
 from offline_align.methods.planner import ConditionalPlan, Plan, PreferencePlan, WeightedPlan
 from offline_align.wording import counted
 
@@ -40,8 +41,8 @@ def _methods(plan: Plan) -> Table:
     )
     table.add_row("rwr", _weights(rwr), f"{plan.rows:,}", f"{plan.size:,}", _share(rwr.cost), once)
     size = f"{plan.size + ca.extra_size:,}"
-    ca_once = _share(ca.cost - plan.repeated / plan.size)
-    table.add_row("ca", _conditions(ca), f"{plan.rows:,}", size, _share(ca.cost), ca_once)
+    ca_once = _share(ca.cost - ca.repeated / plan.size)
+    table.add_row("ca", _conditions(ca), f"{ca.rows:,}", size, _share(ca.cost), ca_once)
     dpo = plan.preference
     # The two answers of a pair always share their prompt.
     pairs = counted(dpo.pairs, "pair")
@@ -66,7 +67,9 @@ def _weights(rwr: WeightedPlan) -> str:
 
 def _conditions(ca: ConditionalPlan) -> Text:
     ends = list(ca.conditions)
-    return Text(f"writes {len(ends)} conditions, {ends[0]} to {ends[-1]}; asks for {ca.target_condition}")
+    kind = {ConditionKind.value: "conditions", ConditionKind.quantile: "quantiles", ConditionKind.at_least: "bounds"}
+    text = f"writes {len(ends)} {kind[ca.kind]}, {ends[0]} to {ends[-1]}; asks for {ca.target_condition}"
+    return Text(f"{text}; {_weights(ca.weights)}" if ca.weights else text)
 
 
 def _share(value: float) -> str:
@@ -93,19 +96,27 @@ def _histogram(ca: ConditionalPlan) -> Table:
     counts = [sum(count for _, count in group) for group in groups]
     for group, count in zip(groups, counts, strict=True):
         name = group[0][0] if len(group) == 1 else f"{group[0][0]} to {group[-1][0]}"
+        name += _rewards_of(ca, len(table.rows)) if ca.cut_points and step == 1 else ""
         table.add_row(Text(name), f"{count:,}", "█" * max(1, round(BAR_WIDTH * count / max(counts))))
     return table
 
 
+def _rewards_of(ca: ConditionalPlan, quantile: int) -> str:
+    """Return the range of rewards of a quantile, counted from 0."""
+    ends = [ca.min_reward, *ca.cut_points, ca.max_reward]
+    return f"  ({'above ' * (quantile > 0)}{ends[quantile]:.2f} to {ends[quantile + 1]:.2f})"
+
+
 def _cautions(plan: Plan) -> list[str]:
     fa, ca = plan.filtering, plan.conditional
+    bounds = ca.kind is ConditionKind.at_least
     lines = []
     if not fa.rows:
         lines.append(f"fa keeps nothing above {fa.threshold:g}: the highest reward is {ca.max_reward:.4g}")
     if not ca.target_in_range:
         lines.append(
-            f"ca asks for {ca.target_condition}, outside the rewards of the data ({ca.min_reward:.2f} to "
-            f"{ca.max_reward:.2f}): the model has to extrapolate (the paper does, with 5.0)"
+            f"ca asks for {ca.target_condition}, outside the {'bounds' if bounds else 'rewards'} of the data "
+            f"({ca.min_number:.2f} to {ca.max_number:.2f}): the model has to extrapolate (the paper does, with 5.0)"
         )
     if ca.clipped_rows:
         lines.append(f"ca writes {counted(ca.clipped_rows, 'row')} with the limit instead of their reward")

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from offline_align.config.runs import GenerateRun, LabelRun, TrainRun
-from offline_align.config.sections import DataSection, OnBadRow
+from offline_align.config.runs import GenerateRun, LabelRun, TrainRun, section
+from offline_align.config.sections import DataSection, MethodSection, OnBadRow
 from offline_align.data.jsonl import HUB_PREFIX, count_lines, is_empty
 from offline_align.data.records import BadRows, Prompt, Sample, input_paths, read_rows, read_rows_and_pairs, reject_rows
 from offline_align.data.sampling import epoch_in_words
 from offline_align.errors import ConfigError, DataError
 from offline_align.stages.job import Job
-from offline_align.stages.recipe import PairRecipe
+from offline_align.stages.recipe import PairRecipe, RowRecipe, settings_alone
 from offline_align.stages.row_choice import RowChoice, row_choice
 
 # Steps whose bins are packed, to show what a step takes.
@@ -90,6 +90,8 @@ class PlannedRows:
     epoch_rows: int | None = None
     """Rows of an epoch, if sources are mixed."""
     step: Step | None = None
+    fitted: Any = None
+    """What the training rows determine, for the validation rows; None if they were not read."""
     bad: NotedRows = field(default_factory=lambda: NotedRows(OnBadRow.skip))
     error: DataError | ConfigError | None = None
     """Why the run would end; None if it would not."""
@@ -142,9 +144,12 @@ def readable_paths(config: TrainRun | LabelRun | GenerateRun, key: str) -> list[
 
 
 def training_rows(
-    job: Job[TrainRun], which: Literal["train", "valid"], paths: list[Path], data_ranks: int
+    job: Job[TrainRun], which: Literal["train", "valid"], paths: list[Path], data_ranks: int, fitted: Any = None
 ) -> PlannedRows:
-    """Return the rows of `data.train` or `data.valid`, read as the training reads them."""
+    """Return the rows of `data.train` or `data.valid`, read as the training reads them.
+
+    `fitted` is that of the training rows, for validation rows; None if these were not read.
+    """
     from offline_align.data.bins import PairSource, SampleSource
     from offline_align.data.shown import first_row
     from offline_align.stages.training import recipe_of, tokenized, training_renderer
@@ -162,23 +167,35 @@ def training_rows(
     with _temporary_cache() as cache:
         try:
             renderer = training_renderer(job)
-            source, facts = tokenized(job, paths, form, renderer, found.bad, cache, choice)
+            if choice.every > 1 and fitted is None and isinstance(form, RowRecipe):
+                fitted = _fitted_to_all(job, paths, form)
+            read = tokenized(job, paths, form, renderer, found.bad, cache, choice, fitted)
         except (DataError, ConfigError) as error:
             found.error = error
             return found
+        source, found.fitted = read.source, read.fitted
         rows = source.pairs.chosen if isinstance(source, PairSource) else None
         rows = source.rows if isinstance(source, SampleSource) else rows
         assert rows is not None
-        found.kept, found.dropped, found.sources = len(source), facts["dropped"], choice.in_words()
+        found.kept, found.dropped, found.sources = len(source), read.facts["dropped"], choice.in_words()
         found.epoch_rows = source.epoch_rows
         if choice.weights:
             found.without_share = choice.without_share()
-            found.epoch = ("about " if choice.every > 1 else "") + epoch_in_words(facts["sources"])
+            found.epoch = ("about " if choice.every > 1 else "") + epoch_in_words(read.facts["sources"])
         found.tokens, found.truncated = source.num_tokens(), rows.truncated
         found.first = first_row(source, renderer)
         if which == "train":
             found.step = _step(job.config, source, data_ranks)
     return found
+
+
+def _fitted_to_all(job: Job[TrainRun], paths: list[Path], form: RowRecipe) -> Any:
+    """Return what all rows of the files determine, so that those of a sample become what the training makes of them."""
+    settings = section(job.config, MethodSection)
+    if form.fit is settings_alone:
+        return settings
+    rows = row_choice(job.config, "train").of(list(read_rows(paths, form.form, BadRows(OnBadRow.skip, None))))
+    return form.fit(rows, settings, job.config.run.seed)
 
 
 def _step(config: TrainRun, source: Any, data_ranks: int) -> Step:

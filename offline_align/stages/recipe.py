@@ -26,14 +26,22 @@ if TYPE_CHECKING:
     from offline_align.objectives import Objective
 
 
+def settings_alone(rows: Sequence[Any], settings: Any, seed: int) -> Any:
+    """Return the settings: nothing else decides what a row becomes."""
+    return settings
+
+
 @dataclass(frozen=True)
 class RowRecipe:
-    """The form of the rows in the files, and the function that makes training rows from them."""
+    """The form of the rows in the files, and the functions that make training rows from them."""
 
     form: type[Sample]
     make: Callable[[Sequence[Any], Any, Renderer], MethodRows]
-    """The function that makes training rows from rows of `form`, the settings of the method and the
+    """Makes training rows from rows of `form`, what `fit` returned for the training rows, and the
     renderer."""
+    fit: Callable[[Sequence[Any], Any, int], Any] = settings_alone
+    """Takes the rows of `data.train`, the settings of the method and `run.seed`; returns what decides
+    what a row becomes, for training and validation rows alike. `MethodRows.finalize` may replace it."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +76,9 @@ ranked_answers = PairRecipe(LabelledSample, dpo.training_pairs)
 """Preference pairs, and labelled answers that pairs are made of."""
 
 
-def labelled(make: RowFunction[Any]) -> RowRecipe:
+def labelled(make: RowFunction[Any], fit: Callable[[Sequence[Any], Any, int], Any] = settings_alone) -> RowRecipe:
     """Return a source that reads labelled rows and turns them into training rows with `make`."""
-    return RowRecipe(LabelledSample, make)
+    return RowRecipe(LabelledSample, make, fit)
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ class Recipe:
     valid: RowRecipe | PairRecipe = samples
     """The source of the validation rows; `train` is the one of the training rows."""
     condition: Callable[[Any], Condition] | None = None
-    """Returns the condition that is stored with the policy, given the settings of the method."""
+    """Returns the condition that is stored with the policy, given what the training rows determine."""
     needs_reference: bool = False
     """Whether the objective compares the likelihoods of answers with those at the start of the run. Then
     both `train` and `valid` are pairs."""

@@ -178,10 +178,10 @@ _ALL = (
         Recipe(
             "Conditional Alignment",
             "policy",
-            labelled(ca.training_rows),
+            labelled(ca.training_rows, ca.fit),
             next_token,
             # Validation rows also have rewards, and each row is conditioned on its own reward.
-            valid=labelled(ca.training_rows),
+            valid=labelled(ca.training_rows, ca.fit),
             condition=ca.stored_condition,
         ),
     ),

@@ -11,7 +11,7 @@ from offline_align.config.sections import (
     ModelSection,
     TrainerSection,
 )
-from offline_align.data.condition import check_format
+from offline_align.data.condition import check_format, check_quantile_format
 from offline_align.distributed.launched import launched
 from offline_align.errors import AlignError, ConfigError
 from offline_align.launch import contradictions
@@ -100,11 +100,16 @@ def _condition(config: Run) -> list[str]:
     method = section(config, ConditionalMethodSection)
     if method is None:
         return []
+    found = []
     try:
         check_format(method.reward_format, method.reward_limit)
     except ConfigError as error:
-        return error.problems
-    return []
+        found += error.problems
+    try:
+        check_quantile_format(method.quantile_format)
+    except ConfigError as error:
+        found += error.problems
+    return found
 
 
 def _kind(job: Job[Any], kind: str) -> list[str]:

@@ -6,7 +6,7 @@ The stages differ only in their rows and objective, which the `Recipe` in the re
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from offline_align import lineage
 from offline_align.config.runs import TrainRun, section
 from offline_align.config.sections import MethodSection, Precision
+from offline_align.data.condition import Condition
 from offline_align.data.jsonl import is_empty
 from offline_align.data.records import BadRows, PreferencePair, input_paths, read_rows, reject_rows
 from offline_align.data.template import Renderer
@@ -56,9 +57,10 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
     renderer = training_renderer(job)
     bad_rows = job.bad_rows(ranks.is_main)
     recipe = recipe_of(job)
-    data, facts = _source(job, "train", recipe.train, renderer, ranks, bad_rows)
-    valid, _ = _source(job, "valid", recipe.valid, renderer, ranks, bad_rows)
-    assert data is not None
+    train = _read(job, "train", recipe.train, renderer, ranks, bad_rows)
+    assert train is not None
+    held_out = _read(job, "valid", recipe.valid, renderer, ranks, bad_rows, train.fitted)
+    data, condition = train.source, recipe.condition(train.fitted) if recipe.condition else None
     short = one_step(config, data.epoch_rows)
     if ranks.is_main:
         logger.info("first row, as the model sees it:\n%s", first_row(data, renderer))
@@ -66,11 +68,11 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
     if ranks.is_main and data.share_prompts and not config.data.group_by_prompt:
         _log_grouping_gain(data.repeated_share())
     with announced("building the model", enabled=ranks.is_main):
-        trainer = _assemble(job, data, valid, ranks)
+        trainer = _assemble(job, data, held_out.source if held_out else None, condition, ranks)
     with stop_requests(config.trainer.max_time) as stop:
         state = trainer.fit(stop)
     if ranks.is_main:
-        done = _facts(job, facts, state) | {"speed": trainer.speed.summary()}
+        done = _facts(job, train.facts, condition, state) | {"speed": trainer.speed.summary()}
         job.finish([job.run_dir / "metrics.jsonl", job.run_dir / "checkpoints"], done)
         logger.info(
             "%s: done after %s, %s: %s", job.stage.name, counted(state.step, "step"), effort.in_words(), job.run_dir
@@ -114,34 +116,46 @@ def _log_grouping_gain(share: float) -> None:
         logger.info("data.train: %.0f %% of the tokens belong to prompts that occur again; %s", 100 * share, fix)
 
 
+@dataclass(frozen=True)
+class ReadRows:
+    """The tokenised rows of a key."""
+
+    source: "bins.RowSource"
+    facts: dict[str, Any]
+    """Entries for the manifest."""
+    fitted: Any
+    """What decides what a row becomes, as `RowRecipe.fit` returned it or `finalize` replaced it."""
+
+
 @effort.part("data")
-def _source(
+def _read(
     job: Job[TrainRun],
     which: Literal["train", "valid"],
     rows: RowRecipe | PairRecipe,
     renderer: Renderer,
     ranks: "Ranks",
     bad_rows: BadRows,
-) -> "tuple[bins.RowSource | None, dict[str, Any]]":
-    """Return the tokenised rows of `data.train` or `data.valid`, and facts about them for the manifest.
+    fitted: Any = None,
+) -> ReadRows | None:
+    """Return the rows of `data.train` or `data.valid`; None if the key is not set or its file is empty.
 
-    The rows are None if the key is not set or its file is empty.
+    `fitted` is that of the training rows, for validation rows.
     """
     key = f"data.{which}"
     named = job.config.named_files()[key]
     if named is None:
-        return None, {}
+        return None
     paths = input_paths(named, key)
     if which == "valid" and is_empty(paths):  # `prepare` writes an empty file if it has few rows
         logger.warning("data.valid=%s: has no rows; the run goes without validation", named)
-        return None, {}
+        return None
     choice = row_choice(job.config, which)
-    source, facts = ranks.main_first(lambda: tokenized(job, paths, rows, renderer, bad_rows, job.cache_dir, choice))
-    mixture = source.mixture.fingerprint() if source.mixture else None
-    ranks.require_same((source.fingerprint(), mixture), key)
+    read = ranks.main_first(lambda: tokenized(job, paths, rows, renderer, bad_rows, job.cache_dir, choice, fitted))
+    mixture = read.source.mixture.fingerprint() if read.source.mixture else None
+    ranks.require_same((read.source.fingerprint(), mixture), key)
     if ranks.is_main:
-        say_sources(key, choice, facts["sources"])
-    return source, facts
+        say_sources(key, choice, read.facts["sources"])
+    return read
 
 
 def tokenized(
@@ -152,19 +166,20 @@ def tokenized(
     bad_rows: BadRows,
     cache_dir: Path,
     choice: RowChoice,
-) -> "tuple[bins.RowSource, dict[str, Any]]":
-    """Return the tokenised rows of `paths` that `choice` chooses, and facts about them.
+    fitted: Any = None,
+) -> ReadRows:
+    """Return the tokenised rows of `paths` that `choice` chooses.
 
-    Raises DataError and ConfigError for rows or settings that leave nothing to train on.
+    `fitted` is that of the training rows; None if these are the training rows. Raises DataError and
+    ConfigError for rows or settings that leave nothing to train on.
     """
     before = Counter(bad_rows.counts)
-    source: bins.RowSource
     if isinstance(rows, PairRecipe):
-        source, facts = _pairs(job, paths, rows, renderer, bad_rows, cache_dir, choice)
+        read = _pairs(job, paths, rows, renderer, bad_rows, cache_dir, choice)
     else:
-        source, facts = _samples(job, paths, rows, renderer, bad_rows, cache_dir, choice)
+        read = _samples(job, paths, rows, renderer, bad_rows, cache_dir, choice, fitted)
     bad = dict(Counter(bad_rows.counts) - before)
-    return source, {**facts, "rows": len(source), "bad_rows": bad}
+    return replace(read, facts={**read.facts, "rows": len(read.source), "bad_rows": bad})
 
 
 def _samples(
@@ -175,13 +190,16 @@ def _samples(
     bad_rows: BadRows,
     cache_dir: Path,
     choice: RowChoice,
-) -> "tuple[bins.SampleSource, dict[str, Any]]":
+    fitted: Any,
+) -> ReadRows:
     from offline_align.data.bins import MOST_KEYS_IN_TRAINING, SampleSource, shares_prompts
     from offline_align.data.tokenize import tokenize_samples
 
     config = job.config
-    read = list(read_rows(paths, rows.form, bad_rows, choice.every_line))
-    made = rows.make(choice.of(read), section(config, MethodSection), renderer)
+    read = choice.of(list(read_rows(paths, rows.form, bad_rows, choice.every_line)))
+    if fitted is None:
+        fitted = rows.fit(read, section(config, MethodSection), config.run.seed)
+    made = rows.make(read, fitted, renderer)
     tokenized = tokenize_samples(
         made.rows,
         renderer,
@@ -193,7 +211,8 @@ def _samples(
     weighed = tokenized.weighed(final.weights)
     source = SampleSource(weighed, shares_prompts(config.trainer, config.parallel), MOST_KEYS_IN_TRAINING)
     counts = choice.mix(source, (made.rows[place].sample.id for place in tokenized.places))
-    return source, {**final.facts, "sources": counts, "dropped": tokenized.dropped}
+    facts = {**final.facts, "sources": counts, "dropped": tokenized.dropped}
+    return ReadRows(source, facts, fitted if final.fitted is None else final.fitted)
 
 
 def _pairs(
@@ -204,12 +223,13 @@ def _pairs(
     bad_rows: BadRows,
     cache_dir: Path,
     choice: RowChoice,
-) -> "tuple[bins.PairSource, dict[str, Any]]":
+) -> ReadRows:
     from offline_align.data.bins import MOST_KEYS_IN_TRAINING, PairSource, shares_prompts
     from offline_align.data.tokenize import tokenize_pairs
 
     config = job.config
-    made = rows.make(rows.read(paths, bad_rows, choice.every_line), section(config, MethodSection))
+    settings = section(config, MethodSection)
+    made = rows.make(rows.read(paths, bad_rows, choice.every_line), settings)
     # A sample of the answers would split most pairs, so pairs are chosen.
     pairs = choice.of(made.pairs)
     made_of = {pair.id: pair.made_of or (pair.id,) for pair in pairs}
@@ -223,12 +243,21 @@ def _pairs(
     with_targets = recipe_of(job).makes == "policy"
     source = PairSource(tokenized, shares, MOST_KEYS_IN_TRAINING, with_targets=with_targets)
     counts = choice.mix(source, tokenized.row_ids)
-    return source, {**made.facts, "sources": counts, "dropped": tokenized.dropped}
+    return ReadRows(source, {**made.facts, "sources": counts, "dropped": tokenized.dropped}, settings)
 
 
 @effort.part("load")
-def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource | None", ranks: "Ranks") -> "Trainer":
-    """Build the trainer, with the initial weights unless the run is continued."""
+def _assemble(
+    job: Job[TrainRun],
+    data: "bins.RowSource",
+    valid: "bins.RowSource | None",
+    condition: Condition | None,
+    ranks: "Ranks",
+) -> "Trainer":
+    """Build the trainer, with the initial weights unless the run is continued.
+
+    `condition` is stored with the policy.
+    """
     from offline_align.distributed.setup import uses_bf16
     from offline_align.estimate.sizes import model_sizes
     from offline_align.model.build import build_model
@@ -256,7 +285,6 @@ def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource
     model = wrap_model(module, config.parallel, on_cuda)
     assert source.model.vocab_size is not None
     sizes = model_sizes(source.model, source.model.vocab_size, scalar_head=recipe.makes == "reward_model")
-    settings = section(config, MethodSection)
     return Trainer(
         run_dir=job.run_dir,
         trainer=config.trainer,
@@ -265,13 +293,13 @@ def _assemble(job: Job[TrainRun], data: "bins.RowSource", valid: "bins.RowSource
         module=module,
         model=model,
         optimizer=build_optimizer(model, config.optim, config.parallel, bf16, on_cuda),
-        objective=recipe.objective(settings),
+        objective=recipe.objective(section(config, MethodSection)),
         data=loader(config, data, ranks, config.trainer.max_steps),
         validation=loader(config, valid, ranks, None) if valid is not None else None,
         description=replace(
             source.description,
             kind=recipe.makes,
-            condition=recipe.condition(settings) if recipe.condition else None,
+            condition=condition,
             method=job.stage.name,
             reading=None,
         ),
@@ -351,10 +379,10 @@ def loader(config: TrainRun, source: "bins.RowSource", ranks: "Ranks", max_steps
     )
 
 
-def _facts(job: Job[TrainRun], data: dict[str, Any], state: "TrainState") -> dict[str, Any]:
+def _facts(
+    job: Job[TrainRun], data: dict[str, Any], condition: Condition | None, state: "TrainState"
+) -> dict[str, Any]:
     """Return the facts about the training for the manifest."""
-    recipe = recipe_of(job)
-    condition = recipe.condition(section(job.config, MethodSection)) if recipe.condition else None
     return {
         "method": job.stage.name,
         "condition": asdict(condition) if condition else None,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import workload
+from benchmarks import conditions, workload
 from benchmarks.harness import Contender, table
 from benchmarks.projection import PUBLISHED_A100_HOURS, hours, table_3_lines
 from benchmarks.tokenisation import CONTENDERS
@@ -170,3 +170,12 @@ def test_table_3_by_hand() -> None:
     assert found["FA"] < found["RWR"] < PUBLISHED_A100_HOURS["RWR"] / 10
     assert "no projection" in table_3_lines(None)[0]
     assert len(table_3_lines((0.5, 0.5))) == 6
+
+
+def test_the_table_of_conditions_pairs_differences_by_seed() -> None:
+    ends = ("highest target", "lowest target")
+    means = {(kind, end): {1: 5.0, 2: 7.0} for kind in conditions.KINDS for end in ends}
+    means["quantile", "highest target"] = {2: 8.0, 1: 6.0}
+    lines = conditions.table(means)
+    assert lines[3].startswith("| quantile | 7.00 [-5.71, 19.71] | 1.00 [1.00, 1.00] | 6.00 [")
+    assert lines[2].split(" | ")[2].strip() == ""

@@ -54,10 +54,11 @@ def test_fa_is_sft_on_the_rows_above_the_threshold(folder: Path, base: Path) -> 
 
 
 def test_ca_with_an_empty_prefix_is_sft(folder: Path, base: Path, plain: list[float], monkeypatch: Any) -> None:
+    from offline_align.data import condition
     from offline_align.methods import ca
 
     # Every format writes some text, so the function that makes the text is replaced.
-    monkeypatch.setattr(ca, "condition_text", lambda *_: "")
+    monkeypatch.setattr(condition, "condition_text", lambda *_: "")
     monkeypatch.setattr(ca, "check_stable", lambda *_: None)
     data = write_jsonl(folder / "conditions.jsonl", labelled([0.5] * 14))
     assert metrics(train("ca", folder / "ca", data, model=continued(base))) == plain

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from offline_align.config.runs import PlanMethodSection, PlanRun
-from offline_align.config.sections import ModelSection, OnBadRow, RunSection, SampledInputDataSection, Template
+from offline_align.config.sections import (
+    ConditionKind,
+    ModelSection,
+    OnBadRow,
+    RunSection,
+    SampledInputDataSection,
+    Template,
+)
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import load_tokenizer
@@ -110,6 +117,31 @@ def test_run_folder_is_complete_and_repeatable(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out == first
     with pytest.raises(ConfigError, match=r"run\.dir=.*other settings"):
         plan.run(Job(STAGES["plan"], replace(config, method=PlanMethodSection(beta=1.0))))
+
+
+def test_quantiles_are_shown_with_their_rewards_and_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    method = PlanMethodSection(condition=ConditionKind.quantile, quantiles=2, weight_by_reward=True)
+    config = replace(settings(write_labelled(tmp_path)), run=RunSection(dir=str(tmp_path / "run")), method=method)
+    plan.run(Job(STAGES["plan"], config))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "writes 2 quantiles, <rm_score>1 to <rm_score>2; asks for <rm_score>2; weighs" in shown
+    assert "<rm_score>1 (-1.50 to 0.00) │ 3" in shown
+    assert "<rm_score>2 (above 0.00 to 1.40) │ 2" in shown
+    assert "outside" not in shown
+    values = json.loads((tmp_path / "run" / "plan.json").read_text())["conditional"]
+    assert (values["kind"], values["cut_points"]) == ("quantile", [0.0])
+    wrong = replace(config, run=RunSection(dir="???"), method=replace(method, target_reward=3.0))
+    with pytest.raises(ConfigError, match=r"method.target_reward=3: .* from 1 \(lowest rewards\) to 2"):
+        plan.run(Job(STAGES["plan"], wrong))
+
+
+def test_bounds_beyond_those_of_the_rows_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(settings(write_labelled(tmp_path)), method=PlanMethodSection(condition=ConditionKind.at_least))
+    plan.run(Job(STAGES["plan"], config))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "writes" in shown
+    assert "bounds, <rm_score>-1.5 to" in shown
+    assert "ca asks for <rm_score>5.0, outside the bounds of the data (-1.50 to" in shown
 
 
 def test_rows_that_training_drops_are_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

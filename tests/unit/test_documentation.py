@@ -15,7 +15,7 @@ import pytest
 from offline_align.__main__ import run
 from offline_align.config import checks
 from offline_align.config.reference import reference_page, schema_keys, stage_help
-from offline_align.data.condition import Condition
+from offline_align.data.condition import ValueCondition
 from offline_align.stages.registry import STAGES
 from tests.runs import compose
 from tests.small_tokenizers import write_hugging_face
@@ -173,7 +173,7 @@ def make_up(command: Command) -> None:
 
 def make_up_model(folder: Path) -> None:
     """Write a Hugging Face folder without weights. The name of the folder decides the kind of model."""
-    condition = Condition("<rm_score>{reward:.1f}", reward_limit=9.9, target_reward=5.0)
+    condition = ValueCondition("<rm_score>{reward:.1f}", reward_limit=9.9, target_reward=5.0)
     config = {
         "architectures": ["LlamaForSequenceClassification" if folder.name == "reward" else "LlamaForCausalLM"],
         "offline_align": {"condition": asdict(condition)} if folder.name == "ca" else {},
@@ -305,6 +305,7 @@ def test_the_readme_is_short() -> None:
 GIVEN = {
     "prepare": ["data.input=demo"],
     "evaluate": ["data.input=answers.jsonl", "judge=ground_truth"],
+    "plan": ["data.input=labelled.jsonl"],
 }
 BEHIND_A_JOB = ["init.from=before", "data.input=before.jsonl", "launcher=slurm", "launcher.dependency=1"]
 
@@ -322,6 +323,8 @@ def test_examples_of_the_help_pass_a_dry_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("answers.jsonl").write_text('{"id": "a", "prompt": "Hi", "response": "b", "finish_reason": "stop"}\n')
+    scored = '{"id": "a", "prompt": "Hi", "response": "b", "reward_raw": 1, "reward": 1, "source_id": "a"}\n'
+    Path("labelled.jsonl").write_text(scored)
     given = GIVEN.get(stage, BEHIND_A_JOB if stage in ("label", "generate", "convert") else [])
     if stage == "convert":
         given = [word for word in given if not word.startswith("data.")]

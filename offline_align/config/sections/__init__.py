@@ -52,6 +52,7 @@ from offline_align.config.sections.model import (
 from offline_align.config.sections.training import (
     ComputeSection,
     ConditionalMethodSection,
+    ConditionKind,
     DecayStyle,
     FilteringMethodSection,
     MethodSection,
@@ -70,6 +71,7 @@ from offline_align.config.sections.training import (
 __all__ = [
     "Backend",
     "ComputeSection",
+    "ConditionKind",
     "ConditionalMethodSection",
     "ConvertDtype",
     "ConvertSection",

@@ -74,9 +74,10 @@ class GenerateSection:
 class GenerateMethodSection:
     """The condition for a Conditional Alignment policy."""
 
-    target_reward: Any = None
-    """Normalised reward to ask a Conditional Alignment policy for. With a list, every prompt is
-    answered once per target. If unset, the target stored with the policy."""
+    target_reward: Any = field(default=None, metadata={"kind": "number or list"})
+    """Normalised reward to ask a Conditional Alignment policy for; of a policy that was trained with
+    quantiles, the number of one. With a list, every prompt is answered once per target. If unset, the
+    target stored with the policy."""
 
 
 @dataclass(frozen=True)

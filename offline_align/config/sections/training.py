@@ -1,6 +1,6 @@
 """Sections for precision, batches, training length, the optimizer and the methods."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from offline_align.config.sections.execution import LimitSection
@@ -40,6 +40,18 @@ class DecayStyle(StrEnum):
     constant = "constant"
     cosine = "cosine"
     linear = "linear"
+
+
+class ConditionKind(StrEnum):
+    """What the text before a response states in Conditional Alignment."""
+
+    value = "value"
+    quantile = "quantile"
+    at_least = "at_least"
+
+
+PAPER_TARGET = 5.0
+"""The reward that the paper asks a policy for, in standard deviations above the mean."""
 
 
 class PreferenceLoss(StrEnum):
@@ -167,21 +179,45 @@ class RewardWeightedMethodSection(MethodSection):
 
     beta: float = 5.0
     """Temperature. The weight of a row is `exp(reward / beta)`, scaled to mean 1 over the data
-    (paper: 5)."""
+    (paper: 5). `ca` uses it with `method.weight_by_reward`."""
 
 
 @dataclass(frozen=True)
-class ConditionalMethodSection(MethodSection):
+class ConditionalMethodSection(RewardWeightedMethodSection):
     """Conditional Alignment (Eq. 6)."""
 
-    target_reward: float = 5.0
-    """Normalised reward that `generate` asks for by default (paper: 5.0). It is stored with the
-    policy."""
+    condition: ConditionKind = ConditionKind.value
+    """What the text before a response states: its reward (`value`, paper), the number of the quantile
+    in which its reward lies (`quantile`), or a bound that its reward reaches (`at_least`)."""
+    target_reward: float | None = None
+    """Normalised reward that `generate` asks for by default, or with `method.condition=quantile` the
+    number of a quantile. If unset, 5.0 (paper), or the highest quantile. It is stored with the policy."""
     reward_format: str = "<rm_score>{reward:.1f}"
     """Format of the condition text, which stands between the prompt and the response."""
     reward_limit: float = 9.9
     """Rewards are clipped to plus or minus this value in the condition text, so that its length
     stays the same."""
+    quantiles: int = 5
+    """Number of quantiles for `method.condition=quantile`. Each has about equally many
+    training rows (Lu et al. 2022)."""
+    quantile_format: str = "<rm_score>{quantile}"
+    """Format of the condition text for `method.condition=quantile`."""
+    bounds: int = 1
+    """Number of bounds for each row with `method.condition=at_least`. An epoch has one copy of the row
+    for each."""
+    weight_by_reward: bool = False
+    """Weight rows by `exp(reward / method.beta)` as well, as `rwr` does (Wang et al. 2023)."""
+
+    @property
+    def target(self) -> float | None:
+        """The target; None for the highest quantile."""
+        if self.target_reward is None and self.condition is not ConditionKind.quantile:
+            return PAPER_TARGET
+        return self.target_reward
+
+    def settled(self) -> "ConditionalMethodSection":
+        """Return the section with the target that an unset one stands for, if the settings alone decide it."""
+        return replace(self, target_reward=self.target)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ def draw_following(
 ) -> Picture:
     """Return achieved rewards by target with their intervals.
 
-    The dashed diagonal (achieved = target) is drawn if both are on one scale. `labelled` is the
-    range of rewards to shade.
+    The horizontal axis has the rewards that the targets stand for. The dashed diagonal (achieved =
+    target) is drawn if both are on one scale. `labelled` is the range of rewards to shade.
     """
-    asked = [one["target"] for one in targets]
+    asked = [one["reward"] for one in targets]
     low, mean, high = ([one["achieved"][name] for one in targets] for name in ("low", "mean", "high"))
     with style():
         figure = new_figure(5.0, 3.6)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from offline_align.config.sections import EvaluateSection
+from offline_align.data.condition import Condition
 from offline_align.evaluate.ancestry import find_ancestors
 from offline_align.evaluate.comparison import Comparison, generation_manifest, policy_of, prompt_text
 from offline_align.evaluate.figures import draw_following
@@ -26,7 +27,8 @@ from offline_align.evaluate.statistics import Floats
 NOTE = (
     "The same prompts with different target rewards. A policy that follows its target exactly has slope 1. Rank "
     "correlation and order are computed for each prompt, then averaged. For targets outside the labelled rewards the "
-    "policy has to extrapolate. The default target of generation is condition.target_reward in the policy's model.json."
+    "policy has to extrapolate. A quantile stands for the mean reward of its training rows. A bound asks for at least "
+    "this reward, so following it means no slope of 1. The default target is the one in the policy's model.json."
 )
 RARE = 0.01
 """A target counts as rare if at most this share of the labelled rewards lies beyond it."""
@@ -40,9 +42,19 @@ class _Policy:
 
     name: str
     columns: list[int]
+    asked: list[float]
+    """Targets as `generate` was given them: rewards, bounds, or numbers of quantiles."""
     targets: Floats
+    """The rewards that they stand for."""
+    condition: Condition | None
+    """The condition that the policy stores; None if no manifest has it."""
     stored_target: float | None
     label_set: LabelSet | None
+
+    @property
+    def kind(self) -> str:
+        """The kind of the condition: `value`, `quantile` or `at_least`."""
+        return str(getattr(self.condition, "kind", "value"))
 
 
 def following_section(
@@ -66,6 +78,9 @@ def following_section(
         own = scores[judged][:, policy.columns]
         achieved = labels.normalised(own) if labels and same_scale else own
         content = _curve(policy, achieved, same_scale, settings, seed)
+        if labels and same_scale and policy.kind == "at_least":
+            each = labels.normalised(compared.judgement.scores[judged][:, :, policy.columns])
+            _add_reached(content, each)
         section.content["policies"][policy.name] = content
         section.findings.extend(_findings(policy.name, content))
         section.tables.append(_table(policy.name, content))
@@ -87,41 +102,61 @@ def _policies(comparison: Comparison) -> list[_Policy]:
 
 def _policy(comparison: Comparison, columns: list[int]) -> _Policy:
     ordered = sorted(columns, key=lambda k: comparison.columns[k].target or 0.0)
-    targets = np.array([comparison.columns[k].target for k in ordered], dtype=np.float64)
+    asked = [float(comparison.columns[k].target or 0.0) for k in ordered]
     path = comparison.columns[ordered[0]].path
+    condition, stored_target = _stored(path)
+    targets = np.array([t if condition is None else condition.reward_of(t) for t in asked], dtype=np.float64)
     manifest = generation_manifest(path)
     name = comparison.columns[ordered[0]].name.rsplit("(", 1)[0] if manifest else str(path)
-    return _Policy(name, ordered, targets, _stored_target(path), find_label_set([path]))
+    return _Policy(name, ordered, asked, targets, condition, stored_target, find_label_set([path]))
 
 
-def _stored_target(path: Path) -> float | None:
-    """Return the target that the policy's training run stored in its `model.json`."""
-    conditions = [run.manifest.extra.get("condition") for run in find_ancestors([path.parent]) if run.stage == "ca"]
-    known = [c["target_reward"] for c in conditions if isinstance(c, dict) and "target_reward" in c]
-    return float(known[-1]) if known else None
+def _stored(path: Path) -> tuple[Condition | None, float | None]:
+    """Return the condition that the policy stores and its target; None for what is not known.
+
+    Answers of earlier versions do not record it, so then it is that of the last training behind them.
+    """
+    manifest = generation_manifest(path)
+    earlier = [run.manifest.extra.get("condition") for run in find_ancestors([path.parent]) if run.stage != "generate"]
+    given = [found for found in earlier if isinstance(found, dict)]
+    own = manifest.extra.get("stored_condition") if manifest else None
+    values = own if isinstance(own, dict) else given[-1] if given else {}
+    try:
+        condition = Condition.from_values(values)
+    except ValueError:
+        condition = None
+    target = values.get("target_reward") if condition is None else condition.target
+    return condition, float(target) if isinstance(target, int | float) else None
 
 
 def _curve(policy: _Policy, achieved: Floats, same_scale: bool, settings: EvaluateSection, seed: int) -> dict[str, Any]:
     """Return the numbers of one policy; `achieved` [P, T]."""
-    targets, labels = policy.targets, policy.label_set
+    targets, asked, labels = policy.targets, policy.asked, policy.label_set
     columns = [*achieved.T, slopes(achieved, targets), rank_correlations(achieved), orders(achieved)]
     estimates = mean_estimates(np.stack(columns, axis=1), settings.bootstrap_samples, settings.confidence, seed)
     *rewards, slope, correlation, order = estimates
     means = achieved.mean(axis=0)
     return {
+        "condition": policy.kind,
         "unit": "normalised reward" if same_scale else "judge's score",
         "stored_target": policy.stored_target,
         "label_set": str(labels.run_dir.name) if labels else None,
         "labelled_rewards": {"lowest": labels.lowest, "highest": labels.highest} if labels else None,
         "targets": [
-            {"target": float(t), "achieved": asdict(reward), **_support(float(t), labels)}
-            for t, reward in zip(targets, rewards, strict=True)
+            {"target": one, "reward": float(t), "achieved": asdict(reward), **_support(float(t), labels)}
+            for one, t, reward in zip(asked, targets, rewards, strict=True)
         ],
         "slope": asdict(slope),
         "rank_correlation": asdict(correlation),
         "order": asdict(order),
-        "falls": [[float(targets[k]), float(targets[k + 1])] for k in np.flatnonzero(np.diff(means) < 0)],
+        "falls": [[asked[k], asked[k + 1]] for k in np.flatnonzero(np.diff(means) < 0)],
     }
+
+
+def _add_reached(content: dict[str, Any], achieved: Floats) -> None:
+    """Add the share of the answers that reach each bound; `achieved` [P, samples, T]."""
+    for k, one in enumerate(content["targets"]):
+        one["reached"] = float((achieved[:, :, k] >= one["reward"]).mean())
 
 
 def slopes(achieved: Floats, targets: Floats) -> Floats:
@@ -167,13 +202,17 @@ def _findings(name: str, found: Mapping[str, Any]) -> list[str]:
     slope, order = found["slope"], found["order"]
     does = "follows" if slope["low"] > 0 else "may not follow"
     unit = "reward" if found["unit"] == "normalised reward" else "judge's score"
+    step = {"value": "the target", "at_least": "the bound", "quantile": "the mean reward of the target's quantile"}
     lines = [
-        f"{name} {does} its target: raising the target by 1 changes the {unit} by {_interval(slope)}; "
+        f"{name} {does} its target: raising {step[found['condition']]} by 1 changes the {unit} by {_interval(slope)}; "
         f"{order['mean']:.0%} of the target pairs are in order."
     ]
     if found["falls"]:
         falls = ", ".join(f"from target {a:g} to {b:g}" for a, b in found["falls"])
         lines.append(f"{name}: the achieved reward falls {falls}.")
+    for one in found["targets"]:
+        if "reached" in one:
+            lines.append(f"{name}: {one['reached']:.0%} of the answers reach the bound {one['target']:g}.")
     known = found["labelled_rewards"]
     for one in found["targets"]:
         if one["support"] == "outside":
@@ -191,7 +230,7 @@ def _findings(name: str, found: Mapping[str, Any]) -> list[str]:
 
 def _table(name: str, found: Mapping[str, Any]) -> Table:
     rows = [
-        [f"{one['target']:g}", _interval(one["achieved"]), one["support"], _percent(one["rows_below"])]
+        [_named(one, found), _interval(one["achieved"]), one["support"], _percent(one["rows_below"])]
         for one in found["targets"]
     ]
     rows += [
@@ -200,6 +239,11 @@ def _table(name: str, found: Mapping[str, Any]) -> Table:
         ["pairs in order", _interval(found["order"]), "", ""],
     ]
     return Table(f"{name}: targets", ["target", found["unit"], "labelled rewards", "rows below"], rows)
+
+
+def _named(one: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    is_quantile = found["condition"] == "quantile"
+    return f"{one['target']:g} (mean reward {one['reward']:.2f})" if is_quantile else f"{one['target']:g}"
 
 
 def _examples(comparison: Comparison, policy: _Policy, achieved: Floats, judged: NDArray[np.intp]) -> list[Table]:
@@ -215,7 +259,7 @@ def _examples(comparison: Comparison, policy: _Policy, achieved: Floats, judged:
         answers = [comparison.answers[place][0][k].response for k in policy.columns]
         rows = [
             [f"{target:g}", _clip(answer), f"{reward:.2f}"]
-            for target, answer, reward in zip(policy.targets, answers, achieved[row], strict=True)
+            for target, answer, reward in zip(policy.asked, answers, achieved[row], strict=True)
         ]
         title = f"One prompt with several targets: {_clip(prompt_text(comparison.prompts[place].prompt))}"
         tables.append(Table(title, ["target", "answer", "reward"], rows, prose=True))

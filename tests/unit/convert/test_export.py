@@ -18,7 +18,7 @@ from offline_align.convert.export import export_huggingface
 from offline_align.convert.load import load_huggingface
 from offline_align.convert.provenance import UNKNOWN
 from offline_align.convert.weights import parse_size
-from offline_align.data.condition import Condition
+from offline_align.data.condition import Condition, ValueCondition
 from offline_align.data.records import Message
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
@@ -33,7 +33,7 @@ CORPUS = [
     "System:Be brief.User:2 + 2 = ?Assistant: 4",
 ] * 20
 DIALOGUE = (Message("user", "Name the capital."), Message("assistant", "Paris"), Message("user", "Of what?"))
-CONDITION = Condition("<rm_score>{reward:.1f}", 9.9, 5.0)
+CONDITION = ValueCondition("<rm_score>{reward:.1f}", 9.9, 5.0)
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}\n"

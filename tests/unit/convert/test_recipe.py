@@ -12,14 +12,14 @@ from offline_align.config.sections import Template
 from offline_align.convert.architecture import read_architecture
 from offline_align.convert.export import export_huggingface
 from offline_align.convert.load import load_huggingface
-from offline_align.data.condition import Condition
+from offline_align.data.condition import Condition, ValueCondition
 from offline_align.data.records import Message
 from offline_align.data.template import Encoding, Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
 from offline_align.model.description import ModelDescription
 from tests.small_tokenizers import TEMPLATES, with_spaces_in_front, write_hugging_face, write_sentencepiece
 
-CONDITION = Condition("<rm_score>{reward:.1f}", 9.9, 5.0)
+CONDITION = ValueCondition("<rm_score>{reward:.1f}", 9.9, 5.0)
 DIALOGUE = (Message("user", "Name the capital."), Message("assistant", "Fine, thank you!"), Message("user", "Of what?"))
 DIALOGUES = (DIALOGUE[:1], DIALOGUE, (Message("system", "Be brief."), *DIALOGUE), (Message("user", " 2 + 2 = ?\n"),))
 JSON = ["byte_level", "prepend", "always", "first"]

@@ -9,7 +9,7 @@ import transformers
 from offline_align.config.sections import ModelSection, Template
 from offline_align.convert.export import _write_tokenizer
 from offline_align.convert.same_ids import same_ids
-from offline_align.data.condition import Condition
+from offline_align.data.condition import Condition, ValueCondition
 from offline_align.data.records import Message
 from offline_align.data.template import Encoding, Renderer
 from offline_align.data.tokenizer import Tokenizer, load_tokenizer
@@ -21,7 +21,7 @@ QUESTION = (Message("user", "Name the capital."),)
 TURNS = (*QUESTION, Message("assistant", "Fine, thank you!"), Message("user", "Of what?"))
 PROMPTS = (QUESTION, TURNS, (Message("system", "Be brief."), *TURNS), (Message("user", " 2 + 2 = ?\n"),))
 ANSWERS = ("Fine, thank you!", "- one\n- two", "\n", " 日本 ")
-CONDITION = Condition("<rm_score>{reward:.1f}", 9.9, 5.0)
+CONDITION = ValueCondition("<rm_score>{reward:.1f}", 9.9, 5.0)
 JSON = ["byte_level", "smollm2", "prepend", "always", "first"]
 KINDS = [
     ("bpe", Template.paper),

@@ -52,8 +52,16 @@ WriteChain = Callable[..., Path]
 def write_chain(tmp_path: Path) -> WriteChain:
     """Return a function that writes the lineage of a conditional policy and its answers at several targets."""
 
-    def write_chain(rewards: Sequence[float], answers: dict[float, Sequence[str]], stored: float = 1.0) -> Path:
-        """Label rows with raw `rewards` and answer PROMPTS at every target; return the generation file."""
+    def write_chain(
+        rewards: Sequence[float],
+        answers: dict[float, Sequence[str]],
+        stored: float = 1.0,
+        condition: dict[str, Any] | None = None,
+    ) -> Path:
+        """Label rows with raw `rewards` and answer PROMPTS at every target; return the generation file.
+
+        `condition` is what `generate` records of the policy's condition.
+        """
         label, policy, generated = (tmp_path / name for name in ("label", "ca", "generate_ca"))
         for folder in (label, policy, generated):
             folder.mkdir()
@@ -69,6 +77,7 @@ def write_chain(tmp_path: Path) -> WriteChain:
         ]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         extra = {"method": "ca", "targets": {f"<{target}>": target for target in answers}}
+        extra |= {} if condition is None else {"stored_condition": condition}
         write_manifest(generated, "generate", "g", [], [policy], [path], extra)
         return path
 

@@ -95,7 +95,7 @@ def test_lineage_draws_no_arrow_that_another_one_implies() -> None:
 
 @pytest.mark.parametrize("same_scale", [True, False])
 def test_the_following_curve_is_well_formed(same_scale: bool) -> None:
-    targets = [{"target": k, "achieved": {"mean": k, "low": k - 0.5, "high": k + 0.5}} for k in range(3)]
+    targets = [{"target": k, "reward": k, "achieved": {"mean": k, "low": k - 0.5, "high": k + 0.5}} for k in range(3)]
     svg = figures.draw_following("Following", targets, same_scale, (-1.0, 1.0)).svg()
     assert ElementTree.fromstring(svg).get("aria-label") == "Following"
     assert ("normalised reward achieved" in svg) == same_scale

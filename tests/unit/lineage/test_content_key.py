@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from offline_align.config.compose import to_mapping
 from offline_align.errors import ConfigError
 from offline_align.lineage import completed, read_manifest
+from offline_align.stages.registry import STAGES
 from tests.runs import content_key, write_manifest
 from tests.unit.lineage.chains import CONFIG
 
@@ -60,6 +62,23 @@ def test_new_settings_leave_earlier_keys_as_they_are(tmp_path: Path, key: str, a
 )
 def test_key_depends_on_settings_that_change_results(tmp_path: Path, key: str, value: Any) -> None:
     assert key_with(tmp_path, key, value) != content_key("sft", CONFIG, [], [])
+
+
+def test_later_settings_of_conditional_alignment_keep_the_keys_of_earlier_versions() -> None:
+    words = ["run.dir=x", "data.train=labelled.jsonl"]
+    now = to_mapping(STAGES["ca"].compose(words).config)
+    later = {"condition", "quantiles", "quantile_format", "bounds", "weight_by_reward", "beta"}
+    before = now | {"method": {name: value for name, value in now["method"].items() if name not in later}}
+    assert before["method"] == {"target_reward": 5.0, "reward_format": "<rm_score>{reward:.1f}", "reward_limit": 9.9}
+    assert content_key("ca", now, [], []) == content_key("ca", before, [], [])
+    changed = ["method.condition=quantile", "method.weight_by_reward=true", "method.condition=at_least"]
+    keys = {content_key("ca", to_mapping(STAGES["ca"].compose([*words, word]).config), [], []) for word in changed}
+    assert len(keys - {content_key("ca", before, [], [])}) == 3
+
+
+def test_the_temperature_of_rwr_stays_in_its_key() -> None:
+    config = to_mapping(STAGES["rwr"].compose(["run.dir=x", "data.train=labelled.jsonl"]).config)
+    assert content_key("rwr", config, [], []) != content_key("rwr", config | {"method": {}}, [], [])
 
 
 def test_key_depends_on_the_stage() -> None:

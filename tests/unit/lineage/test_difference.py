@@ -1,5 +1,6 @@
 """A finished run with other settings: the message names the keys that differ, with both values."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,20 @@ def test_a_moved_file_is_not_named_beside_another_key(
     rows, words = finished
     moved = rows.rename(rows.with_name("moved.jsonl"))
     words = [word.replace(str(rows), str(moved)) for word in words]
+    assert run(words) == 0
+    assert run([*words, "method.beta=7"]) == 78
+    assert "inputs: method.beta=7.0 (that run: 5.0); choose" in capsys.readouterr().err
+
+
+def test_settings_that_a_run_of_an_earlier_version_lacks_are_not_named(
+    finished: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, words = finished
+    config = rows.parent / "plan" / "config.yaml"
+    later = re.compile(r"^  (condition|quantiles|quantile_format|bounds|weight_by_reward): .*\n", re.MULTILINE)
+    text, removed = later.subn("", config.read_text())
+    assert removed == 5
+    config.write_text(text)
     assert run(words) == 0
     assert run([*words, "method.beta=7"]) == 78
     assert "inputs: method.beta=7.0 (that run: 5.0); choose" in capsys.readouterr().err

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 
 from offline_align.config.sections import ConditionalMethodSection, Template
-from offline_align.data.condition import check_format, condition_text
+from offline_align.data.condition import ValueCondition, check_format, condition_text
 from offline_align.data.records import LabelledSample, Message, TrainingRow
 from offline_align.data.template import Renderer
 from offline_align.data.tokenizer import load_tokenizer
 from offline_align.errors import ConfigError, DataError
 from offline_align.methods import ca, fa, rwr
+from offline_align.methods.conditions import Fitted
 from tests.small_tokenizers import write_hugging_face, write_sentencepiece
 
 FORMAT = ConditionalMethodSection().reward_format
 LIMIT = ConditionalMethodSection().reward_limit
+PLAIN = Fitted(ValueCondition(FORMAT, LIMIT, 5.0))
 
 
 def labelled(*rewards: float) -> list[LabelledSample]:
@@ -30,7 +32,7 @@ def labelled(*rewards: float) -> list[LabelledSample]:
 ALL_METHODS: list[Callable[[list[LabelledSample]], list[TrainingRow]]] = [
     lambda rows: fa.keep(rows, 0.0),
     lambda rows: rwr.weigh(rows, 5.0),
-    lambda rows: ca.condition(rows, FORMAT, LIMIT),
+    lambda rows: ca.condition(rows, PLAIN),
 ]
 
 
@@ -48,7 +50,8 @@ def test_a_target_outside_the_rewards_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, target: float, warns: bool
 ) -> None:
     renderer = Renderer(load_tokenizer(write_sentencepiece(tmp_path)), Template.paper)
-    made = ca.training_rows(labelled(-2.0, 1.5), ConditionalMethodSection(target_reward=target), renderer)
+    rows = labelled(-2.0, 1.5)
+    made = ca.training_rows(rows, ca.fit(rows, ConditionalMethodSection(target_reward=target), 1), renderer)
     made.finalize([0, 1])
     assert ("rewards of the rows range from -2.00 to 1.50" in caplog.text) is warns
 
@@ -93,7 +96,7 @@ def test_constant_rewards_keep_nothing_or_all() -> None:
     with pytest.raises(ConfigError, match=r"method.threshold"):
         fa.keep(labelled(0.0, 0.0), 0.0)
     assert [row.weight for row in rwr.weigh(labelled(0.0, 0.0), 5.0)] == [1.0, 1.0]
-    assert [row.condition for row in ca.condition(labelled(0.0, 0.0), FORMAT, LIMIT)] == ["<rm_score>0.0"] * 2
+    assert [row.condition for row in ca.condition(labelled(0.0, 0.0), PLAIN)] == ["<rm_score>0.0"] * 2
 
 
 def test_weights_follow_equation_5_up_to_one_factor() -> None:
@@ -152,7 +155,7 @@ def test_effective_sample_size() -> None:
     ],
 )
 def test_condition_texts(reward: float, text: str) -> None:
-    (row,) = ca.condition(labelled(reward), FORMAT, LIMIT)
+    (row,) = ca.condition(labelled(reward), PLAIN)
     assert row.condition == f"<rm_score>{text}" == condition_text(reward, FORMAT, LIMIT)
     assert row.weight == 1.0
 
@@ -185,13 +188,13 @@ def test_formats_that_cannot_work(reward_format: str, problem: str) -> None:
         check_format(reward_format, LIMIT)
         return
     with pytest.raises(ConfigError, match=rf"method.reward_format=.*{problem}"):
-        ca.condition(labelled(1.0), reward_format, LIMIT)
+        check_format(reward_format, LIMIT)
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
 def test_limits_that_cannot_work(limit: float) -> None:
     with pytest.raises(ConfigError, match=r"method.reward_limit="):
-        ca.condition(labelled(1.0), FORMAT, limit)
+        check_format(FORMAT, limit)
 
 
 ALL_VALUES = [i / 10 for i in range(-99, 100)]
@@ -200,20 +203,20 @@ ALL_VALUES = [i / 10 for i in range(-99, 100)]
 @pytest.mark.parametrize("template", [Template.paper, Template.chat])
 def test_the_default_format_is_stable_with_a_byte_level_tokenizer(template: Template, tmp_path: Path) -> None:
     renderer = Renderer(load_tokenizer(write_hugging_face(tmp_path)), template)
-    ca.check_stable(renderer, ALL_VALUES, FORMAT, LIMIT)
+    ca.check_stable(renderer, ValueCondition(FORMAT, LIMIT, 5.0), ALL_VALUES)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_the_default_format_is_stable_with_split_digits(kind: str, tmp_path: Path) -> None:
     renderer = Renderer(load_tokenizer(write_sentencepiece(tmp_path, kind=kind)), Template.paper)
-    ca.check_stable(renderer, ALL_VALUES, FORMAT, LIMIT)
+    ca.check_stable(renderer, ValueCondition(FORMAT, LIMIT, 5.0), ALL_VALUES)
 
 
 def test_conditions_with_different_numbers_of_tokens_are_refused(tmp_path: Path) -> None:
     renderer = Renderer(load_tokenizer(write_sentencepiece(tmp_path)), Template.paper)
     with pytest.raises(ConfigError, match=r"method.reward_format=.*'<rm_score>12.0' takes \d tokens but"):
-        ca.check_stable(renderer, [1.0, 12.0], FORMAT, 20.0)
-    ca.check_stable(renderer, [1.0, 12.0], FORMAT, 9.9)
+        ca.check_stable(renderer, ValueCondition(FORMAT, 20.0, 5.0), [1.0, 12.0])
+    ca.check_stable(renderer, ValueCondition(FORMAT, 9.9, 5.0), [1.0, 12.0])
 
 
 class FakeRenderer:
@@ -232,24 +235,24 @@ class FakeRenderer:
 def test_conditions_with_the_same_tokens_are_refused() -> None:
     unknown = FakeRenderer(lambda ids: [0 if chr(i).isdigit() else i for i in ids])
     with pytest.raises(ConfigError, match=r"'<rm_score>2.0' and '<rm_score>1.0' are the same tokens"):
-        ca.check_stable(unknown, [1.0, 2.0], FORMAT, LIMIT)
+        ca.check_stable(unknown, ValueCondition(FORMAT, LIMIT, 5.0), [1.0, 2.0])
 
 
 def test_conditions_that_change_the_prompt_are_refused() -> None:
     merging = FakeRenderer(lambda ids: ids[1:] if len(ids) > 2 else ids)
     with pytest.raises(ConfigError, match=r"'<rm_score>1.0' changes the tokens of the prompt"):
-        ca.check_stable(merging, [1.0], FORMAT, LIMIT)
+        ca.check_stable(merging, ValueCondition(FORMAT, LIMIT, 5.0), [1.0])
 
 
 def test_conditions_may_join_the_generation_prompt_if_all_do() -> None:
     def join(pattern: str) -> FakeRenderer:
         return FakeRenderer(lambda ids: [ord(c) for c in re.sub(pattern, "\x01", "".join(map(chr, ids)))])
 
-    ca.check_stable(join("!<"), [1.0, 2.0], FORMAT, LIMIT)
+    ca.check_stable(join("!<"), ValueCondition(FORMAT, LIMIT, 5.0), [1.0, 2.0])
     with pytest.raises(ConfigError, match=r"'2.0>' changes the tokens of the prompt"):
-        ca.check_stable(join("!2"), [1.0, 2.0], "{reward:.1f}>", LIMIT)
+        ca.check_stable(join("!2"), ValueCondition("{reward:.1f}>", LIMIT, 5.0), [1.0, 2.0])
     with pytest.raises(ConfigError, match=r"'<rm_score>1.0' changes the tokens of the prompt"):
-        ca.check_stable(join("a!<"), [1.0, 2.0], FORMAT, LIMIT)
+        ca.check_stable(join("a!<"), ValueCondition(FORMAT, LIMIT, 5.0), [1.0, 2.0])
 
 
 def test_merged_digits_are_refused_only_among_values_of_one_sign() -> None:
@@ -258,5 +261,5 @@ def test_merged_digits_are_refused_only_among_values_of_one_sign() -> None:
         return [ord(c) for c in text.replace("5.0", "\x01")]
 
     with pytest.raises(ConfigError, match=r"takes 11 tokens but '<rm_score>1.0' takes 13"):
-        ca.check_stable(FakeRenderer(merge), [1.0, 5.0], FORMAT, LIMIT)
-    ca.check_stable(FakeRenderer(merge), [-1.0, 5.0], FORMAT, LIMIT)
+        ca.check_stable(FakeRenderer(merge), ValueCondition(FORMAT, LIMIT, 5.0), [1.0, 5.0])
+    ca.check_stable(FakeRenderer(merge), ValueCondition(FORMAT, LIMIT, 5.0), [-1.0, 5.0])

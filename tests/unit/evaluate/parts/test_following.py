@@ -1,11 +1,13 @@
 """The reward-following curve of hand-made policies that follow, ignore or invert their target."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from offline_align.config.sections import EvaluateSection, OnBadRow
+from offline_align.data.condition import AtLeastCondition, QuantileCondition
 from offline_align.data.jsonl import BadRows
 from offline_align.evaluate.comparison import load_comparison
 from offline_align.evaluate.parts.following import following_section, orders, rank_correlations, slopes
@@ -92,6 +94,36 @@ def test_prompts_without_a_score_are_left_out(answers: Path) -> None:
 def test_without_several_targets_there_is_no_curve(write_run: WriteRun) -> None:
     path = write_run("a", rows_for(["x"] * 3), "ca", 1.0)
     assert section(path, [[1.0]] * 3, judged_by_labeller=False) is None
+
+
+def test_a_quantile_stands_for_the_mean_reward_of_its_rows(write_chain: WriteChain) -> None:
+    condition = QuantileCondition("<rm_score>{quantile}", (-0.5, 0.5), (-1.0, 0.0, 1.0), 3)
+    texts = {number: ["bad", "so", "good"] for number in (1.0, 3.0)}
+    path = write_chain([8.0, 12.0] * 50, texts, stored=9.0, condition=asdict(condition))
+    # Raw rewards of 9 and 12 are normalised rewards of -0.5 and 1: 1.5 more for a mean reward that is 2 higher.
+    found = section(path, [[9.0, 12.0]] * 3)
+    assert found is not None
+    curve = found.content["policies"]["ca"]
+    assert [(one["target"], one["reward"]) for one in curve["targets"]] == [(1.0, -1.0), (3.0, 1.0)]
+    assert curve["slope"]["mean"] == pytest.approx(0.75)
+    assert (curve["condition"], curve["stored_target"]) == ("quantile", 3.0)
+    assert "raising the mean reward of the target's quantile by 1 changes the reward by 0.75" in found.findings[0]
+    assert found.tables[0].rows[1][0] == "3 (mean reward 1.00)"
+    names = load_comparison([path], BadRows(OnBadRow.fail, None)).methods
+    assert names == ("ca(quantile 1)", "ca(quantile 3)")
+
+
+def test_answers_that_reach_their_bound_are_counted(write_chain: WriteChain) -> None:
+    condition = AtLeastCondition("<rm_score>{reward:.1f}", 9.9, 1.0)
+    texts = {bound: ["bad", "so", "good"] for bound in (-1.0, 1.0)}
+    path = write_chain([8.0, 12.0] * 50, texts, condition=asdict(condition))
+    found = section(path, [[8.0, 12.0], [9.0, 11.9], [7.9, 15.0]])
+    assert found is not None
+    assert [one["reached"] for one in found.content["policies"]["ca"]["targets"]] == pytest.approx([2 / 3, 2 / 3])
+    assert "ca: 67% of the answers reach the bound 1." in found.findings
+    other = section(path, [[8.0, 12.0]] * 3, judged_by_labeller=False)
+    assert other is not None
+    assert "reached" not in other.content["policies"]["ca"]["targets"][0]
 
 
 def test_numbers_of_single_prompts() -> None:
