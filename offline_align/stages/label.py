@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,17 @@ from offline_align.config.runs import LabelRun
 from offline_align.data.bins import shares_prompts
 from offline_align.data.fate import write_left_out
 from offline_align.data.journal import Journal
-from offline_align.data.records import BadRows, PreferencePair, Sample, read_rows_and_pairs
+from offline_align.data.records import BadRows, PreferencePair, Sample, input_paths, read_rows_and_pairs
 from offline_align.data.score_journal import read_scores
 from offline_align.data.template import Renderer
-from offline_align.errors import DataError, StorageError
+from offline_align.errors import ConfigError, DataError, StorageError
 from offline_align.label.certificate import FILE_NAME, certify, choose_rows, in_words
+from offline_align.label.earlier import check_reward_model, read_scale
 from offline_align.label.results import write_results
 from offline_align.label.rows import leave_out_unscorable, single_answers
+from offline_align.label.statistics import Scale
 from offline_align.lineage import effort
+from offline_align.lineage.manifest import describe_parent
 from offline_align.stages.job import Job
 from offline_align.wording import counted
 
@@ -40,10 +44,48 @@ def run(job: Job[LabelRun]) -> int:
     return job.on_ranks(lambda ranks: _label(job, ranks))
 
 
+def problems(job: Job[LabelRun]) -> list[str]:
+    """Return the problem of `label.statistics`, if it has one; raises DataError if it has no scale of rewards."""
+    named = _statistics_file(job.config)
+    if named is None or not named.is_file():
+        return []
+    read_scale(named)
+    try:
+        # A model in a finished run has its hash in the manifest; others are hashed when the run begins.
+        known = [model for model in job.models if any((run / lineage.MANIFEST).is_file() for run in model.parents[:2])]
+        if known:
+            _check_scale(job, [describe_parent(model) for model in known])
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _statistics_file(config: LabelRun) -> Path | None:
+    named = config.named_files()["label.statistics"]
+    return None if named is None else Path(named)
+
+
+def _check_scale(job: Job[LabelRun], models: Iterable[lineage.ParentRecord]) -> None:
+    named = _statistics_file(job.config)
+    if named is not None:
+        check_reward_model(named, str(job.config.label.statistics), str(job.config.init.from_), models)
+
+
+def _given_scale(job: Job[LabelRun]) -> Scale | None:
+    """Return the scale that `label.statistics` names, or None; on one rank, because it hashes what the run reads.
+
+    Raises ConfigError if it is that of another reward model.
+    """
+    _check_scale(job, job.hashed.parents.values())
+    named = _statistics_file(job.config)
+    return None if named is None else read_scale(named)
+
+
 def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
     from offline_align.label.scoring import tokenized
 
     renderer = job.source.renderer()
+    scale = ranks.from_main(lambda: _given_scale(job))
     job.start_folder(ranks=ranks)
     bad_rows = job.bad_rows(ranks.is_main)
     rows, left_out = ranks.main_first(lambda: _rows(job, renderer, bad_rows))
@@ -67,7 +109,7 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
     def write() -> None:
         # These rows have no line in `labelled.jsonl`, so they are named.
         named = write_left_out(job.run_dir, left_out)
-        _write_results(job, rows, samples, journal, again, facts, [named])
+        _write_results(job, rows, samples, journal, again, scale, facts, [named])
 
     ranks.from_main(write)
 
@@ -80,7 +122,7 @@ def _rows(
 
     Raises DataError for a bad row unless `data.on_bad_row` is `skip`.
     """
-    files = job.inputs
+    files = input_paths(job.config.data.input, "data.input")
     rows = list(read_rows_and_pairs(files, Sample, bad_rows))
     return leave_out_unscorable(rows, files, renderer, job.config.data, job.cache_dir, bad_rows)
 
@@ -138,6 +180,7 @@ def _write_results(
     samples: list[Sample],
     journal: Journal,
     again: dict[int, float],
+    scale: Scale | None,
     facts: dict[str, Any],
     more_outputs: list[Path],
 ) -> None:
@@ -152,7 +195,7 @@ def _write_results(
     raw = [scores[i][0] for i in range(len(samples))]
     _check_finite(samples, raw)
     columns = [_columns(sample) for sample in samples]
-    stats, outputs = write_results(run_dir, columns, raw, job.config.label.histogram_bins)
+    stats, outputs = write_results(run_dir, columns, raw, job.config.label.histogram_bins, scale)
     outputs += more_outputs
     if again:
         certificate = certify([raw[row] for row in again], list(again.values()), stats)
@@ -164,7 +207,9 @@ def _write_results(
     extra = {"rows": len(samples), "pairs": pairs, **facts, "statistics": stats.as_json()}
     job.finish(outputs, extra)
     journal.remove()
-    logger.info("label: %s, rewards %.3f +- %.3f: %s", counted(len(samples), "row"), stats.mean, stats.std, run_dir)
+    earlier = f", normalised with {scale.mean:.3f} +- {scale.std:.3f}" if scale else ""
+    found = f"rewards {stats.mean:.3f} +- {stats.std:.3f}{earlier}"
+    logger.info("label: %s, %s: %s", counted(len(samples), "row"), found, run_dir)
 
 
 def _check_finite(samples: list[Sample], raw: list[float]) -> None:

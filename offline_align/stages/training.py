@@ -21,6 +21,7 @@ from offline_align.lineage import effort
 from offline_align.progress import announced
 from offline_align.stages.job import Job
 from offline_align.stages.recipe import PairRecipe, Recipe, RowRecipe
+from offline_align.stages.reward_scale import other_scale, scale_facts
 from offline_align.wording import counted
 
 if TYPE_CHECKING:
@@ -56,12 +57,13 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
     bad_rows = job.bad_rows(ranks.is_main)
     recipe = recipe_of(job)
     data, facts = _source(job, "train", recipe.train, renderer, ranks, bad_rows)
-    valid, _ = _source(job, "valid", recipe.valid, renderer, ranks, bad_rows)
+    valid, valid_facts = _source(job, "valid", recipe.valid, renderer, ranks, bad_rows)
     assert data is not None
     short = one_step(config, len(data))
     if ranks.is_main:
         logger.info("first row, as the model sees it:\n%s", first_row(data, renderer))
         _warn(short)
+        _warn(other_scale(facts, valid_facts))
     if ranks.is_main and data.share_prompts and not config.data.group_by_prompt:
         _log_grouping_gain(data.repeated_share())
     with announced("building the model", enabled=ranks.is_main):
@@ -187,7 +189,7 @@ def _samples(
     final = made.finalize(tokenized.places)
     weighed = tokenized.weighed(final.weights)
     source = SampleSource(weighed, shares_prompts(config.trainer, config.parallel), MOST_KEYS_IN_TRAINING)
-    return source, {**final.facts, "dropped": tokenized.dropped}
+    return source, {**final.facts, **scale_facts(read), "dropped": tokenized.dropped}
 
 
 def _pairs(

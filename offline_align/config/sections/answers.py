@@ -42,6 +42,10 @@ class LabelSection:
     certificate_fraction: float = 0.005
     """Fraction of the rows to score a second time, each alone and with a freshly loaded model. The
     result is `certificate.json`. 0 disables the check."""
+    statistics: str | None = None
+    """Run folder of an earlier `label` with the same reward model, or its `reward_stats.json`. Rewards
+    are normalised with the mean and standard deviation of that run, so both runs have one scale:
+    validation rows, new answers, rounds. If unset, those of this run's own rewards."""
 
 
 @dataclass(frozen=True)
