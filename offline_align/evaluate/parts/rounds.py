@@ -55,7 +55,7 @@ def rounds_section(
 
     `judge_content` is the content hash of the judging reward model.
     """
-    judged = np.isfinite(compared.judgement.scores).all(axis=(1, 2))
+    judged: NDArray[np.bool_] = np.isfinite(compared.judgement.scores.mean(axis=1)).all(axis=1)
     series = find_series(compared.comparison.columns) if judged.any() else []
     if not series:
         return None
@@ -111,7 +111,7 @@ class _Measures:
         }
         described: dict[str, dict[str, Any]] = {}
         for k, one in enumerate(rounds):
-            about = {"method": self.comparison.methods[one.column]}
+            about: dict[str, Any] = {"method": self.comparison.methods[one.column]}
             about |= {name: values[k] for name, values in measured.items()}
             about |= {name: values[k - 1] for name, values in gains.items()} if k else {}
             described[str(one.number)] = about | self._kl(one, rounds[0]) | self._order(one)

@@ -120,7 +120,7 @@ class Rounds:
         """Write answers of a policy to PROMPTS, at all targets, and return the file."""
         path = self.folder / name / "generations.jsonl"
         path.parent.mkdir()
-        asked = [f"<{target}>" for target in targets] or [None]
+        asked: list[str | None] = [f"<{target}>" for target in targets] or [None]
         rows = [
             {**prompt, "response": f"{name} {k}", "finish_reason": "stop", "condition": text, "sample_index": k}
             for text in asked

@@ -123,7 +123,7 @@ def test_the_scale_of_rows_is_found_from_their_rewards() -> None:
     stats = fit(raw)
     found = scale_of(raw, normalise(raw, stats))
     assert found is not None
-    assert (found.mean, found.std) == (pytest.approx(stats.mean), pytest.approx(stats.std))
+    assert [found.mean, found.std] == pytest.approx([stats.mean, stats.std])
     assert same_scale(found, stats.scale)
     assert not same_scale(Scale(stats.mean + 0.01 * stats.std, stats.std), stats.scale)
     assert not same_scale(Scale(stats.mean, 1.01 * stats.std), stats.scale)
