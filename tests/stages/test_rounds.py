@@ -77,15 +77,14 @@ def report(script: Script, runs: str, number: int) -> dict[str, Any]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of all answers, labels and checkpoints, from the manifests."""
+    """Return the SHA-256 of all answers, labels and weights, from the manifests."""
     found = {}
     for path in sorted(folder.glob("*/manifest.json")):
         manifest = read_manifest(path.parent)
         assert manifest is not None
         for record in manifest.outputs:
-            if (record.path.endswith(".jsonl") and record.path != "metrics.jsonl") or record.path.startswith(
-                "checkpoints"
-            ):
+            # Metrics and the state of a training also hold times.
+            if record.path.endswith((".jsonl", ".distcp")) and record.path != "metrics.jsonl":
                 found[f"{path.parent.name}/{record.path}"] = record.sha256
     return found
 
@@ -108,7 +107,7 @@ def test_every_report_compares_the_rounds_so_far(script: Script) -> None:
 def test_killed_and_repeated_it_gives_the_same_bytes(script: Script) -> None:
     expected = hashes(script.folder / "whole")
     assert {"label_1/labelled.jsonl", "round_2/generations.jsonl"} <= expected.keys()
-    assert any(name.startswith("dpo_2/checkpoints/") for name in expected)
+    assert any(name.startswith("dpo_2/checkpoints/") and name.endswith(".distcp") for name in expected)
     runs = script.folder / "killed"
     for place in ("answers_0/journal", "dpo_1/metrics.jsonl", "label_1"):
         process = script.start("killed")

@@ -45,4 +45,5 @@ def _panel(axes: "Axes", name: str, lines: Mapping[str, Points]) -> None:
     axes.grid(axis="y", linewidth=0.8)
     axes.set_axisbelow(True)
     if len(lines) > 1:
-        axes.legend(fontsize=8, frameon=False)
+        for text in axes.legend(fontsize=8, frameon=False).get_texts():
+            text.set_parse_math(False)

@@ -44,6 +44,14 @@ def draw_all(names: list[str]) -> dict[str, str]:
     return {name: picture.svg() for name, picture in drawn.items()}
 
 
+def test_a_bitmap_has_the_size_of_its_figure() -> None:
+    """Also if the height in inches times the resolution is a whole number up to rounding."""
+    estimate = {"mean": 1.0, "low": 0.5, "high": 1.5}
+    panels = {str(k): {"dpo": [(0, estimate)]} for k in range(4)}
+    picture = figures.draw_rounds("Rounds", panels)
+    assert picture.pixels().shape == (539, 1056, 3)
+
+
 @pytest.mark.parametrize("names", [["sft"], NASTY], ids=["one", "nasty"])
 def test_every_figure_is_well_formed_and_escaped(names: list[str]) -> None:
     for svg in draw_all(names).values():
