@@ -59,12 +59,12 @@ if $is_demo; then
     case $METHOD in
     dpo) own="optim.lr=3e-4" ;;
     fa) own="optim.lr=1e-3" ;;
-    ca) own="optim.lr=1e-3 method.reward_limit=3" ;;
+    ca) own="optim.lr=2e-3 method.reward_limit=1.5" ;; # the highest rewards of the first round
     esac
     TRAIN_OPTIONS=${TRAIN_OPTIONS:-$size trainer.global_batch_size=32 optim.lr_warmup_steps=2 $own}
     GENERATE_OPTIONS=${GENERATE_OPTIONS:-$short}
     EVALUATE_OPTIONS=${EVALUATE_OPTIONS:-$size}
-    TARGET_REWARD=${TARGET_REWARD:-2.0}
+    TARGET_REWARD=${TARGET_REWARD:-1.5}
 fi
 SAMPLES=${SAMPLES:-8}                          # answers to each training prompt
 PROMPTS_PER_ROUND=${PROMPTS_PER_ROUND:-}       # training prompts of a round, the next ones in each round; empty: all

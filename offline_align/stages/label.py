@@ -51,8 +51,12 @@ def problems(job: Job[LabelRun]) -> list[str]:
         return []
     read_scale(named)
     try:
+        models = job.models
+    except ConfigError:
+        return []  # reported as a problem of `init.from`
+    try:
         # A model in a finished run has its hash in the manifest; others are hashed when the run begins.
-        known = [model for model in job.models if any((run / lineage.MANIFEST).is_file() for run in model.parents[:2])]
+        known = [model for model in models if any((run / lineage.MANIFEST).is_file() for run in model.parents[:2])]
         if known:
             _check_scale(job, [describe_parent(model) for model in known])
     except ConfigError as error:

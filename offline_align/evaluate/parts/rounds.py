@@ -38,8 +38,8 @@ _PANELS = {
     "true_quality": "true quality",
     "kl": "KL from the first policy",
     "words": "words",
-    "order_right": "judge: order right",
-    "beyond": "beyond the first labels",
+    "order_right": "share of pairs the judge orders right",
+    "beyond": "share beyond the first labels",
 }
 MUCH = 0.05
 
