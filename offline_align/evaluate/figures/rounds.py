@@ -26,6 +26,8 @@ def draw_rounds(title: str, panels: Mapping[str, Mapping[str, Points]]) -> Pictu
             _panel(axes, name, lines)
         for axes in places[len(panels) :]:
             axes.set_axis_off()
+        if any(len(lines) > 1 for lines in panels.values()):
+            _name_series(places[0])
         return Picture(figure, title)
 
 
@@ -44,6 +46,8 @@ def _panel(axes: "Axes", name: str, lines: Mapping[str, Points]) -> None:
     axes.tick_params(labelsize=8, length=0, labelcolor=MUTED)
     axes.grid(axis="y", linewidth=0.8)
     axes.set_axisbelow(True)
-    if len(lines) > 1:
-        for text in axes.legend(fontsize=8, frameon=False).get_texts():
-            text.set_parse_math(False)
+
+
+def _name_series(axes: "Axes") -> None:
+    for text in axes.legend(fontsize=8, frameon=False).get_texts():
+        text.set_parse_math(False)
