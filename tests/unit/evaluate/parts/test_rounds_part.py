@@ -42,13 +42,13 @@ def of_rounds(*values: float, samples: int = 2) -> Floats:
 
 
 def test_rewards_are_on_the_scale_of_the_first_labels(rounds: Rounds) -> None:
-    found = section(rounds, of_rounds(10.0, 12.0, 15.0))
+    found = section(rounds, of_rounds(10.0, 12.0, 13.0))
     assert found is not None
     about = found.content["series"]["dpo"]
     assert (about["unit"], about["first_labels"], about["highest_label"]) == ("normalised reward", "label_dpo_1", 1.0)
-    assert [one["reward"]["mean"] for one in about["rounds"].values()] == [0.0, 1.0, 2.5]
+    assert [one["reward"]["mean"] for one in about["rounds"].values()] == [0.0, 1.0, 1.5]
     assert [one["beyond"]["mean"] for one in about["rounds"].values()] == [0.0, 0.0, 1.0]
-    assert about["rounds"]["2"]["reward_gain"]["mean"] == 1.5
+    assert about["rounds"]["2"]["reward_gain"]["mean"] == 0.5
     assert "reward_gain" not in about["rounds"]["0"]
     assert [one["method"] for one in about["rounds"].values()] == ["sft", "round_1", "round_2"]
     assert "dpo: in round 2, 100% of the answers score above every labelled answer of the first round" in " ".join(
