@@ -44,6 +44,7 @@ _WHY: dict[Change, dict[str, str]] = {
         "trainer.profile_steps": "which steps are traced",
         "trainer.wandb_project": "where metrics are sent as well",
         "label.flush_rows": "how often the journal is written",
+        "label.statistics": "its file is an input",
         "generate.batch_size": "how many prompts form a batch",
         "judge.concurrent_requests": "how many requests run at a time",
         "judge.retries": "how the client handles failed requests",

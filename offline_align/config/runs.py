@@ -122,8 +122,13 @@ class LabelRun(ModelRun):
     label: s.LabelSection = field(default_factory=s.LabelSection)
 
     def named_files(self) -> dict[str, Any]:
-        """Return `data.input`."""
-        return {"data.input": self.data.input}
+        """Return `data.input`, and the file that `label.statistics` means, also if it names a run folder."""
+        given = self.label.statistics
+        in_run = given is not None and Path(given).is_dir()
+        return {
+            "data.input": self.data.input,
+            "label.statistics": str(Path(given, "reward_stats.json")) if given is not None and in_run else given,
+        }
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,10 @@ from offline_align.data.records import Prompt, write_jsonl
 from offline_align.errors import StorageError
 from offline_align.generate.requests import Completion, Request
 
+OF_OTHER_ANSWERS = ("chosen", "rejected", "reward", "reward_raw")
+"""Columns of a pair or a labelled row that do not hold for a new answer. With them, later stages would
+take the row for a pair, or the reward for that of the new answer."""
+
 Place = tuple[int, int, int]
 """Prompt, condition and sample of an answer, each counted from 0."""
 
@@ -48,7 +52,8 @@ def merge(
 ) -> int:
     """Write every answer with the columns of its prompt, in input order; return the number of rows.
 
-    Raises StorageError if the answers do not match the requests one to one.
+    Columns in `OF_OTHER_ANSWERS` are left out. Raises StorageError if the answers do not match the
+    requests one to one.
     """
     expected = {_place(request) for request in requests}
     if expected != done.keys():
@@ -63,7 +68,7 @@ def merge(
 
 
 def _row(prompt: Prompt, answer: Completion, condition: str, several: bool) -> dict[str, Any]:
-    row = {"id": "", **prompt.columns} | {"id": prompt.id}
+    row = {"id": "", **{k: v for k, v in prompt.columns.items() if k not in OF_OTHER_ANSWERS}} | {"id": prompt.id}
     row |= {
         "response": answer.response,
         "finish_reason": answer.finish_reason,

@@ -35,7 +35,7 @@ def certify(first: Sequence[float], again: Sequence[float], stats: RewardStats) 
     return {
         "rows": int(a.size),
         "largest_difference": difference,
-        "largest_normalised_difference": difference / stats.std if stats.std else 0.0,
+        "largest_normalised_difference": difference / stats.scale.std if stats.scale.std else 0.0,
         "equal_rows": int((a == b).sum()),
         "pairs": a.size * (a.size - 1) // 2,
         "rank_flips": sum(int(((a[k] - a[:k]) * (b[k] - b[:k]) < 0).sum()) for k in range(a.size)),

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from offline_align import lineage
 from offline_align.data.records import Sample, write_jsonl
-from offline_align.label.statistics import RewardStats, fit, normalise
+from offline_align.label.statistics import RewardStats, Scale, fit, normalise
 
 LABELLED = "labelled.jsonl"
 STATISTICS = "reward_stats.json"
@@ -16,15 +17,16 @@ BEST = "best.jsonl"
 
 
 def write_results(
-    folder: Path, rows: Iterable[Mapping[str, Any]], raw: Sequence[float], bins: int
+    folder: Path, rows: Iterable[Mapping[str, Any]], raw: Sequence[float], bins: int, scale: Scale | None = None
 ) -> tuple[RewardStats, list[Path]]:
     """Write the rows with their rewards, the statistics and the histogram; return these and the paths.
 
-    `raw` has the raw rewards of the rows. Raises DataError if one is not finite, and StorageError.
+    `raw` has the raw rewards of the rows. They are normalised on `scale`, or else on their own. Raises
+    DataError if one is not finite, and StorageError.
     """
     from offline_align.label.figures import draw_reward_histogram
 
-    stats = fit(raw)
+    stats = replace(fit(raw), normalised_with=scale)
     normalised = normalise(raw, stats).tolist()
     paths = [folder / name for name in (LABELLED, STATISTICS, HISTOGRAM)]
     write_jsonl(paths[0], labelled_rows(rows, raw, normalised))

@@ -1,7 +1,8 @@
 """Mean, spread and quantiles of raw rewards, and their normalisation (the paper's Figure 3).
 
 Every method uses normalised rewards: the mean is subtracted and the result is divided by the
-population standard deviation. Both are computed once, over the whole labelled set.
+population standard deviation. Both are computed once, over the whole labelled set, or taken from an
+earlier set, so that both sets are on one scale.
 """
 
 import logging
@@ -16,8 +17,18 @@ from offline_align.errors import DataError
 
 LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 FAR_OUT = 20.0
+_SAME = 1e-3
+"""Standard deviations by which equal normalised rewards may differ, for example if a file rounds them."""
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What raw rewards are normalised with: `reward = (raw - mean) / std`."""
+
+    mean: float
+    std: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +41,26 @@ class RewardStats:
     count: int
     quantiles: dict[str, float]
     """Level, as `0.05`, to reward; levels between two rows are interpolated."""
+    normalised_with: Scale | None = None
+    """The scale of an earlier labelled set, if this set was normalised with it."""
+
+    @property
+    def scale(self) -> Scale:
+        """The scale of the normalised rewards: that of an earlier set, or else the set's own."""
+        return self.normalised_with or Scale(self.mean, self.std)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the content of `reward_stats.json`."""
-        return asdict(self)
+        """Return the content of `reward_stats.json`; `normalised_with` only if it is an earlier set's."""
+        found = asdict(self)
+        return found if self.normalised_with else {k: v for k, v in found.items() if k != "normalised_with"}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "RewardStats":
         """Return the statistics that `as_json` wrote; KeyError names a missing field."""
         quantiles = {level: float(value) for level, value in content["quantiles"].items()}
-        return cls(float(content["mean"]), float(content["std"]), int(content["count"]), quantiles)
+        given = content.get("normalised_with")
+        scale = Scale(float(given["mean"]), float(given["std"])) if given is not None else None
+        return cls(float(content["mean"]), float(content["std"]), int(content["count"]), quantiles, scale)
 
 
 def fit(raw: ArrayLike) -> RewardStats:
@@ -63,12 +84,13 @@ def fit(raw: ArrayLike) -> RewardStats:
 
 
 def normalise(raw: ArrayLike, stats: RewardStats) -> NDArray[np.float64]:
-    """Return `(raw - mean) / std` [rows]; all zeros, with a warning, if `std` is 0.
+    """Return `(raw - mean) / std` [rows] on the scale of `stats`; all zeros, with a warning, if `std` is 0.
 
     Raises DataError if there are no rows, or naming the first row (from 0) that is not finite.
     """
     rewards = _finite_rewards(raw)
-    if stats.std == 0.0:
+    scale = stats.scale
+    if scale.std == 0.0:
         log.warning(
             "all %d rewards are %g: every normalised reward is 0, so no method can tell rows apart",
             stats.count,
@@ -76,9 +98,29 @@ def normalise(raw: ArrayLike, stats: RewardStats) -> NDArray[np.float64]:
         )
         return np.zeros_like(rewards)
     # Both operands are halved so that the difference of two huge rewards stays finite.
-    normalised = (rewards / 2 - stats.mean / 2) / (stats.std / 2)
+    normalised = (rewards / 2 - scale.mean / 2) / (scale.std / 2)
     _warn_far_out(rewards, normalised)
     return normalised
+
+
+def scale_of(raw: ArrayLike, normalised: ArrayLike) -> Scale | None:
+    """Return the scale with which `raw` rewards [rows] became `normalised` [rows], computed from the two.
+
+    None if there is none: all rewards are equal, or the two are not on one line.
+    """
+    before, after = (np.asarray(values, dtype=np.float64).reshape(-1) for values in (raw, normalised))
+    low, high = int(before.argmin()), int(before.argmax())
+    if not after[low] < after[high]:
+        return None
+    std = (before[high] - before[low]) / (after[high] - after[low])
+    mean = before[low] - std * after[low]
+    on_line = np.allclose((before - mean) / std, after, rtol=_SAME, atol=_SAME)
+    return Scale(float(mean), float(std)) if on_line else None
+
+
+def same_scale(a: Scale, b: Scale) -> bool:
+    """Return whether a reward has nearly the same normalised value on both scales."""
+    return abs(a.mean - b.mean) <= _SAME * b.std and abs(a.std / b.std - 1) <= _SAME
 
 
 def _finite_rewards(raw: ArrayLike) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,24 @@ from offline_align.config.runs import LabelRun
 from offline_align.data.bins import shares_prompts
 from offline_align.data.fate import write_left_out
 from offline_align.data.journal import Journal
-from offline_align.data.records import BadRows, PreferencePair, Sample, read_rows_and_pairs, write_jsonl
+from offline_align.data.records import (
+    BadRows,
+    PreferencePair,
+    Sample,
+    input_paths,
+    read_rows_and_pairs,
+    write_jsonl,
+)
 from offline_align.data.score_journal import read_scores
 from offline_align.data.template import Renderer
-from offline_align.errors import DataError, StorageError
+from offline_align.errors import ConfigError, DataError, StorageError
 from offline_align.label.certificate import FILE_NAME, certify, choose_rows, in_words
+from offline_align.label.earlier import check_reward_model, read_scale
 from offline_align.label.results import BEST, best_answers, write_results
 from offline_align.label.rows import check_answers, leave_out_unscorable, single_answers
+from offline_align.label.statistics import Scale
 from offline_align.lineage import effort
+from offline_align.lineage.manifest import describe_parent
 from offline_align.stages.job import Job
 from offline_align.stages.row_choice import RowChoice, say_sources
 from offline_align.wording import counted
@@ -41,10 +52,52 @@ def run(job: Job[LabelRun]) -> int:
     return job.on_ranks(lambda ranks: _label(job, ranks))
 
 
+def problems(job: Job[LabelRun]) -> list[str]:
+    """Return the problem of `label.statistics`, if it has one; raises DataError if it has no scale of rewards."""
+    named = _statistics_file(job.config)
+    if named is None or not named.is_file():
+        return []
+    read_scale(named)
+    try:
+        models = job.models
+    except ConfigError:
+        return []  # reported as a problem of `init.from`
+    try:
+        # A model in a finished run has its hash in the manifest; others are hashed when the run begins.
+        known = [model for model in models if any((run / lineage.MANIFEST).is_file() for run in model.parents[:2])]
+        if known:
+            _check_scale(job, [describe_parent(model) for model in known])
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
+def _statistics_file(config: LabelRun) -> Path | None:
+    named = config.named_files()["label.statistics"]
+    return None if named is None else Path(named)
+
+
+def _check_scale(job: Job[LabelRun], models: Iterable[lineage.ParentRecord]) -> None:
+    named = _statistics_file(job.config)
+    if named is not None:
+        check_reward_model(named, str(job.config.label.statistics), str(job.config.init.from_), models)
+
+
+def _given_scale(job: Job[LabelRun]) -> Scale | None:
+    """Return the scale that `label.statistics` names, or None; on one rank, because it hashes what the run reads.
+
+    Raises ConfigError if it is that of another reward model.
+    """
+    _check_scale(job, job.hashed.parents.values())
+    named = _statistics_file(job.config)
+    return None if named is None else read_scale(named)
+
+
 def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
     from offline_align.label.scoring import tokenized
 
     renderer = job.source.renderer()
+    scale = ranks.from_main(lambda: _given_scale(job))
     job.start_folder(ranks=ranks)
     bad_rows = job.bad_rows(ranks.is_main)
     choice = RowChoice(job.config.data, job.config.run.seed)
@@ -72,7 +125,7 @@ def _label(job: Job[LabelRun], ranks: "Ranks") -> None:
     def write() -> None:
         # These rows have no line in `labelled.jsonl`, so they are named.
         named = write_left_out(job.run_dir, left_out)
-        _write_results(job, rows, samples, journal, again, facts, [named])
+        _write_results(job, rows, samples, journal, again, scale, facts, [named])
 
     ranks.from_main(write)
 
@@ -85,7 +138,7 @@ def _rows(
 
     Raises DataError for a bad row unless `data.on_bad_row` is `skip`.
     """
-    files = job.inputs
+    files = input_paths(job.config.data.input, "data.input")
     rows = choice.of(list(read_rows_and_pairs(files, Sample, bad_rows)))
     if job.config.label.best_of is not None:
         check_answers(rows, job.config.label.best_of, files)
@@ -145,6 +198,7 @@ def _write_results(
     samples: list[Sample],
     journal: Journal,
     again: dict[int, float],
+    scale: Scale | None,
     facts: dict[str, Any],
     more_outputs: list[Path],
 ) -> None:
@@ -159,7 +213,7 @@ def _write_results(
     raw = [scores[i][0] for i in range(len(samples))]
     _check_finite(samples, raw)
     columns = [_columns(sample) for sample in samples]
-    stats, outputs = write_results(run_dir, columns, raw, job.config.label.histogram_bins)
+    stats, outputs = write_results(run_dir, columns, raw, job.config.label.histogram_bins, scale)
     outputs += more_outputs
     if again:
         certificate = certify([raw[row] for row in again], list(again.values()), stats)
@@ -175,13 +229,15 @@ def _write_results(
     extra = {"rows": len(samples), "pairs": pairs, **facts, "statistics": stats.as_json()}
     job.finish(outputs, extra)
     journal.remove()
-    logger.info("label: %s, rewards %.3f +- %.3f: %s", counted(len(samples), "row"), stats.mean, stats.std, run_dir)
+    earlier = f", normalised with {scale.mean:.3f} +- {scale.std:.3f}" if scale else ""
+    found = f"rewards {stats.mean:.3f} +- {stats.std:.3f}{earlier}"
+    logger.info("label: %s, %s: %s", counted(len(samples), "row"), found, run_dir)
 
 
 def _name_of_best(job: Job[LabelRun], samples: list[Sample]) -> str:
     """Return the name of best-of-n in reports, with the policy's method if its run is known."""
     answers = max(Counter((row.columns.get("id"), row.columns.get("condition")) for row in samples).values())
-    manifest = lineage.read_manifest(job.inputs[0].parent)
+    manifest = lineage.read_manifest(input_paths(job.config.data.input, "data.input")[0].parent)
     policy = str(manifest.extra.get("method") or "") if manifest is not None else ""
     return f"{policy} best of {answers}".strip()
 

@@ -22,6 +22,7 @@ from offline_align.lineage import effort
 from offline_align.progress import announced
 from offline_align.stages.job import Job
 from offline_align.stages.recipe import PairRecipe, Recipe, RowRecipe
+from offline_align.stages.reward_scale import other_scale, scale_facts
 from offline_align.stages.row_choice import RowChoice, row_choice, say_sources
 from offline_align.wording import counted
 
@@ -65,6 +66,7 @@ def _train(job: Job[TrainRun], ranks: "Ranks") -> None:
     if ranks.is_main:
         logger.info("first row, as the model sees it:\n%s", first_row(data, renderer))
         _warn(short)
+        _warn(other_scale(train.facts, held_out.facts if held_out else {}))
     if ranks.is_main and data.share_prompts and not config.data.group_by_prompt:
         _log_grouping_gain(data.repeated_share())
     with announced("building the model", enabled=ranks.is_main):
@@ -211,7 +213,7 @@ def _samples(
     weighed = tokenized.weighed(final.weights)
     source = SampleSource(weighed, shares_prompts(config.trainer, config.parallel), MOST_KEYS_IN_TRAINING)
     counts = choice.mix(source, (made.rows[place].sample.id for place in tokenized.places))
-    facts = {**final.facts, "sources": counts, "dropped": tokenized.dropped}
+    facts = {**final.facts, **scale_facts(read), "sources": counts, "dropped": tokenized.dropped}
     return ReadRows(source, facts, fitted if final.fitted is None else final.fitted)
 
 

@@ -198,6 +198,69 @@ def test_labelling_again_keeps_where_rows_came_from(folder: Path, reward: Path) 
     assert ("p0/chosen", "p0") in {(row["id"], row["source_id"]) for row in second}
 
 
+def test_rewards_on_the_scale_of_an_earlier_run(folder: Path, reward: Path, capsys: Any) -> None:
+    assert label(folder, "whole", reward) == 0
+    first = json.loads((folder / "whole" / "reward_stats.json").read_text())
+
+    def again(name: str, data: Path, *words: str) -> int:
+        given = [f"init.from={reward}", f"data.input={data}", "data.max_length=128", "run.device=cpu", *words]
+        return run(["label", f"run.dir={folder / name}", *given])
+
+    new = write_jsonl(folder / "new.jsonl", samples(7))
+    assert again("second", new, f"label.statistics={folder / 'whole'}") == 0
+    # The scale of a set that has an earlier one's is that of the earlier one.
+    assert again("third", folder / "pairs.jsonl", f"label.statistics={folder / 'second' / 'reward_stats.json'}") == 0
+    for name, count in (("second", 7), ("third", 24)):
+        rows = [json.loads(line) for line in (folder / name / "labelled.jsonl").read_text().splitlines()]
+        expected = [(row["reward_raw"] - first["mean"]) / first["std"] for row in rows]
+        assert [row["reward"] for row in rows] == pytest.approx(expected)
+        stats = json.loads((folder / name / "reward_stats.json").read_text())
+        assert stats["normalised_with"] == {"mean": first["mean"], "std": first["std"]}
+        assert (stats["count"], stats["mean"]) == (count, pytest.approx(sum(r["reward_raw"] for r in rows) / count))
+    manifest = read_manifest(folder / "second")
+    assert manifest is not None
+    assert [Path(record.path).name for record in manifest.inputs] == ["new.jsonl", "reward_stats.json"]
+    assert [parent.stage for parent in manifest.parents] == ["reward", "label"]
+    assert run(["verify", f"run.dir={folder / 'second'}"]) == 0
+    # The folder and the file in it are the same setting; no statistics, or others, are another run.
+    assert again("second", new, f"label.statistics={folder / 'whole' / 'reward_stats.json'}") == 0
+    assert again("second", new) == 78
+    capsys.readouterr()
+    for given, code, said in (
+        (folder / "nowhere", 78, "label.statistics="),
+        (folder / "base", 78, "reward_stats.json: no such file"),
+        (new, 65, "does not hold the statistics of rewards"),
+    ):
+        assert again("never", new, f"label.statistics={given}") == code
+        assert said in capsys.readouterr().err
+    start = continued(folder / "base")
+    other = train("reward", folder / "other_model", folder / "pairs.jsonl", "run.seed=11", model=start)
+    words = ["label", f"run.dir={folder / 'never'}", f"init.from={other}", f"data.input={new}", *start[1:3]]
+    assert run([*words, f"label.statistics={folder / 'whole'}"]) == 78
+    assert "has rewards of another reward model than" in capsys.readouterr().err
+    assert not (folder / "never").exists()
+
+
+def test_validation_rows_on_another_scale_are_reported(folder: Path, reward: Path, caplog: Any) -> None:
+    assert label(folder, "whole", reward) == 0
+    new = write_jsonl(folder / "valid.jsonl", samples(9))
+    words = [f"init.from={reward}", f"data.input={new}", "data.max_length=128", "run.device=cpu"]
+    for name, more in (("own_scale", []), ("same_scale", [f"label.statistics={folder / 'whole'}"])):
+        assert run(["label", f"run.dir={folder / name}", *words, *more]) == 0
+        caplog.clear()
+        valid = f"data.valid={folder / name / 'labelled.jsonl'}"
+        rows, start = folder / "whole" / "labelled.jsonl", continued(folder / "base")
+        trained = train("ca", folder / f"ca_{name}", rows, valid, "method.target_reward=1.0", model=start)
+        said = [message for message in caplog.messages if message.startswith("data.valid: its rewards are")]
+        assert len(said) == (name == "own_scale")
+        stats = json.loads((folder / "whole" / "reward_stats.json").read_text())
+        facts = json.loads((trained / "manifest.json").read_text())["extra"]["data"]
+        assert facts["reward_scale"]["mean"] == pytest.approx(stats["mean"])
+        assert facts["reward_scale"]["std"] == pytest.approx(stats["std"])
+        for line in said:
+            assert f"mean {stats['mean']:.4g} and std {stats['std']:.4g}" in line and "label.statistics=" in line
+
+
 def test_a_hugging_face_reward_model_scores_the_same(folder: Path, reward: Path) -> None:
     theirs = folder / "theirs"
     assert run(["convert", f"init.from={reward}", f"run.dir={theirs}", "run.device=cpu"]) == 0

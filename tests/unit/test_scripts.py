@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,16 +44,90 @@ def test_scripts_pass_shellcheck() -> None:
     assert done.stdout == ""
 
 
-def test_arguments_of_the_pipeline_start_nothing(tmp_path: Path) -> None:
-    script = REPOSITORY / "scripts" / "pipeline.sh"
+@pytest.mark.parametrize(
+    ("name", "first"), [("pipeline", "Run the whole pipeline"), ("rounds", "Align a policy in rounds")]
+)
+def test_arguments_of_a_script_start_nothing(tmp_path: Path, name: str, first: str) -> None:
+    script = SCRIPTS / f"{name}.sh"
     asked, wrong = (
         subprocess.run(["bash", script, word], cwd=tmp_path, capture_output=True, text=True, check=False)
         for word in ("--help", "RUNS=x")
     )
     assert (asked.returncode, wrong.returncode) == (0, 78)
-    assert asked.stdout.startswith("Run the whole pipeline") and "GENERATE_OPTIONS" in asked.stdout
-    assert wrong.stderr == "pipeline.sh: takes no argument: RUNS=x\n"
+    assert asked.stdout.startswith(first) and "GENERATE_OPTIONS" in asked.stdout
+    assert wrong.stderr == f"{name}.sh: takes no argument: RUNS=x\n"
     assert not list(tmp_path.iterdir())
+
+
+# Prints the words of each command instead of running it; the script inherits the function.
+STAND_IN = "offline-align() { printf '%s\\n' \"$*\"; }; export -f offline-align; "
+
+
+def rounds(folder: Path, **more: str) -> "subprocess.CompletedProcess[str]":
+    environment = {"PATH": os.environ["PATH"], "POLICY": "sft", "REWARD": "reward", "PROMPTS": "held.jsonl", **more}
+    script = f"{STAND_IN} {SCRIPTS / 'rounds.sh'}"
+    return subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("method", ["dpo", "fa", "ca"])
+def test_each_round_starts_from_the_policy_before_and_keeps_the_first_scale(tmp_path: Path, method: str) -> None:
+    done = rounds(
+        tmp_path, METHOD=method, RUNS="r", ROUNDS="3", SEED="5", TRAIN_PROMPTS="rows.jsonl", OPTIONS="debug=true"
+    )
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for line in done.stdout.splitlines():
+        stage, *words = line.split()
+        assert "debug=true" in words
+        values = dict(word.split("=", 1) for word in words)
+        found[values["run.dir"]] = {"stage": stage} | values
+    policies = ["sft", f"r/{method}_1", f"r/{method}_2", f"r/{method}_3"]
+    for k, policy in enumerate(policies):
+        assert found[f"r/round_{k}"]["init.from"] == policy
+        assert (found[f"r/round_{k}"]["data.input"], found[f"r/round_{k}"]["run.seed"]) == ("held.jsonl", "5")
+    for k, (before, policy) in enumerate(pairwise(policies)):
+        answers, label, learned = found[f"r/answers_{k}"], found[f"r/label_{k}"], found[policy]
+        assert (answers["init.from"], answers["data.input"]) == (before, "rows.jsonl")
+        assert (label["init.from"], label["data.input"]) == ("reward", f"r/answers_{k}/generations.jsonl")
+        assert label.get("label.statistics") == (None if k == 0 else "r/label_0")
+        assert (learned["stage"], learned["init.from"]) == (method, before)
+        assert learned["data.train"] == f"r/label_{k}/labelled.jsonl"
+        assert answers["run.seed"] == learned["run.seed"] == str(5 + k)
+        report = found[f"r/evaluate_{k + 1}"]
+        assert report["data.input"] == f"[{','.join(f'r/round_{n}/generations.jsonl' for n in range(k + 2))}]"
+
+
+def test_rounds_take_the_next_prompts_and_start_again(tmp_path: Path) -> None:
+    lines = [f'{{"id": "{k}"}}' for k in range(5)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))  # the last line may lack its end
+    done = rounds(tmp_path, RUNS="r", ROUNDS="3", PROMPTS_PER_ROUND="3", TRAIN_PROMPTS="rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    taken = [(tmp_path / "r" / f"prompts_{k}.jsonl").read_text().splitlines() for k in range(3)]
+    assert taken == [lines[:3], [lines[0], *lines[3:]], lines[1:4]]
+    assert "data.input=r/prompts_2.jsonl" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"METHOD": "ppo"}, "rounds.sh: METHOD=ppo: use dpo, fa or ca"),
+        ({"ROUNDS": "two"}, "rounds.sh: ROUNDS=two: must be a whole number"),
+        ({"MAX_KL": "much"}, "rounds.sh: MAX_KL=much: must be a number"),
+        ({"PROMPTS": ""}, "rounds.sh: no runs/prepare/prompts.jsonl: run scripts/pipeline.sh first, or set PROMPTS"),
+    ],
+)
+def test_wrong_settings_of_rounds_start_nothing(tmp_path: Path, more: dict[str, str], said: str) -> None:
+    done = rounds(tmp_path, **more)
+    assert (done.returncode, done.stdout, done.stderr) == (78, "", f"{said}\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_prompts_of_rounds_are_named(tmp_path: Path) -> None:
+    done = rounds(tmp_path, PROMPTS_PER_ROUND="3", TRAIN_PROMPTS="nowhere.jsonl")
+    assert done.returncode == 78
+    assert done.stderr == "rounds.sh: TRAIN_PROMPTS=nowhere.jsonl: no such file\n"
 
 
 def test_jobs_depend_on_the_jobs_whose_folders_they_read(tmp_path: Path) -> None:

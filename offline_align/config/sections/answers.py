@@ -46,6 +46,10 @@ class LabelSection:
     """Also write the answers with the highest rewards, this many for each prompt, to `best.jsonl`. It
     has the form of `generations.jsonl`, so `evaluate` compares best-of-n with other methods. The input
     must be answers of `generate`."""
+    statistics: str | None = None
+    """Run folder of an earlier `label` with the same reward model, or its `reward_stats.json`. Rewards
+    are normalised with the mean and standard deviation of that run, so both runs have one scale:
+    validation rows, new answers, rounds. If unset, those of this run's own rewards."""
 
 
 @dataclass(frozen=True)

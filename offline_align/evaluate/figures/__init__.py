@@ -8,6 +8,7 @@ from offline_align.evaluate.figures.judges import draw_judges
 from offline_align.evaluate.figures.lineage import draw_lineage
 from offline_align.evaluate.figures.methods import draw_distributions, draw_estimates, draw_rank_scores
 from offline_align.evaluate.figures.optimisation import draw_gains
+from offline_align.evaluate.figures.rounds import draw_rounds
 from offline_align.evaluate.figures.training import draw_curves
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "draw_lineage",
     "draw_rank_scores",
     "draw_reliability",
+    "draw_rounds",
 ]

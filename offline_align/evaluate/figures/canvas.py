@@ -69,7 +69,8 @@ class Picture:
         buffer = io.BytesIO()
         with style():
             self.figure.savefig(buffer, format="rgba", dpi=BITMAP_DPI, facecolor=SURFACE)
-        width, height = (int(inches * BITMAP_DPI) for inches in self.figure.get_size_inches())
+        # matplotlib rounds down, but 4.9 inches may be stored as 4.899...
+        width, height = (int(inches * BITMAP_DPI + 1e-6) for inches in self.figure.get_size_inches())
         return np.frombuffer(buffer.getvalue(), np.uint8).reshape(height, width, 4)[:, :, :3]
 
 

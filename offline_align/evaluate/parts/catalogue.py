@@ -19,6 +19,7 @@ from offline_align.evaluate.parts.cost import cost_section
 from offline_align.evaluate.parts.drift import drift_section
 from offline_align.evaluate.parts.following import following_section
 from offline_align.evaluate.parts.optimisation import optimisation_section
+from offline_align.evaluate.parts.rounds import rounds_section
 from offline_align.evaluate.parts.runs import runs_section
 from offline_align.evaluate.parts.seeds import seeds_section
 from offline_align.evaluate.parts.served_judge import judge_section
@@ -64,6 +65,7 @@ def report_sections(evidence: Evidence) -> list[Section]:
         methods = compared.comparison.methods
         found += [
             study_section(compared, settings, seed, evidence.others),
+            rounds_section(compared, settings, seed, content, divergence),
             seeds_section(compared, settings),
             significance_section(compared, settings),
             following_section(compared, settings, seed, content),

@@ -45,7 +45,8 @@ class LabelSet:
 
     def normalised(self, raw: Floats) -> Floats:
         """Return raw rewards on the scale of the labels; zeros if all labels are equal."""
-        return (raw - self.stats.mean) / self.stats.std if self.stats.std else np.zeros_like(raw)
+        scale = self.stats.scale
+        return (raw - scale.mean) / scale.std if scale.std else np.zeros_like(raw)
 
     def reward_at(self, level: float) -> float:
         """Return the normalised reward at a quantile level, interpolated."""
@@ -66,11 +67,12 @@ def find_label_set(generation_files: Iterable[Path]) -> LabelSet | None:
     folders = [path.parent.resolve() for path in generation_files]
     runs = find_ancestors(folders)
     labels = (run for run in reversed(runs) if run.stage in ("label", "prepare") and run.run_dir not in folders)
-    found = [label for run in labels if (label := _read(run)) is not None]
+    found = [label for run in labels if (label := read_label_set(run)) is not None]
     return found[0] if found else None
 
 
-def _read(run: Ancestor) -> LabelSet | None:
+def read_label_set(run: Ancestor) -> LabelSet | None:
+    """Return the labelled rows of a finished run, or None if their statistics cannot be read."""
     try:
         stats = RewardStats.from_json(json.loads((run.run_dir / "reward_stats.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

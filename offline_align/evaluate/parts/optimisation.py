@@ -84,7 +84,7 @@ def optimisation_section(
     }
     if divergence is not None:
         for k in others:
-            methods[comparison.methods[k]] |= _divergence(divergence, k, judged, settings, seed)
+            methods[comparison.methods[k]] |= kl_of(divergence, k, judged, settings, seed)
     return Section(
         name="optimisation",
         title="Is the gain real?",
@@ -96,7 +96,7 @@ def optimisation_section(
     )
 
 
-def _divergence(
+def kl_of(
     divergence: Divergence, method: int, judged: NDArray[np.bool_], settings: EvaluateSection, seed: int
 ) -> dict[str, Any]:
     """Return KL in nats per answer, with its interval, and per token; empty if unknown."""

@@ -104,3 +104,68 @@ def write_label_run(folder: Path, rewards: Sequence[float]) -> Path:
     outputs = [path, folder / "reward_stats.json"]
     write_manifest(folder, "label", "label", [], [checkpoint], outputs, {"rows": len(rows)})
     return path
+
+
+class Rounds:
+    """Writes the lineage of policies that learn from labelled answers of each other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reward = folder / "reward" / "checkpoints" / "step_1"
+        self._model(self.reward, "reward", "reward", [], [])
+
+    def _model(self, checkpoint: Path, stage: str, key: str, inputs: list[Path], parents: list[Path]) -> None:
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "model.json").write_text(json.dumps({"of": key}))
+        run_dir = checkpoint.parents[1]
+        write_manifest(run_dir, stage, key, inputs, parents, [checkpoint], {"method": stage})
+
+    def first(self, name: str = "sft") -> Path:
+        """Write a first policy and return its run folder."""
+        self._model(self.folder / name / "checkpoints" / "step_1", "sft", name, [], [])
+        return self.folder / name
+
+    def answer(self, policy: Path, name: str, targets: Sequence[float] = (), samples: int = 1) -> Path:
+        """Write answers of a policy to PROMPTS, at all targets, and return the file."""
+        path = self.folder / name / "generations.jsonl"
+        path.parent.mkdir()
+        asked: list[str | None] = [f"<{target}>" for target in targets] or [None]
+        rows = [
+            {**prompt, "response": f"{name} {k}", "finish_reason": "stop", "condition": text, "sample_index": k}
+            for text in asked
+            for prompt in PROMPTS
+            for k in range(samples)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        method = "" if policy.name == "sft" else policy.name.partition("_")[0]
+        extra = {"method": method or "sft", "targets": dict(zip(asked, targets, strict=False))}
+        write_manifest(path.parent, "generate", name, [], [policy / "checkpoints" / "step_1"], [path], extra)
+        return path
+
+    def label(self, answers: Path, name: str, rewards: Sequence[float]) -> Path:
+        """Write a label run with these raw rewards and return its rows."""
+        folder = self.folder / name
+        folder.mkdir()
+        stats, path = fit(rewards), folder / "labelled.jsonl"
+        path.write_text("{}\n")
+        (folder / "reward_stats.json").write_text(json.dumps(stats.as_json()))
+        outputs = [path, folder / "reward_stats.json"]
+        write_manifest(folder, "label", name, [answers], [self.reward], outputs, {})
+        return path
+
+    def learn(self, start: Path, rows: Sequence[Path], name: str) -> Path:
+        """Write a policy of the method `name` (before its first `_`) and return its run folder."""
+        parents = [start / "checkpoints" / "step_1"]
+        checkpoint = self.folder / name / "checkpoints" / "step_1"
+        self._model(checkpoint, name.partition("_")[0], name, list(rows), parents)
+        return self.folder / name
+
+    def next(self, policy: Path, name: str, rewards: Sequence[float] = (8.0, 10.0, 12.0)) -> Path:
+        """Return the policy after one more round."""
+        rows = self.label(self.answer(policy, f"answers_{name}"), f"label_{name}", rewards)
+        return self.learn(policy, [rows], name)
+
+
+@pytest.fixture
+def rounds(tmp_path: Path) -> Rounds:
+    return Rounds(tmp_path / "lineage")

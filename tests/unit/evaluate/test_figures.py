@@ -30,15 +30,26 @@ def draw_all(names: list[str]) -> dict[str, str]:
     ]
     curves = [Curve(name, "loss", ((1, 2.0), (2, 1.0)), ((2, 1.5),)) for name in names]
     points = [(float(k), one) for k, one in enumerate(estimates)]
+    rounds = [(0, estimates[0]), (1, estimates[-1])]
+    panels = {"reward": dict.fromkeys(names, rounds), **{name: {"one": rounds} for name in names}}
     drawn = {
         "estimates": figures.draw_estimates("Mean score", names, estimates, 1.0),
         "spread": figures.draw_distributions("Spread", names, scores),
         "rank": figures.draw_rank_scores("Rank score", names, [2.0] * len(names)),
         "curves": figures.draw_curves("Training loss", curves),
         "lineage": figures.draw_lineage("Lineage", runs),
+        "rounds": figures.draw_rounds("Rounds", panels),
         "gains": figures.draw_gains("Gain by kl", names, points, range(len(names)), "nats"),
     }
     return {name: picture.svg() for name, picture in drawn.items()}
+
+
+def test_a_bitmap_has_the_size_of_its_figure() -> None:
+    """Also if the height in inches times the resolution is a whole number up to rounding."""
+    estimate = {"mean": 1.0, "low": 0.5, "high": 1.5}
+    panels = {str(k): {"dpo": [(0, estimate)]} for k in range(4)}
+    picture = figures.draw_rounds("Rounds", panels)
+    assert picture.pixels().shape == (539, 1056, 3)
 
 
 @pytest.mark.parametrize("names", [["sft"], NASTY], ids=["one", "nasty"])

@@ -50,6 +50,16 @@ def test_merging_keeps_columns_and_order(tmp_path: Path) -> None:
     }
 
 
+def test_columns_of_other_answers_do_not_come_along(tmp_path: Path) -> None:
+    """With them, `label` would score the pair again, and `fa` would take the other answer's reward."""
+    path = tmp_path / "generations.jsonl"
+    columns = {"prompt": "Hi", "chosen": "a", "rejected": "b", "reward": 1.0, "reward_raw": 2.0, "source": "x"}
+    merge(path, [Prompt("p", PROMPTS[0].prompt, columns)], REQUESTS[:1], {(0, 0, 0): answer(0, text="c")}, [""])
+    row = json.loads(path.read_text(encoding="utf-8"))
+    assert list(row) == ["id", "prompt", "source", "response", "finish_reason", "condition"]
+    assert row["response"] == "c"
+
+
 def test_single_answers_have_no_sample_index_and_a_null_condition(tmp_path: Path) -> None:
     path = tmp_path / "generations.jsonl"
     merge(path, [Prompt("f:1", PROMPTS[0].prompt, {"prompt": "Hi"})], REQUESTS[:1], {(0, 0, 0): answer(0)}, [""])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,16 @@ import pytest
 
 from offline_align.errors import DataError, StorageError
 from offline_align.label.figures import draw_reward_histogram
-from offline_align.label.statistics import LEVELS, RewardStats, fit, normalise, share_within
+from offline_align.label.statistics import (
+    LEVELS,
+    RewardStats,
+    Scale,
+    fit,
+    normalise,
+    same_scale,
+    scale_of,
+    share_within,
+)
 
 
 def test_mean_std_count_and_quantiles() -> None:
@@ -92,6 +102,36 @@ def test_json_round_trip_has_the_published_keys() -> None:
     text = json.dumps(stats.as_json())
     assert list(json.loads(text)) == ["mean", "std", "count", "quantiles"]
     assert RewardStats.from_json(json.loads(text)) == stats
+
+
+def test_a_given_scale_normalises_and_the_own_statistics_stay() -> None:
+    stats = replace(fit([4.0, 8.0]), normalised_with=Scale(2.0, 4.0))
+    np.testing.assert_array_equal(normalise([4.0, 8.0], stats), [0.5, 1.5])
+    written = json.loads(json.dumps(stats.as_json()))
+    assert (written["mean"], written["std"], written["normalised_with"]) == (6.0, 2.0, {"mean": 2.0, "std": 4.0})
+    assert RewardStats.from_json(written) == stats
+
+
+def test_equal_rewards_have_a_value_on_a_given_scale(caplog: pytest.LogCaptureFixture) -> None:
+    stats = replace(fit([6.0, 6.0]), normalised_with=Scale(2.0, 4.0))
+    np.testing.assert_array_equal(normalise([6.0, 6.0], stats), [1.0, 1.0])
+    assert not caplog.messages
+
+
+def test_the_scale_of_rows_is_found_from_their_rewards() -> None:
+    raw = np.random.default_rng(0).normal(3.0, 2.0, size=50)
+    stats = fit(raw)
+    found = scale_of(raw, normalise(raw, stats))
+    assert found is not None
+    assert [found.mean, found.std] == pytest.approx([stats.mean, stats.std])
+    assert same_scale(found, stats.scale)
+    assert not same_scale(Scale(stats.mean + 0.01 * stats.std, stats.std), stats.scale)
+    assert not same_scale(Scale(stats.mean, 1.01 * stats.std), stats.scale)
+
+
+@pytest.mark.parametrize("normalised", [[0.0, 0.0, 0.0], [0.0, 1.0, 4.0], [2.0, 1.0, 0.0]])
+def test_rewards_that_no_scale_explains_have_none(normalised: list[float]) -> None:
+    assert scale_of([0.0, 1.0, 2.0], normalised) is None
 
 
 def test_share_within() -> None:
