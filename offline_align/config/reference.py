@@ -41,7 +41,6 @@ _COMMON = (
     "data.template",
     "data.on_bad_row",
     "data.sample",
-    "data.weights",
     "prepare.columns",
     "prepare.score_column",
     "prepare.valid_fraction",
