@@ -123,7 +123,7 @@ def test_report_json_is_strict_and_has_everything(write_run: WriteRun, tmp_path:
 
     content = json.loads((folder / "report.json").read_text(), parse_constant=refuse)
     assert list(content) == [
-        *["format", "methods", "baseline", "judge", "prompts", "judged_prompts", "samples_per_prompt"],
+        *["format", "methods", "competing", "baseline", "judge", "prompts", "judged_prompts", "samples_per_prompt"],
         *["confidence", "bootstrap_samples", "seed", "rank_score", "overall", "win_rates", "answers"],
         *["group_by", "groups", "rows", "files", "lineage"],
     ]
