@@ -58,7 +58,7 @@ if $is_demo; then
     LABEL_OPTIONS=${LABEL_OPTIONS:-$size}
     case $METHOD in
     dpo) own="optim.lr=1e-4" ;;
-    fa) own="optim.lr=1e-3" ;;
+    fa) own="optim.lr=3e-4" ;;
     ca) own="optim.lr=2e-3 trainer.max_epochs=4 method.reward_limit=1.5" ;; # near the highest reward of round 0
     esac
     TRAIN_OPTIONS=${TRAIN_OPTIONS:-$size trainer.global_batch_size=32 optim.lr_warmup_steps=2 $own}
