@@ -3,7 +3,7 @@
 Shapes: P judged prompts, S samples of each, M methods.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
