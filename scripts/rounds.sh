@@ -3,7 +3,7 @@
 # answers on the scale of the first round, one method learns from them, and a report compares all rounds so far.
 #
 #   scripts/rounds.sh                      the demo: three rounds of DPO after scripts/pipeline.sh, minutes on two CPU cores
-#   METHOD=fa RUNS=runs/rounds_fa scripts/rounds.sh
+#   METHOD=fa scripts/rounds.sh
 #   RUNS=/big/rounds POLICY=/big/runs/sft REWARD=/big/runs/reward TRAIN_PROMPTS=my_rows.jsonl PROMPTS=my_questions.jsonl \
 #     ROUNDS=5 MAX_KL=30 OPTIONS=launcher.nproc_per_node=8 scripts/rounds.sh
 #
@@ -30,8 +30,8 @@ POLICY=${POLICY:-$FROM/sft}                    # the policy that the first round
 REWARD=${REWARD:-$FROM/reward}                 # labels the answers of every round, and judges in the report
 TRAIN_PROMPTS=${TRAIN_PROMPTS:-$FROM/prepare/sft_train.jsonl} # rows whose prompts are answered; their answers are not used
 PROMPTS=${PROMPTS:-}                           # held-out prompts; the demo corpus has its own
-RUNS=${RUNS:-$FROM/rounds}                     # folder for the run folders of all rounds
 METHOD=${METHOD:-dpo}
+RUNS=${RUNS:-$FROM/rounds_$METHOD}             # folder for the run folders of all rounds
 ROUNDS=${ROUNDS:-3}
 SEED=${SEED:-0}                                # every round samples and shuffles with a seed of its own, from this one on
 
@@ -58,7 +58,7 @@ if $is_demo; then
     LABEL_OPTIONS=${LABEL_OPTIONS:-$size}
     case $METHOD in
     dpo) own="optim.lr=1e-4" ;;
-    fa) own="optim.lr=1e-3" ;;
+    fa) own="optim.lr=3e-4" ;;
     ca) own="optim.lr=2e-3 trainer.max_epochs=4 method.reward_limit=1.5" ;; # near the highest reward of round 0
     esac
     TRAIN_OPTIONS=${TRAIN_OPTIONS:-$size trainer.global_batch_size=32 optim.lr_warmup_steps=2 $own}
@@ -67,7 +67,7 @@ if $is_demo; then
     TARGET_REWARD=${TARGET_REWARD:-1.5}
 fi
 SAMPLES=${SAMPLES:-8}                          # answers to each training prompt
-PROMPTS_PER_ROUND=${PROMPTS_PER_ROUND:-}       # training prompts of a round, the next ones in each round; empty: all
+PROMPTS_PER_ROUND=${PROMPTS_PER_ROUND:-0}      # training prompts of a round, the next ones in each round; 0: all
 TARGET_REWARD=${TARGET_REWARD:-5.0}            # target reward for Conditional Alignment (the paper's)
 
 # The rounds end after the first one whose policy is too far from the first policy: KL divergence in nats per answer, or
@@ -99,7 +99,7 @@ PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin:$PATH"
 # Print the file with the training prompts of a round. If there are fewer prompts than all rounds take, they start again.
 prompts_of() {
     local file=$RUNS/prompts_$1.jsonl
-    [[ -n "$PROMPTS_PER_ROUND" ]] || { echo "$TRAIN_PROMPTS" && return; }
+    ((PROMPTS_PER_ROUND > 0)) || { echo "$TRAIN_PROMPTS" && return; }
     [[ -f "$TRAIN_PROMPTS" ]] || { echo "rounds.sh: TRAIN_PROMPTS=$TRAIN_PROMPTS: no such file" >&2 && return 78; }
     mkdir -p "$RUNS"
     awk -v count="$PROMPTS_PER_ROUND" -v round="$1" '

@@ -72,7 +72,6 @@ _COMMON = (
     "trainer.max_time",
     "optim.lr",
     "optim.lr_warmup_steps",
-    "optim.weight_decay",
     "launcher.nproc_per_node",
     "launcher.nodes",
     "run.device",

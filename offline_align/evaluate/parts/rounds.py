@@ -3,7 +3,7 @@
 Shapes: P judged prompts, S samples of each, M methods.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
@@ -164,7 +164,7 @@ def _findings(name: str, found: Mapping[str, Any]) -> list[str]:
     rounds = found["rounds"]
     numbers = list(rounds)
     first, last = rounds[numbers[0]], rounds[numbers[-1]]
-    lines = [f"{name}: {_course(numbers, first, last, found['unit'])}."]
+    lines = [f"{name}, from round {numbers[0]} to {numbers[-1]}: {_course(first, last, found['unit'])}."]
     for before, number in pairwise(numbers):
         lines += _doubts(name, before, number, rounds[number])
     beyond = last.get("beyond")
@@ -178,17 +178,17 @@ def _findings(name: str, found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _course(numbers: Sequence[str], first: Mapping[str, Any], last: Mapping[str, Any], unit: str) -> str:
+def _course(first: Mapping[str, Any], last: Mapping[str, Any], unit: str) -> str:
     """Return how the quantities went from the first to the last compared round."""
-    names = {"reward": unit, "true_quality": "true quality", "order_right": "share of pairs in the right order"}
+    names = {"reward": unit, "true_quality": "true quality"}
     went = [
-        f"{words} from {first[key]['mean']:.2f} to {last[key]['mean']:.2f}"
-        for key, words in names.items()
-        if key in first and key in last
+        f"{words} {first[key]['mean']:.2f} to {last[key]['mean']:.2f}" for key, words in names.items() if key in first
     ]
-    went.append(f"length from {first['words']['mean']:.1f} to {last['words']['mean']:.1f} words")
-    kl = f", at a KL of {last['kl']['mean']:.2f} nats per answer" if "kl" in last else ""
-    return f"from round {numbers[0]} to {numbers[-1]}, {', '.join(went[:-1])} and {went[-1]}{kl}"
+    if "order_right" in first and "order_right" in last:
+        went.append(f"pairs in the right order {first['order_right']['mean']:.0%} to {last['order_right']['mean']:.0%}")
+    went.append(f"length {first['words']['mean']:.1f} to {last['words']['mean']:.1f} words")
+    kl = f"; KL from the first policy {last['kl']['mean']:.2f} nats per answer" if "kl" in last else ""
+    return f"{', '.join(went)}{kl}"
 
 
 def _doubts(name: str, before: str, number: str, found: Mapping[str, Any]) -> list[str]:

@@ -75,7 +75,7 @@ def test_a_reward_that_rises_without_quality_is_over_optimisation(rounds: Rounds
         "exploits errors of the reward model."
     ]
     assert found.findings[0].startswith(
-        "dpo: from round 0 to 2, normalised reward from 0.00 to 1.00, true quality from 5.00 to 6.00"
+        "dpo, from round 0 to 2: normalised reward 0.00 to 1.00, true quality 5.00 to 6.00, length"
     )
 
 
@@ -91,7 +91,7 @@ def test_the_divergence_is_that_from_the_first_policy(rounds: Rounds) -> None:
     assert found is not None
     described = found.content["series"]["dpo"]["rounds"]
     assert [one["kl"]["mean"] for one in described.values()] == [0.0, 3.0, 7.0]
-    assert "at a KL of 7.00 nats per answer" in found.findings[0]
+    assert "KL from the first policy 7.00 nats per answer" in found.findings[0]
     assert found.findings[-1].startswith("dpo: not all answers were sampled at temperature 1")
 
 
