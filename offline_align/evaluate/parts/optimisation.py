@@ -7,6 +7,7 @@ Every gain is over the baseline on the same prompts, so intervals are paired. Ga
 are in standard deviations of the baseline's scores, which puts two models on one scale.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
@@ -19,6 +20,7 @@ from offline_align.config.sections import EvaluateSection
 from offline_align.evaluate.comparison import Comparison
 from offline_align.evaluate.divergence import Divergence
 from offline_align.evaluate.figures import draw_gains
+from offline_align.evaluate.parts.seeds import find_pools
 from offline_align.evaluate.resampling import mean_estimates
 from offline_align.evaluate.results import Compared, choose_baseline
 from offline_align.evaluate.sections import Drawing, Section, Table
@@ -77,6 +79,7 @@ def optimisation_section(
         for name, values in measures.items()
     }
     reversed_pairs = [] if truth is None else reversals(scores[judged], truth, comparison.methods, settings, seed)
+    pools = {name: [comparison.methods[k] for k in found] for name, found in find_pools(comparison).items()}
     others = [k for k in range(len(comparison.methods)) if k != base]
     methods: dict[str, dict[str, Any]] = {
         comparison.methods[k]: {"at_equal_length": None} | {name: asdict(v[k]) for name, v in estimates.items()}
@@ -89,7 +92,7 @@ def optimisation_section(
         name="optimisation",
         title="Is the gain real?",
         note=NOTE + TRUTH_NOTE * (truth is not None) + DIVERGENCE_NOTE * (divergence is not None),
-        findings=_findings(methods, reversed_pairs) + _distances(methods, baseline),
+        findings=_findings(methods, reversed_pairs, pools) + _distances(methods, baseline),
         content={"baseline": baseline, "second_model": second_name, "methods": methods},
         tables=[_table(methods, baseline)],
         drawings=_drawings(methods, comparison.methods),
@@ -171,10 +174,29 @@ def reversals(
     return found
 
 
-def _findings(methods: Mapping[str, Mapping[str, Any]], reversed_pairs: Sequence[tuple[str, str]]) -> list[str]:
+def wrong_order(reversed_pairs: Sequence[tuple[str, str]], pools: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return a sentence for each two methods that the judge puts in the wrong order.
+
+    `pools` has the policies of each method, which differ in their seed. Pairs of one method are left out.
+    """
+    method_of = {name: pool for pool, names in pools.items() for name in names}
+    found = Counter((method_of[a], method_of[b]) for a, b in reversed_pairs)
+    lines = []
+    for (a, b), count in found.items():
+        if a != b:
+            pairs = len(pools[a]) * len(pools[b])
+            seeds = f", in {count} of {pairs} pairs of seeds" if pairs > 1 else ""
+            lines.append(f"{a} has a higher score than {b} but a lower true quality{seeds}.")
+    return lines
+
+
+def _findings(
+    methods: Mapping[str, Mapping[str, Any]],
+    reversed_pairs: Sequence[tuple[str, str]],
+    pools: Mapping[str, Sequence[str]],
+) -> list[str]:
     """Return the gains in doubt or, if there are none, the checks that all gains passed."""
-    lines = _doubts(methods)
-    lines += [f"{a} has a higher score than {b} but a lower true quality." for a, b in reversed_pairs]
+    lines = _doubts(methods) + wrong_order(reversed_pairs, pools)
     made = {
         "at_equal_length": "length alone",
         "second_gain": "one reward model alone",

@@ -12,6 +12,7 @@ from offline_align.evaluate.parts.optimisation import (
     optimisation_section,
     reversals,
     standardised_gains,
+    wrong_order,
 )
 from offline_align.evaluate.results import Compared, Judgement
 from offline_align.evaluate.sections import Section
@@ -167,3 +168,12 @@ def test_a_slope_that_cannot_be_seen_is_not_taken_for_none() -> None:
     assert at_equal_length(gains, np.array([[1 / 3, 0.7]] * 3), 0) is None
     assert at_equal_length(gains[:1], np.array([[1.0, 5.0]]), 0) is None
     assert at_equal_length(gains, np.full((3, 2), 1 / 3), 0) == pytest.approx(gains), "all are of equal length"
+
+
+def test_policies_of_several_seeds_are_one_method_in_the_wrong_order() -> None:
+    pools = {"sft": ["sft"], "ca": ["ca"], "fa": ["fa seed 1", "fa seed 2"], "dpo": ["dpo seed 1", "dpo seed 2"]}
+    pairs = [("ca", "sft"), ("dpo seed 1", "fa seed 1"), ("dpo seed 1", "fa seed 2"), ("dpo seed 1", "dpo seed 2")]
+    assert wrong_order(pairs, pools) == [
+        "ca has a higher score than sft but a lower true quality.",
+        "dpo has a higher score than fa but a lower true quality, in 2 of 4 pairs of seeds.",
+    ]
