@@ -207,24 +207,26 @@ def test_rewards_on_the_scale_of_an_earlier_run(folder: Path, reward: Path, caps
         return run(["label", f"run.dir={folder / name}", *given])
 
     new = write_jsonl(folder / "new.jsonl", samples(7))
-    assert again("second", new, f"label.statistics={folder / 'whole'}") == 0
+    assert again("more", new, f"label.statistics={folder / 'whole'}") == 0
     # The scale of a set that has an earlier one's is that of the earlier one.
-    assert again("third", folder / "pairs.jsonl", f"label.statistics={folder / 'second' / 'reward_stats.json'}") == 0
-    for name, count in (("second", 7), ("third", 24)):
+    assert (
+        again("still_more", folder / "pairs.jsonl", f"label.statistics={folder / 'second' / 'reward_stats.json'}") == 0
+    )
+    for name, count in (("more", 7), ("still_more", 24)):
         rows = [json.loads(line) for line in (folder / name / "labelled.jsonl").read_text().splitlines()]
         expected = [(row["reward_raw"] - first["mean"]) / first["std"] for row in rows]
         assert [row["reward"] for row in rows] == pytest.approx(expected)
         stats = json.loads((folder / name / "reward_stats.json").read_text())
         assert stats["normalised_with"] == {"mean": first["mean"], "std": first["std"]}
         assert (stats["count"], stats["mean"]) == (count, pytest.approx(sum(r["reward_raw"] for r in rows) / count))
-    manifest = read_manifest(folder / "second")
+    manifest = read_manifest(folder / "more")
     assert manifest is not None
     assert [Path(record.path).name for record in manifest.inputs] == ["new.jsonl", "reward_stats.json"]
     assert [parent.stage for parent in manifest.parents] == ["reward", "label"]
     assert run(["verify", f"run.dir={folder / 'second'}"]) == 0
     # The folder and the file in it are the same setting; no statistics, or others, are another run.
-    assert again("second", new, f"label.statistics={folder / 'whole' / 'reward_stats.json'}") == 0
-    assert again("second", new) == 78
+    assert again("more", new, f"label.statistics={folder / 'whole' / 'reward_stats.json'}") == 0
+    assert again("more", new) == 78
     capsys.readouterr()
     for given, code, said in (
         (folder / "nowhere", 78, "label.statistics="),
