@@ -24,7 +24,7 @@ fi
 # ---- What to compare -------------------------------------------------------------------------------------------------
 
 RUNS=${RUNS:-runs/study}                       # folder for all run folders
-METHODS=${METHODS:-sft fa rwr ca dpo}          # sft trains on all labelled rows, whatever their reward
+METHODS=${METHODS:-sft fa rwr ca dpo ppo}      # sft trains on all labelled rows, whatever their reward
 SEEDS=${SEEDS:-1 2 3}                          # every method is trained once with each seed
 BUDGET=${BUDGET:-own}                          # own: each method reads its own rows once; equal: the same number of tokens
 TOKENS=${TOKENS:-}                             # tokens of a training for BUDGET=equal; empty: those of the labelled file
@@ -72,9 +72,15 @@ if [[ "$UNTIL" == labels ]]; then
         "${all[@]}" "${train[@]}" "${reward[@]}"
     JUDGES="judge=reward_model judge.model=$RUNS/reward_2${JUDGES:+; $JUDGES}"
 fi
-# The pairs of a tiny model need a larger learning rate than DPO's default.
-[[ "$MODEL" != demo ]] || DPO_OPTIONS=${DPO_OPTIONS:-optim.lr=3e-4}
+# A tiny model needs larger learning rates. Mini-batches of PPO are an eighth of the answers of an iteration, as in the
+# paper. With the paper's KL coefficient, 0.01, the demo's policy exploits its reward model.
+if [[ "$MODEL" == demo ]]; then
+    DPO_OPTIONS=${DPO_OPTIONS:-optim.lr=3e-4}
+    PPO_OPTIONS=${PPO_OPTIONS:-$size method.rollout_batch_size=256 trainer.max_steps=12 optim.lr=2e-4 \
+        method.critic_lr=1e-3 method.kl_coefficient=0.1 generate.max_new_tokens=48 generate.batch_size=128}
+fi
 read -ra dpo <<<"${DPO_OPTIONS:-}"
+read -ra ppo <<<"${PPO_OPTIONS:-}"
 read -ra methods <<<"$METHODS"
 read -ra seeds <<<"$SEEDS"
 
@@ -142,6 +148,8 @@ for method in "${methods[@]}"; do
             [[ "$seed" != "${seeds[0]}" ]] || asked=(method.target_reward="[$TARGET_REWARD,0.0,$LOW_REWARD]")
             ;;
         dpo) own+=("${dpo[@]}") ;;
+        # Its data are the prompts; its budget is that of PPO_OPTIONS.
+        ppo) own=(method.reward_model="$REWARD" "${ppo[@]}") length=() ;;
         esac
         offline-align "$method" run.dir="$policy" run.seed="$seed" init.from="$POLICY" data.train="$LABELLED" \
             "${all[@]}" "${train[@]}" "${own[@]}" "${length[@]}"

@@ -7,6 +7,7 @@ that there is no problem.
 import importlib.util
 import math
 import re
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def problems(config: Run, model: s.ModelSection | None, world: int) -> list[str]
     if parallel is not None:
         found += _layout(parallel, world)
         found += _batch(section(config, s.TrainerSection), parallel, world)
-    found += _transformer_engine(config) + _precision_aware(config)
+    found += _transformer_engine(config) + _precision_aware(config) + _rollouts(config)
     if model is not None:
         found += _model(model) or (_model_layout(model, parallel) if parallel else [])
         data = section(config, s.DataSection)
@@ -228,6 +229,41 @@ def _preference(method: s.PreferenceMethodSection) -> list[str]:
     return found
 
 
+def _policy_optimization(method: s.PolicyOptimizationMethodSection) -> list[str]:
+    found = _positive(method, "method", "rollout_batch_size", "ppo_epochs")
+    found += _unless(method, "above 0", lambda v: v > 0, "value_clip", "reward_clip", "critic_lr", "max_kl")
+    at_least_0 = ("kl_coefficient", "ptx_coefficient", "critic_warmup_iterations")
+    found += _unless(method, "of at least 0", lambda v: v >= 0, *at_least_0)
+    found += _unless(method, "from 0 to 1", lambda v: 0 <= v <= 1, "gae_lambda", "gamma")
+    found += _unless(method, "above 0 and below 1", lambda v: 0 < v < 1, "clip")
+    found += _unless(method, "of at most 0", lambda v: v <= 0, "truncation_penalty")
+    return found + _unless(method, "of at least 1", lambda v: v >= 1, "importance_cap")
+
+
+def _unless(method: s.MethodSection, rule: str, is_good: Callable[[float], bool], *names: str) -> list[str]:
+    values = {n: getattr(method, n) for n in names}
+    return [
+        f"method.{n}={v}: must be a finite number {rule}"
+        for n, v in values.items()
+        if v is not None and not (math.isfinite(v) and is_good(v))
+    ]
+
+
+def _rollouts(config: Run) -> list[str]:
+    """Return the settings with which the answers of an iteration cannot be learned from."""
+    method = section(config, s.PolicyOptimizationMethodSection)
+    if method is None:
+        return []
+    found, trainer = [], section(config, s.TrainerSection)
+    size = trainer.global_batch_size if trainer else 1
+    if size > 0 and method.rollout_batch_size % size:
+        found.append(
+            f"method.rollout_batch_size={method.rollout_batch_size}: not a multiple of "
+            f"trainer.global_batch_size={size}; make it one, so that all mini-batches have the same size"
+        )
+    return found
+
+
 def _generate(generate: s.GenerateSection) -> list[str]:
     found = _positive(generate, "generate", "max_new_tokens", "n", "batch_size")
     if not (math.isfinite(generate.temperature) and generate.temperature >= 0):
@@ -356,6 +392,7 @@ _SECTION_CHECKS: dict[type, Any] = {
     s.OptimSection: _optim,
     s.FilteringMethodSection: _filtering,
     s.PairsMethodSection: _pairs,
+    s.PolicyOptimizationMethodSection: _policy_optimization,
     s.PreferenceMethodSection: _preference,
     s.RewardWeightedMethodSection: _weighted,
     s.ConditionalMethodSection: _conditional,

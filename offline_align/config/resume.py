@@ -54,6 +54,8 @@ _WHY: dict[Change, dict[str, str]] = {
         "convert.evaluation": "its report is an input",
     },
     Change.warn: {
+        "method.critic_lr": "learning rate of the remaining steps",
+        "method.max_kl": "when a run that goes wrong ends",
         "trainer.max_steps": "the run becomes longer or shorter; the order of the rows stays",
         "trainer.max_epochs": "the run becomes longer or shorter; the order of the rows stays",
         "trainer.eval_interval": "how often the model is validated",

@@ -114,6 +114,28 @@ class PreferenceRun(TrainRun):
 
 
 @dataclass(frozen=True)
+class PolicyOptimizationRun(TrainRun):
+    """`ppo`: Proximal Policy Optimization."""
+
+    data: s.PromptDataSection = field(default_factory=s.PromptDataSection)
+    method: s.PolicyOptimizationMethodSection = field(default_factory=s.PolicyOptimizationMethodSection)
+    generate: s.GenerateSection = field(default_factory=s.GenerateSection)
+
+    def named_files(self) -> dict[str, Any]:
+        """Return `data.train` and `data.ptx`."""
+        return {"data.train": self.data.train, "data.ptx": self.data.ptx}
+
+    def named_models(self) -> dict[str, str | None]:
+        """Return the policy, the reward model and the critic."""
+        method = self.method
+        return {
+            **super().named_models(),
+            "method.reward_model": method.reward_model,
+            "method.critic": method.critic,
+        }
+
+
+@dataclass(frozen=True)
 class LabelRun(ModelRun):
     """`label`: score a data set with a reward model."""
 

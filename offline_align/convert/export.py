@@ -5,12 +5,13 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from offline_align.config.sections import ModelSection, Template
@@ -19,7 +20,7 @@ from offline_align.convert.architecture import huggingface_config
 from offline_align.convert.card import model_card
 from offline_align.convert.chat_template import chat_template
 from offline_align.convert.files import INDEX, SINGLE
-from offline_align.convert.names import Entry, Kind
+from offline_align.convert.names import Entry, Join, Kind
 from offline_align.convert.provenance import UNKNOWN, Provenance
 from offline_align.convert.recipe import recipe
 from offline_align.convert.same_ids import same_ids
@@ -47,16 +48,17 @@ def export_huggingface(
     max_shard_size: str = "5GB",
     known: Provenance = UNKNOWN,
     for_people: bool = True,
+    shards_of: Callable[[Tensor], list[Tensor]] = lambda tensor: [tensor],
 ) -> list[Path]:
     """Write a folder that `transformers` and vLLM can load, and return its files.
 
-    `state` yields whole tensors (gathered over tensor parallel ranks) under our names. `known` goes
+    `state` yields tensors under our names, whole or as `huggingface_tensors` takes them. `known` goes
     into the model card. A folder that is not `for_people` gets no model card, and its ids are not
     compared with those of `transformers`. Raises ConfigError for a model that no family can represent and for missing
     or unknown tensors, and StorageError if writing fails.
     """
     max_shard_bytes = parse_size(max_shard_size)
-    tensors = huggingface_tensors(state, description.model, description.kind)
+    tensors = huggingface_tensors(state, description.model, description.kind, shards_of)
     first = next(tensors)
     dtype = str(first[1].dtype).removeprefix("torch.")
     with _atomic_folder(target) as work:
@@ -104,9 +106,16 @@ def _weights_in(folder: Path) -> set[str]:
 
 
 def huggingface_tensors(
-    state: Iterable[tuple[str, Tensor]], model: ModelSection, kind: Kind
+    state: Iterable[tuple[str, Tensor]],
+    model: ModelSection,
+    kind: Kind,
+    shards_of: Callable[[Tensor], list[Tensor]] = lambda tensor: [tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield `state` under Hugging Face names; raises ConfigError for missing or unknown tensors."""
+    """Yield `state` under Hugging Face names; raises ConfigError for missing or unknown tensors.
+
+    `state` has whole tensors. If it has those of one tensor parallel rank, `shards_of` must return the
+    shards of all ranks; it is not called for tensors that all ranks have whole.
+    """
     table = {entry.ours: entry for entry in names.entries(names.family_of(model), model, kind)}
     for name, tensor in state:
         if name.endswith("_extra_state"):
@@ -114,14 +123,25 @@ def huggingface_tensors(
         entry = table.pop(name, None)
         if entry is None:
             raise ConfigError(f"init.from: tensor {name} of the checkpoint is not part of the model it describes")
-        yield from zip((part.name for part in entry.parts), _split(entry, tensor, model), strict=True)
+        shards = [tensor] if entry.tp_axis is None else shards_of(tensor)
+        yield from zip((part.name for part in entry.parts), _parts(entry, shards, model), strict=True)
     if table:
         raise ConfigError(f"init.from: the checkpoint has no tensor {', '.join(table)}")
 
 
-def _split(entry: Entry, tensor: Tensor, model: ModelSection) -> list[Tensor]:
+def _parts(entry: Entry, shards: list[Tensor], model: ModelSection) -> list[Tensor]:
+    """Return the whole Hugging Face parts of the shards of all tensor parallel ranks."""
     assert model.vocab_size is not None
-    return split(entry.join, tensor, model.query_groups, model.head_width, model.vocab_size)
+    if entry.join in (Join.copy, Join.vocabulary):
+        shards = [_concatenated(shards, entry.tp_axis)]
+    groups = model.query_groups // len(shards)
+    # Each shard of a joined tensor holds a piece of every part.
+    pieces = [split(entry.join, shard, groups, model.head_width, model.vocab_size) for shard in shards]
+    return [_concatenated(part, entry.tp_axis) for part in zip(*pieces, strict=True)]
+
+
+def _concatenated(tensors: Sequence[Tensor], axis: int | None) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=axis or 0)
 
 
 def _write_tokenizer(description: ModelDescription, tokenizer: Tokenizer, target: Path) -> Written:

@@ -66,7 +66,7 @@ def load_huggingface(
     table = list(names.entries(architecture.family, model, architecture.kind))
     _check_tensor_parallel(model, tp_size)
     with open_tensors(folder) as slices:
-        _check_tensors(folder, architecture, table, slices)
+        _check_tensors(folder, architecture, slices)
         for entry in table:
             yield entry.ours, _shard(entry, model, slices, tp_rank, tp_size)
 
@@ -84,9 +84,8 @@ def _check_tensor_parallel(model: ModelSection, tp_size: int) -> None:
         )
 
 
-def _check_tensors(folder: Path, architecture: Architecture, table: list[Entry], slices: dict[str, Any]) -> None:
-    size = names.sizes(architecture.model)
-    expected = {part.name: [size[axis] for axis in part.shape] for entry in table for part in entry.parts}
+def _check_tensors(folder: Path, architecture: Architecture, slices: dict[str, Any]) -> None:
+    expected = names.part_shapes(architecture.family, architecture.model, architecture.kind)
     tied = architecture.model.share_embeddings_and_output_weights or architecture.kind == "reward_model"
     ignored = {"lm_head.weight"} if tied else set()
     problems = [f"tensor {name} is missing" for name in expected if name not in slices]

@@ -142,3 +142,10 @@ def entries(family: Family, model: ModelSection, kind: Kind) -> Iterator[Entry]:
         yield _REWARD_HEAD
     elif not model.share_embeddings_and_output_weights:
         yield _OUTPUT
+
+
+def part_shapes(family: Family, model: ModelSection, kind: Kind) -> dict[str, list[int]]:
+    """Return the shape of every Hugging Face tensor of a whole model, in the order of its layers."""
+    size = sizes(model)
+    parts = (part for entry in entries(family, model, kind) for part in entry.parts)
+    return {part.name: [size[axis] for axis in part.shape] for part in parts}

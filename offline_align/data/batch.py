@@ -56,6 +56,26 @@ class SharedKeys:
 
 
 @dataclass(frozen=True)
+class RolloutTargets:
+    """Numbers for each target of the policy's own answers: [N] fp32 each, in the order of the targets."""
+
+    old_log_probs: Tensor
+    """Log-probabilities in nats, by the trainer, under the policy that answered."""
+    advantages: Tensor
+    """Whitened advantages."""
+    importance: Tensor
+    """Weights of the policy's loss, which correct for the numerics of the generation engine."""
+    old_values: Tensor
+    """The critic's values before the iteration, in normalised reward."""
+    returns: Tensor
+    """What the critic learns to predict, in normalised reward."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "RolloutTargets":
+        """Return a copy with `change` applied to all tensors."""
+        return RolloutTargets(**{name: change(tensor) for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """A bin of concatenated rows; attention never crosses from one row into another."""
 
@@ -92,6 +112,10 @@ class PackedBatch:
     reference: Tensor | None = None
     """[S] fp64: log-likelihood in nats of the targets of each segment under the weights at the start of
     the run; None if the objective does not need it."""
+    rollout: RolloutTargets | None = None
+    """Numbers for each target of the policy's own answers; None if the objective does not need them."""
+    target_is_here: Tensor | None = None
+    """[targets of the whole bin] bool: whether each of them is on this rank; None if all are."""
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch on `device`."""
@@ -106,4 +130,6 @@ class PackedBatch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
         tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         shared = None if self.shared_keys is None else self.shared_keys.each(change)
-        return replace(self, slices=tuple(s.each(change) for s in self.slices), shared_keys=shared, **tensors)
+        rollout = None if self.rollout is None else self.rollout.each(change)
+        slices = tuple(s.each(change) for s in self.slices)
+        return replace(self, slices=slices, shared_keys=shared, rollout=rollout, **tensors)

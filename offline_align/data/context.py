@@ -50,6 +50,8 @@ def share_of_context(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
         last_index=ends.clamp(min=0),
         last_is_here=ends >= 0,
         margins=batch.margins if rank == 0 else batch.margins[:0],
+        rollout=None if batch.rollout is None else batch.rollout.each(lambda column: column[targets]),
+        target_is_here=targets,
     )
 
 

@@ -98,6 +98,12 @@ class Journal:
         except OSError as error:
             raise StorageError(f"{self._stop}: cannot be removed: {error.strerror or error}") from error
 
+    def remove_others(self) -> None:
+        """Delete the other journals of the run, whose results are no longer needed."""
+        for folder in self.folder.parent.glob("*"):
+            if folder != self.folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
     def remove(self) -> None:
         """Delete the journals of the run, once its output has all results."""
         shutil.rmtree(self.folder.parent, ignore_errors=True)

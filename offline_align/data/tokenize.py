@@ -121,8 +121,11 @@ def tokenize_samples(
     cache_dir: Path,
     on_refused: OnRefused | None = None,
     empty_answers: bool = False,
+    announced: bool = True,
 ) -> TokenizedRows:
     """Return the token ids of the rows, in order, from the cache if it has them.
+
+    If `announced`, the log says how many fit.
 
     Rows over `data.max_length` are truncated or left out (`dropped`: too_long, response_too_long).
     Rows whose target is end of sequence alone are left out (no_target) unless `empty_answers` is
@@ -135,7 +138,8 @@ def tokenize_samples(
     """
     tokens = _sample_tokens(rows, renderer, data, cache_dir, empty_answers)
     _report_refused({rows[i].sample.id: message for i, message in tokens.refused}, on_refused)
-    _check_some_left(tokens, len(rows), data)
+    if announced or tokens.dropped:
+        _check_some_left(tokens, len(rows), data)
     kept = [rows[i] for i in tokens.rows]
     weight = np.array([row.weight for row in kept], dtype=np.float32)
     found = _side(tokens, 0, [row.sample.id for row in kept], weight)

@@ -25,13 +25,25 @@ Place = tuple[int, int, int]
 def read_answers(journal: Journal, requests: Sequence[Request]) -> dict[Place, Completion]:
     """Return the answers to `requests` in the journal files of all ranks; raises StorageError."""
     expected = {_place(request) for request in requests}
-    answers = (Completion(**entry) for entry in journal.read())
+    answers = (_completion(entry) for entry in journal.read())
     return {place: answer for answer in answers if (place := _place(answer)) in expected}
 
 
 def append_answers(journal: Journal, answers: Iterable[Completion]) -> None:
     """Append answers; they are on disk when this returns. Raises StorageError."""
-    journal.append(map(asdict, answers))
+    journal.append(map(_entry, answers))
+
+
+# Token details are in the journal of a rollout alone.
+_DETAILS = ("token_ids", "log_probs")
+
+
+def _entry(answer: Completion) -> dict[str, Any]:
+    return {name: value for name, value in asdict(answer).items() if value or name not in _DETAILS}
+
+
+def _completion(entry: dict[str, Any]) -> Completion:
+    return Completion(**entry | {name: tuple(entry.get(name, ())) for name in _DETAILS})
 
 
 def _place(one: Completion | Request) -> Place:

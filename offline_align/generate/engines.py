@@ -11,7 +11,7 @@ from offline_align.config.sections import Engine as EngineName
 from offline_align.convert.files import SINGLE, ignored_index
 from offline_align.data.tokenizer import Tokenizer
 from offline_align.errors import ConfigError
-from offline_align.generate.requests import Engine
+from offline_align.generate.requests import RolloutEngine
 
 if TYPE_CHECKING:
     import torch
@@ -58,13 +58,20 @@ def load_engine(
     bf16: bool,
     max_length: int,
     end_ids: frozenset[int] = frozenset(),
-) -> Engine:
+    token_details: bool = False,
+) -> RolloutEngine:
     """Return the engine with the policy of a Hugging Face folder; its answers also end at `end_ids`.
 
-    Raises ConfigError if vLLM would load other weights from the folder than `transformers`.
+    With `token_details`, answers have the sampled ids and their log-probabilities, as rollouts need.
+    vLLM then runs in this process and may use most of the memory that is free on the GPU now, so
+    what stays there during a rollout must be there already; all ranks must load it together.
+    Raises ConfigError if vLLM would load other weights from the folder than `transformers`, or if
+    settings and `token_details` contradict each other (`rollout_problems`).
     """
     import torch
 
+    if token_details and (problems := rollout_problems(settings, name, on_cpu=device.type == "cpu")):
+        raise ConfigError(problems)
     eos_ids = end_ids | frozenset({tokenizer.eos_id}) | folder_eos_ids(folder)
     if name is EngineName.vllm:
         index = ignored_index(folder)
@@ -76,11 +83,27 @@ def load_engine(
         from offline_align.generate.vllm_engine import VllmEngine
 
         dtype = "bfloat16" if bf16 else "float32"
-        return VllmEngine(folder, tokenizer, settings, eos_ids, seed, device, max_length, dtype)
+        return VllmEngine(folder, tokenizer, settings, eos_ids, seed, device, max_length, dtype, token_details)
     from offline_align.generate.transformers_engine import TransformersEngine
 
     precision = torch.bfloat16 if bf16 else torch.float32
-    return TransformersEngine(folder, tokenizer, settings, eos_ids, seed, device, precision)
+    return TransformersEngine(folder, tokenizer, settings, eos_ids, seed, device, precision, token_details)
+
+
+def rollout_problems(settings: GenerateSection, engine: EngineName, on_cpu: bool) -> list[str]:
+    """Return an error line for each key with which a rollout could not be, or would not be the policy's own."""
+    problems = []
+    if engine is EngineName.vllm and on_cpu:
+        problems.append("generate.engine=vllm: takes new weights only on a CUDA device; use transformers")
+    if settings.temperature == 0:
+        problems.append("generate.temperature=0: a rollout needs samples; use 1")
+    if settings.top_p != 1:
+        problems.append(f"generate.top_p={settings.top_p}: a rollout samples from the whole distribution; use 1")
+    if settings.stop:
+        problems.append("generate.stop: a rollout ends where the policy ends it; leave the key out")
+    if settings.n != 1:
+        problems.append(f"generate.n={settings.n}: a rollout has one answer to a prompt; use 1")
+    return problems
 
 
 def folder_eos_ids(folder: Path) -> frozenset[int]:

@@ -2,9 +2,9 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from offline_align.config.sections import DataSection, GenerateSection, TooLong
 from offline_align.data.fate import say_what_fits
@@ -14,6 +14,9 @@ from offline_align.data.template import Renderer
 from offline_align.data.tokenize import OnRefused
 from offline_align.errors import DataError
 from offline_align.wording import counted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,10 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     num_tokens: int
     variant: int = 0
+    token_ids: tuple[int, ...] = ()
+    """The sampled ids, with the one that ended the answer; empty unless the engine gives token details."""
+    log_probs: tuple[float, ...] = ()
+    """Log-probability of each id under the distribution that it was sampled from, in nats."""
 
 
 class Engine(Protocol):
@@ -54,6 +61,26 @@ class Engine(Protocol):
 
     def answers(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
         """Yield answers in batches as they finish, one per request; closing the iterator stops the work."""
+
+
+class RolloutEngine(Engine, Protocol):
+    """An engine whose policy is being trained: its weights change between two calls of `answers`."""
+
+    def reseed(self, seed: int) -> None:
+        """Sample from now on with random numbers that depend on (seed, row, sample index) alone."""
+
+    def replace_weights(self, tensors: "Iterable[tuple[str, Tensor]]") -> None:
+        """Overwrite the policy's weights by tensors under Hugging Face names, one tensor at a time.
+
+        Tied weights are given once, under the name of the embedding. Raises AlignError if a tensor is
+        missing, unknown, repeated or has another shape.
+        """
+
+    def release(self) -> None:
+        """Free the device's memory until `resume`; `answers` and `replace_weights` must not be called."""
+
+    def resume(self) -> None:
+        """Take the memory back. The weights are those from before `release`."""
 
 
 @dataclass(frozen=True)

@@ -35,3 +35,17 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
     mass = cumulative.gather(1, last)
     place = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True).clamp(max=last)
     return ids.gather(1, place)[:, 0]
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return [B] ids sampled from logits [B, V], and their log-probabilities [B] in fp32.
+
+    All tokens can be drawn. So they are not sorted, and the ids are others than those of `choose` at
+    the same `uniform` [B].
+    """
+    log_probability = torch.log_softmax(logits.float() / temperature, dim=-1)
+    cumulative = log_probability.double().exp_().cumsum(dim=-1)
+    # The sum may differ from 1 by rounding. It is never drawn, because every number is below 1.
+    drawn = uniform[:, None] * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, drawn, right=True)
+    return ids[:, 0], log_probability.gather(1, ids)[:, 0]

@@ -1,6 +1,7 @@
 """Find the end of an answer: at an end-of-sequence id, or before a stop string."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from offline_align.data.prefix import After
@@ -9,11 +10,17 @@ from offline_align.generate.requests import Completion, Request
 
 
 def finish(
-    request: Request, ids: Sequence[int], tokenizer: Tokenizer, eos_ids: frozenset[int], stop: Sequence[str]
+    request: Request,
+    ids: Sequence[int],
+    tokenizer: Tokenizer,
+    eos_ids: frozenset[int],
+    stop: Sequence[str],
+    log_probs: Sequence[float] | None = None,
 ) -> Completion:
     """Return the answer in the generated `ids`, which may continue past its end.
 
-    A model also generates the text that the template writes around answers; it is removed.
+    A model also generates the text that the template writes around answers; it is removed. With the
+    `log_probs` of the ids, the answer has token details.
     """
     ids = ids[: request.max_new_tokens]
     end = next((place for place, token in enumerate(ids) if token in eos_ids), None)
@@ -24,7 +31,10 @@ def finish(
     ended = end is not None or cut is not None
     reason: Literal["stop", "length"] = "stop" if ended else "length"
     num_tokens = len(ids) if end is None else end + 1
-    return Completion(request.row, request.sample_index, text[:cut], reason, num_tokens, request.variant)
+    answer = Completion(request.row, request.sample_index, text[:cut], reason, num_tokens, request.variant)
+    if log_probs is None:
+        return answer
+    return replace(answer, token_ids=tuple(ids[:num_tokens]), log_probs=tuple(log_probs[:num_tokens]))
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[int], after: After) -> str:

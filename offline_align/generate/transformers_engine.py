@@ -1,6 +1,6 @@
 """Batched generation with `transformers`: left-padded, greedy or sampled, ended by ids and stop strings."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from offline_align.config.sections import GenerateSection
 from offline_align.data.tokenizer import Tokenizer
+from offline_align.generate.decoding import sample
 from offline_align.generate.requests import Completion, Request
 from offline_align.generate.sampling import choose, uniforms
 from offline_align.generate.stop import finish, is_stopped
+from offline_align.generate.weights import checked
 
 
 class TransformersEngine:
@@ -27,8 +29,10 @@ class TransformersEngine:
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
+        token_details: bool = False,
     ) -> None:
         self.batch_size = settings.batch_size
+        self._token_details, self._device = token_details, device
         self._tokenizer, self._settings, self._eos_ids, self._seed = tokenizer, settings, eos_ids, seed
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -53,6 +57,14 @@ class TransformersEngine:
         """Return the answers in the order of the requests."""
         tokens, mask = self._left_padded(requests)
         width = tokens.size(1)
+        stop = self._settings.stop
+        if self._token_details:
+            numbers = uniforms(requests, self._seed, self._model.device)
+            sampled = sample(self._model, requests, tokens, mask, numbers, self._settings.temperature, self._eos_ids)
+            return [
+                finish(request, ids, self._tokenizer, self._eos_ids, stop, log_probs)
+                for request, (ids, log_probs) in zip(requests, sampled, strict=True)
+            ]
         output = self._model.generate(
             input_ids=tokens,
             attention_mask=mask,
@@ -60,11 +72,32 @@ class TransformersEngine:
             logits_processor=self._processors(requests, width),
             stopping_criteria=self._criteria(requests, width),
         )
-        stop = self._settings.stop
         return [
             finish(request, ids, self._tokenizer, self._eos_ids, stop)
             for request, ids in zip(requests, output[:, width:].tolist(), strict=True)
         ]
+
+    def reseed(self, seed: int) -> None:
+        """Use another seed from now on. See `RolloutEngine.reseed`."""
+        self._seed = seed
+
+    @torch.no_grad()
+    def replace_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Overwrite all weights in place. See `RolloutEngine.replace_weights`."""
+        # A tied output layer is the embedding, and is listed once, under that name.
+        parameters = dict(self._model.named_parameters())
+        for name, tensor in checked(tensors, {name: parameter.shape for name, parameter in parameters.items()}):
+            parameters[name].copy_(tensor)
+
+    def release(self) -> None:
+        """Move the weights from a GPU to the host. See `RolloutEngine.release`."""
+        if self._device.type == "cuda":
+            self._model.to("cpu")
+            torch.cuda.empty_cache()
+
+    def resume(self) -> None:
+        """Move the weights back. See `RolloutEngine.resume`."""
+        self._model.to(self._device)
 
     def _left_padded(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
         """Return tokens and mask [B, longest context]; padding is end of sequence and is masked."""

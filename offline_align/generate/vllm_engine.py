@@ -1,20 +1,29 @@
-"""Generation with vLLM, if it is installed (`pip install '.[vllm]'`): one engine on each rank."""
+"""Generation with vLLM, if it is installed (`pip install '.[vllm]'`): one engine on each rank.
+
+Alone, the engine has a process of its own. With token details, for a rollout, it runs in the process
+of the trainer, which then hands over weights as tensors and gets the engine's memory while it trains.
+"""
 
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from offline_align.config.sections import GenerateSection
+from offline_align.convert import names
+from offline_align.convert.architecture import read_architecture
 from offline_align.data.companions import HUGGING_FACE_FILE
 from offline_align.data.tokenizer import Tokenizer
+from offline_align.generate import vllm_in_process
 from offline_align.generate.requests import Completion, Request
 from offline_align.generate.stop import finish
+from offline_align.generate.weights import checked
 
 # vLLM batches internally; few large calls leave the device idle less often.
 _REQUESTS_A_CALL = 4096
@@ -39,13 +48,15 @@ class VllmEngine:
         device: torch.device,
         max_length: int,
         dtype: str,
+        token_details: bool = False,
     ) -> None:
         from vllm import LLM
 
         self._tokenizer, self._settings, self._eos_ids, self._seed = tokenizer, settings, eos_ids, seed
         # vLLM finds stop strings with its own tokenizer. Without one, only `finish` cuts the answer.
         self._stops_itself = bool(settings.stop) and (folder / HUGGING_FACE_FILE).is_file()
-        with _single_rank_environment(device):
+        self._token_details, self._folder, self._asleep = token_details, folder, False
+        with vllm_in_process.environment(device) if token_details else _single_rank_environment(device):
             self._llm = LLM(
                 model=str(folder),
                 skip_tokenizer_init=not self._stops_itself,
@@ -58,6 +69,7 @@ class VllmEngine:
                 enforce_eager=device.type == "cpu",
                 # Ignore the folder's own defaults (temperature, repetition penalty, ...).
                 generation_config="vllm",
+                **(vllm_in_process.arguments(device) if token_details else {}),
             )
 
     def answers(self, requests: Sequence[Request]) -> Iterator[list[Completion]]:
@@ -73,7 +85,7 @@ class VllmEngine:
             since = time.monotonic()
             while waiting:
                 ended = [output for output in engine.step() if output.finished]
-                ready += [self._finish(waiting.pop(one.request_id), one.outputs[0].token_ids) for one in ended]
+                ready += [self._finish(waiting.pop(one.request_id), one.outputs[0]) for one in ended]
                 if ready and (not waiting or time.monotonic() - since > _SECONDS_BETWEEN_YIELDS):
                     yield ready
                     ready, since = [], time.monotonic()
@@ -81,8 +93,36 @@ class VllmEngine:
             # If the consumer stops early, the engine must not continue with the remaining requests.
             engine.abort_request(list(waiting))
 
-    def _finish(self, request: Request, ids: Sequence[int]) -> Completion:
-        return finish(request, list(ids), self._tokenizer, self._eos_ids, self._settings.stop)
+    def reseed(self, seed: int) -> None:
+        """Use another seed from now on. See `RolloutEngine.reseed`."""
+        self._seed = seed
+
+    def replace_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Overwrite all weights in place; needs token details. See `RolloutEngine.replace_weights`."""
+        found = read_architecture(self._folder)
+        shapes = names.part_shapes(found.family, found.model, "policy")
+        # vLLM joins the tensors itself. The function is called in this process, so nothing is copied first.
+        self._llm.apply_model(lambda model: model.load_weights(checked(tensors, shapes)))
+
+    def release(self) -> None:
+        """Move the weights to the host and free the cache; needs token details. See `RolloutEngine.release`."""
+        self._llm.sleep(level=1)
+        self._asleep = True
+        vllm_in_process.set_expandable_segments(True)
+
+    def resume(self) -> None:
+        """Move the weights back, and allocate the cache. See `RolloutEngine.resume`."""
+        if self._asleep:
+            vllm_in_process.set_expandable_segments(False)
+            self._llm.wake_up()
+            self._asleep = False
+
+    def _finish(self, request: Request, output: Any) -> Completion:
+        ids = list(output.token_ids)
+        log_probs = None
+        if self._token_details:
+            log_probs = [found[token].logprob for token, found in zip(ids, output.logprobs, strict=True)]
+        return finish(request, ids, self._tokenizer, self._eos_ids, self._settings.stop, log_probs)
 
     def _parameters(self, request: Request) -> Any:
         from vllm import SamplingParams
@@ -100,6 +140,8 @@ class VllmEngine:
             # `finish` removes stop strings, as for the other engine.
             include_stop_str_in_output=True,
             detokenize=self._stops_itself,
+            # 0 asks for the sampled token alone.
+            logprobs=0 if self._token_details else None,
         )
 
 

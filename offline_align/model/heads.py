@@ -1,7 +1,7 @@
-"""The heads of the transformer: token log-likelihoods of a policy, scores of a reward model.
+"""The heads of the transformer: token log-likelihoods of a policy, scores of a reward model or critic.
 
 Each head reads only the positions that it needs: the vocabulary head the targets, the reward head the
-last tokens.
+last tokens, or as a critic the targets.
 Shape legend: T tokens of the bin, N targets, S segments, C hidden width, V vocabulary rows of this rank.
 """
 
@@ -27,10 +27,13 @@ class Policy(GPTModel):  # type: ignore[misc]
     num_tokens: int
     """Size of the tokenizer's vocabulary, without padding rows."""
 
+    temperature: float = 1.0
+    """The logits are divided by this, for likelihoods at the temperature that answers were sampled with."""
+
     rotary: PackedRotaryEmbedding
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Return `-log p(x_i | p, x_<i)` for each target of `batch`: [N] in fp32 (Eq. 1)."""
+        """Return `-log p(x_i | p, x_<i)` at `temperature` for each target of `batch`: [N] in fp32 (Eq. 1)."""
         nll: Tensor = super().forward(
             batch.tokens,
             batch.positions,
@@ -46,6 +49,9 @@ class Policy(GPTModel):  # type: ignore[misc]
     ) -> Tensor:
         # Only targets are multiplied by the output weight; prompt tokens are not.
         hidden = _hidden_at(context.target_index, hidden_states, self.config.sequence_parallel)
+        if self.temperature != 1.0:
+            # The output layer is linear without a bias, so this divides the logits, but fewer numbers.
+            hidden = hidden / self.temperature
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
         weight = self._output_weight() if output_weight is None else output_weight
         group = parallel_state.get_tensor_model_parallel_group()
@@ -92,7 +98,14 @@ class RewardHead(nn.Module):
 
 
 class RewardModel(GPTModel):  # type: ignore[misc]
-    """A GPT whose output layer is replaced by a scalar head (paper, step 2)."""
+    """A GPT whose output layer is replaced by a scalar head (paper, step 2).
+
+    With `reads_targets` it is a critic: it reads the same head before each target. So the weights of a
+    reward model are those of a critic, and one module can be both in turn.
+    """
+
+    reads_targets: bool = False
+    """Whether to score each prefix that ends before a target, instead of whole segments."""
 
     rotary: PackedRotaryEmbedding
 
@@ -110,21 +123,28 @@ class RewardModel(GPTModel):  # type: ignore[misc]
         return shards
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Return the score of each segment of `batch`, read at its last token: [S] in fp32."""
+        """Return the score of each segment of `batch`, read at its last token: [S] in fp32.
+
+        With `reads_targets`, return the value before each target of this rank is known: [N] in fp32.
+        """
         scores: Tensor = super().forward(
             batch.tokens,
             batch.positions,
             None,
-            packed_seq_params=_segments(self, batch, batch.last_index),
+            packed_seq_params=_segments(self, batch, self._index(batch)),
             output_processor=self._scores,
             output_processor_context=batch,
         )
         return scores
 
+    def _index(self, batch: PackedBatch) -> Tensor:
+        """Return the positions that the head reads."""
+        return batch.target_index if self.reads_targets else batch.last_index
+
     def _scores(self, hidden_states: Tensor, context: PackedBatch, **_: Any) -> Tensor:
-        hidden = _hidden_at(context.last_index, hidden_states, self.config.sequence_parallel)
+        hidden = _hidden_at(self._index(context), hidden_states, self.config.sequence_parallel)
         scores: Tensor = self.reward_head(hidden)
-        if context.last_is_here is None:
+        if self.reads_targets or context.last_is_here is None:
             return scores
         return over_context_ranks(torch.where(context.last_is_here, scores, 0.0))
 

@@ -8,8 +8,10 @@ the same kind of machine.
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from itertools import batched
+from itertools import batched, chain
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,7 +33,10 @@ from offline_align.wording import counted
 _WINDOW_ROWS = 1024
 
 Compute = Callable[[PackedBatch], Tensor]
-"""Computes a number for each segment of a bin: [S]."""
+"""Computes a number for each segment of a bin: [S]; for `target_numbers`, for each target: [N]."""
+
+TargetNumbers = npt.NDArray[np.float32]
+"""A number for each target of a row: [targets]."""
 
 
 def plan_bins(source: RowSource, capacity: int) -> list[list[int]]:
@@ -50,7 +55,6 @@ def plan_bins(source: RowSource, capacity: int) -> list[list[int]]:
     return bins
 
 
-@torch.no_grad()
 def computed_bins(
     compute: Compute,
     source: RowSource,
@@ -66,16 +70,54 @@ def computed_bins(
     called after every bin, also an empty one. After it returns True, no further bin is launched, but
     launched bins are still yielded.
     """
+
+    def by_row(rows: list[int], scores: Tensor) -> list[tuple[int, Scores]]:
+        return list(zip(rows, scores.view(len(rows), -1).tolist(), strict=True))
+
+    return _computed(compute, by_row, source, bins, ranks, sequence_parallel, stops)
+
+
+def target_numbers(
+    compute: Compute, source: RowSource, capacity: int, ranks: Ranks, sequence_parallel: bool
+) -> list[TargetNumbers]:
+    """Return the numbers that `compute` returns for the targets of each row, for all rows, in order.
+
+    `compute` returns a number for each target of the whole bin (see `at_all_targets`), and `capacity` is
+    the size of a bin in tokens. A collective: the ranks share the work, and all must call it.
+    """
+
+    def by_row(rows: list[int], numbers: Tensor) -> list[tuple[int, TargetNumbers]]:
+        ends = np.cumsum(source.num_read[rows])
+        return list(zip(rows, np.split(numbers.float().numpy(), ends[:-1]), strict=True))
+
+    own = plan_bins(source, capacity)[ranks.dp_rank :: ranks.dp_size]
+    passes = _computed(compute, by_row, source, own, ranks, sequence_parallel, lambda: False)
+    found = dict(chain.from_iterable(passes))
+    merged = {row: numbers for part in ranks.gather(found) for row, numbers in part.items()}
+    return [merged[row] for row in range(len(source))]
+
+
+@torch.no_grad()
+def _computed[Result](
+    compute: Compute,
+    by_row: Callable[[list[int], Tensor], list[tuple[int, Result]]],
+    source: RowSource,
+    bins: Sequence[list[int]],
+    ranks: Ranks,
+    sequence_parallel: bool,
+    stops: Callable[[], bool],
+) -> Generator[list[tuple[int, Result]]]:
+    """Yield what `by_row` makes of the rows of each bin and its numbers; see `computed_bins`."""
     multiple = padding_multiple(ranks.tp_size, ranks.cp_size, sequence_parallel)
 
     def collated(number: int) -> PackedBatch:
         batch = share_of_context(source.collate(bins[number], multiple), ranks.cp_rank, ranks.cp_size)
         return batch.pin() if ranks.device.type == "cuda" else batch
 
-    launched: deque[Callable[[], list[tuple[int, Scores]]]] = deque()
+    launched: deque[Callable[[], list[tuple[int, Result]]]] = deque()
     with closing(prefetch(collated, range(len(bins)))) as batches:
         for rows, batch in zip(bins, batches, strict=True):
-            launched.append(_launch(compute, rows, batch, ranks.device))
+            launched.append(_launch(compute, rows, batch, ranks.device, by_row))
             if len(launched) > 1:
                 yield launched.popleft()()
             if stops():
@@ -84,22 +126,26 @@ def computed_bins(
         yield launched.popleft()()
 
 
-def _launch(
-    compute: Compute, rows: list[int], batch: PackedBatch, device: torch.device
-) -> Callable[[], list[tuple[int, Scores]]]:
-    """Launch the forward pass of a bin; return a function that waits for and returns its (row, scores) pairs.
+def _launch[Result](
+    compute: Compute,
+    rows: list[int],
+    batch: PackedBatch,
+    device: torch.device,
+    by_row: Callable[[list[int], Tensor], list[tuple[int, Result]]],
+) -> Callable[[], list[tuple[int, Result]]]:
+    """Launch the forward pass of a bin; return a function that waits for its numbers and returns them `by_row`.
 
     That function does not wait for bins that are launched later.
     """
     if not rows:
         return list
-    scores = compute(batch.to(device)).to("cpu", non_blocking=True)
+    numbers = compute(batch.to(device)).to("cpu", non_blocking=True)
     copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
-    def read() -> list[tuple[int, Scores]]:
+    def read() -> list[tuple[int, Result]]:
         if copied is not None:
             copied.synchronize()
-        return list(zip(rows, scores.view(len(rows), -1).tolist(), strict=True))
+        return by_row(rows, numbers)
 
     return read
 

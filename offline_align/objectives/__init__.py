@@ -1,4 +1,4 @@
-"""The two objectives: weighted next-token prediction and pairwise ranking.
+"""The objectives: next-token prediction, pairwise ranking, preference, and the two losses of PPO.
 
 Each returns sums and a count, never a mean. Only `train/step.py` divides, by the count of the global
 batch, so the result does not depend on micro-batches, packing or the number of data parallel ranks.

@@ -42,15 +42,15 @@ def print_training_dry_run(job: Job[TrainRun]) -> None:
     stage, config, model = job.stage, job.config, _model(job)
     assert stage.recipe is not None
     sizes = model_sizes(model, model.vocab_size or 0, scalar_head=stage.recipe.makes == "reward_model")
-    ranks, device, trainer = _ranks(config), planned_device(config), config.trainer
+    ranks, device, trainer = ranks_of(config), planned_device(config), config.trainer
     bf16 = trainer.precision.in_bf16(device.on_cuda)
     first = _read_rows(job, ranks, "data.train")
     train = first if isinstance(first, PlannedRows) else None
     read = first, _read_rows(job, ranks, "data.valid", train.fitted if train else None)
-    table = _table(f"{stage.name}: {config.run.dir}")
+    table = new_table(f"{stage.name}: {config.run.dir}")
     _add_model(table, sizes, model)
-    _add_template(table, job)
-    _add_device(table, device, trainer.precision, ranks)
+    add_template(table, job)
+    add_device(table, device, trainer.precision, ranks)
     for key, rows in zip(("data.train", "data.valid"), read, strict=True):
         _add_rows(table, key, rows, config.data.max_length)
     _add_steps(table, config, ranks, train)
@@ -67,7 +67,7 @@ def print_training_dry_run(job: Job[TrainRun]) -> None:
             table.add_row(title, text)
     if device.product_flops is not None:
         _add_cpu_rate(table, sizes, device.product_flops, config, train)
-    _finish(table, stage.name, config, train)
+    finish(table, stage.name, config, train.first if train else "")
     for rows in read:
         _check(rows)
 
@@ -76,13 +76,13 @@ def print_label_dry_run(job: Job[LabelRun]) -> None:
     """Print the dry run of `label`; raises as `print_training_dry_run`."""
     config, model = job.config, _model(job)
     sizes = model_sizes(model, model.vocab_size or 0, scalar_head=True)
-    ranks, device = _ranks(config), planned_device(config)
+    ranks, device = ranks_of(config), planned_device(config)
     paths = readable_paths(config, "data.input")
     rows = paths if isinstance(paths, str) else label_rows(job, paths)
-    table = _table(f"label: {config.run.dir}")
+    table = new_table(f"label: {config.run.dir}")
     _add_model(table, sizes, model)
-    _add_template(table, job)
-    _add_device(table, device, config.trainer.precision, ranks)
+    add_template(table, job)
+    add_device(table, device, config.trainer.precision, ranks)
     _add_rows(table, "data.input", rows, config.data.max_length)
     capacity = config.trainer.micro_batch_size * config.data.max_length
     table.add_row("batch", f"packed bins of up to {capacity:,} tokens, forward only")
@@ -90,7 +90,7 @@ def print_label_dry_run(job: Job[LabelRun]) -> None:
     _add_memory(table, scoring_memory(sizes, config.parallel, ranks, capacity, bf16), device)
     if bf16 and device.node is not None:
         table.add_row("rate", scoring_rate(device.node, sizes, config.data.max_length))
-    _finish(table, "label", config, rows if isinstance(rows, PlannedRows) else None)
+    finish(table, "label", config, rows.first if isinstance(rows, PlannedRows) else "")
     _check(rows)
 
 
@@ -104,16 +104,16 @@ def print_generate_dry_run(job: Job[GenerateRun], conditions: list[str], engine:
     rows = paths if isinstance(paths, str) else prompt_rows(job, paths, conditions)
     sampling = "greedy" if settings.temperature == 0 else f"temperature {settings.temperature:g}"
     method = source.description.method or "none"
-    table = _table(f"generate: {config.run.dir}")
+    table = new_table(f"generate: {config.run.dir}")
     table.add_row("policy", f"{config.init.from_}, {sizes.parameters:,} parameters, method {method}")
-    _add_template(table, job)
+    add_template(table, job)
     table.add_row("device", f"{device.text}, {_precision(config.trainer.precision, device)}")
     table.add_row("ranks", f"{world}, each with the whole policy and a share of the prompts")
     _add_rows(table, "data.input", rows, config.data.max_length)
     table.add_row("engine", f"{engine}, {settings.batch_size} prompts at once")
     table.add_row("answers", f"{settings.n} to each prompt, at most {settings.max_new_tokens} tokens, {sampling}")
     table.add_row("condition", ", ".join(filter(None, conditions)) or "none")
-    _finish(table, "generate", config, rows if isinstance(rows, PlannedRows) else None)
+    finish(table, "generate", config, rows.first if isinstance(rows, PlannedRows) else "")
     _check(rows)
 
 
@@ -144,13 +144,15 @@ def _model[R: ModelRun](job: Job[R]) -> ModelSection:
     return job.source.model
 
 
-def _ranks(config: ModelRun) -> ParallelSizes:
+def ranks_of(config: ModelRun) -> ParallelSizes:
+    """Return the parallel sizes of the ranks that the launcher would start."""
     world = world_size(config.launcher.nproc_per_node, config.launcher.nodes)
     parallel = config.parallel
     return ParallelSizes(world, parallel.tensor_model_parallel_size, parallel.context_parallel_size)
 
 
-def _table(title: str) -> Table:
+def new_table(title: str) -> Table:
+    """Return a table of names and texts."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -165,13 +167,14 @@ def _add_model(table: Table, sizes: ModelSizes, model: ModelSection) -> None:
     table.add_row("model", f"{shape}, vocabulary {model.vocab_size} (padded to {sizes.padded_vocab})")
 
 
-def _add_template(table: Table, job: Job[Any]) -> None:
+def add_template(table: Table, job: Job[Any]) -> None:
     """Add the template and the reason for it, if the run has a model."""
     if job.template is not None:
         table.add_row("template", job.template.in_words())
 
 
-def _add_device(table: Table, device: PlannedDevice, precision: Precision, ranks: ParallelSizes) -> None:
+def add_device(table: Table, device: PlannedDevice, precision: Precision, ranks: ParallelSizes) -> None:
+    """Add the device, its precision and the ranks."""
     table.add_row("device", f"{device.text}, {_precision(precision, device)}")
     parts = f"tensor {ranks.tensor} x context {ranks.context} x data {ranks.data}"
     table.add_row("ranks", f"{ranks.world} = {parts}")
@@ -269,7 +272,7 @@ def _add_cpu_rate(
     rate = CPU_SHARE * product_flops / flops
     table.add_row("rate", f"about {rate:,.0f} tokens/s on each rank (from a matrix product timed now)")
     if rows is not None and rows.step is not None:
-        seconds = rows.step.tokens / (rate * _ranks(config).world)
+        seconds = rows.step.tokens / (rate * ranks_of(config).world)
         table.add_row("time", f"about {in_words(seconds)} a step, {in_words(seconds * _steps(config, rows))} in all")
 
 
@@ -281,11 +284,11 @@ def in_words(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
-def _finish(table: Table, stage: str, config: ModelRun, rows: PlannedRows | None) -> None:
+def finish(table: Table, stage: str, config: ModelRun, first: str = "") -> None:
+    """Print the table with the launch command, and the `first` row or prompt if it is known."""
     words = [_quoted(w) for w in sys.argv[2:] if not w.startswith(("dry_run=", "launcher."))]
     table.add_row("launch", escape(" ".join(torchrun_command(config.launcher, stage, words))))
-    first = [Text(f"first row, as the model sees it:\n{rows.first}")] if rows is not None and rows.first else []
-    show(table, *first)
+    show(table, *([Text(f"first row, as the model sees it:\n{first}")] if first else []))
 
 
 def _quoted(word: str) -> str:

@@ -53,6 +53,18 @@ def write(
     return export_huggingface(state, source.description, source.tokenizer, target, max_shard_size, known, for_people)
 
 
+def write_live(module: Any, source: ModelSource, target: Path, ranks: Ranks) -> None:
+    """Write the weights of a built module, in its layout, to a folder for an engine. All ranks must call it."""
+    from offline_align.convert.live import all_shards, live_tensors, own_tensors
+
+    if ranks.is_main:
+        described = source.description, source.tokenizer
+        export_huggingface(own_tensors(module), *described, target, for_people=False, shards_of=all_shards)
+        return
+    for _ in live_tensors(module, source.model, source.description.kind):
+        pass  # rank 0 gathers these shards
+
+
 def _cast(name: str, weight: Any, dtype: str | None) -> Any:
     """Return a weight as `dtype`. The scalar head of a reward model is fp32 at every precision.
 
@@ -82,9 +94,10 @@ def _saved_in_bf16(folder: Path, ranks: Ranks) -> bool:
     return bool(saved["embedding.word_embeddings.weight"].dtype == torch.bfloat16)
 
 
-def cached(source: ModelSource, cache: Path, ranks: Ranks) -> Path:
+def cached(source: ModelSource, cache: Path, ranks: Ranks, module: Any = None) -> Path:
     """Return a Hugging Face folder with the policy of `source`: its own, or one in `cache`.
 
+    With a `module` that has its weights, in any layout, these are written, and no further model is built.
     A cached folder is named after the content of the checkpoint, appears whole or not at all, and is
     used again. All ranks must call it.
     """
@@ -96,7 +109,10 @@ def cached(source: ModelSource, cache: Path, ranks: Ranks) -> Path:
     if ranks.broadcast(folder.is_dir()):
         return folder
     attempt = cache / ranks.broadcast(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    write(source, attempt, ranks, for_people=False)
+    if module is None:
+        write(source, attempt, ranks, for_people=False)
+    else:
+        write_live(module, source, attempt, ranks)
     if ranks.is_main:
         try:
             for leftover in cache.glob(f".{folder.name}.tmp-*"):

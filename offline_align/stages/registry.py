@@ -199,6 +199,18 @@ _ALL = (
         ),
     ),
     Stage(
+        "ppo",
+        "Proximal Policy Optimization: learn from scores of the policy's own answers (Eq. 3)",
+        runs.PolicyOptimizationRun,
+        "ppo",
+        reads=Reads.prompts,
+        data_key="data.train",
+        starts_from="a policy",
+        needs="policy",
+        watches_the_clock=True,
+        runs_megatron=True,
+    ),
+    Stage(
         "generate",
         "answer prompts with a policy",
         runs.GenerateRun,

@@ -89,10 +89,11 @@ def link(folder: Path, name: str) -> None:
 
 def newest(run_dir: Path) -> Path | None:
     """Return the newest checkpoint folder of a run, intact or not, or None."""
-    return max(_step_folders(run_dir), default=None)
+    return max(step_folders(run_dir), default=None)
 
 
-def _step_folders(run_dir: Path) -> list[Path]:
+def step_folders(run_dir: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, intact or not, oldest first."""
     folder = run_dir / FOLDER
     return sorted(p for p in folder.iterdir() if _STEP_NAME.fullmatch(p.name)) if folder.is_dir() else []
 
@@ -107,7 +108,7 @@ def newest_whole(run_dir: Path, ranks: Ranks) -> Path | None:
     """
     damaged: dict[Path, list[str]] = {}
     whole: Path | None = None
-    for folder in reversed(ranks.broadcast(_step_folders(run_dir))):
+    for folder in reversed(ranks.broadcast(step_folders(run_dir))):
         names = damage(folder, ranks)
         if not names:
             whole = folder
@@ -166,17 +167,17 @@ def update_links_and_prune(run_dir: Path, state: TrainState, keep: int) -> None:
 
 
 def _prune(run_dir: Path, state: TrainState, keep: int) -> None:
-    folders = _step_folders(run_dir)
+    folders = step_folders(run_dir)
     kept = {step_folder(run_dir, s) for s in (state.step, state.best_step) if s is not None}
     for path in set(folders[: -max(keep, 1)]) - kept:
-        _delete(path)
+        delete(path)
     folder = run_dir / FOLDER
     again = [path for done in folders for path in folder.glob(f".{done.name}.damaged-*")]
     for leftover in (*folder.glob(".*.tmp-*"), *again):
         _remove(leftover)
 
 
-def _delete(folder: Path) -> None:
+def delete(folder: Path) -> None:
     """Delete a checkpoint. It is renamed first, so that a half-deleted one is never used."""
     gone = temporary(folder)
     try:

@@ -325,9 +325,10 @@ def test_examples_of_the_help_pass_a_dry_run(
     Path("answers.jsonl").write_text('{"id": "a", "prompt": "Hi", "response": "b", "finish_reason": "stop"}\n')
     scored = '{"id": "a", "prompt": "Hi", "response": "b", "reward_raw": 1, "reward": 1, "source_id": "a"}\n'
     Path("labelled.jsonl").write_text(scored)
-    given = GIVEN.get(stage, BEHIND_A_JOB if stage in ("label", "generate", "convert") else [])
-    if stage == "convert":
+    given = GIVEN.get(stage, BEHIND_A_JOB if stage in ("label", "generate", "convert", "ppo") else [])
+    if stage in ("convert", "ppo"):
         given = [word for word in given if not word.startswith("data.")]
+    given = [*given, "data.train=before.jsonl"] if stage == "ppo" else given
     for example in examples(stage):
         code = run([stage, "run.dir=out", *given, *example, "dry_run=true"])
         assert code == 0, (example, capsys.readouterr().err)

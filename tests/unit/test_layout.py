@@ -18,6 +18,7 @@ LAYERS = [
     {"data"},
     {"methods", "objectives", "model"},
     {"train", "label", "generate", "evaluate", "convert", "launch", "launch_slurm"},
+    {"online"},
     {"stages"},
 ]
 SERVE_ALL = {"distributed", "errors", "estimate", "lineage", "progress", "tensorboard_writer", "wording"}

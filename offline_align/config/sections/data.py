@@ -152,6 +152,15 @@ class SampledInputDataSection(InputDataSection, SampledDataSection):
 
 
 @dataclass(frozen=True)
+class PromptDataSection(TrainDataSection):
+    """Prompts to answer during training, and texts beside them."""
+
+    ptx: Any = None
+    """Path or list of paths of SFT rows whose responses are learned beside the answers (see
+    `method.ptx_coefficient`)."""
+
+
+@dataclass(frozen=True)
 class PrepareSection:
     """Sources, deduplication and splits."""
 

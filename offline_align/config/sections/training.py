@@ -245,3 +245,49 @@ class PreferenceMethodSection(PairsMethodSection):
     """Assumed share of pairs whose labels are swapped, for `method.loss=sigmoid`. 0 trusts all."""
     sft_coefficient: float = 0.0
     """Weight of the SFT loss of the chosen answer, which is a mean over its tokens. 0 disables it."""
+
+
+@dataclass(frozen=True)
+class PolicyOptimizationMethodSection(MethodSection):
+    """Proximal Policy Optimization (Schulman et al. 2017), with the objective of Eq. 3."""
+
+    reward_model: str | None = None
+    """Reward model that scores the answers: a run folder or a Hugging Face folder."""
+    critic: str | None = None
+    """Reward model or critic whose weights the critic starts from. If unset, `method.reward_model`
+    (paper)."""
+    rollout_batch_size: int = 1024
+    """Answers per iteration (paper: 1,024). They are learned from in mini-batches of
+    `trainer.global_batch_size`."""
+    ppo_epochs: int = 1
+    """Passes over the answers of an iteration (paper: 1)."""
+    kl_coefficient: float = 0.01
+    """Weight of `log pi(token) - log pi_SFT(token)`, which is subtracted from the reward of every
+    token (beta of Eq. 3; paper: 0.01). The unit is normalised reward per nat."""
+    gae_lambda: float = 0.95
+    """Decay of the errors of later tokens in generalised advantage estimation (Schulman et al. 2016;
+    paper: 0.95). 1 uses whole returns, and 0 only the value of the next token."""
+    gamma: float = 1.0
+    """Discount per token (paper: 1)."""
+    clip: float = 0.2
+    """The ratio of new to old probability of a token earns nothing beyond 1 plus or minus this."""
+    value_clip: float = 0.2
+    """The critic earns nothing for values further than this from those before the iteration, in
+    normalised reward."""
+    reward_clip: float = 10.0
+    """Normalised rewards are clipped to plus or minus this value."""
+    truncation_penalty: float = -1.0
+    """Normalised reward that is added to an answer that reached `generate.max_new_tokens`."""
+    importance_cap: float = 2.0
+    """Maximum weight of a token. The weight is its probability by the trainer over that by the
+    generation engine, which corrects for the difference of their numerics."""
+    ptx_coefficient: float = 0.0
+    """Weight of the log-likelihood of the texts in `data.ptx` (gamma of Eq. 3). 0 disables it
+    (paper)."""
+    critic_warmup_iterations: int = 0
+    """First iterations in which only the critic is trained."""
+    critic_lr: float = 9e-6
+    """Peak learning rate of the critic (paper: 9e-6). The policy has `optim.lr`."""
+    max_kl: float | None = None
+    """End the run if an answer's mean KL divergence from the SFT policy exceeds this, in nats. If
+    unset, there is no limit."""

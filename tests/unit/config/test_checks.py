@@ -1,9 +1,13 @@
 """Checks of settings: each problem is one line with key, value and fix."""
 
+import math
+from dataclasses import dataclass, field, replace
+
 import pytest
 
 from offline_align.config.checks import problems
-from offline_align.config.runs import ModelRun
+from offline_align.config.runs import ModelRun, TrainRun
+from offline_align.config.sections import GenerateSection, PolicyOptimizationMethodSection
 from tests.runs import compose
 
 
@@ -69,3 +73,41 @@ def test_rules_of_other_stages(stage: str, word: str, line: str) -> None:
 
 def test_several_rules_are_reported_at_once() -> None:
     assert len(found("sft", "optim.lr=0", "trainer.global_batch_size=3", "run.seed=-1", world=2)) == 3
+
+
+@dataclass(frozen=True)
+class RolloutRun(TrainRun):
+    generate: GenerateSection = field(default_factory=lambda: GenerateSection(temperature=1.0))
+    method: PolicyOptimizationMethodSection = field(default_factory=PolicyOptimizationMethodSection)
+
+
+def test_the_paper_settings_of_ppo_have_no_problem() -> None:
+    assert problems(RolloutRun(), None, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("rollout_batch_size", 0, "must be 1 or more"),
+        ("rollout_batch_size", 100, "not a multiple of trainer.global_batch_size=128"),
+        ("ppo_epochs", 0, "must be 1 or more"),
+        ("kl_coefficient", -0.1, "must be a finite number of at least 0"),
+        ("kl_coefficient", math.nan, "must be a finite number of at least 0"),
+        ("ptx_coefficient", -1.0, "must be a finite number of at least 0"),
+        ("critic_warmup_iterations", -1, "must be a finite number of at least 0"),
+        ("gae_lambda", 1.1, "must be a finite number from 0 to 1"),
+        ("gamma", -0.1, "must be a finite number from 0 to 1"),
+        ("clip", 0.0, "must be a finite number above 0 and below 1"),
+        ("clip", 1.0, "must be a finite number above 0 and below 1"),
+        ("value_clip", 0.0, "must be a finite number above 0"),
+        ("reward_clip", math.inf, "must be a finite number above 0"),
+        ("critic_lr", 0.0, "must be a finite number above 0"),
+        ("max_kl", 0.0, "must be a finite number above 0"),
+        ("truncation_penalty", 1.0, "must be a finite number of at most 0"),
+        ("importance_cap", 0.5, "must be a finite number of at least 1"),
+    ],
+)
+def test_bounds_of_ppo(key: str, value: float, rule: str) -> None:
+    changed = replace(PolicyOptimizationMethodSection(), **{key: value})  # type: ignore[arg-type]
+    lines = problems(RolloutRun(method=changed), None, 1)
+    assert any(line.startswith(f"method.{key}={value}: ") and rule in line for line in lines)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,15 @@ def test_answers_are_read_back_and_those_to_other_requests_left_out(tmp_path: Pa
     append_answers(second, [answer(2, 1), answer(0)])
     expected = {(0, 0, 0): answer(0), (1, 0, 0): answer(1), (2, 0, 1): answer(2, 1)}
     assert read_answers(first, REQUESTS) == read_answers(second, REQUESTS) == expected
+
+
+def test_token_details_are_read_back_and_cost_nothing_elsewhere(tmp_path: Path) -> None:
+    plain, whole = Journal(tmp_path, KEY, 0), Journal(tmp_path, KEY, 1)
+    details = replace(answer(1), token_ids=(5, 2), log_probs=(-0.6931471824645996, -1e-30))
+    append_answers(plain, [answer(0)])
+    append_answers(whole, [details])
+    assert read_answers(plain, REQUESTS) == {(0, 0, 0): answer(0), (1, 0, 0): details}
+    assert set(plain.read()[0]) == {"row", "sample_index", "response", "finish_reason", "num_tokens", "variant"}
 
 
 def test_missing_requests_keep_their_order() -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from offline_align.generate.requests import Request
-from offline_align.generate.sampling import choose, uniforms
+from offline_align.generate.sampling import choose, draw, uniforms
 
 
 def test_frequencies_are_the_probabilities() -> None:
@@ -51,3 +51,25 @@ def test_numbers_belong_to_seed_row_and_sample_alone() -> None:
     assert 0.0 <= together.min() < together.max() < 1.0
     assert together.dtype == torch.float64
     assert np.isclose(uniforms([Request(0, 0, [1], 20000)], 5, cpu).mean().item(), 0.5, atol=0.01)
+
+
+def test_ids_of_a_rollout_have_the_frequencies_that_their_log_probabilities_say() -> None:
+    logits = torch.tensor([2.0, -torch.inf, 0.0, 1.0, -1.0]).expand(4000, -1)
+    uniform = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    ids, log_probs = draw(logits, uniform, temperature=0.7)
+    expected = torch.log_softmax(logits[0] / 0.7, dim=0)
+    assert (torch.bincount(ids, minlength=5) / 4000 - expected.exp()).abs().max() < 1e-3
+    assert torch.equal(log_probs, expected[ids])
+
+
+def test_a_rollout_never_draws_an_impossible_token() -> None:
+    logits = torch.tensor([[-torch.inf, 0.3, 0.1, -torch.inf, -torch.inf]])
+    first, last = (torch.full((1,), number, dtype=torch.float64) for number in (0.0, 1 - 2**-53))
+    assert draw(logits, first, 1.0)[0].item() == 1
+    assert draw(logits, last, 1.0)[0].item() == 2
+    # A total below 1 by rounding must not leave room behind the last token.
+    many = torch.randn(64, 4001, generator=torch.Generator().manual_seed(0))
+    many[:, 3000:] = -torch.inf
+    ids, log_probs = draw(many, last.expand(64), 1.0)
+    assert (ids == 2999).all()
+    assert log_probs.isfinite().all()
