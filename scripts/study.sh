@@ -45,6 +45,8 @@ small)
     REWARD_OPTIONS=${REWARD_OPTIONS:-trainer.max_steps=4 trainer.global_batch_size=4}
     LABEL_OPTIONS=${LABEL_OPTIONS:-data.sample=24}
     ALIGN_OPTIONS=${ALIGN_OPTIONS:-trainer.max_steps=2 trainer.global_batch_size=4}
+    PPO_OPTIONS=${PPO_OPTIONS:-trainer.max_steps=1 trainer.global_batch_size=4 method.rollout_batch_size=8 \
+        generate.max_new_tokens=16}
     GENERATE_OPTIONS=${GENERATE_OPTIONS:-generate.max_new_tokens=16}
     BEST_OF=2
     ;;
@@ -130,7 +132,7 @@ answers+=("$RUNS/start/generations.jsonl")
 if ((BEST_OF)); then
     answer "$RUNS/sampled" "$POLICY" generate.n="$BEST_OF" generate.temperature=1
     offline-align label run.dir="$RUNS/best_of_n" init.from="$REWARD" label.best_of=1 \
-        data.input="$RUNS/sampled/generations.jsonl" "${all[@]}" "${label[@]}"
+        data.input="$RUNS/sampled/generations.jsonl" "${all[@]}" "${label[@]}" data.sample=null
     answers+=("$RUNS/best_of_n/best.jsonl")
 fi
 

@@ -137,6 +137,9 @@ def restart(actor: Learner[Policy], critic: Learner[RewardModel]) -> TrainState 
 
 
 def save(actor: Learner[Policy], critic: Learner[RewardModel], state: TrainState) -> None:
-    """Save both, the critic first. Raises StorageError."""
+    """Save both, the critic first, unless this iteration is saved already. Raises StorageError."""
+    folder = checkpoint.step_folder(actor.run_dir, state.step)
+    if actor.ranks.broadcast(folder.is_dir()):
+        return
     critic.saver.save(state)
     actor.saver.save(state)

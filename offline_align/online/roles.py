@@ -89,6 +89,7 @@ class Scorer:
         ended = np.array([answer.finish_reason == "stop" for answer in answers])
         source = SampleSource(_without_ends(rows, ~ended), shares_prompts(self.compute, self.parallel))
         bins = plan_bins(source, self.compute.micro_batch_size * self.data.max_length)
+        model.set_is_first_microbatch()
         model.reads_targets = False
         found = score_all(model, source, bins, self.ranks)
         model.reads_targets = True
@@ -155,11 +156,14 @@ class Forward:
     def log_probs(self, policy: Policy, answers: Sequence[SampledAnswer]) -> list[Numbers]:
         """Return the log-probability in nats of each token of each answer, at the policy's temperature."""
         policy.eval()
+        # Weights in fp8 are cached; they have changed since the last pass.
+        policy.set_is_first_microbatch()
         return self._numbers(answers, lambda batch: at_all_targets(-policy(batch), batch))
 
     def values(self, critic: RewardModel, answers: Sequence[SampledAnswer]) -> list[Numbers]:
         """Return the value before each token of each answer, in normalised reward."""
         critic.eval()
+        critic.set_is_first_microbatch()
         return self._numbers(answers, lambda batch: at_all_targets(normalised(critic(batch), self.statistics), batch))
 
     def _numbers(self, answers: Sequence[SampledAnswer], compute: Compute) -> list[Numbers]:

@@ -100,7 +100,8 @@ def test_the_condition_of_the_paper_is_stored_as_before(data: Path, folder: Path
         ("reward_limit", 9.9),
         ("target_reward", 1.5),
     ]
-    assert facts(own)["data"].keys() == {"reward_min", "reward_max", "dropped", "rows", "bad_rows"}
+    of_rows = {"dropped", "rows", "bad_rows", "sources", "reward_scale"}
+    assert facts(own)["data"].keys() == {"reward_min", "reward_max", *of_rows}
 
 
 def test_validation_rows_lie_in_the_quantiles_of_the_training_rows(data: Path, folder: Path) -> None:

@@ -90,7 +90,8 @@ def test_a_row_that_is_left_out_changes_nothing(folder: Path, stage: str) -> Non
         path = write_jsonl(folder / f"{stage}_{name}.jsonl", given)
         run_dir = train(stage, folder / f"{stage}_{name}", path, *words, model=continued(folder / "base"))
         facts = json.loads((run_dir / "manifest.json").read_text())["extra"]["data"]
-        found[name] = (metrics(run_dir), metrics(run_dir, "grad_norm"), facts | {"dropped": {}})
+        of_all_rows: dict[str, object] = {"dropped": {}, "sources": {}, "reward_scale": {}}
+        found[name] = (metrics(run_dir), metrics(run_dir, "grad_norm"), facts | of_all_rows)
         assert sum(facts["dropped"].values()) == (name == "with")
     assert found["with"] == found["without"]
 

@@ -454,11 +454,11 @@ def test_the_best_answers_are_compared_as_a_method(folder: Path, reward: Path, c
     asked = write_jsonl(folder / "questions.jsonl", prompts)
     policy = [f"init.from={folder / 'base'}", f"data.input={asked}", *common]
     several = ["generate.n=3", "generate.temperature=1"]
-    assert run(["generate", f"run.dir={folder / 'sampled'}", *policy, *several]) == 0
-    assert run(["generate", f"run.dir={folder / 'greedy'}", *policy]) == 0
+    assert run(["generate", f"run.dir={folder / 'several'}", *policy, *several]) == 0
+    assert run(["generate", f"run.dir={folder / 'one_answer'}", *policy]) == 0
     chosen = folder / "chosen"
     words = [f"run.dir={chosen}", f"init.from={reward}", "data.max_length=128", "run.device=cpu", "label.best_of=1"]
-    assert run(["label", *words, f"data.input={folder / 'sampled' / 'generations.jsonl'}"]) == 0
+    assert run(["label", *words, f"data.input={folder / 'several' / 'generations.jsonl'}"]) == 0
 
     rewards: dict[str, list[float]] = {}
     for line in (chosen / "labelled.jsonl").read_text().splitlines():
@@ -470,7 +470,7 @@ def test_the_best_answers_are_compared_as_a_method(folder: Path, reward: Path, c
     ]
     assert [len(values) for values in rewards.values()] == [3, 3, 3]
 
-    both = f"data.input=[{folder / 'greedy' / 'generations.jsonl'},{chosen / 'best.jsonl'}]"
+    both = f"data.input=[{folder / 'one_answer' / 'generations.jsonl'},{chosen / 'best.jsonl'}]"
     judged = [f"judge.model={reward}", "run.device=cpu", "data.max_length=128", "evaluate.bootstrap_samples=20"]
     assert run(["evaluate", f"run.dir={folder / 'best_judged'}", both, *judged]) == 0
     report = json.loads((folder / "best_judged" / "report.json").read_text())

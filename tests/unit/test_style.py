@@ -196,3 +196,9 @@ def test_dangerous_calls_are_found(source: str) -> None:
 )
 def test_safe_calls_pass(source: str) -> None:
     assert list(dangers(source)) == []
+
+
+def test_test_files_have_different_names() -> None:
+    """The folders of tests are no packages, so pytest cannot import two files of one name."""
+    names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

@@ -125,10 +125,10 @@ def test_the_same_seed_gives_the_same_report(comparison: Comparison) -> None:
 
 
 @pytest.mark.parametrize(("high", "low"), [("ca(5.0)", "ca(-2.0)"), ("ca(quantile 12)", "ca(quantile 5)")])
-def test_a_lower_target_of_the_same_policy_is_no_competitor(high: str, low: str) -> None:
+def test_the_headline_names_a_method_that_competes(high: str, low: str) -> None:
     means = {"sft": 0.0, high: 1.0, low: 2.0}
     overall = {name: {"score": {"mean": mean}, "win_rate": {"mean": 0.9, "low": 0.8}} for name, mean in means.items()}
-    results = {"methods": [*means], "overall": overall, "baseline": "sft", "judge": {}}
+    results = {"methods": [*means], "competing": ["sft", high], "overall": overall, "baseline": "sft", "judge": {}}
     assert headline(results) == f"{high} scores highest and wins against sft on 90% of the prompts."
 
 
